@@ -1,0 +1,9 @@
+"""The one error that is the user's to mend."""
+
+
+class UserError(Exception):
+    """Input that cannot be used: a flag, a file, a row, a model directory.
+
+    The message is one line that names the flag, file or row and says what to do. Programs print it as
+    ``error: <message>`` and exit with code 2, without a traceback.
+    """
