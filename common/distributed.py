@@ -1,0 +1,142 @@
+"""Start and end of a program: one process per rank, one voice, sums over ranks.
+
+Nothing here imports DeepSpeed before `prepare_environment` has run, because DeepSpeed chooses its
+accelerator and its compiled operators while it is imported.
+"""
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+
+
+def rank() -> int:
+    """Global rank of this process, known from the launcher's environment before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Rank of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks over all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on the one rank that prints and writes results."""
+    return rank() == 0
+
+
+def say(message: str) -> None:
+    """Print a line on rank 0 only."""
+    if is_main():
+        print(message, flush=True)
+
+
+def device() -> torch.device:
+    """The device of this rank: its own GPU, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def prepare_environment() -> None:
+    """Make `python main.py` one rank, choose the accelerator, and share the CPU's cores between ranks."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        torch.cuda.set_device(local_rank())
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers' threads do not survive a fork
+    if "OMP_NUM_THREADS" not in os.environ:
+        # The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if on_cpu or ranks_here > 1:
+            torch.set_num_threads(max(1, cores // ranks_here))
+
+
+def start(timeout_seconds: int) -> None:
+    """Join the process group. Data must be prepared before: it may outlast any collective's timeout.
+
+    Args:
+        timeout_seconds: how long a collective may wait for the slowest rank.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    # The shared-memory all-reduce for CPUs needs a compiler at every start and leaves 66 MiB per rank behind
+    # in /dev/shm; gloo serves without either.
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+
+
+def finish() -> None:
+    """Leave the process group together; without it some exits abort."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.barrier()
+
+
+def global_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor of any shape over all ranks; the input stays as it is."""
+    total = values.detach().clone()
+    if dist.is_initialized() and world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def gather_objects(item) -> list:
+    """Every rank's picklable item, in the order of ranks, on every rank."""
+    if not dist.is_initialized() or world_size() == 1:
+        return [item]
+    items = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Run a program's main function and turn what the user can mend into one line and exit code 2.
+
+    Returns:
+        The exit code: 0, 2 for `UserError`, 130 for Ctrl-C. Other exceptions pass through as they are.
+    """
+    prepare_environment()
+    try:
+        program(argv)
+        finish()
+        return 0
+    except UserError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the launcher ends all ranks when the first one exits: let rank 0 speak before
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

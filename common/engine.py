@@ -1,0 +1,164 @@
+"""The DeepSpeed configuration and the engines made from it.
+
+Every engine runs with `managed_gradient_accumulation` off: a step is any number of `backward` calls followed by
+one `step`. So an optimizer step may hold as many micro-batches as its rows need, and the loss carries its own
+normalisation (see `optimizer_step`).
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.distributed import world_size
+from common.errors import UserError
+from common.optim import build_optimizer, build_scheduler, parameter_groups
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`auto` is bf16 on a GPU that has it, fp16 on one that has not, and fp32 on a CPU.
+
+    Raises:
+        UserError: fp16 without a GPU; DeepSpeed cannot train it there.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name == "fp16" and not torch.cuda.is_available():
+        raise UserError("--dtype fp16 needs a GPU; on a CPU use --dtype fp32 or --dtype bf16")
+    return DTYPES[name]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What decides how DeepSpeed holds one model.
+
+    Attributes:
+        zero_stage: 0, 1, 2 or 3.
+        dtype: of the weights in forward and backward; the optimizer keeps fp32 masters.
+        micro_batch: rows per rank and forward pass, for DeepSpeed's throughput figures only.
+        offload: optimizer state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory.
+        max_grad_norm: gradient clipping by global norm; 0 turns it off.
+        override: path of a JSON file merged over the generated configuration.
+    """
+    zero_stage: int
+    dtype: torch.dtype
+    micro_batch: int
+    offload: bool = False
+    max_grad_norm: float = 0.0
+    override: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What decides how one model learns; learning rates per optimizer step, see `common.optim`."""
+    learning_rate: float
+    lora_learning_rate: float
+    weight_decay: float
+    scheduler: str
+    warmup_steps: int
+    total_steps: int
+
+
+def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict:
+    """The JSON configuration of one engine, as a dict.
+
+    A frozen model may only be held whole (stage 0) or partitioned (stage 3); stages 1 and 2 partition what a
+    frozen model does not have.
+    """
+    stage = settings.zero_stage if trainable or settings.zero_stage == 3 else 0
+    zero: dict = {"stage": stage, "overlap_comm": False}
+    if stage == 3:
+        # Small parameters stay whole: gathering them costs more than it saves.
+        zero.update(stage3_param_persistence_threshold=10_000, stage3_gather_16bit_weights_on_model_save=True)
+    if settings.offload and torch.cuda.is_available():
+        if trainable and stage > 0:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    config = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": settings.dtype == torch.bfloat16},
+        "fp16": {"enabled": settings.dtype == torch.float16, "initial_scale_power": 16},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+    return merge(config, json.loads(Path(settings.override).read_text())) if settings.override else config
+
+
+def merge(base: dict, override: dict) -> dict:
+    """`override` laid over `base`, section by section."""
+    merged = dict(base)
+    for key, value in override.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if both else value
+    return merged
+
+
+def training_engine(model: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings):
+    """A DeepSpeed engine that trains the parameters of `model` that require gradients."""
+    import deepspeed
+
+    groups = parameter_groups(model, optimizer.learning_rate, optimizer.weight_decay,
+                              optimizer.lora_learning_rate)
+    adamw = build_optimizer(groups, settings.offload and settings.zero_stage > 0)
+    schedule = build_scheduler(adamw, optimizer.scheduler, optimizer.warmup_steps, optimizer.total_steps)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, lr_scheduler=schedule,
+                                      config=deepspeed_config(settings))
+    _forget_start_up_step(adamw)
+    return engine
+
+
+def frozen_engine(model: nn.Module, settings: EngineSettings):
+    """A DeepSpeed engine for a model that is only read: no gradient, no optimizer; partitioned under ZeRO-3."""
+    import deepspeed
+
+    model.requires_grad_(False).eval()
+    engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config(settings, trainable=False))
+    return engine.eval()
+
+
+def optimizer_step(engine, micro_batches: Iterable, loss_of: Callable) -> None:
+    """Accumulate the gradients of all micro-batches of one optimizer step, then update.
+
+    Args:
+        micro_batches: this rank's micro-batches; every rank must have the same number of them.
+        loss_of: maps a micro-batch to this rank's share of the loss: its sum over tokens or pairs divided by
+            their number in the whole optimizer step, over all ranks and micro-batches. The shares of all ranks
+            and micro-batches then add up to the mean, whatever their sizes.
+    """
+    for micro_batch in micro_batches:
+        engine.backward(loss_of(micro_batch) * world_size())  # DeepSpeed averages gradients over ranks
+    engine.step()
+
+
+def gradient_norm(engine) -> float | None:
+    """Global gradient norm of the last step before clipping; None where DeepSpeed keeps none (fp32, ZeRO 0)."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def _forget_start_up_step(optimizer: torch.optim.Optimizer) -> None:
+    """Undo the step with zero gradients that some of DeepSpeed's optimizers take to allocate their state.
+
+    It advances Adam's step counter, so that bias correction makes the first real updates too small (bf16 at
+    stage 0: 0.735 of the other stages').
+    """
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"].zero_()
+        elif "step" in state:
+            state["step"] = 0

@@ -1,0 +1,108 @@
+"""Low-rank adapters through peft, injected in place so that a model keeps its class and its forward."""
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+
+ADAPTER = "default"
+
+
+def linear_modules(model: nn.Module) -> list[str]:
+    """Names of the linear layers of any architecture, without the output embeddings and the score head."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not output and not name.endswith("score")]
+
+
+def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, modules: str, flag: str,
+             base_name: str) -> nn.Module:
+    """Freeze `model` and give it trainable adapters; a `score` head stays trainable.
+
+    Args:
+        dim: rank r; alpha: the adapters' product is scaled by alpha / r.
+        modules: `auto` for every linear layer, or comma-separated parts of module names.
+        flag: the name of the option that `modules` came from, for the error.
+        base_name: recorded in the adapter's configuration.
+
+    Raises:
+        UserError: `modules` matches no linear layer; the message lists the kinds there are.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = linear_modules(model)
+    wanted = [part.strip() for part in modules.split(",") if part.strip()]
+    targets = linear if modules == "auto" else [name for name in linear if any(part in name for part in wanted)]
+    if not targets:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise UserError(f"{flag} {modules}: matches no linear layer; the model's are {', '.join(kinds)}")
+    model.requires_grad_(False)
+    config = LoraConfig(r=dim, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none",
+                        base_model_name_or_path=base_name)
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+        config.modules_to_save = ["score"]
+    model.lora_config = config
+    return model
+
+
+def has_lora(model: nn.Module) -> bool:
+    """True if `add_lora` was applied to this model or a part of it."""
+    return any(hasattr(module, "lora_config") for module in model.modules())
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: nn.Module):
+    """Within the context the model computes exactly what its base model does."""
+    from peft.tuners.lora import LoraLayer
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of the plain model that computes the same as `model` with its adapters.
+
+    Args:
+        model: the model with adapters; only its structure is read, so its weights may be partitioned.
+        state: its whole state dict on the CPU.
+
+    Returns:
+        A new state dict with the names of the model before `add_lora`: W + (alpha / r) B A, added in fp32.
+    """
+    from peft.tuners.lora import LoraLayer
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    merged = {}
+    for key, value in state.items():
+        if ".lora_" in key:
+            continue
+        name = key.removesuffix(".base_layer.weight")
+        if name != key and name in layers:
+            down, up = state[f"{name}.lora_A.{ADAPTER}.weight"], state[f"{name}.lora_B.{ADAPTER}.weight"]
+            change = layers[name].scaling[ADAPTER] * (up.float() @ down.float())
+            value = (value.float() + change).to(value.dtype)
+        merged[key.replace(".base_layer.", ".")] = value
+    return merged
+
+
+def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], directory: Path) -> None:
+    """Write the adapters, and a trained score head, as a directory that `PeftModel.from_pretrained` loads."""
+    from safetensors.torch import save_file
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {f"base_model.model.{key.replace(f'.{ADAPTER}.', '.')}": value.contiguous()
+               for key, value in state.items() if ".lora_" in key or key.startswith("score.")}
+    save_file(weights, directory / "adapter_model.safetensors")
+    config = model.lora_config.to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")

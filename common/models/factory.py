@@ -1,0 +1,138 @@
+"""Models from a name or directory: checked at the door, loaded in one dtype, partitioned as they load under ZeRO-3."""
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.data.tokenization import Codec
+from common.errors import UserError
+from common.models.builtin import BUILTIN_MODELS, materialise
+from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?\Z")
+
+
+def resolve_model(name: str, flag: str, cache_dir: Path) -> str:
+    """The directory or hub name to load a model from; a builtin model is written to the cache first.
+
+    Raises:
+        UserError: neither a directory with a config.json, a builtin, nor a possible hub name.
+    """
+    if name.startswith("builtin:"):
+        if name not in BUILTIN_MODELS:
+            raise UserError(f"{flag} {name}: no such built-in model; there are {', '.join(BUILTIN_MODELS)}")
+        return str(materialise(name, cache_dir))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.is_file():
+            raise UserError(f"{flag} {name}: the directory holds no config.json, so it is no Hugging Face model")
+        try:
+            json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{flag} {name}: {config} is not valid JSON ({error})") from None
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or not _HUB_NAME.match(name):
+        raise UserError(f"{flag} {name}: no such model directory")
+    return name
+
+
+def load_causal_lm(source: str, flag: str, codec: Codec, *, dtype: torch.dtype, ds_config: dict | None = None,
+                   dropout: float | None = None, gradient_checkpointing: bool = False,
+                   trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model in `dtype`, its embeddings large enough for the codec's tokenizer.
+
+    Args:
+        ds_config: the engine's DeepSpeed configuration; at stage 3 the weights are partitioned while they load.
+        dropout: every dropout probability of the model; None keeps the model's own.
+    """
+    from transformers import AutoModelForCausalLM
+    with _partitioned_loading(ds_config):
+        model = _load(AutoModelForCausalLM, source, flag, dtype, dropout, trust_remote_code)
+    return _fit(model, codec, gradient_checkpointing)
+
+
+def load_scalar_model(source: str, flag: str, codec: Codec, *, dtype: torch.dtype, ds_config: dict | None = None,
+                      dropout: float | None = None, gradient_checkpointing: bool = False,
+                      trust_remote_code: bool = False, mean: float = 0.0, std: float = 1.0,
+                      seed: int = 0) -> ScalarModel:
+    """A model with one number at every position, from a reward model or from a language model with a new head.
+
+    Args:
+        mean, std: the outputs are (raw - mean) / std.
+        seed: of a new head's initial weights.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    config = _guarded(lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), source, flag)
+    with _partitioned_loading(ds_config):
+        model = _load(AutoModelForSequenceClassification, source, flag, dtype, dropout, trust_remote_code,
+                      num_labels=1)
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{flag} {source}: {type(model).__name__} has no per-token score head; "
+                        "use a decoder-only language model")
+    scalar = ScalarModel(_fit(model, codec, gradient_checkpointing), mean, std)
+    if not is_scalar_config(config):
+        init_score_head(scalar, seed)
+    return scalar
+
+
+@contextlib.contextmanager
+def _partitioned_loading(ds_config: dict | None):
+    """Let from_pretrained split the weights over ranks as it reads them, where the engine will be ZeRO-3."""
+    if ds_config is None or ds_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    alive = HfDeepSpeedConfig(ds_config)  # transformers holds only a weak reference
+    try:
+        yield
+    finally:
+        del alive
+        unset_hf_deepspeed_config()
+
+
+def _load(auto_class, source: str, flag: str, dtype: torch.dtype, dropout: float | None, trust_remote_code: bool,
+          **config_changes) -> nn.Module:
+    from transformers import AutoConfig
+
+    def load():
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **config_changes)
+        if dropout is not None:
+            set_dropout(config, dropout)
+        return auto_class.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    return _guarded(load, source, flag)
+
+
+def _guarded(load, source: str, flag: str):
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{flag} {source}: the model cannot be loaded: {reason}") from error
+
+
+def set_dropout(config, probability: float) -> None:
+    """Set every dropout probability that a transformers configuration knows by any of the usual names."""
+    for name, value in list(vars(config).items()):
+        if ("drop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, probability if "layer" not in name else 0.0)
+
+
+def _fit(model, codec: Codec, gradient_checkpointing: bool):
+    vocabulary = len(codec.tokenizer)
+    if vocabulary > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(vocabulary)
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.pad_token_id, config.eos_token_id = codec.pad_id, codec.end_id
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model

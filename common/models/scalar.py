@@ -1,0 +1,68 @@
+"""ScalarModel: one number per position, for the reward model and the critic.
+
+Pooling (the score of a response is read at its last real token) happens outside, from lengths: see
+`common.models.scorer`. What is saved is the inner transformers sequence-classification model.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ScoreHead(nn.Linear):
+    """A linear head that computes in fp32: bf16 near a score of 10 has steps of 0.06, coarser than most margins."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden.float(), self.weight.float(), bias)
+
+
+class ScalarModel(nn.Module):
+    """Backbone and score head of a sequence-classification model with one label, read at every position.
+
+    Args:
+        classifier: a transformers *ForSequenceClassification model with a linear `score`.
+        mean, std: the outputs are (raw - mean) / std, the scale in which rewards and values are used.
+    """
+
+    def __init__(self, classifier, mean: float = 0.0, std: float = 1.0):
+        super().__init__()
+        classifier.score.__class__ = ScoreHead  # same parameters and names, another forward
+        self.classifier = classifier
+        self.mean, self.std = mean, std
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Numbers at every position.
+
+        Args:
+            input_ids: (B, L) right-padded.
+            attention_mask: (B, L), 1 on real tokens.
+
+        Returns:
+            (B, L) fp32; what stands on padding means nothing.
+        """
+        backbone = getattr(self.classifier, self.classifier.base_model_prefix)
+        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return (self.classifier.score(hidden).squeeze(-1) - self.mean) / self.std
+
+
+def is_scalar_config(config) -> bool:
+    """True if the configuration belongs to a saved sequence-classification model, whose head must be kept."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def init_score_head(model: ScalarModel, seed: int) -> None:
+    """Initialise the head from N(0, 1/sqrt(d + 1)), d the hidden size (Stiennon et al. 2020, arXiv:2009.01325).
+
+    The same weights on every rank, whatever the ZeRO stage.
+    """
+    import deepspeed
+    head = model.classifier.score
+    generator = torch.Generator().manual_seed(seed)
+    with deepspeed.zero.GatheredParameters(list(head.parameters()), modifier_rank=0):
+        with torch.no_grad():
+            deviation = (head.in_features + 1) ** -0.5
+            head.weight.copy_(torch.randn(1, head.in_features, generator=generator) * deviation)
+            if head.bias is not None:
+                head.bias.zero_()

@@ -1,0 +1,81 @@
+"""provenance.json: how an output directory was made, and whether what follows fits it.
+
+A model directory alone does not say which template and end token it was trained with, or in which scale its
+scores lie. A step that starts from another step's output checks here, before it loads a model.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from common.errors import UserError
+
+FILE = "provenance.json"
+_LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "datasets")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a model came to be.
+
+    Attributes:
+        step: "sft", "reward" or "ppo".
+        base: the model it was trained from, as given.
+        tokenizer: fingerprint of the tokenizer, see `common.data.tokenization.tokenizer_fingerprint`.
+        template: name of the template.
+        end_token, pad_token: the tokens' texts.
+        data_split, eval_fraction: the rule that kept the steps' prompts apart.
+        score_mean, score_std: of a reward model's raw scores over held-out answers.
+        versions: of the libraries that trained it.
+    """
+    step: str
+    base: str
+    tokenizer: str
+    template: str
+    end_token: str
+    pad_token: str
+    data_split: str
+    eval_fraction: float
+    score_mean: float | None = None
+    score_std: float | None = None
+    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})
+
+    def write(self, directory: str | Path) -> None:
+        """Write provenance.json into `directory`."""
+        (Path(directory) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def read_provenance(model: str | Path) -> Provenance | None:
+    """The provenance of a model directory, or of the output directory it lies in; None for any other model.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    for directory in (Path(model), Path(model).parent):
+        path = directory / FILE
+        if not (directory / FILE).is_file():
+            continue
+        try:
+            return Provenance(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): train the model again or remove the file") from None
+    return None
+
+
+def check_same_text(first: Provenance, first_flag: str, second: Provenance, second_flag: str) -> None:
+    """Two models that read the same ids must agree on tokenizer, template and end token.
+
+    Raises:
+        UserError: they differ; both sides are named.
+    """
+    for what in ("tokenizer", "template", "end_token"):
+        ours, theirs = getattr(first, what), getattr(second, what)
+        if ours != theirs:
+            raise UserError(f"{first_flag} was trained with {what} {_short(ours)} and {second_flag} with {what} "
+                            f"{_short(theirs)}: train both with the same tokenizer and --template")
+
+
+def _short(value: str) -> str:
+    return repr(value if len(value) <= 24 else value[:12])

@@ -1,0 +1,103 @@
+"""What a run says: metrics as JSON lines and TensorBoard, samples, a progress bar; libraries' chatter to a file.
+
+Rank 0 writes; on every other rank all of it does nothing.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from common.distributed import is_main, rank
+
+
+class Tracker:
+    """Metrics and samples of one run, under its output directory.
+
+    Files:
+        logs/metrics.jsonl: one object per `log` call: step, phase, seconds since the start, and the metrics.
+        logs/tensorboard/ (or `tensorboard_path`): the same as scalars named phase/metric.
+        samples/NAME.jsonl: what `samples` was given.
+
+    Args:
+        output_dir: the run's output directory.
+        tensorboard: whether to write TensorBoard events.
+        tensorboard_path: where, if not in the logs directory.
+    """
+
+    def __init__(self, output_dir: str | Path, tensorboard: bool = True, tensorboard_path: str | None = None):
+        self.directory = Path(output_dir)
+        self._start = time.monotonic()
+        self._file = self._board = None
+        if not is_main():
+            return
+        logs = self.directory / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self._file = open(logs / "metrics.jsonl", "w", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self._board = SummaryWriter(tensorboard_path or str(logs / "tensorboard"))
+
+    def log(self, phase: str, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Record metrics of a phase ("train", "eval", "done", ...) at a step; None and NaN are left out."""
+        if self._file is None:
+            return
+        values = {name: value for name, value in metrics.items()
+                  if value is not None and not (isinstance(value, float) and math.isnan(value))}
+        record = {"phase": phase, "step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{phase}/{name}", value, step)
+
+    def samples(self, name: str, rows: Iterable[Mapping]) -> None:
+        """Write rows (prompts, answers, scores) to samples/NAME.jsonl."""
+        if self._file is None:
+            return
+        path = self.directory / "samples" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def progress(self, total: int, what: str):
+        """A tqdm bar on rank 0; elsewhere one that shows nothing."""
+        from tqdm import tqdm
+        return tqdm(total=total, desc=what, disable=not is_main(), mininterval=1.0, dynamic_ncols=True)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def quiet_libraries(output_dir: str | Path) -> None:
+    """Send what DeepSpeed, transformers and Python's warnings say to logs/libraries.rankN.log.
+
+    Call it before any of them is imported; our own lines then stand alone on the terminal.
+    """
+    logs = Path(output_dir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(logs / f"libraries.rank{rank()}.log", mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.captureWarnings(True)
+
+    import datasets
+    import transformers
+    from deepspeed.utils import logger as deepspeed_logger
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for logger in (deepspeed_logger, logging.getLogger("transformers"), logging.getLogger("py.warnings"),
+                   logging.getLogger("datasets"), logging.getLogger("peft"), logging.getLogger("torch")):
+        logger.handlers[:] = [handler]
+        logger.propagate = False
