@@ -1,0 +1,57 @@
+"""Several data sources in one: ``--data_path a b:0.3``."""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.data.split import fractions
+from common.errors import UserError
+
+_WEIGHTED = re.compile(r"(?P<name>.*):(?P<weight>[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan)", re.I | re.S)
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One source of a blend.
+
+    ``weight``: the share of its prompts that is kept; 2.0 takes every row twice. ``config_name``: the
+    configuration of a hub data set that has several. ``flag``: the option that named it, for messages.
+    """
+
+    name: str
+    weight: float = 1.0
+    config_name: str | None = None
+    flag: str = "--data_path"
+
+    def copies(self, identity: str) -> int:
+        """How often the rows of the dialogue with this identity (`records.identity`) are taken.
+
+        A hash of the identity decides about the fraction, so a dialogue's rows stay or go together, and a greater
+        weight keeps all that a smaller one kept.
+        """
+        whole = math.floor(self.weight)
+        (position,) = fractions(identity, "blend", 1)
+        return whole + (position < self.weight - whole)
+
+
+def parse_data_path(values: Sequence[str], *, flag: str = "--data_path",
+                    config_name: str | None = None) -> list[SourceSpec]:
+    """``['a', 'b:0.3', 'builtin:courtesy']`` -> sources with weights 1, 0.3 and 1.
+
+    Only a trailing ``:number`` is a weight. Raises UserError for no source, an empty name or a weight that is not a
+    positive number.
+    """
+    if not values:
+        raise UserError(f"{flag}: name at least one data source (builtin:..., a file, a directory or a hub data set)")
+    specs = []
+    for value in values:
+        match = _WEIGHTED.fullmatch(value)
+        name, weight = (match["name"], float(match["weight"])) if match else (value, 1.0)
+        if not name.strip():
+            raise UserError(f"{flag} {value!r}: there is no name; write NAME or NAME:WEIGHT")
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"{flag} {value!r}: the weight must be a number above zero")
+        specs.append(SourceSpec(name, weight, config_name, flag))
+    return specs

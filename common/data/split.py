@@ -1,0 +1,79 @@
+"""Which phase (1 SFT, 2 reward model, 3 PPO) and which side (training, evaluation) a dialogue belongs to.
+
+The assignment is a function of the dialogue's first user turn alone. A dialogue's later prompts contain its earlier
+answers, so all of them must fall on the same side; and nothing else, neither seed, node, order nor the version of
+the data, may move a prompt from training to evaluation.
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Assignment:
+    phase: int      # 0 SFT, 1 reward model, 2 PPO
+    is_eval: bool
+
+
+def parse_data_split(value: str | Sequence[float]) -> tuple[float, float, float]:
+    """``'2,4,4'`` or ``(2, 4, 4)`` -> the three phases' parts, in proportion.
+
+    Raises UserError unless there are three finite numbers, none negative, not all zero.
+    """
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    wanted = f"--data_split {value!r}: give three parts for the steps 1, 2 and 3, such as 2,4,4"
+    try:
+        shares = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        raise UserError(f"{wanted}; these are not all numbers") from None
+    if len(shares) != 3:
+        raise UserError(f"{wanted}; there are {len(shares)}")
+    if not all(math.isfinite(share) and share >= 0 for share in shares):
+        raise UserError(f"{wanted}; none may be negative or infinite")
+    if not math.isfinite(sum(shares)) or sum(shares) == 0:
+        raise UserError(f"{wanted}; one at least must be above zero")
+    return shares
+
+
+def check_eval_fraction(value: float) -> float:
+    """The share of every phase's prompts held out for evaluation, in [0, 1). Raises UserError outside it."""
+    if not 0 <= value < 1:
+        raise UserError(f"--eval_fraction {value}: give a number from 0 up to, but not including, 1")
+    return value
+
+
+def normalised(text: str) -> str:
+    """``text`` without differences of Unicode form, case or white space, so that near-identical prompts meet."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(folded.split())
+
+
+def fractions(text: str, purpose: str, count: int) -> tuple[float, ...]:
+    """``count`` (at most 4) independent numbers in [0, 1) that depend on the normalised text and the purpose alone."""
+    key = f"{purpose}\n{normalised(text)}".encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(key).digest()
+    # 53 bits: exactly representable, so that no number rounds up to 1.
+    return tuple((int.from_bytes(digest[8 * i:8 * i + 8], "big") >> 11) / 2**53 for i in range(count))
+
+
+def assignment(first_user_turn: str, data_split: str | Sequence[float], eval_fraction: float) -> Assignment:
+    """The phase and side of a dialogue, by a hash of its normalised first user turn.
+
+    ``data_split``: the phases' parts (see `parse_data_split`); ``eval_fraction``: in [0, 1), of each phase.
+    """
+    shares = parse_data_split(data_split)
+    which, side = fractions(first_user_turn, "split", 2)
+    position, end, phase = which * sum(shares), 0.0, 0
+    for index, share in enumerate(shares):
+        end += share
+        if share > 0:
+            phase = index
+            if position < end:
+                break
+    return Assignment(phase, side < check_eval_fraction(eval_fraction))
