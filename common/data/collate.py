@@ -1,0 +1,126 @@
+"""Rows of ids to padded tensors.
+
+Training batches are padded on the right, prompts that are to be continued on the left, each batch to its own longest
+row. Masks come from lengths and never from comparing tokens with the padding token: that may be a token like others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from common.data.sampler import MicroBatch
+
+
+class _Batch:
+    def to(self, device: torch.device | str):
+        """The same batch on another device."""
+        return type(self)(**{field.name: getattr(self, field.name).to(device, non_blocking=True)
+                             for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class TokenBatch(_Batch):
+    """B sequences of up to L tokens, padded on the right.
+
+    Attributes:
+        input_ids, attention_mask: (B, L) long.
+        loss_mask: (B, L) bool, True where the token at that position is a target. Never at position 0, which nothing
+            predicts, and nowhere in a filler.
+        lengths: (B,) long, tokens of each row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch(_Batch):
+    """B comparisons as 2B sequences, padded on the right: rows 0..B-1 end in the chosen response, the rest in the
+    rejected one, in the same order.
+
+    Attributes:
+        input_ids, attention_mask: (2B, L) long.
+        lengths: (2B,) long.
+        real: (B,) bool, False for a filler.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    lengths: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True)
+class PromptBatch(_Batch):
+    """B prompts of up to P tokens, padded on the left.
+
+    Attributes:
+        input_ids, attention_mask: (B, P) long.
+        lengths: (B,) long.
+        prompt_index: (B,) long, row number in the data set.
+        real: (B,) bool, False for a filler.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    lengths: Tensor
+    prompt_index: Tensor
+    real: Tensor
+
+
+def collate_demonstrations(dataset: Dataset, micro_batch: MicroBatch, pad_id: int,
+                           train_on_prompt: bool = False) -> TokenBatch:
+    """Prompt and response of each row; the targets are the response with its end token, or with `train_on_prompt`
+    the prompt too."""
+    rows = dataset[list(micro_batch.indices)]
+    prompts = [0 if train_on_prompt else len(prompt) for prompt in rows["prompt_ids"]]
+    joined = [prompt + response for prompt, response in zip(rows["prompt_ids"], rows["response_ids"])]
+    return _token_batch(joined, prompts, micro_batch.real, pad_id)
+
+
+def collate_texts(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) -> TokenBatch:
+    """Plain text; every token is a target."""
+    texts = list(dataset[list(micro_batch.indices)]["input_ids"])
+    return _token_batch(texts, [0] * len(texts), micro_batch.real, pad_id)
+
+
+def collate_comparisons(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) -> PairBatch:
+    """Each row's prompt with its chosen and with its rejected response."""
+    rows = dataset[list(micro_batch.indices)]
+    joined = [prompt + response for answers in ("chosen_ids", "rejected_ids")
+              for prompt, response in zip(rows["prompt_ids"], rows[answers])]
+    return PairBatch(*_padded(joined, pad_id), real=torch.tensor(micro_batch.real))
+
+
+def collate_prompts(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) -> PromptBatch:
+    """Prompts ready to be continued."""
+    prompts = list(dataset[list(micro_batch.indices)]["prompt_ids"])
+    return PromptBatch(*_padded(prompts, pad_id, left=True), prompt_index=torch.tensor(micro_batch.indices),
+                       real=torch.tensor(micro_batch.real))
+
+
+def _token_batch(rows: Sequence[list[int]], prompt_lengths: Sequence[int], real: Sequence[bool],
+                 pad_id: int) -> TokenBatch:
+    input_ids, attention_mask, lengths = _padded(rows, pad_id)
+    position = torch.arange(input_ids.shape[1])
+    first_target = torch.tensor(prompt_lengths).clamp(min=1)[:, None]
+    loss_mask = (position >= first_target) & (position < lengths[:, None]) & torch.tensor(real)[:, None]
+    return TokenBatch(input_ids, attention_mask, loss_mask, lengths)
+
+
+def _padded(rows: Sequence[list[int]], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids (B, L), attention mask (B, L) and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    position = torch.arange(width)
+    present = position >= width - lengths[:, None] if left else position < lengths[:, None]
+    input_ids = torch.full((len(rows), width), pad_id)
+    input_ids[present] = torch.tensor([token for row in rows for token in row])
+    return input_ids, present.long(), lengths

@@ -1,0 +1,106 @@
+"""Which rows form which optimizer step, on which rank.
+
+Rows of like length go together, so that little is padded, and every rank gets the same number of batches with about
+the same number of tokens. What an optimizer step consists of depends on the seed, the epoch and its size only: the
+same run on another number of ranks sees the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass. Where `real` is False the row is a repeated one that must count nothing."""
+
+    indices: tuple[int, ...]
+    real: tuple[bool, ...]
+
+
+class StepSampler:
+    """The optimizer steps of an epoch, as one rank sees them.
+
+    Every row occurs once in an epoch, over all ranks. The last rows are filled up to a whole step with fillers.
+
+    Args:
+        lengths: tokens of each row.
+        rows_per_micro_batch: rows of one forward pass on one rank.
+        micro_batches_per_step: gradient accumulation.
+        world_size, rank: the steps are dealt out over the ranks.
+        seed: of the order; each epoch has its own.
+    """
+
+    # Rows are sorted by length among so many steps' worth of rows, and at most among a quarter of the epoch: sorting
+    # a whole epoch would put the same rows together in every epoch.
+    _STEPS_SORTED_TOGETHER = 50
+
+    def __init__(self, lengths: Sequence[int], *, rows_per_micro_batch: int, micro_batches_per_step: int,
+                 world_size: int, rank: int, seed: int):
+        if not 0 <= rank < world_size or rows_per_micro_batch < 1 or micro_batches_per_step < 1 or len(lengths) < 1:
+            raise ValueError("a sampler needs rows, positive batch sizes and a rank below the world size")
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._rows = rows_per_micro_batch
+        self._micro_batches = micro_batches_per_step
+        self._world_size = world_size
+        self._rank = rank
+        self._seed = seed
+        self._global_rows = rows_per_micro_batch * micro_batches_per_step * world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._lengths) // self._global_rows)
+
+    def epoch(self, epoch: int) -> list[list[MicroBatch]]:
+        """This rank's micro-batches, one inner list per optimizer step."""
+        return [self._dealt(rows) for rows in self._global_batches(epoch)]
+
+    def _global_batches(self, epoch: int) -> list[np.ndarray]:
+        """The rows of each step, longest first; independent of ranks and micro-batches."""
+        random = np.random.default_rng([self._seed, epoch])
+        order = random.permutation(len(self._lengths))
+        together = min(max(self.steps_per_epoch // 4, 1), self._STEPS_SORTED_TOGETHER) * self._global_rows
+        steps: list[np.ndarray] = []
+        for start in range(0, len(order), together):
+            rows = _longest_first(order[start:start + together], self._lengths)
+            steps += [rows[i:i + self._global_rows] for i in range(0, len(rows), self._global_rows)]
+        return [steps[i] for i in random.permutation(len(steps))]
+
+    def _dealt(self, rows: np.ndarray) -> list[MicroBatch]:
+        """This rank's share of a step. Neighbours in length are on all ranks at the same time; the rank that has
+        the longest of one round has the shortest of the next."""
+        batches = _batches(rows, self._rows, count=self._micro_batches * self._world_size)
+        rounds = [batches[i:i + self._world_size] for i in range(0, len(batches), self._world_size)]
+        return [dealt[self._rank if number % 2 == 0 else -1 - self._rank] for number, dealt in enumerate(rounds)]
+
+
+def evaluation_batches(lengths: Sequence[int], rows_per_batch: int, world_size: int, rank: int,
+                       max_batches: int | None = None) -> list[MicroBatch]:
+    """This rank's batches of an evaluation: every row once over all ranks, as many batches on each rank.
+
+    Longest rows first: what does not fit into memory shows at once. With `max_batches` (per rank) an even choice
+    from the long to the short ones.
+    """
+    rows = _longest_first(np.arange(len(lengths)), np.asarray(lengths, dtype=np.int64))
+    if not len(rows):
+        return []
+    per_rank = -(-len(rows) // (rows_per_batch * world_size))
+    mine = _batches(rows, rows_per_batch, count=per_rank * world_size)[rank::world_size]
+    if max_batches is None or max_batches >= per_rank:
+        return mine
+    return [mine[i * per_rank // max_batches] for i in range(max_batches)]
+
+
+def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(-lengths[rows], kind="stable")]
+
+
+def _batches(rows: np.ndarray, rows_per_batch: int, count: int) -> list[MicroBatch]:
+    """`count` batches of consecutive rows; places left over are filled with the last, the shortest row."""
+    filled = rows.tolist() + [int(rows[-1])] * (count * rows_per_batch - len(rows))
+    real = [place < len(rows) for place in range(len(filled))]
+    return [MicroBatch(tuple(filled[i:i + rows_per_batch]), tuple(real[i:i + rows_per_batch]))
+            for i in range(0, len(filled), rows_per_batch)]

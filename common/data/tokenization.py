@@ -1,0 +1,217 @@
+"""Text to ids and back: the one place that decides prompt ids, response ids and the end token, for every step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+
+from common.data.records import Prompt
+from common.data.templates import ChatTemplate, Template, get_template
+from common.errors import UserError
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token that is not its end token.
+
+    The choice of that token depends on nothing but the tokenizer, so two models that share a tokenizer share it too.
+
+    Raises:
+        UserError: there is no usable tokenizer at `name_or_path`.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load the tokenizer of {name_or_path}: {reason}") from error
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        # transformers makes up an empty tokenizer for a model directory that has a config but no tokenizer files
+        raise UserError(f"{name_or_path} holds no tokenizer: put the tokenizer's files into the model's directory")
+    _separate_padding(tokenizer)
+    return tokenizer
+
+
+def make_codec(tokenizer: PreTrainedTokenizerBase, template_name: str, *, add_eot_token: bool = False,
+               eot_token: str = "<|endoftext|>") -> Codec:
+    """The codec of a tokenizer and a template. The end token is the tokenizer's own, or with `add_eot_token` that one.
+
+    Changes the tokenizer in the latter case: `eot_token` becomes a special token (under its old id where the
+    vocabulary has it) and the tokenizer's `eos_token`, so that what is saved with the model says where it stops.
+
+    Raises:
+        UserError: the tokenizer has no end token and none is added, or the template cannot be used with it.
+    """
+    if add_eot_token:
+        tokenizer.add_special_tokens({"eos_token": AddedToken(eot_token, special=True, normalized=False)})
+        _separate_padding(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end token: pass --add_eot_token (and --eot_token for its name)")
+    return Codec(tokenizer, get_template(template_name, tokenizer), tokenizer.eos_token)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over what turns text into ids: vocabulary, merges, special tokens and chat template.
+
+    The same before and after a tokenizer is saved and loaded, in whatever file format.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    content = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "merges": model.get("merges"),
+        "special": {role: getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "pad", "unk")},
+        "start": _start_ids(tokenizer),
+        "chat_template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Codec:
+    """Prompts and responses as ids, under one tokenizer, one template and one end token.
+
+    Prompt and response are tokenized apart and joined as ids, so a prompt has the same ids whatever follows it.
+    Nothing a user writes becomes a special token.
+
+    Attributes:
+        tokenizer, template: as given.
+        end_token, end_id: ends every response.
+        pad_token, pad_id: never equal to the end token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, end_token: str):
+        self.tokenizer = tokenizer
+        self.template = template
+        self.end_token = end_token
+        self.end_id: int = tokenizer.convert_tokens_to_ids(end_token)
+        self.pad_token: str = tokenizer.pad_token
+        self.pad_id: int = tokenizer.pad_token_id
+        self._start = _start_ids(tokenizer)
+        self._special = _special_ids(tokenizer)
+        # Some tokenizers (sentencepiece) put a space before a text, because it would start a sentence: right for a
+        # prompt, wrong for a response, which continues one.
+        letter = self._plain_ids("a")
+        self._adds_space = " " in self._decoded(letter + letter).strip()
+        # Their decoders take one leading space away again: this one, when text is to be decoded as a continuation.
+        self._space = self._plain_ids(" ") if self._adds_space else []
+
+    def encode_prompt(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
+        """Ids of the prompt up to and including the assistant's cue, cut as `cut_prompt` does.
+
+        The tokenizer's start tokens come first if it puts any before a text (a chat template brings its own).
+        """
+        if isinstance(self.template, ChatTemplate):
+            ids = self.template.prompt_ids(prompt)
+        else:
+            ids = self._start + self._text_ids(self.template.prompt_text(prompt))
+        return ids if max_tokens is None else self.cut_prompt(ids, max_tokens)
+
+    def cut_prompt(self, ids: list[int], max_tokens: int) -> list[int]:
+        """At most `max_tokens` ids: the start token and the last of the others, where the question is."""
+        if len(ids) <= max_tokens:
+            return ids
+        start = self._start if ids[:len(self._start)] == self._start else []
+        return start + ids[len(ids) - max(max_tokens - len(start), 0):]
+
+    def encode_response(self, text: str) -> list[int]:
+        """Ids of an answer as it follows the cue, and the end token."""
+        return self._text_ids(self.template.response_text(text), continues=True) + [self.end_id]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a plain document: start tokens, the text, the end token. No template."""
+        return self._start + self._text_ids(text) + [self.end_id]
+
+    def decode_response(self, ids: Sequence[int]) -> str:
+        """The answer in `ids`, up to the end token if there is one, without special tokens and the template's lead."""
+        ids = list(ids)
+        if self.end_id in ids:
+            ids = ids[:ids.index(self.end_id)]
+        context = self._decoded(self._space)
+        return self._decoded(self._space + ids)[len(context):].removeprefix(self.template.lead)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The answer piece by piece, while its ids arrive; the pieces together are `decode_response` of all ids."""
+        seen: list[int] = []
+        shown = ""
+        for token in ids:
+            if token == self.end_id:
+                break
+            seen.append(token)
+            text = self.decode_response(seen)
+            # A character of several bytes may lack its last ones; the start of a lead may turn out to be one.
+            if text.endswith("\ufffd") or self.template.lead.startswith(text) or not text.startswith(shown):
+                continue
+            if text != shown:
+                yield text[len(shown):]
+            shown = text
+        rest = self.decode_response(seen)[len(shown):]
+        if rest:
+            yield rest
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Ids of text in which special tokens are spelt out."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+
+    def _continued_ids(self, text: str) -> list[int]:
+        """Ids of text that does not start a sentence: what is left of it after a newline that comes before."""
+        if not self._adds_space:
+            return self._plain_ids(text)
+        before, both = self._plain_ids("\n"), self._plain_ids("\n" + text)
+        return both[len(before):] if both[:len(before)] == before else self._plain_ids(text)
+
+    def _text_ids(self, text: str, *, continues: bool = False) -> list[int]:
+        encode = self._continued_ids if continues else self._plain_ids
+        ids = encode(text)
+        found = self._special.intersection(ids)
+        if not found:
+            return ids
+        # A vocabulary can hold merges that lead from plain characters to a special token: keep these apart.
+        spelt = self.tokenizer.convert_ids_to_tokens(sorted(found))
+        apart = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelt)
+        first, *others = re.split(apart, text)
+        ids = encode(first) + [token for piece in others for token in self._continued_ids(piece)]
+        if self._special.intersection(ids):
+            raise UserError(f"the tokenizer turns plain text into its special token {' or '.join(spelt)}: "
+                            "choose a tokenizer that keeps special tokens out of text")
+        return ids
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer's own rule puts before a text, such as <s>."""
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    ruled = tokenizer.encode("a", add_special_tokens=True)
+    starts = [i for i in range(len(ruled)) if ruled[i:i + len(bare)] == bare]
+    return ruled[:starts[0]] if starts else []
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that steer the model. The unknown token is none: it stands for text."""
+    steering = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    steering.update(tokenizer.all_special_ids)
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return steering if tokenizer.unk_token_id in named else steering - {tokenizer.unk_token_id}
+
+
+def _separate_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a padding token that is not its end token: a model must see the end it is to learn.
+
+    In order: its own; the unknown token; a special token made for padding or kept in reserve; a new one.
+    """
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in taken:
+        tokenizer.pad_token = tokenizer.unk_token
+        return
+    for purpose in ("pad", "reserved", "unused"):
+        for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
+            if token.special and purpose in token.content.lower() and token_id not in taken:
+                tokenizer.pad_token = token.content
+                return
+    vocabulary = tokenizer.get_vocab()
+    tokenizer.add_special_tokens({"pad_token": next(name for name in ("<pad>", "<|pad|>") if name not in vocabulary)})

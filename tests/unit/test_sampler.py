@@ -1,0 +1,100 @@
+from collections import Counter
+
+import pytest
+from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
+from hypothesis import given
+from hypothesis import strategies as st
+
+some_lengths = st.lists(st.integers(1, 500), min_size=1, max_size=150)
+small = st.integers(1, 4)
+
+
+def ranks(lengths, rows, micro_batches, world_size, seed=0, epoch=0) -> list[list[list[MicroBatch]]]:
+    """An epoch as every rank sees it: [rank][step][micro-batch]."""
+    return [StepSampler(lengths, rows_per_micro_batch=rows, micro_batches_per_step=micro_batches,
+                        world_size=world_size, rank=rank, seed=seed).epoch(epoch) for rank in range(world_size)]
+
+
+def real_rows(batches) -> list[int]:
+    return [row for batch in batches for row, real in zip(batch.indices, batch.real) if real]
+
+
+def step_rows(seen) -> list[Counter]:
+    """The real rows of each global step."""
+    return [Counter(row for step in steps for row in real_rows(step)) for steps in zip(*seen)]
+
+
+def padded_tokens(batches, lengths) -> int:
+    return sum(len(batch.indices) * max(lengths[row] for row in batch.indices) for batch in batches)
+
+
+@given(some_lengths, small, small, small)
+def test_every_row_once_in_an_epoch_and_equal_counts_on_every_rank(lengths, rows, micro_batches, world_size):
+    seen = ranks(lengths, rows, micro_batches, world_size)
+    assert sum(step_rows(seen), Counter()) == Counter(range(len(lengths)))
+    steps = -(-len(lengths) // (rows * micro_batches * world_size))
+    for steps_of_rank in seen:
+        assert [len(step) for step in steps_of_rank] == [micro_batches] * steps
+        assert all(len(batch.indices) == len(batch.real) == rows for step in steps_of_rank for batch in step)
+
+
+@given(some_lengths, small, st.integers(0, 5))
+def test_steps_are_the_same_on_any_number_of_ranks(lengths, rows, epoch):
+    """12 micro-batches a step, dealt as 1 x 12, 2 x 6, 3 x 4 and 12 x 1; 12 x rows in one is the same step too."""
+    expected = step_rows(ranks(lengths, rows, 12, 1, epoch=epoch))
+    assert step_rows(ranks(lengths, 12 * rows, 1, 1, epoch=epoch)) == expected
+    for world_size in (2, 3, 12):
+        assert step_rows(ranks(lengths, rows, 12 // world_size, world_size, epoch=epoch)) == expected
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    lengths = list(range(1, 200))
+    first = ranks(lengths, 2, 2, 2, seed=1, epoch=0)
+    assert ranks(lengths, 2, 2, 2, seed=1, epoch=0) == first
+    assert ranks(lengths, 2, 2, 2, seed=1, epoch=1) != first
+    assert ranks(lengths, 2, 2, 2, seed=2, epoch=0) != first
+
+
+def test_other_epochs_put_other_rows_together():
+    lengths = [row % 37 + 1 for row in range(400)]
+    together = [{frozenset(rows) for rows in step_rows(ranks(lengths, 4, 1, 1, epoch=epoch))} for epoch in (0, 1)]
+    assert len(together[0] & together[1]) < len(together[0]) / 10
+
+
+def test_little_is_padded_and_ranks_carry_alike():
+    lengths = [(row * 7919) % 500 + 1 for row in range(4000)]
+    seen = ranks(lengths, 4, 4, 2)
+    grouped = [sum(padded_tokens(step, lengths) for step in steps) for steps in seen]
+    random = padded_tokens([MicroBatch(tuple(range(i, i + 4)), (True,) * 4) for i in range(0, 4000, 4)], lengths)
+    assert sum(grouped) / sum(lengths) - 1 < 0.1 * (random / sum(lengths) - 1)
+    assert max(grouped) / min(grouped) < 1.02
+
+
+@given(some_lengths, small, small)
+def test_fillers_repeat_a_row_of_their_own_step(lengths, rows, world_size):
+    for steps in zip(*ranks(lengths, rows, 2, world_size)):
+        known = {row for step in steps for row in real_rows(step)}
+        assert {row for step in steps for batch in step for row in batch.indices} == known
+
+
+@given(some_lengths, small, small)
+def test_an_evaluation_sees_every_row_once_on_equally_many_batches(lengths, rows, world_size):
+    seen = [evaluation_batches(lengths, rows, world_size, rank) for rank in range(world_size)]
+    assert sorted(row for batches in seen for row in real_rows(batches)) == list(range(len(lengths)))
+    assert len({len(batches) for batches in seen}) == 1
+    assert all(len(batch.indices) == rows for batches in seen for batch in batches)
+
+
+def test_a_shortened_evaluation_takes_long_and_short_rows():
+    lengths = list(range(1, 101))
+    taken = evaluation_batches(lengths, 5, 2, 0, max_batches=4)
+    means = [sum(lengths[row] for row in batch.indices) / 5 for batch in taken]
+    assert len(taken) == 4
+    assert max(means) > 90 and min(means) < 35
+    assert evaluation_batches(lengths, 5, 2, 0, max_batches=99) == evaluation_batches(lengths, 5, 2, 0)
+
+
+def test_nothing_to_evaluate_is_no_batches_and_nothing_to_train_on_is_an_error():
+    assert evaluation_batches([], 4, 2, 1) == []
+    with pytest.raises(ValueError):
+        StepSampler([], rows_per_micro_batch=1, micro_batches_per_step=1, world_size=1, rank=0, seed=0)
