@@ -1,0 +1,36 @@
+"""Statistics as sums: those of several micro-batches and ranks merge by addition; a mean is taken once."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Sums = dict[str, Tensor]  # name -> float64 scalar: a total over the counted elements, never a mean
+GlobalSum = Callable[[Tensor], Tensor]  # returns the sum over all ranks of a tensor of the same shape on each
+
+
+def on_this_rank(tensor: Tensor) -> Tensor:
+    """The `GlobalSum` of a single rank."""
+    return tensor
+
+
+def masked_sum(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Sum of `tensor` where `mask` (bool, same shape) is true: a float64 scalar without a gradient.
+
+    What lies outside the mask may be anything, NaN included.
+    """
+    return tensor.detach().masked_fill(~mask, 0).sum(dtype=torch.float64)
+
+
+def add_sums(parts: Sequence[Sums], global_sum: GlobalSum = on_this_rank) -> Sums:
+    """Adds statistics of equal names over micro-batches and, in a single reduction, over ranks."""
+    names = sorted(parts[0])
+    totals = global_sum(torch.stack([torch.stack([part[name] for name in names]) for part in parts]).sum(0))
+    return dict(zip(names, totals))
+
+
+def means(sums: Sums, count: str) -> dict[str, float]:
+    """Every sum divided by the sum named `count`, which is left out; 0 where nothing was counted."""
+    counted = max(float(sums[count]), 1.0)
+    return {name: float(total) / counted for name, total in sums.items() if name != count}

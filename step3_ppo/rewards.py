@@ -1,0 +1,87 @@
+"""From KL and score to one reward per token."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.sums import Sums, masked_sum
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+LOG_RATIO_LIMIT = 20.0  # nats; beyond it a ratio of probabilities is clamped, before exp can overflow
+
+
+def kl_estimate(log_probs: Tensor, other_log_probs: Tensor, estimator: str) -> Tensor:
+    """One-sample estimates, in nats, of KL(p || q) at tokens drawn from p. Any shape; elementwise.
+
+    With d = log p - log q:  k1 = d (unbiased);  k2 = d^2 / 2 (biased, never negative);  k3 = exp(-d) - 1 + d
+    (unbiased, never negative). Source: "Approximating KL Divergence" (blog post, 2020). For rewards and
+    monitoring: as losses, their gradients would not be those of the KL.
+    """
+    d = log_probs - other_log_probs
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        d = d.clamp_min(-LOG_RATIO_LIMIT)
+        return torch.expm1(-d) + d
+    raise ValueError(f"unknown KL estimator {estimator!r}: choose from {', '.join(KL_ESTIMATORS)}")
+
+
+@dataclass(frozen=True)
+class ShapedScores:
+    """Scores as PPO sees them, and sums over the real responses.
+
+    sums: `responses` (their number), `raw_score`, `score` (shaped), `clipped`, `finished` (how many were).
+    """
+
+    scores: Tensor  # (B,) float32
+    sums: Sums
+
+
+def shape_scores(
+    scores: Tensor,
+    finished: Tensor,
+    real: Tensor,
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    clip: float = 5.0,
+    missing_eos_penalty: float = 0.0,
+    missing_eos_score: float | None = None,
+) -> ShapedScores:
+    """Normalises scores, clips them to +-clip, then marks down the responses that were cut by length.
+
+    scores (B,) raw; finished, real (B,) bool. `mean` and `std` are the reward model's own, kept with it. An
+    unfinished response loses `missing_eos_penalty` (in normalised units), or scores `missing_eos_score` if that
+    is given.
+    """
+    if std <= 0:
+        raise ValueError(f"the standard deviation of the reward model's scores must be positive, not {std}")
+    normalised = (scores.float() - mean) / std
+    clipped = normalised.clamp(-clip, clip)
+    if missing_eos_score is None:
+        shaped = clipped - missing_eos_penalty * (~finished)
+    else:
+        shaped = clipped.masked_fill(~finished, missing_eos_score)
+    sums = {
+        "responses": masked_sum(torch.ones_like(shaped), real),
+        "raw_score": masked_sum(scores, real),
+        "score": masked_sum(shaped, real),
+        "clipped": masked_sum(normalised != clipped, real),
+        "finished": masked_sum(finished, real),
+    }
+    return ShapedScores(shaped, sums)
+
+
+def token_rewards(kl: Tensor, scores: Tensor, response_mask: Tensor, beta: float) -> Tensor:
+    """r_t = -beta * kl_t, plus the score at the last response token; 0 outside the mask.
+
+    kl (B, R) in nats; scores (B,) shaped; response_mask (B, R) bool. Returns (B, R).
+    Source: arXiv:2203.02155, eq. 2.
+    """
+    last = response_mask.sum(1, keepdim=True) - 1
+    at_last = torch.arange(response_mask.shape[1], device=kl.device) == last
+    return (-beta * kl).masked_fill(~response_mask, 0) + torch.where(at_last, scores[:, None], 0.0)

@@ -1,0 +1,107 @@
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from step3_ppo.experience import Experience, Rollout
+
+PROMPTS = [[5, 6, 7], [8], [5, 6]]
+ANSWERS = [[9, 2], [3, 4, 3, 2], [9]]
+PAD = 2  # also the end token
+
+
+def rollout(rows=(0, 1, 2), real=None, width=0):
+    joined = [PROMPTS[row] + ANSWERS[row] for row in rows]
+    width = max(width, *(len(row) for row in joined))
+    return Rollout(
+        tokens=torch.tensor([row + [PAD] * (width - len(row)) for row in joined]),
+        prompt_lengths=torch.tensor([len(PROMPTS[row]) for row in rows]),
+        response_lengths=torch.tensor([len(ANSWERS[row]) for row in rows]),
+        finished=torch.tensor([ANSWERS[row][-1] == PAD for row in rows]),
+        prompt_index=torch.tensor([10 + row for row in rows]),
+        real=torch.tensor(real if real is not None else [True] * len(rows)),
+    )
+
+
+def experience(rows=(0, 1, 2), **options):
+    """Every (B, R) tensor names its row and column: field * 100 + row * 10 + column."""
+    made = rollout(rows, **options)
+    columns = torch.arange(made.response_mask.shape[1])
+    places = (10 * torch.tensor(rows)[:, None] + columns).float()
+    names = ("old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")
+    aligned = {name: 100 * (number + 1) + places for number, name in enumerate(names)}
+    return Experience(rollout=made, scores=torch.tensor([float(row) for row in rows]), **aligned)
+
+
+def counted(batch, field):
+    """The values of a (B, R) field that count, row by row."""
+    mask = batch.response_mask
+    return [getattr(batch, field)[row][mask[row]].tolist() for row in range(len(mask))]
+
+
+def test_masks_and_response_tokens_come_from_lengths_even_where_the_end_token_pads():
+    made = rollout(width=7)
+    assert made.lengths.tolist() == [5, 5, 3]
+    assert made.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0, 0]] * 2 + [[1, 1, 1, 0, 0, 0, 0]]
+    assert made.response_mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert made.response_tokens.tolist() == [[9, 2, 0, 0], [3, 4, 3, 2], [9, 0, 0, 0]]
+
+
+def test_fillers_are_attended_to_but_count_nowhere():
+    made = rollout(real=[True, False, True])
+    assert made.attention_mask[1].all()
+    assert not made.response_mask[1].any() and made.response_mask[0].any()
+
+
+def test_select_trims_to_the_longest_chosen_row():
+    part = experience(width=9).select([2, 0])
+    assert part.rollout.tokens.tolist() == [[5, 6, 9, PAD, PAD], [5, 6, 7, 9, 2]]
+    assert part.response_mask.tolist() == [[True, False], [True, True]]
+    assert part.rollout.prompt_index.tolist() == [12, 10] and part.scores.tolist() == [2.0, 0.0]
+    assert counted(part, "values") == [[320.0], [300.0, 301.0]]
+
+
+def test_select_can_mark_fillers_and_never_revives_one():
+    part = experience(real=[True, False, True]).select((0, 1, 2, 2), real=(True, True, True, False))
+    assert part.rollout.real.tolist() == [True, False, True, False]
+    assert part.response_mask.sum(1).tolist() == [2, 0, 1, 0]
+
+
+@pytest.mark.parametrize("parts", [[(0,), (1,), (2,)], [(0, 2), (1,)], [(0, 1, 2)]])
+def test_concat_of_selections_keeps_every_row_as_it_was(parts):
+    whole = experience()
+    joined = Experience.concat([whole.select(rows) for rows in parts])
+    order = [row for rows in parts for row in rows]
+    expected = whole.select(order)
+    assert torch.equal(joined.response_mask, expected.response_mask)
+    assert torch.equal(joined.rollout.response_tokens, expected.rollout.response_tokens)
+    assert torch.equal(joined.rollout.attention_mask, expected.rollout.attention_mask)
+    assert torch.equal(joined.scores, expected.scores)
+    for field in ("old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns"):
+        assert counted(joined, field) == counted(expected, field)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def test_on_any_device_a_selection_is_there_whole_and_the_same(device):
+    moved = experience().to(device).select([1, 0], real=[True, False])
+    here = experience().select([1, 0], real=[True, False])
+    for found, expected in ((moved, here), (moved.rollout, here.rollout)):
+        for field in fields(expected):
+            if field.name != "rollout":
+                tensor = getattr(found, field.name)
+                assert tensor.device.type == device
+                assert torch.equal(tensor.cpu(), getattr(expected, field.name))
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name():
+    made = experience()
+    with pytest.raises(ValueError, match=r"Experience.values has shape \(3, 3\)"):
+        replace(made, values=made.values[:, :3])
+    with pytest.raises(ValueError, match="Experience.scores"):
+        replace(made, scores=made.scores[:2])
+    with pytest.raises(ValueError, match="Rollout.finished"):
+        replace(made.rollout, finished=made.rollout.finished[:2])
+    with pytest.raises(ValueError, match="empty prompt"):
+        replace(made.rollout, prompt_lengths=made.rollout.prompt_lengths - 1)
+    with pytest.raises(ValueError, match="longest row 6"):
+        replace(made.rollout, response_lengths=made.rollout.response_lengths + 1)
