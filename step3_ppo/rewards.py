@@ -55,8 +55,8 @@ def shape_scores(
     """Normalises scores, clips them to +-clip, then marks down the responses that were cut by length.
 
     scores (B,) raw; finished, real (B,) bool. `mean` and `std` are the reward model's own, kept with it. An
-    unfinished response loses `missing_eos_penalty` (in normalised units), or scores `missing_eos_score` if that
-    is given.
+    unfinished response loses `missing_eos_penalty` (in normalised units), or scores `missing_eos_score` where
+    that is given.
     """
     if std <= 0:
         raise ValueError(f"the standard deviation of the reward model's scores must be positive, not {std}")
