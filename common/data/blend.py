@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from common.data.split import fractions
 from common.errors import UserError
 
-_WEIGHTED = re.compile(r"(?P<name>.*):(?P<weight>[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan)", re.I | re.S)
+_WEIGHTED = re.compile(r"(?P<name>.*):(?P<weight>[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan)",
+                       re.I | re.S)
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class SourceSpec:
     def copies(self, identity: str) -> int:
         """How often the rows of the dialogue with this identity (`records.identity`) are taken.
 
-        A hash of the identity decides about the fraction, so a dialogue's rows stay or go together, and a greater
-        weight keeps all that a smaller one kept.
+        A hash of the identity decides about the fraction, so a dialogue's rows stay or go together, and a
+        greater weight keeps all that a smaller one kept.
         """
         whole = math.floor(self.weight)
         (position,) = fractions(identity, "blend", 1)
@@ -40,11 +41,12 @@ def parse_data_path(values: Sequence[str], *, flag: str = "--data_path",
                     config_name: str | None = None) -> list[SourceSpec]:
     """``['a', 'b:0.3', 'builtin:courtesy']`` -> sources with weights 1, 0.3 and 1.
 
-    Only a trailing ``:number`` is a weight. Raises UserError for no source, an empty name or a weight that is not a
-    positive number.
+    Only a trailing ``:number`` is a weight. Raises UserError for no source, an empty name or a weight that
+    is not a positive number.
     """
     if not values:
-        raise UserError(f"{flag}: name at least one data source (builtin:..., a file, a directory or a hub data set)")
+        raise UserError(f"{flag}: name at least one data source (builtin:..., a file, a directory "
+                        "or a hub data set)")
     specs = []
     for value in values:
         match = _WEIGHTED.fullmatch(value)

@@ -1,8 +1,8 @@
 """Which phase (1 SFT, 2 reward model, 3 PPO) and which side (training, evaluation) a dialogue belongs to.
 
-The assignment is a function of the dialogue's first user turn alone. A dialogue's later prompts contain its earlier
-answers, so all of them must fall on the same side; and nothing else, neither seed, node, order nor the version of
-the data, may move a prompt from training to evaluation.
+The assignment is a function of the dialogue's first user turn alone. A dialogue's later prompts contain its
+earlier answers, so all of them must fall on the same side; and nothing else, neither seed, node, order nor
+the version of the data, may move a prompt from training to evaluation.
 """
 from __future__ import annotations
 
@@ -49,13 +49,15 @@ def check_eval_fraction(value: float) -> float:
 
 
 def normalised(text: str) -> str:
-    """``text`` without differences of Unicode form, case or white space, so that near-identical prompts meet."""
+    """``text`` without differences of Unicode form, case or white space, so that near-identical prompts
+    meet."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())
 
 
 def fractions(text: str, purpose: str, count: int) -> tuple[float, ...]:
-    """``count`` (at most 4) independent numbers in [0, 1) that depend on the normalised text and the purpose alone."""
+    """``count`` (at most 4) independent numbers in [0, 1) that depend on the normalised text and the purpose
+    alone."""
     key = f"{purpose}\n{normalised(text)}".encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(key).digest()
     # 53 bits: exactly representable, so that no number rounds up to 1.

@@ -1,0 +1,160 @@
+"""From a source's columns to records: data sets known by name, the column map, and the choice of a layout.
+
+The sets known by name, and their columns:
+
+- Dahoas/rm-static, Dahoas/full-hh-rlhf: prompt ("\\n\\nHuman: ...\\n\\nAssistant:", several turns), response
+  (the chosen answer), chosen, rejected (" ..."); splits train and test.
+- Dahoas/synthetic-instruct-gptj-pairwise: prompt (a question), chosen, rejected; train.
+- yitingxie/rlhf-reward-datasets: prompt ("Human: ..."), chosen, rejected ("Assistant: ..."); train and test.
+- Anthropic/hh-rlhf: chosen, rejected (whole transcripts); train and test. Its red-team files have other
+  columns; they belong to no split and are left out.
+- Open-Orca/OpenOrca: id, system_prompt (often empty), question, response; train.
+- tatsu-lab/alpaca, yahma/alpaca-cleaned: instruction, input (often empty), output; the first also has text,
+  which holds all of them in a template; train.
+- shahules786/orca-chat: instruction (the system prompt), conversation: [{input, output}, ...]; one JSON
+  array.
+- stanfordnlp/SHP: history (the post), human_ref_A, human_ref_B, labels (1: A is preferred, 0: B), scores and
+  more; train, validation and test.
+- openai/webgpt_comparisons: question: {dataset, id, full_text}, answer_0, answer_1, score_0, score_1 (their
+  sum is 0; both 0 is a tie), quotes and tokens; train.
+"""
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from common.data.dialogues import BadRow, clean_text, make_prompt
+from common.data.layouts import (COMPARISONS, DEMONSTRATIONS, DIALOGUE_PAIR, INSTRUCTION, LAYOUTS,
+                                 PROMPT_PAIR, QUESTION_RESPONSE, Example, Layout)
+from common.data.records import Message
+from common.errors import UserError
+
+_CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
+
+
+def _orca_chat(row: dict[str, Any]) -> Example:
+    turns = row["conversation"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRow("'conversation' is not a list of input and output")
+    messages = [Message(role, clean_text(turn.get(key), key))
+                for turn in turns for role, key in (("user", "input"), ("assistant", "output"))]
+    system = clean_text(row["instruction"], "instruction")
+    return Example(make_prompt(messages[:-1], "conversation", system), response=messages[-1].content)
+
+
+def _shp(row: dict[str, Any]) -> Example:
+    label = str(row["labels"])
+    if label not in ("0", "1"):
+        raise BadRow(f"'labels' is {label}, neither 0 nor 1")
+    a, b = (clean_text(row[column], column) for column in ("human_ref_A", "human_ref_B"))
+    chosen, rejected = (a, b) if label == "1" else (b, a)
+    prompt = make_prompt([Message("user", clean_text(row["history"], "history"))], "history")
+    return Example(prompt, chosen=chosen, rejected=rejected)
+
+
+def _webgpt(row: dict[str, Any]) -> Example:
+    if not isinstance(row["question"], dict):
+        raise BadRow("'question' has no 'full_text'")
+    question = clean_text(row["question"].get("full_text"), "full_text")
+    prompt = make_prompt([Message("user", question)], "full_text")
+    try:
+        first, second = float(row["score_0"]), float(row["score_1"])
+    except (TypeError, ValueError):
+        raise BadRow("'score_0' or 'score_1' is no number") from None
+    # Citations refer to quotes that the model never sees.
+    answers = [_CITATION.sub("", clean_text(row[column], column)) for column in ("answer_0", "answer_1")]
+    chosen, rejected = answers if first >= second else answers[::-1]
+    return Example(prompt, chosen=chosen, rejected=rejected, tied=first == second)
+
+
+ORCA_CHAT = Layout(("instruction", "conversation"), DEMONSTRATIONS, _orca_chat)
+SHP = Layout(("history", "human_ref_A", "human_ref_B", "labels"), COMPARISONS, _shp)
+WEBGPT = Layout(("question", "answer_0", "answer_1", "score_0", "score_1"), COMPARISONS, _webgpt)
+
+NAMED = {
+    "dahoas/rm-static": PROMPT_PAIR,
+    "dahoas/full-hh-rlhf": PROMPT_PAIR,
+    "dahoas/synthetic-instruct-gptj-pairwise": PROMPT_PAIR,
+    "yitingxie/rlhf-reward-datasets": PROMPT_PAIR,
+    "anthropic/hh-rlhf": DIALOGUE_PAIR,
+    "open-orca/openorca": QUESTION_RESPONSE,
+    "tatsu-lab/alpaca": INSTRUCTION,
+    "yahma/alpaca-cleaned": INSTRUCTION,
+    "shahules786/orca-chat": ORCA_CHAT,
+    "stanfordnlp/shp": SHP,
+    "openai/webgpt_comparisons": WEBGPT,
+}
+_PLURALS = {"prompt": "prompts", "demonstration": "demonstrations", "comparison": "comparisons",
+            "text": "plain texts"}
+
+
+def named_layout(name: str) -> Layout | None:
+    """The layout of a set known by name: on the hub, or where a path contains ``owner/name`` or ends with
+    ``name``."""
+    parts = [part.lower() for part in PurePath(name).parts]
+    path = f"/{'/'.join(parts)}/"
+    for known, layout in NAMED.items():
+        if f"/{known}/" in path or parts[-1:] == [known.split("/")[1]]:
+            return layout
+    return None
+
+
+class ColumnMap:
+    """The user's names for the columns understood: ``{'prompt': 'question', 'chosen': 'good', 'rejected':
+    'bad'}``.
+
+    Raises UserError for a key that is no column of any layout.
+    """
+
+    def __init__(self, names: Mapping[str, str] | None):
+        self.names = dict(names or {})
+        known = list(dict.fromkeys(column for layout in LAYOUTS
+                                   for column in layout.required + layout.optional))
+        for key in self.names:
+            if key not in known:
+                raise UserError(f"--columns: '{key}' is no column that is understood{_nearest(key, known)}; "
+                                f"those are {', '.join(known)}")
+
+    def columns(self, found: Collection[str], label: str) -> set[str]:
+        """The names of the ``found`` columns after renaming. Raises UserError if a mapped one is not
+        there."""
+        for key, column in self.names.items():
+            if column not in found:
+                raise UserError(f"--columns: {label} has no column '{column}' (for '{key}')"
+                                f"{_nearest(column, found)}; it has {', '.join(sorted(found))}")
+        return (set(found) - set(self.names.values())) | set(self.names)
+
+    def rename(self, row: dict[str, Any]) -> dict[str, Any]:
+        taken = set(self.names.values())
+        kept = {column: value for column, value in row.items() if column not in taken}
+        return kept | {key: row.get(column) for key, column in self.names.items()}
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def choose_layout(name: str, columns: Collection[str], kind: str, label: str) -> Layout:
+    """The layout by which the source ``name`` with these ``columns`` gives records of ``kind``.
+
+    Raises UserError if no layout fits the columns, or none that fits gives that kind; ``label`` names the
+    file.
+    """
+    named = named_layout(name)
+    understood = [*([named] if named else []), *LAYOUTS, ORCA_CHAT, SHP, WEBGPT]
+    fitting = [layout for layout in understood if set(layout.required) <= set(columns)]
+    for layout in fitting:
+        if kind in layout.kinds:
+            return layout
+    found = ", ".join(sorted(columns)) or "none"
+    if fitting:
+        giving = " or ".join(str(layout) for layout in LAYOUTS if kind in layout.kinds)
+        able = " and ".join(_PLURALS[given] for given in fitting[0].kinds)
+        raise UserError(f"{label}: its columns ({found}) give {able}, not {_PLURALS[kind]}, "
+                        f"which need {giving}")
+    raise UserError(f"{label}: unknown layout; columns found: {found}; understood: "
+                    f"{', '.join(map(str, dict.fromkeys(understood)))}; name others with --columns")

@@ -1,0 +1,147 @@
+"""Records out of a blend of sources: the one way in for every program."""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+
+from common.data.adapters import ColumnMap, choose_layout, named_layout
+from common.data.blend import SourceSpec
+from common.data.dialogues import BadRow
+from common.data.files import Row
+from common.data.layouts import to_record
+from common.data.records import RECORD_KINDS, Record, identity
+from common.data.sources import Part, open_source
+from common.data.split import normalised
+from common.errors import UserError
+
+_SHOWN = 5      # bad rows shown with their place
+_SAMPLE = 20    # rows whose columns decide the layout of a file: in JSON lines any one row may lack some
+
+
+@dataclass(frozen=True)
+class SourcedRecord:
+    """``where``: file and line. ``split``: 'test' if the first user turn occurs in the test data of any
+    source of the blend, so that it must never be trained on. ``copy``: 0, or the number of the repetition
+    that the source's weight asks for; evaluation wants copy 0 alone."""
+
+    record: Record
+    where: str
+    split: str
+    copy: int = 0
+
+
+@dataclass
+class Counts:
+    """Rows of one source. What is neither usable nor bad is left out without fault (a tie has no better
+    answer)."""
+
+    total: int = 0
+    usable: int = 0
+    bad: int = 0
+
+
+@dataclass
+class ReadReport:
+    """What was read, by source name, and the first bad rows of each source as (where, why)."""
+
+    sources: dict[str, Counts] = field(default_factory=dict)
+    first_bad: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def count_bad(self, source: str, where: str, why: str) -> None:
+        counts = self.sources[source]
+        counts.bad += 1
+        if counts.bad <= _SHOWN:
+            self.first_bad.append((where, why))
+
+    def check(self, max_bad_fraction: float) -> None:
+        """Raises UserError if a source has no usable row or more bad ones than the given share of its
+        rows."""
+        for source, counts in self.sources.items():
+            shown = "".join(f"; {where}: {why}" for where, why in self.first_bad if where.startswith(source))
+            if not counts.usable:
+                raise UserError(f"{source}: none of its {counts.total} rows can be used{shown}")
+            if counts.bad > max_bad_fraction * counts.total:
+                raise UserError(f"{source}: {counts.bad} of {counts.total} rows cannot be used, "
+                                f"more than the share of {max_bad_fraction:g} that --max_bad_fraction allows{shown}")
+
+
+def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str, str] | None = None,
+                 max_rows: int | None = None, report: ReadReport) -> Iterator[SourcedRecord]:
+    """The records of ``kind`` (one of ``RECORD_KINDS``) of all sources: first their own test data, then the
+    rest.
+
+    ``columns``: see `adapters.ColumnMap`; ``max_rows``: rows read at most of each source's training data,
+    and as many of its test data. Bad rows are counted in ``report`` and skipped. Streams: what is kept in
+    memory is a hash of each test prompt. Raises UserError for a source that cannot be read or cannot give
+    records of that kind.
+    """
+    if kind not in RECORD_KINDS:
+        raise ValueError(f"{kind!r} is none of {RECORD_KINDS}")
+    column_map = ColumnMap(columns)
+    sources = [(spec, open_source(spec)) for spec in specs]
+    for spec, source in sources:
+        report.sources.setdefault(spec.name, Counts())
+        if source.left_out:
+            report.notes.append(f"{spec.name}: left out, belonging to no split: {', '.join(source.left_out)}")
+    tested: set[bytes] = set()
+    for split in ("test", "train"):
+        for spec, source in sources:
+            counts = report.sources[spec.name]
+            parts = [part for part in source.parts if part.split == split]
+            records = chain.from_iterable(_part_records(spec, part, kind, column_map) for part in parts)
+            for row, record, problem in islice(records, max_rows):
+                counts.total += 1
+                if problem:
+                    report.count_bad(spec.name, row.where, problem)
+                if record is None:
+                    continue
+                counts.usable += 1
+                key = _key(record)
+                if split == "test":
+                    tested.add(key)
+                side = "test" if key in tested else "train"
+                for copy in range(spec.copies(identity(record))):
+                    yield SourcedRecord(record, row.where, side, copy)
+
+
+def _part_records(spec: SourceSpec, part: Part, kind: str,
+                  column_map: ColumnMap) -> Iterator[tuple[Row, Record | None, str | None]]:
+    """(row, its record if it has one, what is wrong with it if something is)."""
+    rows, layout = part.rows(), None
+    while layout is None:
+        sample = list(islice(rows, _SAMPLE))
+        found = {column for row in sample if row.values is not None for column in row.values}
+        if found:
+            layout = choose_layout(spec.name, column_map.columns(found, part.label), kind, part.label)
+        elif sample:
+            yield from ((row, None, row.problem or "no columns") for row in sample)
+        else:
+            return
+    for row in chain(sample, rows):
+        record, problem = None, row.problem
+        if row.values is not None:
+            try:
+                record = to_record(layout, column_map.rename(row.values), kind)
+            except BadRow as error:
+                problem = str(error)
+        yield row, record, problem
+
+
+def _key(record: Record) -> bytes:
+    text = normalised(identity(record)).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def fingerprint(spec: SourceSpec, columns: Mapping[str, str] | None, max_rows: int | None) -> str:
+    """A hash (hex) of all that decides which records a source gives: its content, whatever place it lies in,
+    its weight, the column map and ``max_rows``. Hub data sets are taken at the version that `datasets` has
+    cached."""
+    source = open_source(spec)
+    layout = named_layout(spec.name)
+    content = [[part.name, part.split, part.digest()] for part in source.parts]
+    state = [content, layout and str(layout), spec.weight, sorted((columns or {}).items()), max_rows]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
