@@ -1,0 +1,161 @@
+"""What one option may hold: its declaration, and its value read from text or YAML with one clear error."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known about one field. The range includes `low` and `high`, but not `above` and `below`.
+
+    `name`, `kind`, `optional`, `default` and `group` are filled in from the dataclass that has the field.
+    """
+
+    help: str
+    unit: str | None = None
+    aliases: tuple[str, ...] = ()
+    choices: tuple | None = None
+    ignored: str | None = None
+    quiet: bool = False
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    name: str = ""
+    kind: type = str
+    optional: bool = False
+    default: Any = None
+    group: str = ""
+
+    def permits(self, value: Any) -> bool:
+        """Whether a value of the right type is one of the choices and inside the range."""
+        if self.choices:
+            return value in self.choices
+        if self.kind not in (int, float):
+            return True
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def allowed(self) -> str:
+        """The allowed values in words."""
+        if self.choices:
+            words = "one of " + ", ".join(map(str, self.choices))
+        else:
+            limits = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
+            bounds = [f"{word} {limit}" for word, limit in limits.items() if limit is not None]
+            words = f"{_WORDS[self.kind]} {' and '.join(bounds)}".strip()
+        return words + (", or none" if self.optional else "")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str | None = None,
+    aliases: Sequence[str] = (),
+    choices: Sequence | None = None,
+    ignored: str | None = None,
+    quiet: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field annotated bool, int, float, str, these `| None`, tuple[str, ...] or dict[str, str].
+
+    `aliases` are other names of the option. `ignored` says why it has no effect: it is accepted, mentioned
+    when given (unless `quiet`), and left out of equality and of saved recipes.
+    """
+    choices = choices and tuple(choices)
+    meta = Option(help, unit, tuple(aliases), choices, ignored, quiet, low, high, above, below)
+    value = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
+    return field(**value, compare=ignored is None, metadata={"option": meta})
+
+
+def kind_of(annotation: Any) -> tuple[type, bool]:
+    """`int | None` -> (int, True); `tuple[str, ...]` -> (tuple, False)."""
+    members = typing.get_args(annotation)
+    optional = types.NoneType in members
+    if optional:
+        annotation = next(member for member in members if member is not types.NoneType)
+    return typing.get_origin(annotation) or annotation, optional
+
+
+def convert(meta: Option, raw: Any, where: str) -> Any:
+    """The option's value from a YAML value or a text. Raises UserError with `where` and what is allowed."""
+    if meta.optional and (raw is None or str(raw).lower() == "none"):
+        return None
+    try:
+        value = _CONVERTERS[meta.kind](raw)
+        if meta.permits(value):
+            return value
+    except (ValueError, OverflowError):
+        pass
+    shown = "nothing" if raw is None else repr(raw)
+    raise UserError(f"{where}: expected {meta.allowed()}, got {shown}")
+
+
+def convert_words(meta: Option, words: list[str], where: str) -> Any:
+    """The option's value from the words that follow its flag."""
+    if meta.kind is bool and not words:
+        return True
+    if meta.kind is tuple:
+        return convert(meta, words, where)
+    if meta.kind is dict and all("=" in word for word in words):
+        return convert(meta, dict(word.split("=", 1) for word in words), where)
+    return convert(meta, " ".join(words), where)
+
+
+def _to_bool(raw: Any) -> bool:
+    if str(raw).lower() not in ("true", "false"):
+        raise ValueError
+    return str(raw).lower() == "true"
+
+
+def _to_int(raw: Any) -> int:
+    if isinstance(raw, bool) or not isinstance(raw, (int, str)):
+        raise ValueError
+    return int(raw)
+
+
+def _to_float(raw: Any) -> float:
+    # Text is a number in recipes too: YAML 1.1 takes 1e-5 for text.
+    if isinstance(raw, bool) or not isinstance(raw, (int, float, str)) or not math.isfinite(float(raw)):
+        raise ValueError
+    return float(raw)
+
+
+def _to_text(raw: Any) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        raise ValueError
+    return raw
+
+
+def _to_tuple(raw: Any) -> tuple[str, ...]:
+    if not isinstance(raw, (str, list, tuple)):
+        raise ValueError
+    return tuple(_to_text(item) for item in ([raw] if isinstance(raw, str) else raw))
+
+
+def _to_dict(raw: Any) -> dict[str, str]:
+    if not isinstance(raw, dict):
+        raise ValueError
+    return {_to_text(key): _to_text(value) for key, value in raw.items()}
+
+
+_CONVERTERS = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_text,
+               tuple: _to_tuple, dict: _to_dict}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
+          tuple: "one or more values", dict: "name=value pairs"}

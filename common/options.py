@@ -1,0 +1,153 @@
+"""Groups of options that several steps share. A step's config inherits the groups it uses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from common.config import Config, option
+from common.data.blend import parse_data_path
+from common.data.split import parse_data_split
+from common.errors import UserError
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TEMPLATES = ("human_assistant", "question_answer", "alpaca", "chat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Config):
+    """Data"""
+
+    phase: ClassVar[int]  # 0 SFT, 1 reward model, 2 PPO: which part of --data_split is this step's
+
+    data_path: tuple[str, ...] = option(
+        ("Dahoas/rm-static",), "builtin:*, files, directories or hub names; name:0.3 takes a share")
+    data_split: str = option("2,4,4", "parts of the prompts for the steps 1, 2 and 3")
+    eval_fraction: float = option(0.05, "share of the prompts held out for evaluation", low=0, below=1)
+    columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question chosen=good")
+    template: str = option("human_assistant", "the wording around questions and answers", choices=TEMPLATES)
+    add_eot_token: bool = option(False, "end answers with --eot_token, not with the tokenizer's end token")
+    eot_token: str = option("<|endoftext|>", "text of the end token that --add_eot_token adds")
+    max_rows: int | None = option(None, "rows read from each source at most", low=1)
+    max_bad_rows: float = option(0.02, "share of unusable rows above which the run stops", low=0, high=1)
+    data_output_path: str = option("output/data", "directory where prepared data is kept for the next run")
+
+    def validate(self) -> None:
+        super().validate()
+        parse_data_path(self.data_path)
+        if not parse_data_split(self.data_split)[self.phase] and not self.has_unsplit_data():
+            raise UserError(f"--data_split {self.data_split} leaves nothing for step {self.phase + 1}: "
+                            f"make part {self.phase + 1} greater than 0")
+        self.only_with("--add_eot_token", self.add_eot_token, "eot_token")
+
+    def has_unsplit_data(self) -> bool:
+        """Whether some source is given to this step whole, whatever --data_split says."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions(Config):
+    """Optimization"""
+
+    num_train_epochs: int = option(1, "passes over the training data", low=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches per rank in one optimizer step", low=1)
+    lr_scheduler_type: str = option("cosine", "schedule of the learning rate", choices=SCHEDULES)
+    max_grad_norm: float = option(1.0, "clip gradients to this global norm; 0 turns it off", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Config):
+    """Run"""
+
+    dtype: str = option("auto", "number format of forward and backward; auto is bf16 on a GPU, fp32 on a CPU",
+                        choices=("auto", "bf16", "fp16", "fp32"))
+    seed: int = option(1234, "seed of data order, initialisation and sampling", low=0, high=2**32 - 1)
+    deepspeed_config: str | None = option(None, "JSON file laid over the generated DeepSpeed configuration")
+    timeout: int = option(1800, "longest wait for other ranks", unit="seconds", low=1)
+    trust_remote_code: bool = option(False, "allow models to bring and run their own Python code")
+    enable_tensorboard: bool = option(True, "write TensorBoard events")
+    tensorboard_path: str | None = option(None, "directory of TensorBoard events; none: in OUTPUT_DIR/logs")
+    enable_test_mode: bool = option(False, "stop after --test_stop_step")
+    test_stop_step: int = option(0, "where --enable_test_mode stops", unit="optimizer steps", low=0)
+    deepspeed: bool = option(False, "", ignored="DeepSpeed is always on", quiet=True)
+    local_rank: int = option(-1, "", ignored="the launcher's environment says it too", quiet=True)
+    num_padding_at_beginning: int = option(0, "", ignored="the attention mask makes it needless")
+    only_optimize_lora: bool = option(False, "", ignored="LoRA trains adapters and new heads only")
+    compute_fp32_loss: bool = option(False, "", ignored="the loss is always computed in fp32")
+
+    def validate(self) -> None:
+        super().validate()
+        self.only_with("--enable_tensorboard", self.enable_tensorboard, "tensorboard_path")
+        self.only_with("--enable_test_mode", self.enable_test_mode, "test_stop_step")
+        if self.enable_test_mode and not self.test_stop_step:
+            raise UserError("--enable_test_mode needs --test_stop_step N, N at least 1")
+        if self.deepspeed_config is not None:
+            _check_json_object(self.deepspeed_config, "--deepspeed_config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedOptions(ScheduleOptions):
+    """Training"""
+
+    per_device_train_batch_size: int = option(16, "rows per rank in one training micro-batch", low=1)
+    per_device_eval_batch_size: int = option(16, "rows per rank in one evaluation batch", low=1)
+    max_seq_len: int = option(512, "longest prompt and answer together", unit="tokens", low=2)
+    weight_decay: float = option(0.0, "AdamW's weight decay; biases and norms have none", low=0)
+    zero_stage: int = option(0, "ZeRO stage", choices=(0, 1, 2, 3))
+    offload: bool = option(False, "keep optimizer state (and, at ZeRO 3, parameters) in CPU memory")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    dropout: float | None = option(None, "dropout probability; none keeps the model's own", low=0, below=1)
+    disable_dropout: bool = option(False, "the same as --dropout 0")
+    eval_interval: int = option(0, "evaluate every N steps; 0: only before and after each epoch",
+                                unit="optimizer steps", low=0)
+    log_interval: int = option(10, "record metrics every N steps", unit="optimizer steps", low=1)
+    print_loss: bool = option(False, "print what is recorded, besides the progress bar")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.disable_dropout and self.dropout:
+            raise UserError(f"--disable_dropout and --dropout {self.dropout} contradict each other: keep one")
+        if self.offload and self.zero_stage == 0:
+            raise UserError("--offload needs --zero_stage 1, 2 or 3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions(Config):
+    """LoRA"""
+
+    lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
+    lora_alpha: float = option(0.0, "scale of the adapters, times 1/rank; 0 is twice the rank", low=0)
+    lora_dropout: float = option(0.0, "dropout before the adapters", low=0, below=1)
+    lora_module_name: str = option(
+        "auto", "comma-separated parts of the names of the layers to adapt; auto: all linear layers")
+    lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
+
+    def validate(self) -> None:
+        super().validate()
+        self.only_with("--lora_dim above 0", self.lora_dim > 0,
+                       "lora_alpha", "lora_dropout", "lora_module_name", "lora_learning_rate")
+
+
+def check_output_dir(output_dir: str, **models: str) -> None:
+    """`output_dir` can be a directory and is none of the models read from, each given as flag=path.
+
+    Raises UserError.
+    """
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; name a directory")
+    for flag, model in models.items():
+        if Path(model).resolve() == Path(output_dir).resolve():
+            raise UserError(f"--output_dir {output_dir}: would overwrite --{flag}; name another directory")
+
+
+def _check_json_object(path: str, flag: str) -> None:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{flag} {path}: must hold one JSON object, {{...}}")

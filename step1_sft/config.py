@@ -1,0 +1,35 @@
+"""The options of step 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.config import option
+from common.data.blend import parse_data_path
+from common.options import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
+    """Step 1: supervised fine-tuning"""
+
+    phase: ClassVar[int] = 0
+
+    model_name_or_path: str = option("facebook/opt-1.3b", "model to train: hub name, directory or builtin:*")
+    output_dir: str = option("output/sft", "directory of the result")
+    # The rate of DeepSpeed-Chat's published OPT-1.3B script for several GPUs.
+    learning_rate: float = option(9.65e-6, "highest learning rate", low=0)
+    num_warmup_steps: int = option(0, "the learning rate rises this long", unit="optimizer steps", low=0)
+    sft_only_data_path: tuple[str, ...] = option((), "further data sources, given to this step whole")
+    train_on_prompt: bool = option(False, "train on the tokens of prompts too")
+    eval_iters: int = option(0, "evaluation batches over all ranks at most; 0: all", low=0)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.sft_only_data_path:
+            parse_data_path(self.sft_only_data_path, flag="--sft_only_data_path")
+        check_output_dir(self.output_dir, model_name_or_path=self.model_name_or_path)
+
+    def has_unsplit_data(self) -> bool:
+        return bool(self.sft_only_data_path)

@@ -1,0 +1,178 @@
+"""The options of step 3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from common.config import Config, option, options
+from common.errors import UserError
+from common.options import DataOptions, RunOptions, ScheduleOptions, check_output_dir
+
+_NO_DROPOUT = "dropout is off in every model of PPO"
+_ONE_ENGINE = "generation runs on the training engine's own weights"
+_NO_TENSOR_PARALLEL = "every rank generates for its own prompts with the whole model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions(Config):
+    """Rollouts"""
+
+    per_device_generation_batch_size: int = option(
+        16, "prompts per rank in one rollout batch", aliases=("per_device_train_batch_size",), low=1)
+    generation_batches: int = option(
+        1, "rollout batches per iteration", aliases=("generation_batch_numbers",), low=1)
+    max_prompt_seq_len: int = option(256, "longest prompt; others are cut on the left", unit="tokens", low=1)
+    max_answer_seq_len: int = option(256, "longest answer", unit="tokens", low=1)
+    min_answer_seq_len: int = option(0, "no end token is sampled before", unit="tokens", low=0)
+    temperature: float = option(1.0, "logits are divided by it, to sample and to train", above=0)
+    top_p: float = option(1.0, "sample from the likeliest tokens that make up this share", above=0, high=1)
+    top_k: int = option(0, "sample from this many of the likeliest tokens; 0: from all", unit="tokens", low=0)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.min_answer_seq_len > self.max_answer_seq_len:
+            raise UserError(f"--min_answer_seq_len {self.min_answer_seq_len} is above --max_answer_seq_len "
+                            f"{self.max_answer_seq_len}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(Config):
+    """Rewards"""
+
+    kl_coef: float = option(0.1, "weight of the KL to the reference; if adaptive, at the start", low=0)
+    kl_controller: str = option("fixed", "whether the weight is steered to --kl_target",
+                                choices=("fixed", "adaptive"))
+    kl_estimator: str = option("k1", "estimator of the KL per token", choices=("k1", "k2", "k3"))
+    kl_target: float = option(6.0, "KL per answer that the adaptive controller aims at", unit="nats", above=0)
+    kl_horizon: float = option(10_000.0, "slowness of the adaptive controller", unit="answers", above=0)
+    normalize_scores: bool = option(True, "measure scores in the reward model's standard deviations")
+    score_clip: float = option(5.0, "clip scores to plus or minus this", unit="normalised score", above=0)
+    missing_eos_penalty: float = option(
+        1.0, "taken off the score of an answer cut by length", unit="normalised score", low=0)
+    missing_eos_score: float | None = option(
+        None, "score of an answer cut by length, in place of the penalty", unit="normalised score")
+
+    def validate(self) -> None:
+        super().validate()
+        adaptive = self.kl_controller == "adaptive"
+        self.only_with("--kl_controller adaptive", adaptive, "kl_target", "kl_horizon")
+        if adaptive and self.kl_coef == 0:
+            raise UserError("--kl_controller adaptive needs --kl_coef above 0: it multiplies it")
+        self.only_with("--missing_eos_score none", self.missing_eos_score is None, "missing_eos_penalty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateOptions(ScheduleOptions):
+    """PPO"""
+
+    max_iterations: int = option(0, "stop after so many iterations; 0: as --num_train_epochs says", low=0)
+    num_warmup_steps: int = option(100, "steps over which learning rates rise", unit="optimizer steps", low=0)
+    per_device_training_batch_size: int = option(
+        16, "answers per rank in a micro-batch", aliases=("per_device_mini_train_batch_size",), low=1)
+    ppo_epochs: int = option(1, "passes over each iteration's rollouts", low=1)
+    clip_range: float = option(0.2, "clip the ratio of new to old policy to 1 plus or minus this", above=0)
+    value_clip_range: float = option(0.2, "keep new values this close to the old ones",
+                                     unit="normalised score", above=0)
+    gamma: float = option(1.0, "discount per token", low=0, high=1)
+    gae_lambda: float = option(0.95, "bias against variance in the advantages (GAE)", low=0, high=1)
+    whiten_advantages: bool = option(True, "bring advantages to mean 0 and variance 1 over all ranks")
+    target_kl: float | None = option(None, "leave an iteration's updates when the policy has moved this far",
+                                     unit="nats per token", above=0)
+    enable_ema: bool = option(False, "keep a moving average of the actor's weights and save it too")
+    ema_decay: float = option(0.992, "weight of the old average at each optimizer step", low=0, below=1)
+    unsupervised_dataset_name: str | None = option(None, "plain text to mix into the actor's updates")
+    unsupervised_dataset_config_name: str | None = option(None, "configuration of that data set on the hub")
+    unsup_coef: float = option(27.8, "weight of the loss on plain text", low=0)
+
+    def validate(self) -> None:
+        super().validate()
+        self.only_with("--enable_ema", self.enable_ema, "ema_decay")
+        self.only_with("--unsupervised_dataset_name", self.unsupervised_dataset_name is not None,
+                       "unsupervised_dataset_config_name", "unsup_coef")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorOptions(Config):
+    """Actor"""
+
+    actor_learning_rate: float = option(9.65e-6, "highest learning rate", low=0)
+    actor_weight_decay: float = option(0.1, "AdamW's weight decay; biases and norms have none", low=0)
+    actor_zero_stage: int = option(2, "ZeRO stage; 3 also partitions the reference", choices=(0, 1, 2, 3))
+    actor_gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    actor_lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
+    actor_lora_alpha: float = option(0.0, "scale of the adapters, times 1/rank; 0 is twice the rank", low=0)
+    actor_lora_module_name: str = option("auto", "parts of layer names, with commas; auto: all linear")
+    actor_lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
+    actor_dropout: float | None = option(None, "", ignored=_NO_DROPOUT, low=0, below=1)
+    disable_actor_dropout: bool = option(False, "", ignored=_NO_DROPOUT)
+
+    def validate(self) -> None:
+        super().validate()
+        self.only_with("--actor_lora_dim above 0", self.actor_lora_dim > 0,
+                       "actor_lora_alpha", "actor_lora_module_name", "actor_lora_learning_rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticOptions(Config):
+    """Critic"""
+
+    critic_learning_rate: float = option(5e-6, "highest learning rate", low=0)
+    critic_weight_decay: float = option(0.1, "AdamW's weight decay; biases and norms have none", low=0)
+    critic_zero_stage: int = option(2, "ZeRO stage; 3 also partitions the reward model", choices=(0, 1, 2, 3))
+    critic_gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    critic_lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
+    critic_lora_alpha: float = option(0.0, "scale of the adapters, times 1/rank; 0 is twice the rank", low=0)
+    critic_lora_module_name: str = option("auto", "parts of layer names, with commas; auto: all linear")
+    critic_lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
+    critic_dropout: float | None = option(None, "", ignored=_NO_DROPOUT, low=0, below=1)
+    disable_critic_dropout: bool = option(False, "", ignored=_NO_DROPOUT)
+
+    def validate(self) -> None:
+        super().validate()
+        self.only_with("--critic_lora_dim above 0", self.critic_lora_dim > 0,
+                       "critic_lora_alpha", "critic_lora_module_name", "critic_lora_learning_rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, CriticOptions, DataOptions,
+                RunOptions):
+    """Step 3: PPO"""
+
+    phase: ClassVar[int] = 2
+
+    actor_model_name_or_path: str = option("output/sft", "the fine-tuned model of step 1")
+    critic_model_name_or_path: str = option("output/reward", "the reward model of step 2; the critic's start")
+    output_dir: str = option("output/ppo", "directory of the result")
+    offload: bool = option(False, "keep optimizer states (and, at ZeRO 3, parameters) in CPU memory")
+    offload_reference_model: bool = option(False, "keep the reference in CPU memory")
+    offload_reward_model: bool = option(False, "keep the reward model in CPU memory")
+    eval_interval: int = option(0, "evaluate every N; 0: only before and after", unit="iterations", low=0)
+    eval_prompts: int = option(64, "held-out prompts to answer in an evaluation; 0: none", low=0)
+    log_interval: int = option(1, "record metrics every N iterations", unit="iterations", low=1)
+    print_answers: bool = option(False, "print a few prompts and answers while training")
+    print_answers_interval: int = option(1, "how often --print_answers prints", unit="iterations", low=1)
+    enable_hybrid_engine: bool = option(False, "", ignored=_ONE_ENGINE)
+    unpin_actor_parameters: bool = option(False, "", ignored=_ONE_ENGINE)
+    release_inference_cache: bool = option(False, "", ignored="the cache is always given back")
+    inference_tp_size: int = option(1, "", ignored=_NO_TENSOR_PARALLEL, low=1)
+    tp_gather_partition_size: int = option(8, "", ignored=_NO_TENSOR_PARALLEL, low=1)
+    enable_mixed_precision_lora: bool = option(False, "", ignored="gathered weights are not quantised")
+    align_overflow: bool = option(False, "", ignored="actor and critic skip overflows each alone")
+
+    def validate(self) -> None:
+        super().validate()
+        self.only_with("--print_answers", self.print_answers, "print_answers_interval")
+        if self.offload and self.actor_zero_stage == 0 and self.critic_zero_stage == 0:
+            raise UserError("--offload needs --actor_zero_stage or --critic_zero_stage 1, 2 or 3")
+        check_output_dir(self.output_dir, actor_model_name_or_path=self.actor_model_name_or_path,
+                         critic_model_name_or_path=self.critic_model_name_or_path)
+        self._check_made("actor_model_name_or_path", "step1_sft/main.py")
+        self._check_made("critic_model_name_or_path", "step2_reward/main.py")
+
+    def _check_made(self, name: str, program: str) -> None:
+        # A default that was never made would be looked up on the hub.
+        model = getattr(self, name)
+        if model == options(PPOConfig)[name].default and not Path(model).is_dir():
+            raise UserError(f"no model at {model}: make it with `deepspeed {program}` or give --{name}")
