@@ -46,7 +46,8 @@ COMMAND_LINES = [
 # Every flag of DeepSpeed-Chat's three programs, with a value, where it belongs.
 COMMON_FLAGS = (
     "--data_path a b --data_split 2,4,4 --data_output_path out/data --num_train_epochs 2 --dtype fp16 "
-    "--offload --lr_scheduler_type linear --num_warmup_steps 5 --gradient_accumulation_steps 2 --seed 7 --local_rank 0 "
+    "--offload --lr_scheduler_type linear --num_warmup_steps 5 --gradient_accumulation_steps 2 --seed 7 "
+    "--local_rank 0 "
     "--only_optimize_lora --compute_fp32_loss --add_eot_token --eot_token <|end|> --deepspeed "
     "--num_padding_at_beginning 1 --enable_tensorboard --tensorboard_path out/board --enable_test_mode "
     "--test_stop_step 3 --output_dir out/model ")
@@ -57,11 +58,11 @@ SUPERVISED_FLAGS = COMMON_FLAGS + (
     "--eval_interval 5 --eval_iters 10 --print_loss ")
 PPO_FLAGS = COMMON_FLAGS + MODELS + (
     "--max_prompt_seq_len 256 --max_answer_seq_len 256 --actor_learning_rate 9.65e-6 "
-    "--critic_learning_rate 5e-6 --offload_reference_model --offload_reward_model --actor_zero_stage 3 --critic_zero_stage 3 "
-    "--enable_ema --unsupervised_dataset_name wiki --unsupervised_dataset_config_name en --unsup_coef 20 "
+    "--critic_learning_rate 5e-6 --offload_reference_model --offload_reward_model --actor_zero_stage 3 "
+    "--critic_zero_stage 3 --enable_ema --unsupervised_dataset_name wiki --unsupervised_dataset_config_name en --unsup_coef 20 "
     "--ppo_epochs 2 --actor_weight_decay 0.1 --critic_weight_decay 0.1 --actor_lora_dim 8 "
-    "--critic_lora_dim 8 --actor_lora_module_name layers --critic_lora_module_name layers --actor_lora_learning_rate 1e-4 "
-    "--critic_lora_learning_rate 1e-4 --actor_gradient_checkpointing --critic_gradient_checkpointing "
+    "--critic_lora_dim 8 --actor_lora_module_name layers --critic_lora_module_name layers "
+    "--actor_lora_learning_rate 1e-4 --critic_lora_learning_rate 1e-4 --actor_gradient_checkpointing --critic_gradient_checkpointing "
     "--actor_dropout 0.1 --critic_dropout 0.1 --disable_actor_dropout --disable_critic_dropout "
     "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --generation_batches 2 "
     "--align_overflow --enable_mixed_precision_lora --print_answers --print_answers_interval 5 "
@@ -144,7 +145,8 @@ def test_values_on_the_command_line(line, name, wanted):
 
 
 @pytest.mark.parametrize("cls, line, parts", [
-    (PPOConfig, "--actor_learnin_rate 1", ["unknown flag --actor_learnin_rate: did you mean --actor_learning_rate?"]),
+    (PPOConfig, "--actor_learnin_rate 1",
+     ["unknown flag --actor_learnin_rate: did you mean --actor_learning_rate?"]),
     (PPOConfig, "--generation_batch_number=1", ["did you mean --generation_batch_numbers?"]),
     (SFTConfig, "--no_enable_tensorbord", ["did you mean --no_enable_tensorboard?"]),
     (SFTConfig, "--zzzzzz", ["unknown flag --zzzzzz", "--help"]),
