@@ -126,10 +126,10 @@ def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[
         finish()
         return 0
     except UserError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # the launcher ends all ranks when the first one exits: let rank 0 speak before
+        if not is_main():
+            # Rank 0 mostly meets the same error and says it; the launcher then ends this rank while it sleeps.
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         say("interrupted")

@@ -55,6 +55,12 @@ class EngineSettings:
     max_grad_norm: float = 0.0
     override: str | None = None
 
+    @classmethod
+    def from_config(cls, config) -> EngineSettings:
+        """Those of a step with one model."""
+        return cls(config.zero_stage, resolve_dtype(config.dtype), config.per_device_train_batch_size, config.offload,
+                   config.max_grad_norm, config.deepspeed_config)
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -65,6 +71,12 @@ class OptimizerSettings:
     scheduler: str
     warmup_steps: int
     total_steps: int
+
+    @classmethod
+    def from_config(cls, config, total_steps: int) -> OptimizerSettings:
+        """Those of a step with one model."""
+        return cls(config.learning_rate, config.lora_learning_rate, config.weight_decay, config.lr_scheduler_type,
+                   config.num_warmup_steps, total_steps)
 
 
 def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict:

@@ -25,7 +25,7 @@ def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, module
     """Freeze `model` and give it trainable adapters; a `score` head stays trainable.
 
     Args:
-        dim: rank r; alpha: the adapters' product is scaled by alpha / r.
+        dim: rank r; alpha: the adapters' product is scaled by alpha / r; 0 stands for 2 r.
         modules: `auto` for every linear layer, or comma-separated parts of module names.
         flag: the name of the option that `modules` came from, for the error.
         base_name: recorded in the adapter's configuration.
@@ -42,7 +42,7 @@ def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, module
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise UserError(f"{flag} {modules}: matches no linear layer; the model's are {', '.join(kinds)}")
     model.requires_grad_(False)
-    config = LoraConfig(r=dim, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none",
+    config = LoraConfig(r=dim, lora_alpha=alpha or 2 * dim, lora_dropout=dropout, target_modules=targets, bias="none",
                         base_model_name_or_path=base_name)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     if hasattr(model, "score"):

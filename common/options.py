@@ -105,6 +105,11 @@ class SupervisedOptions(ScheduleOptions):
     log_interval: int = option(10, "record metrics every N steps", unit="optimizer steps", low=1)
     print_loss: bool = option(False, "print what is recorded, besides the progress bar")
 
+    @property
+    def dropout_probability(self) -> float | None:
+        """What to set every dropout of the model to; None leaves it."""
+        return 0.0 if self.disable_dropout else self.dropout
+
     def validate(self) -> None:
         super().validate()
         if self.disable_dropout and self.dropout:

@@ -17,6 +17,20 @@ _LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "datasets")
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Mean and standard deviation of a reward model's raw scores, in which scores and values are measured."""
+    mean: float
+    std: float
+
+    def normalise(self, scores):
+        """(scores - mean) / std, for a number or a tensor of any shape."""
+        return (scores - self.mean) / self.std
+
+
+RAW = Calibration(0.0, 1.0)  # leaves scores as they are
+
+
+@dataclass(frozen=True)
 class Provenance:
     """How a model came to be.
 
@@ -62,20 +76,3 @@ def read_provenance(model: str | Path) -> Provenance | None:
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): train the model again or remove the file") from None
     return None
-
-
-def check_same_text(first: Provenance, first_flag: str, second: Provenance, second_flag: str) -> None:
-    """Two models that read the same ids must agree on tokenizer, template and end token.
-
-    Raises:
-        UserError: they differ; both sides are named.
-    """
-    for what in ("tokenizer", "template", "end_token"):
-        ours, theirs = getattr(first, what), getattr(second, what)
-        if ours != theirs:
-            raise UserError(f"{first_flag} was trained with {what} {_short(ours)} and {second_flag} with {what} "
-                            f"{_short(theirs)}: train both with the same tokenizer and --template")
-
-
-def _short(value: str) -> str:
-    return repr(value if len(value) <= 24 else value[:12])

@@ -13,6 +13,7 @@ from common.data.tokenization import Codec
 from common.errors import UserError
 from common.models.builtin import BUILTIN_MODELS, materialise
 from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
+from common.provenance import RAW, Calibration
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?\Z")
 
@@ -59,26 +60,33 @@ def load_causal_lm(source: str, flag: str, codec: Codec, *, dtype: torch.dtype, 
 
 def load_scalar_model(source: str, flag: str, codec: Codec, *, dtype: torch.dtype, ds_config: dict | None = None,
                       dropout: float | None = None, gradient_checkpointing: bool = False,
-                      trust_remote_code: bool = False, mean: float = 0.0, std: float = 1.0,
+                      trust_remote_code: bool = False, calibration: Calibration = RAW,
                       seed: int = 0) -> ScalarModel:
     """A model with one number at every position, from a reward model or from a language model with a new head.
 
     Args:
-        mean, std: the outputs are (raw - mean) / std.
+        calibration: the outputs are (raw - mean) / std.
         seed: of a new head's initial weights.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-    config = _guarded(lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code), source, flag)
+    from transformers import AutoModelForSequenceClassification
+    config = load_config(source, flag, trust_remote_code)
     with _partitioned_loading(ds_config):
         model = _load(AutoModelForSequenceClassification, source, flag, dtype, dropout, trust_remote_code,
                       num_labels=1)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{flag} {source}: {type(model).__name__} has no per-token score head; "
                         "use a decoder-only language model")
-    scalar = ScalarModel(_fit(model, codec, gradient_checkpointing), mean, std)
+    scalar = ScalarModel(_fit(model, codec, gradient_checkpointing), calibration)
     if not is_scalar_config(config):
         init_score_head(scalar, seed)
     return scalar
+
+
+def load_config(source: str, flag: str, trust_remote_code: bool = False, **changes):
+    """The transformers configuration of a model, with `changes` made to it."""
+    from transformers import AutoConfig
+    return _guarded(lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **changes),
+                    source, flag)
 
 
 @contextlib.contextmanager
@@ -99,15 +107,11 @@ def _partitioned_loading(ds_config: dict | None):
 
 def _load(auto_class, source: str, flag: str, dtype: torch.dtype, dropout: float | None, trust_remote_code: bool,
           **config_changes) -> nn.Module:
-    from transformers import AutoConfig
-
-    def load():
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **config_changes)
-        if dropout is not None:
-            set_dropout(config, dropout)
-        return auto_class.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
-
-    return _guarded(load, source, flag)
+    config = load_config(source, flag, trust_remote_code, **config_changes)
+    if dropout is not None:
+        set_dropout(config, dropout)
+    return _guarded(lambda: auto_class.from_pretrained(source, config=config, dtype=dtype,
+                                                       trust_remote_code=trust_remote_code), source, flag)
 
 
 def _guarded(load, source: str, flag: str):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.provenance import RAW, Calibration
+
 
 class ScoreHead(nn.Linear):
     """A linear head that computes in fp32: bf16 near a score of 10 has steps of 0.06, coarser than most margins."""
@@ -23,14 +25,14 @@ class ScalarModel(nn.Module):
 
     Args:
         classifier: a transformers *ForSequenceClassification model with a linear `score`.
-        mean, std: the outputs are (raw - mean) / std, the scale in which rewards and values are used.
+        calibration: the outputs are normalised by it, to the scale in which rewards and values are used.
     """
 
-    def __init__(self, classifier, mean: float = 0.0, std: float = 1.0):
+    def __init__(self, classifier, calibration: Calibration = RAW):
         super().__init__()
         classifier.score.__class__ = ScoreHead  # same parameters and names, another forward
         self.classifier = classifier
-        self.mean, self.std = mean, std
+        self.calibration = calibration
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Numbers at every position.
@@ -44,7 +46,7 @@ class ScalarModel(nn.Module):
         """
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
         hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return (self.classifier.score(hidden).squeeze(-1) - self.mean) / self.std
+        return self.calibration.normalise(self.classifier.score(hidden).squeeze(-1))
 
 
 def is_scalar_config(config) -> bool:

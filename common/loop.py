@@ -1,0 +1,92 @@
+"""The loop of supervised training: evaluate, then epochs of optimizer steps with evaluations between them."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common.data.sampler import MicroBatch, StepSampler
+from common.distributed import say
+from common.tracking import Tracker
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class SupervisedLoop:
+    """Epochs over a data set.
+
+    Attributes:
+        sampler: gives every epoch's optimizer steps.
+        epochs: passes over the data.
+        eval_interval: optimizer steps between evaluations besides those before and after each epoch; 0 for none.
+        stop_after: optimizer steps after which to stop early; 0 for never.
+        log_interval: optimizer steps between lines in the metrics file.
+        print_steps: print every logged step, besides the progress bar.
+    """
+    sampler: StepSampler
+    tracker: Tracker
+    epochs: int
+    eval_interval: int
+    stop_after: int
+    log_interval: int
+    print_steps: bool
+
+    @classmethod
+    def from_config(cls, config, sampler: StepSampler, tracker: Tracker) -> SupervisedLoop:
+        """The loop of step 1 and step 2."""
+        return cls(sampler, tracker, config.num_train_epochs, config.eval_interval, config.test_stop_step,
+                   config.log_interval, config.print_loss)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = self.epochs * self.sampler.steps_per_epoch
+        return min(steps, self.stop_after) if self.stop_after else steps
+
+    def run(self, train_step: Callable[[Sequence[MicroBatch]], Metrics], evaluate: Callable[[], Metrics]) -> Metrics:
+        """Train to the end.
+
+        Args:
+            train_step: takes this rank's micro-batches of one optimizer step; returns what to log of it.
+            evaluate: returns metrics over the held-out data.
+
+        Returns:
+            The metrics of the last evaluation.
+        """
+        metrics = self._evaluate(evaluate, 0)
+        step = 0
+        with self.tracker.progress(self.total_steps, "training") as bar:
+            for epoch in range(self.epochs):
+                for micro_batches in self.sampler.epoch(epoch):
+                    if step == self.total_steps:
+                        break
+                    self._train(train_step, micro_batches, step := step + 1, bar)
+                    if self.eval_interval and step % self.eval_interval == 0:
+                        metrics = self._evaluate(evaluate, step)
+                metrics = self._evaluate(evaluate, step)
+                if step == self.total_steps:
+                    break
+        return metrics
+
+    def _train(self, train_step, micro_batches: Sequence[MicroBatch], step: int, bar) -> None:
+        start = time.perf_counter()
+        metrics = train_step(micro_batches)
+        metrics["step_seconds"] = time.perf_counter() - start
+        bar.update()
+        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in ("loss", "learning_rate")})
+        if step % self.log_interval == 0:
+            self.tracker.log("train", step, metrics)
+            if self.print_steps:
+                say(f"step {step}: " + describe(metrics))
+
+    def _evaluate(self, evaluate, step: int) -> Metrics:
+        metrics = evaluate()
+        self.tracker.log("eval", step, metrics)
+        say(f"evaluation after {step} of {self.total_steps} steps: " + describe(metrics))
+        return metrics
+
+
+def describe(metrics: Metrics) -> str:
+    """Metrics as one line for people."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items() if value is not None)

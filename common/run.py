@@ -1,0 +1,120 @@
+"""What every program does around its training: open the output, prepare text and data, say what was made."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.config import save_config
+from common.data.blend import parse_data_path
+from common.data.prepare import DataRequest
+from common.data.sampler import StepSampler
+from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
+from common.distributed import is_main, rank, say, world_size
+from common.errors import UserError
+from common.options import DataOptions
+from common.models.factory import load_config
+from common.models.scalar import is_scalar_config
+from common.provenance import RAW, Calibration, Provenance, read_provenance
+from common.tracking import Tracker, quiet_libraries
+
+CONFIG_FILE = "run_config.yaml"
+
+
+def open_run(config) -> Tracker:
+    """Make the output directory, save the resolved configuration there and send libraries' chatter to its logs.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    output = Path(config.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        quiet_libraries(output)
+        if is_main():
+            save_config(config, output / CONFIG_FILE)
+    except OSError as error:
+        raise UserError(f"--output_dir {output}: cannot be written: {error.strerror}") from None
+    for note in config.notes:
+        say(f"note: {note}")
+    return Tracker(output, config.enable_tensorboard, config.tensorboard_path)
+
+
+def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
+    """The codec for a model; one that this project made must be used with the text it was trained on.
+
+    Raises:
+        UserError: the model was trained with another template, end token or tokenizer.
+    """
+    codec = make_codec(load_tokenizer(source, trust_remote_code=config.trust_remote_code), config.template,
+                       add_eot_token=config.add_eot_token, eot_token=config.eot_token)
+    provenance = read_provenance(source)
+    if provenance is not None:
+        _check_text(provenance, codec, f"{flag} {source}", "this run")
+    return codec
+
+
+def read_calibration(config, codec: Codec, source: str) -> Calibration:
+    """The scale of a reward model's scores; `RAW` if it is not known or not wanted.
+
+    Raises:
+        UserError: it is no reward model, or it reads other ids than the actor writes.
+    """
+    flag = f"--critic_model_name_or_path {source}"
+    if not is_scalar_config(load_config(source, "--critic_model_name_or_path", config.trust_remote_code)):
+        raise UserError(f"{flag} is no reward model: it has no trained score head; make one with step2_reward/main.py")
+    provenance = read_provenance(source)
+    if provenance is None:
+        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+        if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(codec.tokenizer):
+            raise UserError(f"{flag} has another tokenizer than the actor: train a reward model on the actor's tokens")
+    else:
+        _check_text(provenance, codec, flag, f"--actor_model_name_or_path {config.actor_model_name_or_path}")
+    if not config.normalize_scores:
+        return RAW
+    if provenance is None or not provenance.score_std:
+        say(f"note: {flag} does not say the mean and spread of its scores, so they are used as they are")
+        return RAW
+    return Calibration(provenance.score_mean, provenance.score_std)
+
+
+def _check_text(provenance: Provenance, codec: Codec, made: str, used: str) -> None:
+    now = text_of(codec)
+    for what in ("template", "end_token", "tokenizer"):
+        was = getattr(provenance, what)
+        if was != now[what]:
+            raise UserError(f"{made} was trained with {what.replace('_', ' ')} {was[:24]!r}, but {used} has "
+                            f"{now[what][:24]!r}: use the same in every step")
+
+
+def text_of(codec: Codec) -> dict[str, str]:
+    """The part of a provenance that says how text becomes ids."""
+    return {"tokenizer": tokenizer_fingerprint(codec.tokenizer), "template": codec.template.name,
+            "end_token": codec.end_token, "pad_token": codec.pad_token}
+
+
+def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest:
+    """This step's part of `--data_path`, to be prepared as records of `kind`."""
+    return DataRequest(
+        data_path=parse_data_path(config.data_path), kind=kind, phase=config.phase, data_split=config.data_split,
+        eval_fraction=config.eval_fraction, columns=config.columns or None, max_tokens=max_tokens,
+        max_rows=config.max_rows, max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)
+
+
+def write_provenance(config: DataOptions, codec: Codec, step: str, base: str, **calibration: float) -> None:
+    """Last act of a step: until provenance.json is there, the output directory is not finished."""
+    if is_main():
+        Provenance(step=step, base=base, data_split=config.data_split, eval_fraction=config.eval_fraction,
+                   **text_of(codec), **calibration).write(config.output_dir)
+
+
+def step_sampler(config, train) -> StepSampler:
+    """The optimizer steps of step 1 and step 2 over prepared rows."""
+    return StepSampler(train["length"], rows_per_micro_batch=config.per_device_train_batch_size,
+                       micro_batches_per_step=config.gradient_accumulation_steps, world_size=world_size(),
+                       rank=rank(), seed=config.seed)
+
+
+def report_done(tracker: Tracker, steps: int, metrics: dict[str, float], output_dir: str) -> None:
+    """Record the final metrics, close the tracker, and say where the result lies."""
+    tracker.log("done", steps, metrics)
+    tracker.close()
+    say(f"saved to {output_dir}")

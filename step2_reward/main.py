@@ -1,0 +1,66 @@
+"""Step 2: the reward model. `deepspeed --num_gpus N step2_reward/main.py --help` says everything."""
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.checkpoint import export_model
+from common.config import parse
+from common.data.prepare import prepare
+from common.data.sampler import evaluation_batches
+from common.data.tokenization import Codec
+from common.distributed import rank, run_program, start, world_size
+from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
+from common.errors import UserError
+from common.lora import add_lora
+from common.loop import SupervisedLoop
+from common.models.factory import load_scalar_model, resolve_model
+from common.run import data_request, open_codec, open_run, report_done, step_sampler, write_provenance
+from step2_reward.config import RewardConfig
+from step2_reward.trainer import RewardTrainer
+
+
+def main(argv=None) -> None:
+    """Parse, prepare, build, train, save."""
+    config = parse(RewardConfig, argv, prog="step2_reward/main.py")
+    resolve_dtype(config.dtype)
+    source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path)
+    tracker = open_run(config)
+    codec = open_codec(config, source, "--model_name_or_path")
+    data = prepare(data_request(config, "comparison", config.max_seq_len), codec)
+    if not len(data.eval):
+        raise UserError("no pair is held out, so the scores' mean and spread cannot be measured: raise "
+                        "--eval_fraction or give more data")
+
+    start(config.timeout)
+    loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
+    engine = build_engine(config, source, codec, loop.total_steps)
+    trainer = RewardTrainer(engine, data.train, data.eval, evaluation_batches(
+        data.eval["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None),
+        codec.pad_id, config.margin, config.centring_coef)
+
+    metrics = loop.run(trainer.train_step, trainer.evaluate)
+
+    export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
+    write_provenance(config, codec, step="reward", base=config.model_name_or_path,
+                     score_mean=metrics["score_mean"], score_std=metrics["score_std"])
+    report_done(tracker, loop.total_steps, metrics, config.output_dir)
+    engine.destroy()
+
+
+def build_engine(config: RewardConfig, source: str, codec: Codec, total_steps: int):
+    """The model with a score head, and adapters if asked for, in a DeepSpeed engine that trains it."""
+    settings = EngineSettings.from_config(config)
+    model = load_scalar_model(source, "--model_name_or_path", codec, dtype=settings.dtype, seed=config.seed,
+                              ds_config=deepspeed_config(settings), dropout=config.dropout_probability,
+                              gradient_checkpointing=config.gradient_checkpointing,
+                              trust_remote_code=config.trust_remote_code)
+    if config.lora_dim:
+        add_lora(model.classifier, dim=config.lora_dim, alpha=config.lora_alpha, dropout=config.lora_dropout,
+                 modules=config.lora_module_name, flag="--lora_module_name", base_name=config.model_name_or_path)
+    return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

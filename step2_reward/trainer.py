@@ -1,0 +1,70 @@
+"""Reward modelling: a pairwise loss on the scores of two answers to one prompt."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from datasets import Dataset
+
+from common.data.collate import PairBatch, collate_comparisons
+from common.data.sampler import MicroBatch
+from common.distributed import device, global_sum
+from common.engine import gradient_norm, optimizer_step
+from common.models.scorer import score_at_last_token
+from common.sums import Sums, add_sums, means
+from step2_reward.loss import bradley_terry_loss_sum, score_mean_and_std
+
+
+class RewardTrainer:
+    """Trains and evaluates one engine on comparisons.
+
+    Args:
+        engine: a DeepSpeed engine around a `ScalarModel`.
+        train, evaluation: prepared comparisons.
+        evaluation_batches: this rank's part of the evaluation.
+        pad_id: fills the right of short rows.
+        margin, centring: see `bradley_terry_loss_sum`.
+    """
+
+    def __init__(self, engine, train: Dataset, evaluation: Dataset, evaluation_batches: Sequence[MicroBatch],
+                 pad_id: int, margin: float, centring: float):
+        self.engine = engine
+        self.train, self.evaluation, self.evaluation_batches = train, evaluation, evaluation_batches
+        self.pad_id, self.margin, self.centring = pad_id, margin, centring
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """One optimizer step; the loss is the mean over its pairs on all ranks."""
+        batches = list(self._batches(self.train, micro_batches))
+        pairs = global_sum(sum(batch.real.sum() for batch in batches))
+        parts: list[Sums] = []
+
+        def loss_of(batch: PairBatch) -> torch.Tensor:
+            loss, sums = self._loss_sum(batch)
+            parts.append(sums)
+            return loss / pairs
+
+        optimizer_step(self.engine, batches, loss_of)
+        sums = means(add_sums(parts, global_sum), "pairs")
+        return {"loss": sums["loss"], "accuracy": sums["accuracy"], "margin": sums["margin"], "pairs": int(pairs),
+                "learning_rate": self.engine.get_lr()[0], "gradient_norm": gradient_norm(self.engine)}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Over all held-out pairs: accuracy, mean scores, margin, and the mean and std of all scores."""
+        self.engine.eval()
+        parts = [self._loss_sum(batch)[1] for batch in self._batches(self.evaluation, self.evaluation_batches)]
+        self.engine.train()
+        sums = add_sums(parts, global_sum)
+        mean, std = score_mean_and_std(sums)
+        average = means(sums, "pairs")
+        names = ("loss", "accuracy", "chosen_score", "rejected_score", "margin")
+        return {**{name: average[name] for name in names}, "score_mean": mean, "score_std": std}
+
+    def _batches(self, dataset: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterable[PairBatch]:
+        for micro_batch in micro_batches:
+            yield collate_comparisons(dataset, micro_batch, self.pad_id).to(device())
+
+    def _loss_sum(self, batch: PairBatch) -> tuple[torch.Tensor, Sums]:
+        numbers = self.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        chosen, rejected = score_at_last_token(numbers, batch.lengths).chunk(2)
+        return bradley_terry_loss_sum(chosen, rejected, batch.real, margin=self.margin, centring=self.centring)

@@ -1,0 +1,67 @@
+"""What the four models say of a rollout, the passes divided between ranks and the results shared by all."""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from common.data.sampler import evaluation_batches
+from common.distributed import device, gather_objects, rank, world_size
+from step3_ppo.experience import Rollout
+from step3_ppo.models import PPOModels, evaluating
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Read off the models before the update; row b belongs to row b of the rollout. On the CPU of every rank."""
+
+    old_log_probs: Tensor  # (B, R) nats, of the actor
+    ref_log_probs: Tensor  # (B, R) nats, of the reference
+    entropy: Tensor  # (B, R) nats, of the actor's next-token distribution
+    values: Tensor  # (B, R) normalised score units
+    scores: Tensor  # (B,) raw scores of the reward model
+
+    def response_kl(self) -> Tensor:
+        """(B,) log-ratio of actor to reference summed over each response: the k1 estimate of its KL, in nats."""
+        return (self.old_log_probs - self.ref_log_probs).sum(1)
+
+
+def share_rollout(parts: list[Rollout]) -> Rollout:
+    """All ranks' responses on every rank, without fillers, in the order of their prompts in the data set.
+
+    The result does not depend on how the prompts were dealt to ranks and batches.
+    """
+    everywhere = gather_objects([part.to("cpu") for part in parts])
+    rollout = Rollout.concat([part for parts_of_rank in everywhere for part in parts_of_rank])
+    real = rollout.real.nonzero().squeeze(1)
+    return rollout.select(real[rollout.prompt_index[real].argsort(stable=True)])
+
+
+@torch.no_grad()
+def assess(models: PPOModels, rollout: Rollout, rows_per_batch: int) -> Assessment:
+    """Run actor, reference, critic and reward model over a shared rollout.
+
+    Args:
+        rollout: B responses, the same on every rank.
+        rows_per_batch: rows of one forward pass.
+    """
+    batches = evaluation_batches(rollout.lengths.tolist(), rows_per_batch, world_size(), rank())
+    mine = []
+    with evaluating(models):
+        for batch in batches:
+            part = rollout.select(batch.indices).to(device())
+            log_probs, entropy = models.log_probs_and_entropy(part)
+            results = Assessment(log_probs, models.reference_log_probs(part), entropy, models.values(part),
+                                 models.scores(part))
+            mine.append((batch, [getattr(results, field.name).float().cpu() for field in fields(Assessment)]))
+    whole = [torch.zeros(rollout.response_mask.shape) for _ in range(4)] + [torch.zeros(len(rollout.tokens))]
+    for batch, tensors in (item for items in gather_objects(mine) for item in items):
+        rows = torch.tensor(batch.indices)[torch.tensor(batch.real)]
+        for target, tensor in zip(whole, tensors):
+            kept = tensor[torch.tensor(batch.real)]
+            if target.dim() == 1:
+                target[rows] = kept
+            else:
+                target[rows, :kept.shape[1]] = kept
+    return Assessment(*whole)

@@ -1,0 +1,53 @@
+"""Exponential moving average of the trained weights, kept in fp32 where each rank's weights lie."""
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """theta_ema <- decay theta_ema + (1 - decay) theta, once per optimizer step.
+
+    Under ZeRO-3 every rank averages its own shards, so nothing is gathered.
+
+    Args:
+        module: the trained module, as its engine holds it; parameters without gradients are left alone.
+        decay: per optimizer step, in [0, 1).
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._average = [_held(parameter).float().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the weights as they are now."""
+        for parameter, average in zip(self._parameters, self._average):
+            average.lerp_(_held(parameter).float(), 1 - self.decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        """Within the context the module's weights are the average; afterwards they are exactly what they were."""
+        for parameter in self._parameters:
+            # ZeRO-3 keeps small parameters whole as well; dropping that copy leaves the shard as the only truth.
+            if hasattr(parameter, "ds_tensor") and parameter.numel() == parameter.ds_numel:
+                parameter.partition()
+        kept = [_held(parameter).clone() for parameter in self._parameters]
+        try:
+            self._write(self._average)
+            yield
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values):
+            _held(parameter).copy_(value)
+
+
+def _held(parameter: nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter: all of it, or its shard under ZeRO-3."""
+    return getattr(parameter, "ds_tensor", parameter).detach()

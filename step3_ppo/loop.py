@@ -1,0 +1,58 @@
+"""The iterations of a PPO run, and the evaluations before, between and after them."""
+from __future__ import annotations
+
+from itertools import chain, count, islice
+
+from common.data.sampler import StepSampler
+from common.distributed import say
+from common.loop import describe
+from common.tracking import Tracker
+from step3_ppo.trainer import PPOTrainer
+
+SHOWN = ("reward", "kl", "response_length", "eos_fraction")
+PRINTED_ANSWERS = 3
+
+
+def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, tracker: Tracker) -> dict[str, float]:
+    """Run PPO to the end.
+
+    Args:
+        sampler: one of its steps is the prompts of one iteration.
+        iterations: how many, over as many epochs as that takes.
+
+    Returns:
+        The metrics of the last evaluation, or of the last iteration where there is nothing to evaluate on.
+    """
+    config = trainer.config
+    evaluate(trainer, 0, iterations, tracker)
+    prompts = chain.from_iterable(sampler.epoch(epoch) for epoch in count())
+    with tracker.progress(iterations, "ppo") as bar:
+        for index, micro_batches in enumerate(islice(prompts, iterations)):
+            step = index + 1
+            training = trainer.iteration(index, micro_batches)
+            bar.update()
+            bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN})
+            if step % config.log_interval == 0:
+                tracker.log("train", step, training)
+            if config.print_answers and step % config.print_answers_interval == 0:
+                print_answers(trainer)
+            if config.eval_interval and step % config.eval_interval == 0 and step < iterations:
+                evaluate(trainer, step, iterations, tracker)
+    return evaluate(trainer, iterations, iterations, tracker) or training
+
+
+def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) -> dict[str, float]:
+    """Answer held-out prompts; log the metrics and write the answers to samples/. Nothing where none are held out."""
+    metrics, rows = trainer.evaluate()
+    if not rows:
+        return {}
+    tracker.log("eval", step, metrics)
+    tracker.samples({0: "before", iterations: "after"}.get(step, f"iteration-{step}"), rows)
+    say(f"evaluation after {step} of {iterations} iterations: " + describe(metrics))
+    return metrics
+
+
+def print_answers(trainer: PPOTrainer) -> None:
+    """Show a few of the answers of the iteration just made."""
+    for row in trainer.latest_samples(PRINTED_ANSWERS):
+        say(f"--- reward {row['reward']:.3f}, kl {row['kl']:.3f}\n{row['prompt'].strip()}\n>>> {row['response'].strip()}")

@@ -1,0 +1,125 @@
+"""Step 3: PPO of the actor against the reward model. `deepspeed --num_gpus N step3_ppo/main.py --help` says everything."""
+import sys
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from datasets import Dataset
+
+from common.checkpoint import export_model
+from common.config import parse
+from common.data.blend import parse_data_path
+from common.data.collate import TokenBatch, collate_texts
+from common.data.prepare import DataRequest, prepare
+from common.data.sampler import StepSampler
+from common.data.tokenization import Codec
+from common.distributed import rank, run_program, say, start, world_size
+from common.engine import resolve_dtype
+from common.models.factory import resolve_model
+from common.provenance import Calibration
+from common.run import data_request, open_codec, open_run, read_calibration, report_done, write_provenance
+from step3_ppo.config import PPOConfig
+from step3_ppo.loop import run_iterations
+from step3_ppo.models import PPOModels, build_models
+from step3_ppo.trainer import PPOTrainer
+
+
+def main(argv=None) -> None:
+    """Parse, prepare, build, train, save."""
+    config = parse(PPOConfig, argv, prog="step3_ppo/main.py")
+    resolve_dtype(config.dtype)
+    actor = resolve_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config.data_output_path)
+    critic = resolve_model(config.critic_model_name_or_path, "--critic_model_name_or_path", config.data_output_path)
+    tracker = open_run(config)
+    codec = open_codec(config, actor, "--actor_model_name_or_path")
+    calibration = read_calibration(config, codec, critic)
+    data = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec)
+    texts = prepare(text_request(config), codec).train if config.unsupervised_dataset_name else None
+    warn(config)
+
+    start(config.timeout)
+    sampler = prompt_sampler(config, data.train)
+    iterations = min(sampler.steps_per_epoch * config.num_train_epochs,
+                     config.max_iterations or sys.maxsize, config.test_stop_step or sys.maxsize)
+    models = build_models(config, codec, actor, critic, calibration,
+                          iterations * optimizer_steps_per_iteration(config, len(data.train)))
+    trainer = PPOTrainer(models, config, codec, data.train, data.eval,
+                         text_batches(config, texts, codec) if texts is not None else None, calibration)
+
+    metrics = run_iterations(trainer, sampler, iterations, tracker)
+
+    save(config, models, codec, calibration)
+    report_done(tracker, iterations, metrics, config.output_dir)
+
+
+def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
+    """An iteration's prompts; enough of them for one whole optimizer step, however the recipe's batches divide."""
+    rollout_batches = rollout_batches_per_iteration(config)
+    if rollout_batches > config.generation_batches:
+        say(f"note: one optimizer step takes {config.per_device_training_batch_size} x "
+            f"{config.gradient_accumulation_steps} answers per rank, so each iteration makes {rollout_batches} rollout "
+            f"batches of {config.per_device_generation_batch_size}, not {config.generation_batches}")
+    return StepSampler(prompts["length"], rows_per_micro_batch=config.per_device_generation_batch_size,
+                       micro_batches_per_step=rollout_batches, world_size=world_size(), rank=rank(), seed=config.seed)
+
+
+def rollout_batches_per_iteration(config: PPOConfig) -> int:
+    """Rollout batches of one iteration: as asked for, but never fewer answers than one optimizer step takes.
+
+    Until the step is complete the policy does not change, so rolling out all its batches first is the same algorithm.
+    """
+    needed = config.per_device_training_batch_size * config.gradient_accumulation_steps
+    return max(config.generation_batches, ceil(needed / config.per_device_generation_batch_size))
+
+
+def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
+    """How often each engine steps in an iteration that no target_kl cuts short."""
+    answers = config.per_device_generation_batch_size * rollout_batches_per_iteration(config) * world_size()
+    per_step = config.per_device_training_batch_size * config.gradient_accumulation_steps * world_size()
+    return config.ppo_epochs * ceil(min(answers, prompts) / per_step)
+
+
+def text_request(config: PPOConfig) -> DataRequest:
+    """The plain text of the pre-training mix; all of it, since it has no prompts to keep apart."""
+    specs = parse_data_path([config.unsupervised_dataset_name], flag="--unsupervised_dataset_name",
+                            config_name=config.unsupervised_dataset_config_name)
+    return DataRequest(data_path=specs, kind="text", phase=None, eval_fraction=0.0, max_rows=config.max_rows,
+                       max_tokens=config.max_prompt_seq_len + config.max_answer_seq_len,
+                       max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)
+
+
+def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[TokenBatch]:
+    """Endless micro-batches of plain text, one for every training micro-batch."""
+    sampler = StepSampler(texts["length"], rows_per_micro_batch=config.per_device_training_batch_size,
+                          micro_batches_per_step=1, world_size=world_size(), rank=rank(), seed=config.seed)
+    epoch = 0
+    while True:
+        for (micro_batch,) in sampler.epoch(epoch):
+            yield collate_texts(texts, micro_batch, codec.pad_id)
+        epoch += 1
+
+
+def warn(config: PPOConfig) -> None:
+    """Say what is allowed but rarely meant."""
+    if config.top_p < 1 or config.top_k:
+        say("warning: with --top_p or --top_k answers are not sampled from the policy that is trained: "
+            "the ratio of new to old policy is then only approximate")
+
+
+def save(config: PPOConfig, models: PPOModels, codec: Codec, calibration: Calibration) -> None:
+    """actor/, critic/ and, if it was kept, ema/, each a directory that transformers loads."""
+    output = Path(config.output_dir)
+    export_model(models.actor, codec, output / "actor", output / "adapter" / "actor")
+    export_model(models.critic, codec, output / "critic", output / "adapter" / "critic")
+    if models.ema is not None:
+        with models.ema.swapped_in():
+            export_model(models.actor, codec, output / "ema")
+    write_provenance(config, codec, step="ppo", base=config.actor_model_name_or_path,
+                     score_mean=calibration.mean, score_std=calibration.std)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,240 @@
+"""Proximal policy optimisation of the actor against the reward model, one iteration at a time."""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from common.data.collate import TokenBatch, collate_prompts
+from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
+from common.data.tokenization import Codec
+from common.distributed import device, global_sum, rank, world_size
+from common.engine import gradient_norm, optimizer_step
+from common.models.logprobs import next_token_loss_sum, response_log_probs
+from common.provenance import Calibration
+from common.sums import Sums, add_sums, means
+from step3_ppo.advantages import gae, whiten
+from step3_ppo.assessment import Assessment, assess, share_rollout
+from step3_ppo.config import PPOConfig
+from step3_ppo.experience import Experience, Rollout
+from step3_ppo.kl_controller import AdaptiveKL, FixedKL
+from step3_ppo.loss import explained_variance, explained_variance_sums, policy_loss_sum, value_loss_sum
+from step3_ppo.models import PPOModels, logits_of, response_values
+from step3_ppo.rewards import ShapedScores, kl_estimate, shape_scores, token_rewards
+from step3_ppo.rollout import Sampling, generate
+
+EVALUATION = 2**31  # takes the place of the iteration in the random numbers: every evaluation draws the same ones
+
+
+class PPOTrainer:
+    """One PPO iteration, and the evaluation on held-out prompts.
+
+    Args:
+        models: the engines.
+        config: the resolved configuration.
+        codec: end and padding tokens, decoding of samples.
+        prompts, held_out: prepared prompts to train on and to evaluate on.
+        texts: endless micro-batches of plain text for the pre-training mix, if it is on.
+        calibration: of the reward model's scores; the identity where they are not normalised.
+    """
+
+    def __init__(self, models: PPOModels, config: PPOConfig, codec: Codec, prompts: Dataset, held_out: Dataset,
+                 texts: Iterator[TokenBatch] | None, calibration: Calibration):
+        self.models, self.config, self.codec = models, config, codec
+        self.prompts, self.held_out, self.texts = prompts, held_out, texts
+        self.calibration = calibration
+        self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_answer_seq_len,
+                                 config.max_answer_seq_len)
+        self.kl = (AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+                   if config.kl_controller == "adaptive" else FixedKL(config.kl_coef))
+        self.seconds: dict[str, float] = {}
+        self.latest: tuple[Rollout, Assessment] | None = None
+
+    def iteration(self, index: int, prompts: Sequence[MicroBatch]) -> dict[str, float]:
+        """Roll out, score, reward, estimate advantages, update; returns what to log.
+
+        Args:
+            index: 0-based number of the iteration.
+            prompts: this rank's micro-batches of prompt rows.
+        """
+        self.seconds = {}
+        with self._phase("generate"):
+            rollout = self.rollout(self.prompts, prompts, index)
+        with self._phase("score"):
+            assessment = assess(self.models, rollout, self.config.per_device_training_batch_size)
+        with self._phase("advantages"):
+            shaped, rewards = self.rewards(rollout, assessment)
+            experience = self.advantages(rollout, assessment, rewards)
+        self.latest = rollout, assessment
+        with self._phase("update"):
+            updates = self.update(experience, index)
+        return self.report(experience, assessment, shaped, updates)
+
+    def rollout(self, dataset: Dataset, micro_batches: Sequence[MicroBatch], stream: int) -> Rollout:
+        """Responses of all ranks to the prompts of `micro_batches`, on every rank."""
+        parts = []
+        for micro_batch in micro_batches:
+            batch = collate_prompts(dataset, micro_batch, self.codec.pad_id).to(device())
+            parts.append(generate(self.models.actor, batch, self.sampling, end_id=self.codec.end_id,
+                                  pad_id=self.codec.pad_id, seed=self.config.seed, iteration=stream))
+        return share_rollout(parts)
+
+    def rewards(self, rollout: Rollout, assessment: Assessment) -> tuple[ShapedScores, Tensor]:
+        """Shaped scores (B,) and token rewards (B, R)."""
+        config = self.config
+        shaped = shape_scores(assessment.scores, rollout.finished, rollout.real, mean=self.calibration.mean,
+                              std=self.calibration.std, clip=config.score_clip,
+                              missing_eos_penalty=config.missing_eos_penalty,
+                              missing_eos_score=config.missing_eos_score)
+        kl = kl_estimate(assessment.old_log_probs, assessment.ref_log_probs, config.kl_estimator)
+        return shaped, token_rewards(kl, shaped.scores, rollout.response_mask, self.kl.beta)
+
+    def advantages(self, rollout: Rollout, assessment: Assessment, rewards: Tensor) -> Experience:
+        """The experience that the update learns from. Every rank holds all of it, so whitening needs no reduction."""
+        advantages, returns = gae(rewards, assessment.values, rollout.response_mask, gamma=self.config.gamma,
+                                  lam=self.config.gae_lambda)
+        if self.config.whiten_advantages:
+            advantages = whiten(advantages, rollout.response_mask)
+        return Experience(rollout, assessment.old_log_probs, assessment.ref_log_probs, assessment.values, rewards,
+                          advantages, returns, assessment.scores)
+
+    def update(self, experience: Experience, index: int) -> dict[str, float]:
+        """PPO epochs over the experience; leaves them early where the policy has moved past `target_kl`."""
+        sampler = StepSampler(experience.rollout.lengths.tolist(),
+                              rows_per_micro_batch=self.config.per_device_training_batch_size,
+                              micro_batches_per_step=self.config.gradient_accumulation_steps,
+                              world_size=world_size(), rank=rank(), seed=self.config.seed + index)
+        steps: list[Sums] = []
+        for epoch in range(self.config.ppo_epochs):
+            for micro_batches in sampler.epoch(epoch):
+                batches = [experience.select(batch.indices, batch.real).to(device()) for batch in micro_batches]
+                steps.append(self.optimizer_steps(batches))
+                if self._moved_too_far(steps[-1]):
+                    return self._update_metrics(steps)
+        return self._update_metrics(steps)
+
+    def optimizer_steps(self, batches: Sequence[Experience]) -> Sums:
+        """One step of the actor and one of the critic on the same rows; returns sums over all their tokens."""
+        tokens = global_sum(sum(batch.response_mask.sum() for batch in batches))
+        texts = [next(self.texts).to(device()) for _ in batches] if self.texts is not None else []
+        text_tokens = global_sum(sum(text.loss_mask[:, 1:].sum() for text in texts)) if texts else None
+        actor_sums: list[Sums] = []
+        critic_sums: list[Sums] = []
+
+        def actor_loss(micro_batch: tuple[Experience, TokenBatch | None]) -> Tensor:
+            batch, text = micro_batch
+            loss, sums = self._policy_loss(batch)
+            actor_sums.append(sums)
+            loss = loss / tokens
+            if text is not None:
+                loss = loss + self.config.unsup_coef * self._text_loss(text) / text_tokens
+            return loss
+
+        def critic_loss(batch: Experience) -> Tensor:
+            loss, sums = self._value_loss(batch)
+            critic_sums.append(sums)
+            return loss / tokens
+
+        optimizer_step(self.models.actor, zip(batches, texts or [None] * len(batches)), actor_loss)
+        optimizer_step(self.models.critic, batches, critic_loss)
+        if self.models.ema is not None:
+            self.models.ema.update()
+        return {**add_sums(critic_sums, global_sum), **add_sums(actor_sums, global_sum)}
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[dict[str, float], list[dict]]:
+        """Sample answers to held-out prompts, with the same random numbers every time.
+
+        Returns:
+            Mean metrics, and a row for every prompt: prompt, response, reward, kl, finished.
+        """
+        rows = min(self.config.eval_prompts, len(self.held_out))
+        if not rows:
+            return {}, []
+        lengths = self.held_out["length"][:rows]
+        batches = evaluation_batches(lengths, self.config.per_device_generation_batch_size, world_size(), rank())
+        rollout = self.rollout(self.held_out, batches, EVALUATION)
+        assessment = assess(self.models, rollout, self.config.per_device_training_batch_size)
+        shaped = self.rewards(rollout, assessment)[0]
+        metrics = {**_response_metrics(rollout, shaped), "kl": float(assessment.response_kl().mean())}
+        return metrics, self._samples(rollout, assessment, len(rollout.tokens))
+
+    def latest_samples(self, rows: int) -> list[dict]:
+        """The first rows of the last iteration, as in `evaluate`."""
+        rollout, assessment = self.latest
+        return self._samples(rollout, assessment, min(rows, len(rollout.tokens)))
+
+    def report(self, experience: Experience, assessment: Assessment, shaped: ShapedScores,
+               updates: dict[str, float]) -> dict[str, float]:
+        """Metrics of an iteration; moves the KL coefficient for the next one."""
+        rollout, mask = experience.rollout, experience.response_mask
+        kl = float(assessment.response_kl().mean())
+        responses = len(rollout.tokens)
+        metrics = {
+            **_response_metrics(rollout, shaped), "kl": kl, "kl_coef": self.kl.beta,
+            "entropy": float(assessment.entropy[mask].mean()),
+            "explained_variance": explained_variance(
+                explained_variance_sums(experience.values, experience.returns, mask)),
+            **updates,
+            "actor_learning_rate": self.models.actor.get_lr()[0],
+            "critic_learning_rate": self.models.critic.get_lr()[0],
+            "actor_gradient_norm": gradient_norm(self.models.actor),
+            "critic_gradient_norm": gradient_norm(self.models.critic),
+            **{f"seconds_{name}": seconds for name, seconds in self.seconds.items()},
+            "samples_per_second": responses / sum(self.seconds.values()),
+        }
+        self.kl.update(kl, responses)
+        return metrics
+
+    def _policy_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
+        rollout = batch.rollout
+        log_probs = response_log_probs(logits_of(self.models.actor, rollout), rollout.tokens, rollout.prompt_lengths,
+                                       rollout.response_lengths, self.config.temperature)
+        return policy_loss_sum(log_probs, batch.old_log_probs, batch.advantages, batch.response_mask,
+                               self.config.clip_range)
+
+    def _value_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
+        return value_loss_sum(response_values(self.models.critic, batch.rollout), batch.values, batch.returns,
+                              batch.response_mask, self.config.value_clip_range)
+
+    def _text_loss(self, text: TokenBatch) -> Tensor:
+        logits = self.models.actor(input_ids=text.input_ids, attention_mask=text.attention_mask,
+                                   use_cache=False).logits
+        return next_token_loss_sum(logits, text.input_ids, text.loss_mask)[0]
+
+    def _moved_too_far(self, step: Sums) -> bool:
+        limit = self.config.target_kl
+        return limit is not None and float(step["approx_kl"] / step["tokens"].clamp_min(1)) > limit
+
+    def _update_metrics(self, steps: Sequence[Sums]) -> dict[str, float]:
+        return {**means(add_sums(steps), "tokens"), "optimizer_steps": len(steps)}
+
+    def _samples(self, rollout: Rollout, assessment: Assessment, rows: int) -> list[dict]:
+        kl = assessment.response_kl()
+        samples = []
+        for row in range(rows):
+            start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
+            tokens = rollout.tokens[row].tolist()
+            samples.append({"prompt": self.codec.tokenizer.decode(tokens[:start], skip_special_tokens=True),
+                            "response": self.codec.decode_response(tokens[start:end]),
+                            "reward": float(assessment.scores[row]), "kl": float(kl[row]),
+                            "finished": bool(rollout.finished[row])})
+        return samples
+
+    @contextmanager
+    def _phase(self, name: str):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # kernels run behind; their time belongs to the phase that launched them
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _response_metrics(rollout: Rollout, shaped: ShapedScores) -> dict[str, float]:
+    scores = means(shaped.sums, "responses")
+    return {"reward": scores["raw_score"], "shaped_score": scores["score"], "score_clip_fraction": scores["clipped"],
+            "response_length": float(rollout.response_lengths.float().mean()), "eos_fraction": scores["finished"]}

@@ -1,0 +1,38 @@
+"""Run a program under the real deepspeed launcher, as a user would."""
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(script: Path, *args: str, ranks: int = 1, cwd: Path = ROOT, timeout: int = 540,
+           check: bool = True) -> subprocess.CompletedProcess:
+    """`deepspeed --num_gpus RANKS script args`; its output is shown when it fails and `check` is set."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [str(launcher), "-q", "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script), *args]
+    return run(command, cwd=cwd, timeout=timeout, check=check)
+
+
+def run(command: list[str], cwd: Path = ROOT, timeout: int = 540, check: bool = True,
+        stdin: str = "") -> subprocess.CompletedProcess:
+    """Run a command in an environment like a user's shell, with no trace of the tests' own process."""
+    env = {key: value for key, value in os.environ.items()
+           if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR",
+                          "MASTER_PORT", "OMP_NUM_THREADS")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    done = subprocess.run(command, cwd=cwd, env=env, timeout=timeout, input=stdin, capture_output=True, text=True)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-6000:]}\n"
+                             f"{done.stderr[-6000:]}")
+    return done
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
