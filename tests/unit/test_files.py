@@ -1,0 +1,175 @@
+"""Rows of local files: every good row comes, every bad one is counted with its place, and nothing ends a run
+but a file that cannot be read on."""
+import csv
+import gzip
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from common.data import files
+from common.data.files import MAX_ROW_BYTES, read_rows
+from common.errors import UserError
+
+ROWS = [{"prompt": f"Question {n}? \u00e9\n\"quoted\", [a] {{b}}", "response": f"Answer {n}"}
+        for n in range(700)]
+
+
+def write(path: Path, rows) -> Path:
+    """Writes ``rows`` in the format that the name of ``path`` asks for."""
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100)
+        return path
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8", newline="") as stream:
+        if name.endswith(".csv"):
+            writer = csv.DictWriter(stream, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        elif name.endswith(".json"):
+            json.dump(rows, stream, indent=1)
+        else:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
+
+
+def good(path):
+    return [row.values for row in read_rows(path, path.name) if row.problem is None]
+
+
+def bad(path):
+    return [(row.where, row.problem) for row in read_rows(path, path.name) if row.problem is not None]
+
+
+@pytest.mark.parametrize("name", files.SUFFIXES)
+def test_every_format_gives_the_rows_that_were_written(tmp_path, name):
+    path = write(tmp_path / f"data{name}", ROWS)
+    rows = list(read_rows(path, "data"))
+    assert [row.values for row in rows] == ROWS
+    assert len({row.where for row in rows}) == len(ROWS)
+
+
+def test_a_json_file_may_hold_lines_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in ROWS))
+    assert good(path) == ROWS
+    path.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(ROWS).encode())
+    assert good(path) == ROWS
+
+
+texts = st.text(st.characters(codec="utf-8"))
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | texts,
+                           lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.dictionaries(texts, json_values, max_size=4)), st.sampled_from([None, 1]),
+       st.integers(1, 40))
+def test_arrays_are_read_whatever_the_place_where_a_chunk_ends(tmp_path_factory, rows, indent, chunk):
+    path = tmp_path_factory.mktemp("array") / "data.json"
+    path.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
+    usual, files._CHUNK = files._CHUNK, chunk
+    try:
+        assert good(path) == rows
+    finally:
+        files._CHUNK = usual
+
+
+def test_bad_lines_are_named_and_the_good_ones_between_them_kept(tmp_path):
+    path = tmp_path / "data.jsonl"
+    ok = b'{"prompt": "fine"}'
+    lines = [ok, b"", b"   ", b'{"prompt": ', b"\xff\xfe{}", b'{"prompt": "a\x00"}', b'["a"]', b"7", ok,
+             b'{"prompt": "' + b"x" * 10_000_000 + b'"}', b"[" * 100_000, ok]
+    path.write_bytes(b"\n".join(lines))
+    assert good(path) == [{"prompt": "fine"}] * 3
+    assert bad(path) == [("data.jsonl:4", "broken JSON"), ("data.jsonl:5", "invalid UTF-8"),
+                         ("data.jsonl:6", "NUL bytes"), ("data.jsonl:7", "not a JSON object"),
+                         ("data.jsonl:8", "not a JSON object"), ("data.jsonl:10", "line longer than 8 MiB"),
+                         ("data.jsonl:11", "broken JSON")]
+
+
+def test_a_row_of_the_greatest_length_is_still_read(tmp_path):
+    path = tmp_path / "data.jsonl"
+    frame = len('{"prompt": ""}\n')
+    for length, count in ((MAX_ROW_BYTES - frame, 2), (MAX_ROW_BYTES, 1)):
+        path.write_text('{"prompt": "%s"}\n{"prompt": "b"}\n' % ("x" * length))
+        assert len(good(path)) == count
+
+
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path):
+    """A gigabyte in one compressed line, read by a process that may use less than that."""
+    path = tmp_path / "data.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        for _ in range(1024):
+            stream.write(b"x" * 2**20)
+        stream.write(b'\n{"prompt": "fine"}\n')
+    limit = 700 * 2**20
+    program = ("import sys; from pathlib import Path; from common.data.files import read_rows\n"
+               "print([row.problem for row in read_rows(Path(sys.argv[1]), 'data')])")
+    run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True,
+                         cwd=Path(__file__).parents[2],
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    assert run.stdout.strip() == "['line longer than 8 MiB', None]", run.stderr
+
+
+def test_bad_csv_rows(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_bytes(b'prompt,response\na,b\n\na,b,c\na\n"x"y,b\n' + b"x" * 9_000_000 + b',b\n"a\nb",c\n')
+    assert good(path) == [{"prompt": "a", "response": "b"}, {"prompt": "a\nb", "response": "c"}]
+    assert [where for where, _ in bad(path)] == ["data.csv:4", "data.csv:5", "data.csv:6", "data.csv:7"]
+
+
+def test_an_open_quote_does_not_swallow_the_file(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('prompt,response\n"a,b\n' + "some question,some answer\n" * 400_000)
+    assert len(bad(path)) == 1
+    assert len(good(path)) > 10_000
+
+
+def test_a_csv_file_needs_distinct_column_names(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,prompt\na,b\n")
+    with pytest.raises(UserError, match="data.csv:1.*twice"):
+        good(path)
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": ', '[{"a": 1} {"a": 2}]', '[{"a": 1},]', '[{"a": 1}, o]',
+                                  "["])
+def test_a_broken_array_is_an_error_that_names_the_row(tmp_path, text):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="data.json: the JSON array is broken"):
+        good(path)
+
+
+def test_elements_that_are_no_objects_are_counted(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"a": 1}, 12, "b", null]')
+    assert good(path) == [{"a": 1}]
+    assert [where for where, _ in bad(path)] == ["data.json:2", "data.json:3", "data.json:4"]
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = write(tmp_path / "whole.jsonl.gz", ROWS).read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "none.jsonl.gz").write_bytes(b"not compressed")
+    whole = write(tmp_path / "whole.parquet", ROWS).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:-100])
+    (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for name, why in {"cut.jsonl.gz": "end", "none.jsonl.gz": "gzip", "cut.parquet": "parquet",
+                      "pointer.parquet": "git lfs pull"}.items():
+        with pytest.raises(UserError, match=f"(?s){name}.*{why}"):
+            good(tmp_path / name)
+
+
+def test_invalid_utf8_in_parquet_costs_its_row_alone(tmp_path):
+    texts = pyarrow.array([b"good", b"\xff\xfe", b"too"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts}), tmp_path / "data.parquet")
+    assert good(tmp_path / "data.parquet") == [{"prompt": "good"}, {"prompt": "too"}]
+    assert bad(tmp_path / "data.parquet") == [("data.parquet:2", "invalid UTF-8")]

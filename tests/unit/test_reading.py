@@ -1,0 +1,168 @@
+"""From sources to records: counted, weighted, and with no source's test prompt left for training."""
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from common.data.blend import parse_data_path
+from common.data.reading import ReadReport, read_records
+from common.data.records import Comparison, identity
+from common.data.split import assignment
+from common.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+HH_DATA = Path(os.environ.get("RLHF_HH_DATA", ROOT / "../shared/data/hh-rlhf"))
+
+
+@pytest.fixture(scope="session")
+def hh_data(tmp_path_factory) -> Path:
+    """Real transcript pairs, or, where there are none, invented ones of like form and faults."""
+    if HH_DATA.is_dir():
+        return HH_DATA
+    directory = tmp_path_factory.mktemp("hh-rlhf")
+    with open(directory / "pairs.jsonl", "w") as stream:
+        for number in range(1500):
+            turns = "".join(f"\n\nHuman: question {number}.{turn}?\n\nAssistant: answer {turn}."
+                            for turn in range(number % 3))
+            shared = f"{turns}\n\nHuman: last question {number}\n\nAssistant:"
+            chosen = "" if number % 400 == 0 else f" a good answer\n\nof {number} lines"
+            stream.write(json.dumps({"chosen": shared + chosen, "rejected": f"{shared} a bad answer"}) + "\n")
+    return directory
+
+
+def lines(path: Path, *rows) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def read(data_path, kind="prompt", **choices):
+    report = ReadReport()
+    return list(read_records(parse_data_path(data_path), kind, report=report, **choices)), report
+
+
+def prompts(found):
+    return [(item.split, identity(item.record)) for item in found]
+
+
+def test_real_pairs(hh_data):
+    found, report = read([str(hh_data)], "comparison")
+    (total,), (usable,), (bad,) = report.total.values(), report.usable.values(), report.bad.values()
+    assert total == 1500 and usable == len(found) and 1 <= bad <= 10 and usable + bad == total
+    report.check(0.01)
+    for item in found:
+        assert isinstance(item.record, Comparison)
+        roles = [message.role for message in item.record.prompt.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        assert item.record.chosen != item.record.rejected
+        assert not any(cue in answer for cue in ("\n\nHuman:", "\n\nAssistant:")
+                       for answer in (item.record.chosen, item.record.rejected))
+    assert len({len(item.record.prompt.messages) for item in found}) > 1    # dialogues of several lengths
+    assert all(Path(where.rsplit(":", 1)[0]).is_file() for where, _ in report.first_bad)
+
+
+def test_real_pairs_in_three_phases(hh_data):
+    """No first question is ever in two phases or on both sides, however the file is read."""
+    places = {}
+    for kind in ("comparison", "demonstration", "prompt"):
+        for item in read([str(hh_data)], kind)[0]:
+            turn = identity(item.record)
+            places.setdefault(" ".join(turn.lower().split()), set()).add(assignment(turn, "2,4,4", 0.1))
+    assert all(len(found) == 1 for found in places.values())
+    phases = Counter(place.phase for found in places.values() for place in found)
+    assert all(abs(phases[phase] / len(places) - share) < 0.06 for phase, share in enumerate((0.2, 0.4, 0.4)))
+
+
+def test_bad_rows_are_counted_shown_and_skipped(tmp_path):
+    path = lines(tmp_path / "data.jsonl", {"prompt": "q", "chosen": "a", "rejected": "b"}, "{oops",
+                 {"prompt": "q", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": "a"}, "",
+                 {"prompt": "r", "chosen": "a", "rejected": "b"})
+    found, report = read([path], "comparison")
+    assert [item.where for item in found] == [f"{path}:1", f"{path}:6"]
+    assert (report.total[path], report.usable[path], report.bad[path]) == (5, 2, 3)
+    assert report.first_bad == [(f"{path}:2", "broken JSON"),
+                                (f"{path}:3", "chosen and rejected are the same"),
+                                (f"{path}:4", "'rejected' is missing")]
+    report.check(0.6)
+    with pytest.raises(UserError, match=f"{path}: 3 of 5 rows .*--max_bad_fraction 0.5.*:2: broken JSON"):
+        report.check(0.5)
+
+
+def test_a_source_without_a_usable_row_is_an_error_even_in_a_blend(tmp_path):
+    good = lines(tmp_path / "good.jsonl", {"prompt": "q"})
+    for empty in (lines(tmp_path / "empty.jsonl"), lines(tmp_path / "broken.jsonl", *["{oops"] * 50)):
+        report = read([good, empty])[1]
+        with pytest.raises(UserError, match=f"{empty}: none of its"):
+            report.check(1.0)
+
+
+def test_bad_rows_at_the_start_do_not_hide_the_layout(tmp_path):
+    path = lines(tmp_path / "data.jsonl", *["{oops"] * 50, {}, {"id": 1, "prompt": "q"}, {"prompt": "r"})
+    found, report = read([path])
+    assert prompts(found) == [("train", "q"), ("train", "r")]
+    assert report.bad[path] == 51
+
+
+def test_a_test_prompt_is_never_for_training_in_whichever_source_it_lies(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    lines(one / "train.jsonl", {"prompt": "a"}, {"prompt": "B  b"})
+    lines(one / "test.jsonl", {"prompt": "b B"})
+    lines(two / "train.jsonl", {"prompt": "b b"}, {"prompt": "c"},
+          {"prompt": "Human: b b\n\nAssistant: x\n\nHuman: and then?"})
+    for order in ([one, two], [two, one]):
+        found = prompts(read([str(path) for path in order])[0])
+        assert sorted(text for split, text in found if split == "train") == ["a", "c"]
+        assert len(found) == 6
+
+
+def test_max_rows_is_per_source_and_split(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name in ("train-1", "train-2", "test"):
+        lines(one / f"{name}.jsonl", *({"prompt": f"{name} {number}"} for number in range(5)))
+    lines(two / "data.jsonl", *({"prompt": f"two {number}"} for number in range(5)))
+    found = Counter(split for split, _ in prompts(read([str(one), str(two)], max_rows=7)[0]))
+    assert found == {"test": 5, "train": 7 + 5}
+
+
+def test_weights_repeat_and_thin_out_a_source(tmp_path):
+    path = lines(tmp_path / "data.jsonl", *({"prompt": f"q {number}"} for number in range(400)))
+    whole = {text for _, text in prompts(read([path])[0])}
+    third = [text for _, text in prompts(read([f"{path}:0.33"])[0])]
+    assert 90 < len(third) < 175 and set(third) < whole
+    twice = read([f"{path}:2.33"])[0]
+    assert Counter(item.copy for item in twice) == {0: 400, 1: 400, 2: len(third)}
+
+
+def test_files_of_one_directory_may_differ_in_layout(tmp_path):
+    lines(tmp_path / "a.jsonl", {"prompt": "q", "response": "a"})
+    lines(tmp_path / "b.jsonl", {"instruction": "r", "output": "b"})
+    assert [item.record.response for item in read([str(tmp_path)], "demonstration")[0]] == ["a", "b"]
+    with pytest.raises(UserError, match="a.jsonl.*not comparisons"):
+        read([str(tmp_path)], "comparison")
+
+
+def test_files_left_out_are_told(tmp_path):
+    lines(tmp_path / "train.jsonl", {"prompt": "q"})
+    lines(tmp_path / "extra.jsonl", {"prompt": "r"})
+    found, report = read([str(tmp_path)])
+    assert prompts(found) == [("train", "q")]
+    assert report.notes == [f"{tmp_path}: left out, belonging to no split: extra.jsonl"]
+
+
+def test_the_built_in_task_gives_every_kind_but_text():
+    for kind in ("prompt", "demonstration", "comparison"):
+        found, report = read(["builtin:courtesy"], kind, max_rows=50)
+        assert len(found) == 50
+        report.check(0.0)
+    with pytest.raises(UserError, match="builtin:courtesy.*not plain texts"):
+        read(["builtin:courtesy"], "text")
+
+
+def test_reading_streams(tmp_path):
+    """The first record of an endless supply comes at once: nothing is gathered first."""
+    path = lines(tmp_path / "data.jsonl", *({"prompt": f"q {number}"} for number in range(20_000)))
+    report = ReadReport()
+    next(read_records(parse_data_path([path]), "prompt", report=report))
+    assert report.total[path] == 1
