@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -35,31 +34,39 @@ class SourcedRecord:
 
 
 @dataclass
-class ReadReport:
-    """What was read. What is neither usable nor bad is left out without fault (a tie has no better answer)."""
+class Counts:
+    """Rows of one source. What is neither usable nor bad is left out without fault (a tie has no better
+    answer)."""
 
-    total: Counter[str] = field(default_factory=Counter)    # source name -> rows read
-    usable: Counter[str] = field(default_factory=Counter)
-    bad: Counter[str] = field(default_factory=Counter)
-    first_bad: list[tuple[str, str]] = field(default_factory=list)      # (where, why), of each source
+    total: int = 0
+    usable: int = 0
+    bad: int = 0
+
+
+@dataclass
+class ReadReport:
+    """What was read, by source name, and the first bad rows of each source as (where, why)."""
+
+    sources: dict[str, Counts] = field(default_factory=dict)
+    first_bad: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def count_bad(self, source: str, where: str, why: str) -> None:
-        self.bad[source] += 1
-        if self.bad[source] <= _SHOWN:
+        counts = self.sources[source]
+        counts.bad += 1
+        if counts.bad <= _SHOWN:
             self.first_bad.append((where, why))
 
     def check(self, max_bad_fraction: float) -> None:
         """Raises UserError if a source has no usable row or more bad ones than the given share of its
         rows."""
-        for source, total in self.total.items():
-            bad = self.bad[source]
+        for source, counts in self.sources.items():
             shown = "".join(f"; {where}: {why}" for where, why in self.first_bad if where.startswith(source))
-            if not self.usable[source]:
-                raise UserError(f"{source}: none of its {total} rows can be used{shown}")
-            if bad > max_bad_fraction * total:
-                raise UserError(f"{source}: {bad} of {total} rows cannot be used, "
-                                f"more than --max_bad_fraction {max_bad_fraction:g} allows{shown}")
+            if not counts.usable:
+                raise UserError(f"{source}: none of its {counts.total} rows can be used{shown}")
+            if counts.bad > max_bad_fraction * counts.total:
+                raise UserError(f"{source}: {counts.bad} of {counts.total} rows cannot be used, "
+                                f"more than --max_bad_rows {max_bad_fraction:g} allows{shown}")
 
 
 def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str, str] | None = None,
@@ -77,21 +84,22 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
     column_map = ColumnMap(columns)
     sources = [(spec, open_source(spec)) for spec in specs]
     for spec, source in sources:
-        report.total[spec.name] += 0
+        report.sources.setdefault(spec.name, Counts())
         if source.left_out:
             report.notes.append(f"{spec.name}: left out, belonging to no split: {', '.join(source.left_out)}")
     tested: set[bytes] = set()
     for split in ("test", "train"):
         for spec, source in sources:
+            counts = report.sources[spec.name]
             parts = [part for part in source.parts if part.split == split]
             records = chain.from_iterable(_part_records(spec, part, kind, column_map) for part in parts)
             for row, record, problem in islice(records, max_rows):
-                report.total[spec.name] += 1
+                counts.total += 1
                 if problem:
                     report.count_bad(spec.name, row.where, problem)
                 if record is None:
                     continue
-                report.usable[spec.name] += 1
+                counts.usable += 1
                 key = _key(record)
                 if split == "test":
                     tested.add(key)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.data.blend import parse_data_path
-from common.data.reading import ReadReport, read_records
+from common.data.reading import Counts, ReadReport, read_records
 from common.data.records import Comparison, identity
 from common.data.split import assignment
 from common.errors import UserError
@@ -49,8 +49,9 @@ def prompts(found):
 
 def test_real_pairs(hh_data):
     found, report = read([str(hh_data)], "comparison")
-    (total,), (usable,), (bad,) = report.total.values(), report.usable.values(), report.bad.values()
-    assert total == 1500 and usable == len(found) and 1 <= bad <= 10 and usable + bad == total
+    counts = report.sources[str(hh_data)]
+    assert counts.total == 1500 and counts.usable == len(found) and 1 <= counts.bad <= 10
+    assert counts.usable + counts.bad == counts.total
     report.check(0.01)
     for item in found:
         assert isinstance(item.record, Comparison)
@@ -81,12 +82,12 @@ def test_bad_rows_are_counted_shown_and_skipped(tmp_path):
                  {"prompt": "r", "chosen": "a", "rejected": "b"})
     found, report = read([path], "comparison")
     assert [item.where for item in found] == [f"{path}:1", f"{path}:6"]
-    assert (report.total[path], report.usable[path], report.bad[path]) == (5, 2, 3)
+    assert report.sources[path] == Counts(total=5, usable=2, bad=3)
     assert report.first_bad == [(f"{path}:2", "broken JSON"),
                                 (f"{path}:3", "chosen and rejected are the same"),
                                 (f"{path}:4", "'rejected' is missing")]
     report.check(0.6)
-    with pytest.raises(UserError, match=f"{path}: 3 of 5 rows .*--max_bad_fraction 0.5.*:2: broken JSON"):
+    with pytest.raises(UserError, match=f"{path}: 3 of 5 rows .*--max_bad_rows 0.5.*:2: broken JSON"):
         report.check(0.5)
 
 
@@ -102,7 +103,7 @@ def test_bad_rows_at_the_start_do_not_hide_the_layout(tmp_path):
     path = lines(tmp_path / "data.jsonl", *["{oops"] * 50, {}, {"id": 1, "prompt": "q"}, {"prompt": "r"})
     found, report = read([path])
     assert prompts(found) == [("train", "q"), ("train", "r")]
-    assert report.bad[path] == 51
+    assert report.sources[path].bad == 51
 
 
 def test_a_test_prompt_is_never_for_training_in_whichever_source_it_lies(tmp_path):
@@ -165,4 +166,4 @@ def test_reading_streams(tmp_path):
     path = lines(tmp_path / "data.jsonl", *({"prompt": f"q {number}"} for number in range(20_000)))
     report = ReadReport()
     next(read_records(parse_data_path([path]), "prompt", report=report))
-    assert report.total[path] == 1
+    assert report.sources[path].total == 1
