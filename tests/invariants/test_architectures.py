@@ -1,0 +1,133 @@
+"""What must hold for a model of every supported architecture, whatever stands beside a row in its batch."""
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from common.checkpoint import write_model
+from common.data.tokenization import load_tokenizer, make_codec
+from common.lora import adapters_disabled, add_lora, linear_modules, merged_state_dict
+from common.models.factory import load_causal_lm, load_scalar_model
+from common.models.logprobs import gather_response, response_log_probs
+from common.models.scorer import score_at_last_token
+from tests.architectures import CONFIGS, build_model
+
+PROMPTS, RESPONSES = torch.tensor([3, 9, 1]), torch.tensor([5, 2, 7])
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def directory(request, tmp_path_factory, builtin_cache):
+    return build_model(request.param, tmp_path_factory.mktemp(request.param), builtin_cache)
+
+
+@pytest.fixture(scope="module")
+def codec(directory):
+    return make_codec(load_tokenizer(str(directory)), "human_assistant")
+
+
+@pytest.fixture(scope="module")
+def batch(codec):
+    """(tokens, attention mask), right-padded with the END token: a mask made by comparing tokens would show."""
+    lengths = PROMPTS + RESPONSES
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(10, 300, (3, int(lengths.max()) + 4), generator=generator)
+    mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+    tokens[torch.arange(3), lengths - 1] = codec.end_id
+    return tokens.masked_fill(mask == 0, codec.end_id), mask
+
+
+def causal(directory, codec):
+    return load_causal_lm(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0).eval()
+
+
+def scalar(directory, codec):
+    return load_scalar_model(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0, seed=7).eval()
+
+
+@torch.no_grad()
+def test_padding_changes_no_log_prob_and_no_value(directory, codec, batch):
+    tokens, mask = batch
+    policy, critic = causal(directory, codec), scalar(directory, codec)
+    together = response_log_probs(policy(input_ids=tokens, attention_mask=mask).logits, tokens, PROMPTS, RESPONSES)
+    values = gather_response(critic(tokens, mask), PROMPTS, RESPONSES)
+    for row in range(3):
+        length, prompt, response = int(PROMPTS[row] + RESPONSES[row]), PROMPTS[row:row + 1], RESPONSES[row:row + 1]
+        alone, ones = tokens[row:row + 1, :length], torch.ones(1, length, dtype=torch.long)
+        log_probs = response_log_probs(policy(input_ids=alone, attention_mask=ones).logits, alone, prompt, response)
+        torch.testing.assert_close(together[row, :int(response)], log_probs[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(values[row, :int(response)], gather_response(critic(alone, ones), prompt, response)[0],
+                                   atol=1e-5, rtol=1e-5)
+        # Left padding, as prompts have it in generation, with positions counted from the first real token.
+        padded = torch.cat([torch.full((1, 4), codec.pad_id), alone], 1)
+        left_mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), ones], 1)
+        logits = policy(**policy.prepare_inputs_for_generation(
+            padded, attention_mask=left_mask, use_cache=False, is_first_iteration=True)).logits[:, 4:]
+        torch.testing.assert_close(response_log_probs(logits, alone, prompt, response), log_probs, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_reward_model_scores_alike_in_plain_transformers(directory, codec, batch, tmp_path):
+    tokens, mask = batch
+    model = scalar(directory, codec)
+    ours = score_at_last_token(model(tokens, mask), mask.sum(1))
+    assert len(set(ours.tolist())) == 3
+    write_model(model, dict(model.state_dict()), codec, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert plain.config.num_labels == 1 and tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert plain.config.pad_token_id == tokenizer.pad_token_id
+    rows = [tokens[row, :int(mask[row].sum())].tolist() for row in range(3)]
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        scores = plain(**padded).logits.squeeze(-1)
+        torch.testing.assert_close(scores, ours, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_lora_is_the_base_when_off_and_the_merged_model_when_on(directory, codec, batch, tmp_path):
+    tokens, mask = batch
+    base = causal(directory, codec)(input_ids=tokens, attention_mask=mask).logits
+    model = causal(directory, codec)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = len(linear_modules(model))
+    add_lora(model, dim=4, alpha=16, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="base")
+    torch.testing.assert_close(model(input_ids=tokens, attention_mask=mask).logits, base, atol=0, rtol=0)
+    randomise_adapters(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * layers and all("lora_" in name for name in trained)
+    adapted = model(input_ids=tokens, attention_mask=mask).logits
+    assert (adapted - base)[mask.bool()].abs().max() > 0.1
+    with adapters_disabled(model):
+        torch.testing.assert_close(model(input_ids=tokens, attention_mask=mask).logits, base, atol=0, rtol=0)
+
+    write_model(model, dict(model.state_dict()), codec, tmp_path / "merged", tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    real = mask.bool()
+    torch.testing.assert_close(merged(input_ids=tokens, attention_mask=mask).logits[real], adapted[real],
+                               atol=1e-4, rtol=1e-4)
+    after = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if "lora_" not in name}
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+    from peft import PeftModel
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "adapter").eval()
+    torch.testing.assert_close(reloaded(input_ids=tokens, attention_mask=mask).logits[real], adapted[real],
+                               atol=1e-5, rtol=1e-5)
+
+
+def test_lora_keeps_a_score_head_trainable_and_saves_it(directory, codec, tmp_path):
+    model = scalar(directory, codec)
+    add_lora(model.classifier, dim=2, alpha=0, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="base")
+    assert model.classifier.score.weight.requires_grad
+    state = {name.removeprefix("classifier."): value for name, value in model.state_dict().items()}
+    assert not any("lora_" in name for name in merged_state_dict(model.classifier, state))
+    write_model(model, dict(model.state_dict()), codec, tmp_path / "merged", tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(saved["base_model.model.score.weight"], model.classifier.score.weight)
+
+
+def randomise_adapters(model):
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
