@@ -1,4 +1,4 @@
-"""Tokenizers of the two families, trained in a second on a few hundred sentences and written as model directories."""
+"""Tokenizers of the two families, trained in a second and written as model directories."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ CORPUS = [f"Human: What is the capital of country {i}? Assistant: Paris is the c
           for i in range(200)]
 
 
-def byte_level_bpe(directory: Path, *, bos: str | None = "</s>", eos: str | None = "</s>", pad: str | None = "<pad>",
-                   unk: str | None = "</s>", chat_template: str | None = None, specials: tuple[str, ...] = ()) -> Path:
-    """A byte-level BPE like OPT's unless told otherwise: ids <s> 0, <pad> 1, </s> 2; </s> starts every text."""
+def byte_level_bpe(directory: Path, *, bos: str | None = "</s>", eos: str | None = "</s>",
+                   pad: str | None = "<pad>", unk: str | None = "</s>", chat_template: str | None = None,
+                   specials: tuple[str, ...] = ()) -> Path:
+    """A byte-level BPE, like OPT's unless told otherwise: <s> 0, <pad> 1, </s> 2; </s> starts every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +36,7 @@ def byte_level_bpe(directory: Path, *, bos: str | None = "</s>", eos: str | None
 
 
 def llama_sentencepiece(directory: Path) -> Path:
-    """A sentencepiece BPE like LLaMA's: ids <unk> 0, <s> 1, </s> 2; <s> starts every text; no padding token."""
+    """A sentencepiece BPE like LLaMA's: <unk> 0, <s> 1, </s> 2; <s> starts every text; no padding."""
     directory.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -49,10 +50,11 @@ def llama_sentencepiece(directory: Path) -> Path:
 
 
 def llama_prepending(directory: Path) -> Path:
-    """The same vocabulary as converted files of LLaMA 2 use it: a space goes before any text, even before a space."""
+    """The same as older converted files have it: a space goes before any text, even before a space."""
     llama = AutoTokenizer.from_pretrained(llama_sentencepiece(directory / "sentencepiece"))
     backend = llama.backend_tokenizer
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    space = "\u2581"
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
     backend.pre_tokenizer = None
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>",
                             unk_token="<unk>").save_pretrained(directory)

@@ -1,7 +1,8 @@
 """Rows of ids to padded tensors.
 
-Training batches are padded on the right, prompts that are to be continued on the left, each batch to its own longest
-row. Masks come from lengths and never from comparing tokens with the padding token: that may be a token like others.
+Training batches are padded on the right, prompts that are to be continued on the left, each batch to its own
+longest row. Masks come from lengths and never from comparing tokens with the padding token: that may be a
+token like others.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class TokenBatch(_Batch):
 
     Attributes:
         input_ids, attention_mask: (B, L) long.
-        loss_mask: (B, L) bool, True where the token at that position is a target. Never at position 0, which nothing
-            predicts, and nowhere in a filler.
+        loss_mask: (B, L) bool, True where the token at that position is a target. Never at position 0, which
+            nothing predicts, and nowhere in a filler.
         lengths: (B,) long, tokens of each row.
     """
 
@@ -42,8 +43,8 @@ class TokenBatch(_Batch):
 
 @dataclass(frozen=True)
 class PairBatch(_Batch):
-    """B comparisons as 2B sequences, padded on the right: rows 0..B-1 end in the chosen response, the rest in the
-    rejected one, in the same order.
+    """B comparisons as 2B sequences, padded on the right: rows 0..B-1 end in the chosen response, the rest in
+    the rejected one, in the same order.
 
     Attributes:
         input_ids, attention_mask: (2B, L) long.
@@ -77,8 +78,8 @@ class PromptBatch(_Batch):
 
 def collate_demonstrations(dataset: Dataset, micro_batch: MicroBatch, pad_id: int,
                            train_on_prompt: bool = False) -> TokenBatch:
-    """Prompt and response of each row; the targets are the response with its end token, or with `train_on_prompt`
-    the prompt too."""
+    """Prompt and response of each row; the targets are the response with its end token, or with
+    `train_on_prompt` the prompt too."""
     rows = dataset[list(micro_batch.indices)]
     prompts = [0 if train_on_prompt else len(prompt) for prompt in rows["prompt_ids"]]
     joined = [prompt + response for prompt, response in zip(rows["prompt_ids"], rows["response_ids"])]

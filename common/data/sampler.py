@@ -1,8 +1,8 @@
 """Which rows form which optimizer step, on which rank.
 
-Rows of like length go together, so that little is padded, and every rank gets the same number of batches with about
-the same number of tokens. What an optimizer step consists of depends on the seed, the epoch and its size only: the
-same run on another number of ranks sees the same steps.
+Rows of like length go together, so that little is padded, and every rank gets the same number of batches with
+about the same number of tokens. What an optimizer step consists of depends on the seed, the epoch and its
+size only: the same run on another number of ranks sees the same steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MicroBatch:
 class StepSampler:
     """The optimizer steps of an epoch, as one rank sees them.
 
-    Every row occurs once in an epoch, over all ranks. The last rows are filled up to a whole step with fillers.
+    Every row occurs once in an epoch, over all ranks; fillers make the last rows a whole step.
 
     Args:
         lengths: tokens of each row.
@@ -34,13 +34,13 @@ class StepSampler:
         seed: of the order; each epoch has its own.
     """
 
-    # Rows are sorted by length among so many steps' worth of rows, and at most among a quarter of the epoch: sorting
-    # a whole epoch would put the same rows together in every epoch.
+    # Rows are sorted by length among so many steps' worth of rows, and at most among a quarter of the epoch:
+    # sorting a whole epoch would put the same rows together in every epoch.
     _STEPS_SORTED_TOGETHER = 50
 
     def __init__(self, lengths: Sequence[int], *, rows_per_micro_batch: int, micro_batches_per_step: int,
                  world_size: int, rank: int, seed: int):
-        if not 0 <= rank < world_size or rows_per_micro_batch < 1 or micro_batches_per_step < 1 or len(lengths) < 1:
+        if not 0 <= rank < world_size or min(rows_per_micro_batch, micro_batches_per_step, len(lengths)) < 1:
             raise ValueError("a sampler needs rows, positive batch sizes and a rank below the world size")
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._rows = rows_per_micro_batch
@@ -70,28 +70,29 @@ class StepSampler:
         return [steps[i] for i in random.permutation(len(steps))]
 
     def _dealt(self, rows: np.ndarray) -> list[MicroBatch]:
-        """This rank's share of a step. Neighbours in length are on all ranks at the same time; the rank that has
-        the longest of one round has the shortest of the next."""
+        """This rank's share of a step. Neighbours in length are on all ranks at the same time; the rank that
+        has the longest of one round has the shortest of the next."""
         batches = _batches(rows, self._rows, count=self._micro_batches * self._world_size)
         rounds = [batches[i:i + self._world_size] for i in range(0, len(batches), self._world_size)]
-        return [dealt[self._rank if number % 2 == 0 else -1 - self._rank] for number, dealt in enumerate(rounds)]
+        return [dealt[self._rank if number % 2 == 0 else -1 - self._rank]
+                for number, dealt in enumerate(rounds)]
 
 
 def evaluation_batches(lengths: Sequence[int], rows_per_batch: int, world_size: int, rank: int,
                        max_batches: int | None = None) -> list[MicroBatch]:
     """This rank's batches of an evaluation: every row once over all ranks, as many batches on each rank.
 
-    Longest rows first: what does not fit into memory shows at once. With `max_batches` (per rank) an even choice
-    from the long to the short ones.
+    Longest rows first: what does not fit into memory shows at once. With `max_batches`, a limit over all
+    ranks, an even choice from the long to the short ones, the same on any number of ranks.
     """
     rows = _longest_first(np.arange(len(lengths)), np.asarray(lengths, dtype=np.int64))
     if not len(rows):
         return []
-    per_rank = -(-len(rows) // (rows_per_batch * world_size))
-    mine = _batches(rows, rows_per_batch, count=per_rank * world_size)[rank::world_size]
-    if max_batches is None or max_batches >= per_rank:
-        return mine
-    return [mine[i * per_rank // max_batches] for i in range(max_batches)]
+    batches = _batches(rows, rows_per_batch, count=-(-len(rows) // rows_per_batch))
+    if max_batches is not None and max_batches < len(batches):
+        batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
+    filler = MicroBatch(batches[-1].indices, (False,) * rows_per_batch)
+    return (batches + [filler] * (-len(batches) % world_size))[rank::world_size]
 
 
 def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The wording around a dialogue: which text asks the model, and which text follows as its answer.
 
-A template renders a prompt up to and including the cue after which the assistant speaks, and joins an answer to that
-cue by its `lead`. The end token is no part of a template; it belongs to the codec.
+A template renders a prompt up to and including the cue after which the assistant speaks, and joins an answer
+to that cue by its `lead`. The end token is no part of a template; it belongs to the codec.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Template(Protocol):
 class TextTemplate:
     """Plain text, the same for every tokenizer: blocks with a blank line between them.
 
-    A system prompt is a block of its own at the start; without one the dialogue starts with `opening`, if there is
-    any ("" puts a blank line before the first question).
+    A system prompt is a block of its own at the start; without one the dialogue starts with `opening`, if
+    there is any ("" puts a blank line before the first question).
     """
 
     name: str
@@ -53,8 +53,8 @@ class TextTemplate:
 class ChatTemplate:
     """The chat template that came with a tokenizer.
 
-    The lead, and whether the template trims answers, are read off a rendered probe: a chat template is a program and
-    can be asked nothing else.
+    The lead, and whether the template trims answers, are read off a rendered probe: a chat template is a
+    program and can be asked nothing else.
 
     Raises:
         UserError: the tokenizer has no chat template, or one whose answers do not continue its own prompts.
@@ -82,7 +82,7 @@ class ChatTemplate:
         return self._apply(_as_dicts(prompt), tokenize=False, add_generation_prompt=True)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The rendered prompt as ids: the template's own special tokens are tokens, those in a user's text are text."""
+        """The rendered prompt as ids. Special tokens are the template's own; in users' words they are text."""
         return self._apply(_as_dicts(prompt), tokenize=True, add_generation_prompt=True, return_dict=False,
                            sanitize_control_tokens=True)
 
@@ -105,8 +105,8 @@ _TEXT_TEMPLATES = {template.name: template for template in (
     # The layout of Anthropic's HH-RLHF transcripts.
     TextTemplate("human_assistant", question="Human: ", cue="Assistant:", lead=" ", opening=""),
     TextTemplate("question_answer", question="Question: ", cue="Answer:", lead=" "),
-    # Stanford Alpaca's prompt for an instruction without a separate input, as its README documents it; further turns
-    # repeat the two headings, and a system prompt takes the place of the opening line.
+    # Stanford Alpaca's prompt for an instruction without a separate input, as its README documents it;
+    # further turns repeat the two headings, and a system prompt takes the place of the opening line.
     TextTemplate("alpaca", question="### Instruction:\n", cue="### Response:", lead="\n",
                  opening="Below is an instruction that describes a task. "
                          "Write a response that appropriately completes the request."),

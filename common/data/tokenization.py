@@ -1,4 +1,4 @@
-"""Text to ids and back: the one place that decides prompt ids, response ids and the end token, for every step."""
+"""Text to ids and back: the one place that decides prompt ids, response ids and the end token."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from common.errors import UserError
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a padding token that is not its end token.
 
-    The choice of that token depends on nothing but the tokenizer, so two models that share a tokenizer share it too.
+    The choice depends on nothing but the tokenizer, so two models that share a tokenizer share it too.
 
     Raises:
         UserError: there is no usable tokenizer at `name_or_path`.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
+    except Exception as error:  # a missing or damaged file shows itself as almost any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load the tokenizer of {name_or_path}: {reason}") from error
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
-        # transformers makes up an empty tokenizer for a model directory that has a config but no tokenizer files
-        raise UserError(f"{name_or_path} holds no tokenizer: put the tokenizer's files into the model's directory")
+        # transformers makes up an empty tokenizer for a model that has a config but no tokenizer files
+        raise UserError(f"{name_or_path} holds no tokenizer: put its files into the model's directory")
     _separate_padding(tokenizer)
     return tokenizer
 
 
 def make_codec(tokenizer: PreTrainedTokenizerBase, template_name: str, *, add_eot_token: bool = False,
                eot_token: str = "<|endoftext|>") -> Codec:
-    """The codec of a tokenizer and a template. The end token is the tokenizer's own, or with `add_eot_token` that one.
+    """A tokenizer's codec. The end token is the tokenizer's own, or `eot_token` with `add_eot_token`.
 
     Changes the tokenizer in the latter case: `eot_token` becomes a special token (under its old id where the
-    vocabulary has it) and the tokenizer's `eos_token`, so that what is saved with the model says where it stops.
+    vocabulary has it) and the tokenizer's `eos_token`, so what is saved with the model says where it stops.
 
     Raises:
         UserError: the tokenizer has no end token and none is added, or the template cannot be used with it.
@@ -72,13 +72,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 class Codec:
     """Prompts and responses as ids, under one tokenizer, one template and one end token.
 
-    Prompt and response are tokenized apart and joined as ids, so a prompt has the same ids whatever follows it.
-    Nothing a user writes becomes a special token.
+    Prompt and response are tokenized apart and joined as ids, so a prompt has the same ids whatever follows
+    it. Nothing a user writes becomes a special token.
 
     Attributes:
         tokenizer, template: as given.
         end_token, end_id: ends every response.
         pad_token, pad_id: never equal to the end token.
+        shortest_prompt: tokens of a prompt that is cut to the last one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, end_token: str):
@@ -89,12 +90,13 @@ class Codec:
         self.pad_token: str = tokenizer.pad_token
         self.pad_id: int = tokenizer.pad_token_id
         self._start = _start_ids(tokenizer)
+        self.shortest_prompt = len(self._start) + 1
         self._special = _special_ids(tokenizer)
-        # Some tokenizers (sentencepiece) put a space before a text, because it would start a sentence: right for a
-        # prompt, wrong for a response, which continues one.
+        # Some tokenizers (sentencepiece) put a space before a text, because it would start a sentence: right
+        # for a prompt, wrong for a response, which continues one.
         letter = self._plain_ids("a")
         self._adds_space = " " in self._decoded(letter + letter).strip()
-        # Their decoders take one leading space away again: this one, when text is to be decoded as a continuation.
+        # Their decoders take one leading space away again: this one, where a response is decoded.
         self._space = self._plain_ids(" ") if self._adds_space else []
 
     def encode_prompt(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
@@ -124,7 +126,7 @@ class Codec:
         return self._start + self._text_ids(text) + [self.end_id]
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        """The answer in `ids`, up to the end token if there is one, without special tokens and the template's lead."""
+        """The answer in `ids`, up to the end token if any, without special tokens and the template's lead."""
         ids = list(ids)
         if self.end_id in ids:
             ids = ids[:ids.index(self.end_id)]
@@ -132,7 +134,7 @@ class Codec:
         return self._decoded(self._space + ids)[len(context):].removeprefix(self.template.lead)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The answer piece by piece, while its ids arrive; the pieces together are `decode_response` of all ids."""
+        """The answer piece by piece, while its ids arrive; together they are its `decode_response`."""
         seen: list[int] = []
         shown = ""
         for token in ids:
@@ -158,7 +160,7 @@ class Codec:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
     def _continued_ids(self, text: str) -> list[int]:
-        """Ids of text that does not start a sentence: what is left of it after a newline that comes before."""
+        """Ids of text that does not start a sentence: what they are after a newline."""
         if not self._adds_space:
             return self._plain_ids(text)
         before, both = self._plain_ids("\n"), self._plain_ids("\n" + text)
@@ -213,5 +215,5 @@ def _separate_padding(tokenizer: PreTrainedTokenizerBase) -> None:
             if token.special and purpose in token.content.lower() and token_id not in taken:
                 tokenizer.pad_token = token.content
                 return
-    vocabulary = tokenizer.get_vocab()
-    tokenizer.add_special_tokens({"pad_token": next(name for name in ("<pad>", "<|pad|>") if name not in vocabulary)})
+    free = [name for name in ("<pad>", "<|pad|>") if name not in tokenizer.get_vocab()]
+    tokenizer.add_special_tokens({"pad_token": free[0]})

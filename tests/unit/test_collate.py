@@ -53,7 +53,8 @@ def test_fillers_are_no_targets():
     assert batch.loss_mask.sum(1).tolist() == [4, 1, 0]
     assert collate_demonstrations(DEMONSTRATIONS, filled, 0, train_on_prompt=True).loss_mask[2].sum() == 0
     assert collate_prompts(DEMONSTRATIONS, filled, 0).real.tolist() == [True, True, False]
-    assert collate_comparisons(COMPARISONS, MicroBatch((0, 0), (True, False)), 0).real.tolist() == [True, False]
+    pair = collate_comparisons(COMPARISONS, MicroBatch((0, 0), (True, False)), 0)
+    assert pair.real.tolist() == [True, False]
 
 
 @PAD_IDS

@@ -5,9 +5,11 @@ from common.errors import UserError
 from tokenizers_built import byte_level_bpe
 from transformers import AutoTokenizer
 
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+CHATML = ("{% for m in messages %}"
+          "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-BRACKETS = ("{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+BRACKETS = ("{{ '<s>' }}{% for m in messages %}"
+            "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
             "{% else %}{{ ' ' + m['content'] | trim + ' </s>' }}{% endif %}{% endfor %}")
 
 
@@ -72,9 +74,10 @@ def test_chat_templates_that_cannot_be_continued_are_refused(tmp_path):
 
 
 def test_a_role_the_chat_template_refuses_is_named(tmp_path):
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-    template = get_template("chat", AutoTokenizer.from_pretrained(byte_level_bpe(tmp_path, chat_template=strict)))
-    with pytest.raises(UserError, match="system, user: no system role"):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    tokenizer = AutoTokenizer.from_pretrained(byte_level_bpe(tmp_path, chat_template=strict))
+    template = get_template("chat", tokenizer)
+    with pytest.raises(UserError, match="system, user: no system"):
         template.prompt_text(prompt("Hi", system="Be kind."))
 
 

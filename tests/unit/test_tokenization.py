@@ -8,8 +8,8 @@ from tokenizers_built import byte_level_bpe, llama_prepending, llama_sentencepie
 
 CHATML = ("{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}")
-NASTY = ["Paris", " Paris", "  two  spaces ", "", "a\n\nb", "\nfirst", "naïve café 東京 😀", "say </s> and <s> and <pad>",
-         "<unk>", "{}", "tab\tx", "<|endoftext|>"]
+NASTY = ["Paris", " Paris", "  two  spaces ", "", "a\n\nb", "\nfirst", "naïve café 東京 😀",
+         "say </s> and <s> and <pad>", "<unk>", "{}", "tab\tx", "<|endoftext|>"]
 
 
 @pytest.fixture(scope="module", params=[byte_level_bpe, llama_sentencepiece, llama_prepending])
@@ -143,7 +143,7 @@ def test_without_any_end_token_the_flag_is_named(tmp_path):
 @pytest.mark.parametrize("named, expected", [
     (dict(), "<pad>"),                                                          # its own
     (dict(pad="</s>", unk="<s>"), "<s>"),                                       # the unknown token
-    (dict(pad=None, unk=None, specials=("<|a|>", "<|padding|>")), "<pad>"),     # the first special made for padding
+    (dict(pad=None, unk=None, specials=("<|a|>",)), "<pad>"),                   # a special made for padding
     (dict(pad="</s>", unk=None, eos="<pad>", bos="<pad>"), "</s>"),             # its own, whatever its name
 ])
 def test_padding_is_never_the_end_token(tmp_path, named, expected):

@@ -1,0 +1,88 @@
+"""What became of the rows of a blend on their way to ids."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from common.data.reading import Counts, ReadReport
+from common.errors import UserError
+
+_SHOWN = 5  # refused rows shown with their place
+
+
+@dataclass
+class PreparationReport:
+    """What became of the rows. All but `read` counts records, repeated ones as often as their weight repeats
+    them.
+
+    Attributes:
+        read: the rows of each source, and those that could not be used.
+        refused: records that cannot be written with the template; `first_refused` says where and why.
+        other_phases: records whose prompts belong to another step.
+        too_long: dropped, since the response does not fit; `prompts_cut`: the prompt lost its beginning.
+        train_rows, eval_rows: what is left.
+    """
+
+    read: ReadReport = field(default_factory=ReadReport)
+    refused: int = 0
+    first_refused: list[tuple[str, str]] = field(default_factory=list)
+    other_phases: int = 0
+    too_long: int = 0
+    prompts_cut: int = 0
+    train_rows: int = 0
+    eval_rows: int = 0
+
+    def refuse(self, where: str, why: str) -> None:
+        self.refused += 1
+        if len(self.first_refused) < _SHOWN:
+            self.first_refused.append((where, why))
+
+    def joined(self, other: PreparationReport) -> PreparationReport:
+        """The sums of both."""
+        read = ReadReport(dict(self.read.sources), self.read.first_bad + other.read.first_bad,
+                          self.read.notes + other.read.notes)
+        for source, counts in other.read.sources.items():
+            known = read.sources.get(source, Counts())
+            read.sources[source] = Counts(**{name: vars(known)[name] + count
+                                             for name, count in vars(counts).items()})
+        rest = {name: value + vars(other)[name] for name, value in vars(self).items() if name != "read"}
+        return PreparationReport(read, **rest)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> PreparationReport:
+        """Raises ValueError, KeyError, TypeError or AttributeError if `to_json` did not write the text."""
+        values = json.loads(text)
+        read = ReadReport(**values.pop("read"))
+        read.sources = {source: Counts(**counts) for source, counts in read.sources.items()}
+        return cls(read, **values)
+
+    def lines(self) -> list[str]:
+        """A summary for the log."""
+        summary = [f"{source}: {counts.total:,} rows read, {counts.bad:,} of them unusable"
+                   for source, counts in self.read.sources.items()]
+        summary += self.read.notes
+        summary += [f"unusable: {where}: {why}" for where, why in [*self.read.first_bad, *self.first_refused]]
+        summary.append(
+            f"{self.train_rows:,} rows to train on, {self.eval_rows:,} to evaluate on; "
+            f"{self.other_phases:,} belong to other steps, {self.too_long:,} dropped as too long, "
+            f"{self.refused:,} refused by the template, {self.prompts_cut:,} prompts cut on the left")
+        return summary
+
+    def check(self, max_bad_fraction: float) -> None:
+        """Raises UserError if too many rows were unusable or nothing is left to train on."""
+        self.read.check(max_bad_fraction)
+        written = self.refused + self.too_long + self.train_rows + self.eval_rows
+        if self.refused > max_bad_fraction * written:
+            where, why = self.first_refused[0]
+            raise UserError(f"{self.refused:,} of {written:,} rows cannot be written with the template, such "
+                            f"as {where}: {why}")
+        if not self.train_rows and self.too_long:
+            raise UserError(f"no row is left to train on: {self.too_long:,} have answers too long for "
+                            "--max_seq_len (--max_answer_seq_len): raise it")
+        if not self.train_rows:
+            raise UserError(f"no row of --data_path is left to train on: {self.other_phases:,} belong to other"
+                            f" steps (--data_split) and {self.eval_rows:,} are held out (--eval_fraction)")

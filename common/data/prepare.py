@@ -1,0 +1,231 @@
+"""Records to ids, once: written to Arrow files that every later start, and every rank, only maps into
+memory."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import transformers
+from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock
+
+from common.data.blend import SourceSpec
+from common.data.preparation_report import PreparationReport
+from common.data.reading import fingerprint, read_records
+from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record, identity
+from common.data.split import assignment, normalised
+from common.data.tokenization import Codec, tokenizer_fingerprint
+from common.errors import UserError
+
+_COLUMNS = {
+    "demonstration": ("prompt_ids", "response_ids"),
+    "comparison": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "prompt": ("prompt_ids",),
+    "text": ("input_ids",),
+}
+_READY = "READY"
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What a step wants prepared.
+
+    Attributes:
+        data_path: the blend, see `common.data.blend.parse_data_path`.
+        kind: "demonstration", "comparison", "prompt" or "text".
+        phase: 0, 1 or 2 takes this phase's share of the training prompts; None takes all of them.
+        data_split, eval_fraction: see `common.data.split.assignment`. Held-out prompts are held out of every
+            phase, so each phase evaluates on all of them.
+        columns, max_rows: see `common.data.reading.read_records`.
+        max_tokens: of a whole sequence, prompt and response with its end token; of a piece of plain text.
+        max_prompt_tokens, max_response_tokens: of the parts; None leaves it to `max_tokens`.
+        max_bad_fraction: more unusable rows than this share of a source's are an error.
+        cache_dir: directory of the prepared data.
+    """
+
+    data_path: Sequence[SourceSpec]
+    kind: str
+    phase: int | None
+    max_tokens: int
+    cache_dir: str | Path
+    max_prompt_tokens: int | None = None
+    max_response_tokens: int | None = None
+    data_split: str = "2,4,4"
+    eval_fraction: float = 0.05
+    columns: Mapping[str, str] | None = None
+    max_rows: int | None = None
+    max_bad_fraction: float = 0.02
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Memory-mapped rows of ids.
+
+    Columns, by kind: `prompt_ids` and `response_ids` | `prompt_ids`, `chosen_ids` and `rejected_ids` |
+    `prompt_ids` | `input_ids`. Always `length`, the tokens of the row's longest sequence, and `dialogue`, a
+    64-bit hash of the normalised first user turn.
+    """
+
+    train: Dataset
+    eval: Dataset
+    report: PreparationReport
+
+
+def prepare(request: DataRequest, codec: Codec) -> PreparedData:
+    """The data of a step, from the cache where they have been prepared before.
+
+    Local rank 0 of each machine prepares while the machine's other ranks wait for the result; no process
+    group is needed, so a wait may last as long as it takes. The result is the same on every rank.
+
+    Raises:
+        UserError: a source cannot be read, too many rows are unusable, or none is left to train on.
+    """
+    return prepare_many([request], codec)
+
+
+def prepare_many(requests: Sequence[DataRequest], codec: Codec) -> PreparedData:
+    """The data of several requests of one kind in a row. What one holds out, none trains on. Raises as
+    `prepare`."""
+    parts = [_from_cache(request, codec) for request in requests]
+    data = parts[0] if len(parts) == 1 else _joined(parts)
+    data.report.check(max(request.max_bad_fraction for request in requests))
+    return data
+
+
+def _from_cache(request: DataRequest, codec: Codec) -> PreparedData:
+    target = Path(request.cache_dir) / f"{request.kind}-{_key(request, codec)}"
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            data = _load(target)
+            if data is None:
+                _build(request, codec, target)
+                data = _load(target)
+    else:
+        while (data := _load(target)) is None:
+            time.sleep(_POLL_SECONDS)
+    return data
+
+
+def _joined(parts: Sequence[PreparedData]) -> PreparedData:
+    held_out = concatenate_datasets([part.eval for part in parts])
+    train = concatenate_datasets([part.train for part in parts])
+    seen = np.isin(_dialogues(train), _dialogues(held_out))
+    if seen.any():
+        train = train.select(np.flatnonzero(~seen))
+    report = functools.reduce(PreparationReport.joined, (part.report for part in parts))
+    return PreparedData(train, held_out, replace(report, train_rows=len(train)))
+
+
+def _dialogues(dataset: Dataset) -> np.ndarray:
+    return dataset.data.column("dialogue").to_numpy()
+
+
+def _key(request: DataRequest, codec: Codec) -> str:
+    """A hash of all that decides the content of the prepared data, the code of this package included."""
+    asked = {name: value for name, value in vars(request).items()
+             if name not in ("cache_dir", "max_bad_fraction")}
+    asked["data_path"] = [[spec.name, fingerprint(spec, request.columns, request.max_rows)]
+                          for spec in request.data_path]
+    asked["columns"] = dict(request.columns or {})
+    asked["codec"] = [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.end_token]
+    asked["code"] = [hashlib.sha256(file.read_bytes()).hexdigest()
+                     for file in sorted(Path(__file__).parent.glob("*.py"))]
+    asked["transformers"] = transformers.__version__
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _load(directory: Path) -> PreparedData | None:
+    """What lies prepared in a directory; None if that is not the whole of it."""
+    try:
+        report = PreparationReport.from_json((directory / _READY).read_text(encoding="utf-8"))
+        train, held_out = (Dataset.from_file(str(directory / f"{side}.arrow")) for side in ("train", "eval"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # broken JSON or Arrow: a ValueError
+        return None
+    whole = len(train) == report.train_rows and len(held_out) == report.eval_rows
+    return PreparedData(train, held_out, report) if whole else None
+
+
+def _build(request: DataRequest, codec: Codec, target: Path) -> None:
+    """Prepare into a directory of its own and move that into place: what is there is whole."""
+    for left_over in (target, *target.parent.glob(f"{target.name}.tmp*")):
+        shutil.rmtree(left_over, ignore_errors=True)
+    directory = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp", dir=target.parent))
+    try:
+        report = PreparationReport()
+        columns = {name: [Value("int32")] for name in _COLUMNS[request.kind]}
+        features = Features({**columns, "length": Value("int32"), "dialogue": Value("int64")})
+        write = functools.partial(ArrowWriter, features=features, writer_batch_size=1000)
+        with (write(path=str(directory / "train.arrow")) as train,
+              write(path=str(directory / "eval.arrow")) as held_out):
+            for is_eval, row in _rows(request, codec, report):
+                (held_out if is_eval else train).write(row)
+            report.train_rows, _ = train.finalize()
+            report.eval_rows, _ = held_out.finalize()
+        (directory / _READY).write_text(report.to_json(), encoding="utf-8")
+        directory.rename(target)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _rows(request: DataRequest, codec: Codec, report: PreparationReport) -> Iterator[tuple[bool, dict]]:
+    """(is for evaluation, row of ids) for each record of this step."""
+    records = read_records(request.data_path, request.kind, columns=request.columns,
+                           max_rows=request.max_rows, report=report.read)
+    for sourced in records:
+        place = assignment(identity(sourced.record), request.data_split, request.eval_fraction)
+        is_eval = place.is_eval or sourced.split == "test"
+        if is_eval and sourced.copy:
+            continue
+        if not is_eval and request.phase not in (None, place.phase):
+            report.other_phases += 1
+            continue
+        dialogue = _hash(normalised(identity(sourced.record)))
+        try:
+            for columns in _encoded(sourced.record, request, codec, report):
+                yield is_eval, {**columns, "dialogue": dialogue}
+        except UserError as error:
+            report.refuse(sourced.where, str(error))
+
+
+def _encoded(record: Record, request: DataRequest, codec: Codec, report: PreparationReport) -> Iterator[dict]:
+    """The row of ids of a record, none if it does not fit, or as many as a plain text needs."""
+    if isinstance(record, PlainText):
+        ids = codec.encode_text(record.text)
+        for start in range(0, len(ids), request.max_tokens):
+            piece = ids[start:start + request.max_tokens]
+            if len(piece) > 1:  # a single token has nothing it could be predicted from
+                yield {"input_ids": piece, "length": len(piece)}
+        return
+    responses: dict[str, list[int]] = {}
+    if isinstance(record, Demonstration):
+        responses = {"response_ids": codec.encode_response(record.response)}
+    elif isinstance(record, Comparison):
+        responses = {"chosen_ids": codec.encode_response(record.chosen),
+                     "rejected_ids": codec.encode_response(record.rejected)}
+    longest = max(map(len, responses.values()), default=0)
+    room = min(request.max_prompt_tokens or request.max_tokens, request.max_tokens - longest)
+    if longest > (request.max_response_tokens or request.max_tokens) or room < codec.shortest_prompt:
+        report.too_long += 1
+        return
+    whole = codec.encode_prompt(record if isinstance(record, Prompt) else record.prompt)
+    prompt_ids = codec.cut_prompt(whole, room)
+    report.prompts_cut += len(prompt_ids) < len(whole)
+    yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest}
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)

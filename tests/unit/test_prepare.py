@@ -1,0 +1,263 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from common.data.blend import parse_data_path
+from common.data.prepare import DataRequest, prepare, prepare_many
+from common.data.tokenization import load_tokenizer, make_codec
+from common.errors import UserError
+from tokenizers_built import byte_level_bpe, llama_sentencepiece
+
+PHASES = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_directory(tmp_path_factory):
+    return byte_level_bpe(tmp_path_factory.mktemp("bpe"))
+
+
+@pytest.fixture(scope="module")
+def codec(tokenizer_directory):
+    return make_codec(load_tokenizer(str(tokenizer_directory)), "human_assistant")
+
+
+def pairs(count: int, start: int = 0) -> list[dict]:
+    return [{"prompt": f"What is {i} plus {i}?", "chosen": f"The sum is {2 * i}.", "rejected": "No idea."}
+            for i in range(start, start + count)]
+
+
+def write(path: Path, rows: list) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def request(tmp_path: Path, *data_path: str, **changes) -> DataRequest:
+    return replace(DataRequest(parse_data_path(data_path), kind="demonstration", phase=None, max_tokens=200,
+                               eval_fraction=0.2, cache_dir=tmp_path / "cache"), **changes)
+
+
+def dialogues(dataset) -> list[int]:
+    return list(dataset["dialogue"])
+
+
+def rows_read(data) -> int:
+    return sum(counts.total for counts in data.report.read.sources.values())
+
+
+def prepared_file(tmp_path: Path, name: str = "train.arrow") -> Path:
+    (path,) = (tmp_path / "cache").glob(f"*/{name}")
+    return path
+
+
+def start_process(tmp_path: Path, tokenizer_directory: Path, data: str, local_rank: int) -> subprocess.Popen:
+    """Another process that prepares the same request and prints what it got."""
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from pathlib import Path\n"
+        "from unit.test_prepare import load_tokenizer, make_codec, prepare, request\n"
+        "codec = make_codec(load_tokenizer(sys.argv[3]), 'human_assistant')\n"
+        "data = prepare(request(Path(sys.argv[4]), sys.argv[5]), codec)\n"
+        "print(len(data.train), len(data.eval), sum(data.train['length']))\n")
+    root = Path(__file__).resolve().parents[2]
+    arguments = map(str, (root, root / "tests", tokenizer_directory, tmp_path, data))
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, "LOCAL_RANK": str(local_rank)})
+
+
+@pytest.mark.parametrize("kind, answers", [("demonstration", ["response_ids"]), ("prompt", []),
+                                           ("comparison", ["chosen_ids", "rejected_ids"])])
+def test_rows_are_the_codecs_ids_of_every_record(tmp_path, codec, kind, answers):
+    data = prepare(request(tmp_path, write(tmp_path / "d.jsonl", pairs(40)), kind=kind), codec)
+    assert set(data.train.column_names) == {"prompt_ids", *answers, "length", "dialogue"}
+    seen = []
+    for row in [*data.train, *data.eval]:
+        text = codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+        number = int(text.split()[3])
+        assert text == f"\n\nHuman: What is {number} plus {number}?\n\nAssistant:"
+        assert row["prompt_ids"][0] == codec.tokenizer.bos_token_id
+        expected = [codec.encode_response(f"The sum is {2 * number}."), codec.encode_response("No idea.")]
+        assert [row[answer] for answer in answers] == expected[:len(answers)]
+        assert row["length"] == len(row["prompt_ids"]) + max([0, *(len(row[answer]) for answer in answers)])
+        seen.append(number)
+    assert sorted(seen) == list(range(40))
+    assert data.report.train_rows == len(data.train) and data.report.eval_rows == len(data.eval) > 0
+
+
+def test_no_prompt_in_two_phases_or_in_training_and_evaluation(tmp_path, codec):
+    path = write(tmp_path / "d.jsonl", pairs(200))
+    data = [prepare(request(tmp_path, path, phase=phase), codec) for phase in PHASES]
+    held_out = set(dialogues(data[0].eval))
+    assert all(set(dialogues(part.eval)) == held_out for part in data)
+    together = [dialogue for part in data for dialogue in dialogues(part.train)] + list(held_out)
+    assert len(together) == len(set(together)) == 200
+    assert rows_read(data[0]) == 200
+    assert data[0].report.other_phases == len(data[1].train) + len(data[2].train)
+
+
+def test_a_sources_own_test_data_is_for_evaluation(tmp_path, codec):
+    write(tmp_path / "set" / "train.jsonl", pairs(30))
+    write(tmp_path / "set" / "test.jsonl", pairs(10, start=25))
+    data = prepare(request(tmp_path, str(tmp_path / "set"), eval_fraction=0.0), codec)
+    assert (len(data.train), len(data.eval)) == (25, 15)
+    assert set(dialogues(data.train)).isdisjoint(dialogues(data.eval))
+
+
+def test_what_one_request_holds_out_no_other_trains_on(tmp_path, codec):
+    write(tmp_path / "set" / "train.jsonl", pairs(50))
+    write(tmp_path / "set" / "test.jsonl", pairs(10, start=45))
+    further = write(tmp_path / "further.jsonl", pairs(60))
+    split = request(tmp_path, str(tmp_path / "set"), phase=0, eval_fraction=0.0)
+    whole = request(tmp_path, further, eval_fraction=0.0)
+    data = prepare_many([split, whole], codec)
+    held_out = set(dialogues(data.eval))
+    assert len(held_out) == 10
+    assert set(dialogues(data.train)).isdisjoint(held_out)
+    assert len(data.train) == data.report.train_rows == len(prepare(split, codec).train) + 50
+    assert rows_read(data) == 120
+
+
+def test_a_phase_may_live_on_unsplit_data_alone(tmp_path, codec):
+    path = write(tmp_path / "d.jsonl", pairs(20))
+    nothing = request(tmp_path, path, phase=0, data_split="0,1,1")
+    with pytest.raises(UserError, match="--data_split"):
+        prepare(nothing, codec)
+    whole = request(tmp_path, write(tmp_path / "e.jsonl", pairs(20, start=50)))
+    assert len(prepare_many([nothing, whole], codec).train) == len(prepare(whole, codec).train)
+
+
+def test_repeated_rows_are_trained_on_repeatedly_and_evaluated_once(tmp_path, codec):
+    path = write(tmp_path / "d.jsonl", pairs(40))
+    once, twice = (prepare(request(tmp_path, path + weight), codec) for weight in ("", ":2"))
+    assert sorted(dialogues(twice.train)) == sorted(dialogues(once.train) * 2)
+    assert sorted(dialogues(twice.eval)) == sorted(dialogues(once.eval))
+
+
+def test_long_prompts_lose_their_beginning_and_long_answers_their_place(tmp_path, codec):
+    rows = [{"prompt": "so " * 100 + "what?", "response": "Short."},
+            {"prompt": "Why?", "response": "so " * 100},
+            {"prompt": "How?", "response": "Well."}]
+    path = write(tmp_path / "d.jsonl", rows)
+    data = prepare(request(tmp_path, path, max_tokens=40, eval_fraction=0.0), codec)
+    assert (data.report.too_long, data.report.prompts_cut, len(data.train)) == (1, 1, 2)
+    cut = data.train[0]
+    assert cut["length"] == 40 and cut["response_ids"] == codec.encode_response("Short.")
+    assert cut["prompt_ids"][0] == codec.tokenizer.bos_token_id
+    assert codec.tokenizer.decode(cut["prompt_ids"]).endswith("so what?\n\nAssistant:")
+
+
+def test_parts_have_their_own_limits(tmp_path, codec):
+    path = write(tmp_path / "d.jsonl", pairs(10))
+    data = prepare(request(tmp_path, path, max_prompt_tokens=9, eval_fraction=0.0), codec)
+    assert {len(ids) for ids in data.train["prompt_ids"]} == {9}
+    with pytest.raises(UserError, match="--max_answer_seq_len"):
+        prepare(request(tmp_path, path, max_response_tokens=2), codec)
+
+
+def test_plain_text_is_cut_into_pieces_without_loss(tmp_path, codec):
+    texts = ["The capital is Paris. " * 30, "Short."]
+    path = write(tmp_path / "d.jsonl", [{"text": text} for text in texts])
+    data = prepare(request(tmp_path, path, kind="text", max_tokens=50, eval_fraction=0.0), codec)
+    assert max(data.train["length"]) == 50
+    together = [token for ids in data.train["input_ids"] for token in ids]
+    assert together == [token for text in texts for token in codec.encode_text(text.strip())]
+
+
+def test_a_second_start_reads_what_the_first_has_written(tmp_path, codec):
+    path = write(tmp_path / "d.jsonl", pairs(30))
+    first = prepare(request(tmp_path, path), codec)
+    written = prepared_file(tmp_path).stat()
+    second = prepare(request(tmp_path, path, max_bad_fraction=0.5), codec)
+    assert prepared_file(tmp_path).stat() == written
+    assert second.train.to_list() == first.train.to_list()
+    assert second.report == first.report
+
+
+def test_other_content_tokenizer_template_or_limits_are_other_data(tmp_path, codec):
+    path = write(tmp_path / "d.jsonl", pairs(30))
+    other = make_codec(load_tokenizer(str(llama_sentencepiece(tmp_path / "llama"))), "human_assistant")
+    prepare(request(tmp_path, path), codec)
+    prepare(request(tmp_path, path), other)
+    prepare(request(tmp_path, path), make_codec(codec.tokenizer, "question_answer"))
+    prepare(request(tmp_path, path, max_tokens=100), codec)
+    write(tmp_path / "d.jsonl", pairs(31))
+    assert rows_read(prepare(request(tmp_path, path), codec)) == 31
+    assert len(list((tmp_path / "cache").glob("*/READY"))) == 5
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.with_name("READY").unlink(),
+    lambda path: path.with_name("READY").write_text("{"),
+    lambda path: path.with_name("READY").write_text("[]"),
+    lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.with_name("eval.arrow").unlink(),
+])
+def test_damaged_data_is_prepared_again(tmp_path, codec, damage):
+    path = write(tmp_path / "d.jsonl", pairs(30))
+    first = prepare(request(tmp_path, path), codec).train.to_list()
+    damage(prepared_file(tmp_path))
+    assert prepare(request(tmp_path, path), codec).train.to_list() == first
+
+
+def test_what_an_interrupted_preparation_left_is_ignored_and_removed(tmp_path, codec):
+    path = write(tmp_path / "d.jsonl", pairs(30))
+    first = prepare(request(tmp_path, path), codec).train.to_list()
+    whole = prepared_file(tmp_path).parent
+    whole.rename(whole.with_name(f"{whole.name}.tmp123"))
+    (whole.with_name(f"{whole.name}.tmp123") / "READY").unlink()
+    assert prepare(request(tmp_path, path), codec).train.to_list() == first
+    assert [entry.name for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == [whole.name]
+
+
+def test_processes_that_start_together_agree(tmp_path, codec, tokenizer_directory):
+    """Two first ranks and one that waits for them: no error, one result."""
+    path = write(tmp_path / "d.jsonl", pairs(300))
+    processes = [start_process(tmp_path, tokenizer_directory, path, local_rank) for local_rank in (1, 0, 0)]
+    printed = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    data = prepare(request(tmp_path, path), codec)
+    assert printed == {f"{len(data.train)} {len(data.eval)} {sum(data.train['length'])}\n"}
+    assert len(list((tmp_path / "cache").glob("*/train.arrow"))) == 1
+
+
+def test_unusable_rows_are_shown_with_their_place_and_too_many_are_an_error(tmp_path, codec):
+    same = {"prompt": "Which?", "chosen": "This.", "rejected": "This."}
+    path = write(tmp_path / "d.jsonl", [*pairs(20), "{broken", same])
+    asked = request(tmp_path, path, kind="comparison", max_bad_fraction=0.2)
+    for _ in range(2):  # prepared, and read from the cache
+        report = prepare(asked, codec).report
+        assert report.read.sources[path].bad == 2
+        text = "\n".join(report.lines())
+        assert "d.jsonl:21" in text and "d.jsonl:22" in text
+        with pytest.raises(UserError, match="d.jsonl:21"):
+            prepare(replace(asked, max_bad_fraction=0.01), codec)
+
+
+def test_rows_a_chat_template_refuses_are_counted(tmp_path, tokenizer_directory):
+    tokenizer = load_tokenizer(str(tokenizer_directory))
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}")
+    codec = make_codec(tokenizer, "chat")
+    rows = [{"system_prompt": "Be kind." * (i % 4 == 0), "question": f"{i}?", "response": "Yes."}
+            for i in range(20)]
+    asked = request(tmp_path, write(tmp_path / "d.jsonl", rows), eval_fraction=0.0, max_bad_fraction=0.3)
+    data = prepare(asked, codec)
+    assert (len(data.train), data.report.refused) == (15, 5)
+    assert "d.jsonl:1: " in "\n".join(data.report.lines())
+    with pytest.raises(UserError, match="no system role"):
+        prepare(replace(asked, max_bad_fraction=0.1), codec)
+
+
+@pytest.mark.parametrize("changes, flag", [(dict(max_tokens=3), "--max_seq_len"),
+                                           (dict(phase=1, data_split="1,0,1"), "--data_split"),
+                                           (dict(eval_fraction=0.999999999), "--eval_fraction")])
+def test_nothing_to_train_on_names_the_flag_to_change(tmp_path, codec, changes, flag):
+    with pytest.raises(UserError, match=flag):
+        prepare(request(tmp_path, write(tmp_path / "d.jsonl", pairs(10)), **changes), codec)
