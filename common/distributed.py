@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+import datasets
 import torch
 import torch.distributed as dist
+import transformers
 
 from common.errors import UserError
 
@@ -60,6 +62,8 @@ def prepare_environment() -> None:
     else:
         torch.cuda.set_device(local_rank())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers' threads do not survive a fork
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     if "OMP_NUM_THREADS" not in os.environ:
         # The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")

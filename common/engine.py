@@ -140,7 +140,8 @@ def frozen_engine(model: nn.Module, settings: EngineSettings):
 
     model.requires_grad_(False).eval()
     engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config(settings, trainable=False))
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def optimizer_step(engine, micro_batches: Iterable, loss_of: Callable) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from common.data.sampler import MicroBatch, StepSampler
 from common.distributed import say
@@ -49,32 +50,30 @@ class SupervisedLoop:
 
         Args:
             train_step: takes this rank's micro-batches of one optimizer step; returns what to log of it.
-            evaluate: returns metrics over the held-out data.
+            evaluate: returns metrics over the held-out data; none where nothing is held out.
 
         Returns:
             The metrics of the last evaluation.
         """
         metrics = self._evaluate(evaluate, 0)
-        step = 0
+        steps = (micro_batches for epoch in range(self.epochs) for micro_batches in self.sampler.epoch(epoch))
         with self.tracker.progress(self.total_steps, "training") as bar:
-            for epoch in range(self.epochs):
-                for micro_batches in self.sampler.epoch(epoch):
-                    if step == self.total_steps:
-                        break
-                    self._train(train_step, micro_batches, step := step + 1, bar)
-                    if self.eval_interval and step % self.eval_interval == 0:
-                        metrics = self._evaluate(evaluate, step)
-                metrics = self._evaluate(evaluate, step)
-                if step == self.total_steps:
-                    break
+            for step, micro_batches in enumerate(islice(steps, self.total_steps), start=1):
+                self._train(train_step, micro_batches, step, bar)
+                if self._evaluation_is_due(step):
+                    metrics = self._evaluate(evaluate, step)
         return metrics
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        ends_epoch = step % self.sampler.steps_per_epoch == 0 or step == self.total_steps
+        return ends_epoch or (self.eval_interval > 0 and step % self.eval_interval == 0)
 
     def _train(self, train_step, micro_batches: Sequence[MicroBatch], step: int, bar) -> None:
         start = time.perf_counter()
         metrics = train_step(micro_batches)
         metrics["step_seconds"] = time.perf_counter() - start
+        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in ("loss", "learning_rate")}, refresh=False)
         bar.update()
-        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in ("loss", "learning_rate")})
         if step % self.log_interval == 0:
             self.tracker.log("train", step, metrics)
             if self.print_steps:
@@ -82,6 +81,8 @@ class SupervisedLoop:
 
     def _evaluate(self, evaluate, step: int) -> Metrics:
         metrics = evaluate()
+        if not metrics:
+            return {}
         self.tracker.log("eval", step, metrics)
         say(f"evaluation after {step} of {self.total_steps} steps: " + describe(metrics))
         return metrics

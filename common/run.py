@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.config import save_config
 from common.data.blend import parse_data_path
-from common.data.prepare import DataRequest
+from common.data.prepare import DataRequest, PreparedData
 from common.data.sampler import StepSampler
 from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
 from common.distributed import is_main, rank, say, world_size
@@ -97,6 +97,12 @@ def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest
         data_path=parse_data_path(config.data_path), kind=kind, phase=config.phase, data_split=config.data_split,
         eval_fraction=config.eval_fraction, columns=config.columns or None, max_tokens=max_tokens,
         max_rows=config.max_rows, max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)
+
+
+def say_data(data: PreparedData) -> None:
+    """Tell what was read, what was unusable, and what is left to train on."""
+    for line in data.report.lines():
+        say(line)
 
 
 def write_provenance(config: DataOptions, codec: Codec, step: str, base: str, **calibration: float) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -82,21 +81,15 @@ class Tracker:
 def quiet_libraries(output_dir: str | Path) -> None:
     """Send what DeepSpeed, transformers and Python's warnings say to logs/libraries.rankN.log.
 
-    Call it before any of them is imported; our own lines then stand alone on the terminal.
+    Our own lines then stand alone on the terminal.
     """
     logs = Path(output_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(logs / f"libraries.rank{rank()}.log", mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.captureWarnings(True)
 
-    import datasets
-    import transformers
     from deepspeed.utils import logger as deepspeed_logger
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     for logger in (deepspeed_logger, logging.getLogger("transformers"), logging.getLogger("py.warnings"),
                    logging.getLogger("datasets"), logging.getLogger("peft"), logging.getLogger("torch")):
         logger.handlers[:] = [handler]

@@ -17,7 +17,7 @@ from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, r
 from common.lora import add_lora
 from common.loop import SupervisedLoop
 from common.models.factory import load_causal_lm, resolve_model
-from common.run import data_request, open_codec, open_run, report_done, step_sampler, write_provenance
+from common.run import data_request, open_codec, open_run, report_done, say_data, step_sampler, write_provenance
 from step1_sft.config import SFTConfig
 from step1_sft.trainer import SFTTrainer
 
@@ -30,6 +30,7 @@ def main(argv=None) -> None:
     tracker = open_run(config)
     codec = open_codec(config, source, "--model_name_or_path")
     data = prepare_demonstrations(config, codec)
+    say_data(data)
 
     start(config.timeout)
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)

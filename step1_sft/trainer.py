@@ -49,6 +49,8 @@ class SFTTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean next-token loss over all held-out target tokens, in nats, and its exponential, the perplexity."""
+        if not self.evaluation_batches:
+            return {}
         self.engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=device())
         for batch in self._batches(self.evaluation, self.evaluation_batches):

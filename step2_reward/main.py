@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.lora import add_lora
 from common.loop import SupervisedLoop
 from common.models.factory import load_scalar_model, resolve_model
-from common.run import data_request, open_codec, open_run, report_done, step_sampler, write_provenance
+from common.run import data_request, open_codec, open_run, report_done, say_data, step_sampler, write_provenance
 from step2_reward.config import RewardConfig
 from step2_reward.trainer import RewardTrainer
 
@@ -29,6 +29,7 @@ def main(argv=None) -> None:
     tracker = open_run(config)
     codec = open_codec(config, source, "--model_name_or_path")
     data = prepare(data_request(config, "comparison", config.max_seq_len), codec)
+    say_data(data)
     if not len(data.eval):
         raise UserError("no pair is held out, so the scores' mean and spread cannot be measured: raise "
                         "--eval_fraction or give more data")

@@ -30,8 +30,8 @@ def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, t
         for index, micro_batches in enumerate(islice(prompts, iterations)):
             step = index + 1
             training = trainer.iteration(index, micro_batches)
+            bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN}, refresh=False)
             bar.update()
-            bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN})
             if step % config.log_interval == 0:
                 tracker.log("train", step, training)
             if config.print_answers and step % config.print_answers_interval == 0:

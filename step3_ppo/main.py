@@ -20,7 +20,8 @@ from common.distributed import rank, run_program, say, start, world_size
 from common.engine import resolve_dtype
 from common.models.factory import resolve_model
 from common.provenance import Calibration
-from common.run import data_request, open_codec, open_run, read_calibration, report_done, write_provenance
+from common.run import (data_request, open_codec, open_run, read_calibration, report_done, say_data,
+                        write_provenance)
 from step3_ppo.config import PPOConfig
 from step3_ppo.loop import run_iterations
 from step3_ppo.models import PPOModels, build_models
@@ -37,6 +38,7 @@ def main(argv=None) -> None:
     codec = open_codec(config, actor, "--actor_model_name_or_path")
     calibration = read_calibration(config, codec, critic)
     data = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec)
+    say_data(data)
     texts = prepare(text_request(config), codec).train if config.unsupervised_dataset_name else None
     warn(config)
 
