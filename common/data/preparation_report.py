@@ -84,5 +84,5 @@ class PreparationReport:
             raise UserError(f"no row is left to train on: {self.too_long:,} have answers too long for "
                             "--max_seq_len (--max_answer_seq_len): raise it")
         if not self.train_rows:
-            raise UserError(f"no row of --data_path is left to train on: {self.other_phases:,} belong to other"
-                            f" steps (--data_split) and {self.eval_rows:,} are held out (--eval_fraction)")
+            raise UserError("no row of --data_path is left to train on: "
+                            f"{self.other_phases:,} belong to other steps (--data_split) and {self.eval_rows:,} are held out (--eval_fraction)")

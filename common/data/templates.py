@@ -82,7 +82,7 @@ class ChatTemplate:
         return self._apply(_as_dicts(prompt), tokenize=False, add_generation_prompt=True)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The rendered prompt as ids. Special tokens are the template's own; in users' words they are text."""
+        """The rendered prompt as ids. Special tokens are the template's own; users' are text."""
         return self._apply(_as_dicts(prompt), tokenize=True, add_generation_prompt=True, return_dict=False,
                            sanitize_control_tokens=True)
 
