@@ -85,4 +85,5 @@ class PreparationReport:
                             "--max_seq_len (--max_answer_seq_len): raise it")
         if not self.train_rows:
             raise UserError("no row of --data_path is left to train on: "
-                            f"{self.other_phases:,} belong to other steps (--data_split) and {self.eval_rows:,} are held out (--eval_fraction)")
+                            f"{self.other_phases:,} belong to other steps (--data_split) and "
+                            f"{self.eval_rows:,} are held out (--eval_fraction)")
