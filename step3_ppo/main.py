@@ -1,6 +1,7 @@
 """Step 3: PPO of the actor against the reward model. `deepspeed --num_gpus N step3_ppo/main.py --help` says everything."""
 import sys
 from collections.abc import Iterator
+from itertools import count
 from math import ceil
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def main(argv=None) -> None:
 
     save(config, models, codec, calibration)
     report_done(tracker, iterations, metrics, config.output_dir)
+    models.destroy()
 
 
 def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
@@ -93,15 +95,14 @@ def text_request(config: PPOConfig) -> DataRequest:
                        max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)
 
 
-def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[TokenBatch]:
-    """Endless micro-batches of plain text, one for every training micro-batch."""
+def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[list[TokenBatch]]:
+    """Endless plain text: for every optimizer step as many micro-batches as it has of answers."""
     sampler = StepSampler(texts["length"], rows_per_micro_batch=config.per_device_training_batch_size,
-                          micro_batches_per_step=1, world_size=world_size(), rank=rank(), seed=config.seed)
-    epoch = 0
-    while True:
-        for (micro_batch,) in sampler.epoch(epoch):
-            yield collate_texts(texts, micro_batch, codec.pad_id)
-        epoch += 1
+                          micro_batches_per_step=config.gradient_accumulation_steps, world_size=world_size(),
+                          rank=rank(), seed=config.seed)
+    for epoch in count():
+        for micro_batches in sampler.epoch(epoch):
+            yield [collate_texts(texts, micro_batch, codec.pad_id) for micro_batch in micro_batches]
 
 
 def warn(config: PPOConfig) -> None:

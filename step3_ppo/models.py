@@ -65,6 +65,12 @@ class PPOModels:
         numbers = self.scorer(input_ids=rollout.tokens, attention_mask=rollout.attention_mask)
         return score_at_last_token(numbers, rollout.lengths)
 
+    def destroy(self) -> None:
+        """Take DeepSpeed's hooks and buffers off all models."""
+        for engine in (self.actor, self.critic, self.scorer, self.reference):
+            if engine is not None:
+                engine.destroy()
+
     def _log_probs(self, engine, rollout: Rollout) -> Tensor:
         return response_log_probs(logits_of(engine, rollout), rollout.tokens, rollout.prompt_lengths,
                                   rollout.response_lengths, self.temperature)

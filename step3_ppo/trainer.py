@@ -38,12 +38,12 @@ class PPOTrainer:
         config: the resolved configuration.
         codec: end and padding tokens, decoding of samples.
         prompts, held_out: prepared prompts to train on and to evaluate on.
-        texts: endless micro-batches of plain text for the pre-training mix, if it is on.
+        texts: endless micro-batches of plain text for the pre-training mix, if it is on; a list for each step.
         calibration: of the reward model's scores; the identity where they are not normalised.
     """
 
     def __init__(self, models: PPOModels, config: PPOConfig, codec: Codec, prompts: Dataset, held_out: Dataset,
-                 texts: Iterator[TokenBatch] | None, calibration: Calibration):
+                 texts: Iterator[list[TokenBatch]] | None, calibration: Calibration):
         self.models, self.config, self.codec = models, config, codec
         self.prompts, self.held_out, self.texts = prompts, held_out, texts
         self.calibration = calibration
@@ -120,7 +120,7 @@ class PPOTrainer:
     def optimizer_steps(self, batches: Sequence[Experience]) -> Sums:
         """One step of the actor and one of the critic on the same rows; returns sums over all their tokens."""
         tokens = global_sum(sum(batch.response_mask.sum() for batch in batches))
-        texts = [next(self.texts).to(device()) for _ in batches] if self.texts is not None else []
+        texts = [text.to(device()) for text in next(self.texts)] if self.texts is not None else []
         text_tokens = global_sum(sum(text.loss_mask[:, 1:].sum() for text in texts)) if texts else None
         actor_sums: list[Sums] = []
         critic_sums: list[Sums] = []

@@ -5,7 +5,6 @@ is (1 - beta1) times the gradient, at any ZeRO stage, with the reduction over ra
 """
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -22,19 +21,18 @@ from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, t
 from common.lora import add_lora
 from common.models.factory import load_causal_lm, load_scalar_model
 from common.optim import BETAS
+from common.provenance import RAW
 from step1_sft.trainer import SFTTrainer
 from step2_reward.trainer import RewardTrainer
+from step3_ppo.config import PPOConfig
+from step3_ppo.experience import Experience, Rollout
+from step3_ppo.main import text_batches
+from step3_ppo.models import PPOModels
+from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
+from tests.distributed.variants import VARIANTS
 
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
-
-# name -> ZeRO stage, rows per micro-batch over all ranks, gradient checkpointing, LoRA
-VARIANTS = {
-    "whole": (0, 8, False, False), "accumulated": (0, 2, False, False), "checkpointed": (0, 8, True, False),
-    "zero1": (1, 4, False, False), "zero2": (2, 4, False, False), "zero3": (3, 4, False, False),
-    "zero3-checkpointed": (3, 8, True, False),
-    "lora": (0, 8, False, True), "lora-zero2": (2, 4, True, True), "lora-zero3": (3, 4, False, True),
-}
 
 
 def main(argv) -> None:
@@ -45,13 +43,14 @@ def main(argv) -> None:
     start(120)
     codec = make_codec(load_tokenizer(str(model_dir)), "human_assistant")
     for name, variant in VARIANTS.items():
-        for trainer_of in (sft_trainer, reward_trainer):
-            trainer = trainer_of(str(model_dir), codec, *variant)
-            step_on_all_rows(trainer, variant[1])
-            gradients = first_step_gradients(trainer.engine)
+        for step in (sft_step, reward_step, ppo_step):
+            engines = step(str(model_dir), codec, *variant)
+            gradients = {f"{number}.{parameter}": gradient for number, engine in enumerate(engines)
+                         for parameter, gradient in first_step_gradients(engine).items()}
             if is_main():
-                save_file(gradients, output_dir / f"{trainer_of.__name__}.{world_size()}.{name}.safetensors")
-            trainer.engine.destroy()
+                save_file(gradients, output_dir / f"{step.__name__}.{world_size()}.{name}.safetensors")
+            for engine in engines:
+                engine.destroy()
 
 
 def rows(columns: list[str]) -> Dataset:
@@ -68,23 +67,67 @@ def settings(stage: int) -> tuple[EngineSettings, OptimizerSettings]:
             OptimizerSettings(1e-4, 1e-4, 0.0, "constant", 0, 10))
 
 
-def sft_trainer(model: str, codec, stage: int, _rows: int, checkpointing: bool, lora: bool) -> SFTTrainer:
+def sft_step(model: str, codec, stage: int, micro_batch: int, checkpointing: bool, lora: bool) -> list:
+    trainer = SFTTrainer(actor(model, codec, stage, checkpointing, lora), rows(["prompt_ids", "response_ids"]), None,
+                         [], codec.pad_id, train_on_prompt=False)
+    trainer.train_step(one_step(trainer.train["length"], micro_batch))
+    return [trainer.engine]
+
+
+def reward_step(model: str, codec, stage: int, micro_batch: int, checkpointing: bool, lora: bool) -> list:
+    trainer = RewardTrainer(critic(model, codec, stage, checkpointing, lora),
+                            rows(["prompt_ids", "chosen_ids", "rejected_ids"]), None, [], codec.pad_id,
+                            margin=0.5, centring=0.1)
+    trainer.train_step(one_step(trainer.train["length"], micro_batch))
+    return [trainer.engine]
+
+
+def ppo_step(model: str, codec, stage: int, micro_batch: int, checkpointing: bool, lora: bool) -> list:
+    config = PPOConfig(per_device_training_batch_size=micro_batch // world_size(), unsup_coef=0.5,
+                       gradient_accumulation_steps=ROWS // micro_batch)
+    models = PPOModels(actor(model, codec, stage, checkpointing, lora), critic(model, codec, stage, checkpointing, lora),
+                       None, None, None, temperature=0.9)
+    texts = text_batches(config, rows(["input_ids"]), codec)
+    PPOTrainer(models, config, codec, None, None, texts, RAW).update(experience(), 0)
+    return [models.actor, models.critic]
+
+
+def actor(model: str, codec, stage: int, checkpointing: bool, lora: bool):
     engine_settings, optimizer = settings(stage)
     network = load_causal_lm(model, "--model", codec, dtype=torch.float32, dropout=0.0,
                              ds_config=deepspeed_config(engine_settings), gradient_checkpointing=checkpointing)
-    engine = training_engine(with_lora(network) if lora else network, engine_settings, optimizer)
-    return SFTTrainer(engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id, train_on_prompt=False)
+    return training_engine(with_lora(network) if lora else network, engine_settings, optimizer)
 
 
-def reward_trainer(model: str, codec, stage: int, _rows: int, checkpointing: bool, lora: bool) -> RewardTrainer:
+def critic(model: str, codec, stage: int, checkpointing: bool, lora: bool):
     engine_settings, optimizer = settings(stage)
     network = load_scalar_model(model, "--model", codec, dtype=torch.float32, dropout=0.0, seed=3,
                                 ds_config=deepspeed_config(engine_settings), gradient_checkpointing=checkpointing)
     if lora:
         with_lora(network.classifier)
-    engine = training_engine(network, engine_settings, optimizer)
-    return RewardTrainer(engine, rows(["prompt_ids", "chosen_ids", "rejected_ids"]), None, [], codec.pad_id,
-                         margin=0.5, centring=0.1)
+    return training_engine(network, engine_settings, optimizer)
+
+
+def one_step(lengths: list[int], global_micro_batch: int) -> list:
+    """This rank's micro-batches of a step over all rows."""
+    sampler = StepSampler(lengths, rows_per_micro_batch=global_micro_batch // world_size(),
+                          micro_batches_per_step=ROWS // global_micro_batch, world_size=world_size(), rank=rank(),
+                          seed=0)
+    (micro_batches,) = sampler.epoch(0)
+    return micro_batches
+
+
+def experience() -> Experience:
+    """Random responses of very unequal lengths with random advantages."""
+    generator = torch.Generator().manual_seed(9)
+    responses = torch.tensor([1, 17, 4, 9, 2, 13, 6, 11])
+    prompts = torch.tensor([5, 2, 12, 3, 8, 4, 9, 1])
+    noise = lambda scale: torch.randn(ROWS, int(responses.max()), generator=generator) * scale
+    rollout = Rollout(torch.randint(10, 200, (ROWS, int((prompts + responses).max())), generator=generator), prompts,
+                      responses, torch.ones(ROWS, dtype=torch.bool), torch.arange(ROWS),
+                      torch.ones(ROWS, dtype=torch.bool))
+    return Experience(rollout, old_log_probs=-6 + noise(0.1), ref_log_probs=-6 + noise(0.1), values=noise(1.0),
+                      rewards=noise(1.0), advantages=noise(1.0), returns=noise(1.0), scores=torch.zeros(ROWS))
 
 
 def with_lora(model):
@@ -95,15 +138,6 @@ def with_lora(model):
         if "lora_" in name:  # B starts at 0, which would hide every gradient of A
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
-
-
-def step_on_all_rows(trainer, global_micro_batch: int) -> None:
-    sampler = StepSampler(trainer.train["length"], rows_per_micro_batch=global_micro_batch // world_size(),
-                          micro_batches_per_step=ROWS // global_micro_batch, world_size=world_size(), rank=rank(),
-                          seed=0)
-    (micro_batches,) = sampler.epoch(0)
-    trainer.engine.train()
-    trainer.train_step(micro_batches)
 
 
 def first_step_gradients(engine) -> dict[str, torch.Tensor]:
@@ -121,6 +155,4 @@ def first_step_gradients(engine) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    code = run_program(main)
-    sys.stdout.flush()
-    os._exit(code) if code else sys.exit(0)
+    sys.exit(run_program(main))

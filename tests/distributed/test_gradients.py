@@ -1,0 +1,33 @@
+"""The gradient of one optimizer step does not depend on how the step was cut up."""
+from itertools import product
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.distributed.variants import VARIANTS
+from tests.launching import ROOT, launch
+
+PROGRAM = ROOT / "tests" / "distributed" / "gradient_cases.py"
+STEPS = ("sft_step", "reward_step", "ppo_step")
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory, builtin_cache):
+    """Files named STEP.RANKS.VARIANT.safetensors; one launch for each number of ranks."""
+    directory = tmp_path_factory.mktemp("gradients")
+    for ranks in (1, 2):
+        launch(PROGRAM, str(builtin_cache), str(directory), ranks=ranks)
+    return directory
+
+
+@pytest.mark.parametrize("step, ranks, variant", [case for case in product(STEPS, (1, 2), VARIANTS)])
+def test_gradients_agree(gradients, step, ranks, variant):
+    reference = load_file(gradients / f"{step}.1.{'lora' if variant.startswith('lora') else 'whole'}.safetensors")
+    found = load_file(gradients / f"{step}.{ranks}.{variant}.safetensors")
+    assert found.keys() == reference.keys()
+    compared = 0
+    for name, expected in reference.items():
+        if expected.norm() > 1e-6:
+            assert (found[name] - expected).norm() <= 1e-5 * expected.norm(), name
+            compared += 1
+    assert compared > len(reference) / 2
