@@ -1,14 +1,44 @@
 """Tests import the project from this clone, installed or not."""
-
+import json
+import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+HH_DATA = Path(os.environ.get("RLHF_HH_DATA", ROOT / "../shared/data/hh-rlhf"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session")
 def builtin_cache(tmp_path_factory):
     """One directory for the built-in models of all tests."""
     return tmp_path_factory.mktemp("builtin")
+
+
+@pytest.fixture(scope="session")
+def hh_data(tmp_path_factory) -> Path:
+    """Real transcript pairs, or, where there are none, invented ones of like form and faults."""
+    if HH_DATA.is_dir():
+        return HH_DATA
+    directory = tmp_path_factory.mktemp("hh-rlhf")
+    with open(directory / "pairs.jsonl", "w") as stream:
+        for number in range(1500):
+            turns = "".join(f"\n\nHuman: question {number}.{turn}?\n\nAssistant: answer {turn}."
+                            for turn in range(number % 3))
+            shared = f"{turns}\n\nHuman: last question {number}\n\nAssistant:"
+            chosen = "" if number % 400 == 0 else f" a good answer\n\nof {number} lines"
+            stream.write(json.dumps({"chosen": shared + chosen, "rejected": f"{shared} a bad answer"}) + "\n")
+    return directory

@@ -1,6 +1,5 @@
 """From sources to records: counted, weighted, and with no source's test prompt left for training."""
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -11,25 +10,6 @@ from common.data.reading import Counts, ReadReport, read_records
 from common.data.records import Comparison, identity
 from common.data.split import assignment
 from common.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-HH_DATA = Path(os.environ.get("RLHF_HH_DATA", ROOT / "../shared/data/hh-rlhf"))
-
-
-@pytest.fixture(scope="session")
-def hh_data(tmp_path_factory) -> Path:
-    """Real transcript pairs, or, where there are none, invented ones of like form and faults."""
-    if HH_DATA.is_dir():
-        return HH_DATA
-    directory = tmp_path_factory.mktemp("hh-rlhf")
-    with open(directory / "pairs.jsonl", "w") as stream:
-        for number in range(1500):
-            turns = "".join(f"\n\nHuman: question {number}.{turn}?\n\nAssistant: answer {turn}."
-                            for turn in range(number % 3))
-            shared = f"{turns}\n\nHuman: last question {number}\n\nAssistant:"
-            chosen = "" if number % 400 == 0 else f" a good answer\n\nof {number} lines"
-            stream.write(json.dumps({"chosen": shared + chosen, "rejected": f"{shared} a bad answer"}) + "\n")
-    return directory
 
 
 def lines(path: Path, *rows) -> str:

@@ -1,0 +1,52 @@
+"""All three steps on preference data, for each combination of the matrix, in one process per rank.
+
+Run under the launcher: matrix_cases.py DATA TEXTS MODEL OUTPUT_DIR short|all
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from common.distributed import run_program, world_size
+from step1_sft.main import main as step1
+from step2_reward.main import main as step2
+from step3_ppo.main import main as step3
+from tests.distributed.matrix import ALL, EVAL_PROMPTS, ROWS_PER_STEP, SHORT, Combination
+
+
+def main(argv) -> None:
+    data, texts, model, output, which = [word for word in sys.argv[1:] if not word.startswith("--")]
+    for combination in {"short": SHORT, "all": ALL}[which]:
+        run(combination, data, texts, model, Path(output) / str(world_size()) / combination.name)
+
+
+def run(combination: Combination, data: str, texts: str, model: str, output: Path) -> None:
+    """Step 1, 2 and 3 in a row, each on what the one before has made."""
+    rows = ROWS_PER_STEP // world_size()
+    common = ["--data_path", data, "--data_output_path", str(output.parent / "data"), "--max_rows", "400",
+              "--dtype", combination.dtype, "--no_enable_tensorboard", "--data_split", "1,1,1"]
+    supervised = [*common, "--zero_stage", str(combination.zero_stage), "--max_seq_len", "160",
+                  "--per_device_train_batch_size", str(rows // 2), "--gradient_accumulation_steps", "2",
+                  "--per_device_eval_batch_size", "8", "--learning_rate", "2e-3", "--log_interval", "1",
+                  "--disable_dropout", "--enable_test_mode"]
+    lora = ["--lora_dim", "4", "--lora_learning_rate", "5e-3"] if combination.lora else []
+    step1([*supervised, *lora, "--model_name_or_path", model, "--output_dir", str(output / "sft"),
+           "--test_stop_step", "6", "--gradient_checkpointing"])
+    step2([*supervised, *lora, "--model_name_or_path", model, "--output_dir", str(output / "reward"),
+           "--test_stop_step", "6"])
+    actor_lora = ["--actor_lora_dim", "4", "--critic_lora_dim", "4"] if combination.lora else []
+    stage = str(combination.zero_stage)
+    step3([*common, *actor_lora, "--actor_model_name_or_path", str(output / "sft"), "--critic_model_name_or_path",
+           str(output / "reward"), "--output_dir", str(output / "ppo"), "--actor_zero_stage", stage,
+           "--critic_zero_stage", stage, "--per_device_generation_batch_size", str(rows // 2),
+           "--generation_batches", "2", "--per_device_training_batch_size", str(rows // 4),
+           "--gradient_accumulation_steps", "2", "--ppo_epochs", "2", "--max_prompt_seq_len", "96",
+           "--max_answer_seq_len", "12", "--eval_prompts", str(EVAL_PROMPTS), "--enable_ema",
+           "--unsupervised_dataset_name", texts, "--unsup_coef", "0.1", "--actor_gradient_checkpointing",
+           "--num_warmup_steps", "0", "--actor_learning_rate", "1e-4", "--max_iterations", "2"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,137 @@
+"""Every step, on real preference data, for ZeRO 0, 2 and 3, fp32 and bf16, full and LoRA, on 1 and 2 ranks."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from tests.architectures import build_model
+from tests.distributed.matrix import ALL, EVAL_PROMPTS, SHORT
+from tests.launching import ROOT, launch
+
+PROGRAM = ROOT / "tests" / "distributed" / "matrix_cases.py"
+LONG = [pytest.param(combination, marks=pytest.mark.long) for combination in ALL if combination not in SHORT]
+COMBINATIONS = pytest.mark.parametrize("combination", [*SHORT, *LONG], ids=lambda combination: combination.name)
+FP32 = pytest.mark.parametrize("combination", [
+    case for case in [*SHORT, *LONG]
+    if (case.values[0] if isinstance(case, type(pytest.param())) else case).dtype == "fp32"],
+    ids=lambda combination: combination.name)
+RANKS = pytest.mark.parametrize("ranks", (1, 2))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, builtin_cache, hh_data, request) -> Path:
+    """RANKS/COMBINATION/{sft,reward,ppo}; one launch for each number of ranks."""
+    output = tmp_path_factory.mktemp("matrix")
+    model = build_model("opt", output / "model", builtin_cache)
+    texts = output / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"The number {n} comes before the number {n + 1}."}) + "\n"
+                             for n in range(60)))
+    which = "all" if request.config.getoption("--long") else "short"
+    for ranks in (1, 2):
+        launch(PROGRAM, str(hh_data), str(texts), str(model), str(output), which, ranks=ranks, timeout=1800)
+    return output
+
+
+def logged(directory: Path, phase: str) -> list[dict]:
+    records = [json.loads(line) for line in (directory / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["phase"] == phase]
+
+
+def samples(directory: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (directory / "samples" / f"{name}.jsonl").read_text().splitlines()]
+
+
+@COMBINATIONS
+@RANKS
+def test_step_1_learns_and_saves_what_it_measured(results, combination, ranks):
+    directory = results / str(ranks) / combination.name / "sft"
+    first, *_, last = logged(directory, "eval")
+    assert last["perplexity"] < 0.9 * first["perplexity"]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    assert math.exp(held_out_loss(results, ranks, model)) == pytest.approx(
+        last["perplexity"], rel=1e-4 if combination.dtype == "fp32" else 0.03)
+    assert (directory / "adapter" / "adapter_model.safetensors").is_file() == combination.lora
+
+
+@torch.no_grad()
+def held_out_loss(results: Path, ranks: int, model) -> float:
+    """Mean loss of the response tokens, row by row, with nothing of the trainer's own code."""
+    from datasets import Dataset
+    (prepared,) = (results / str(ranks) / "data").glob("demonstration-*/eval.arrow")
+    total = tokens = 0
+    for row in Dataset.from_file(str(prepared)):
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+        labels = ids.clone()
+        labels[:, :len(row["prompt_ids"])] = -100
+        total += float(model(input_ids=ids, labels=labels).loss) * len(row["response_ids"])
+        tokens += len(row["response_ids"])
+    return total / tokens
+
+
+@COMBINATIONS
+@RANKS
+def test_step_2_saves_a_model_that_scores_as_measured(results, combination, ranks):
+    directory = results / str(ranks) / combination.name / "reward"
+    last = logged(directory, "eval")[-1]
+    losses = [record["loss"] for record in logged(directory, "train")]
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+    chosen, rejected = held_out_scores(results, ranks, model)
+    tolerance = 1e-4 if combination.dtype == "fp32" else 0.1
+    assert chosen.mean().item() == pytest.approx(last["chosen_score"], abs=tolerance)
+    assert rejected.mean().item() == pytest.approx(last["rejected_score"], abs=tolerance)
+    provenance = json.loads((directory / "provenance.json").read_text())
+    scores = torch.cat([chosen, rejected])
+    assert provenance["score_mean"] == pytest.approx(scores.mean().item(), abs=tolerance)
+    assert provenance["score_std"] == pytest.approx(scores.std(correction=0).item(), abs=tolerance)
+
+
+@torch.no_grad()
+def held_out_scores(results: Path, ranks: int, model) -> tuple[torch.Tensor, torch.Tensor]:
+    from datasets import Dataset
+    (prepared,) = (results / str(ranks) / "data").glob("comparison-*/eval.arrow")
+    scores = [[float(model(input_ids=torch.tensor([row["prompt_ids"] + row[side]])).logits) for row in
+               Dataset.from_file(str(prepared))] for side in ("chosen_ids", "rejected_ids")]
+    return torch.tensor(scores[0]), torch.tensor(scores[1])
+
+
+@COMBINATIONS
+@RANKS
+def test_step_3_starts_at_the_reference_and_moves(results, combination, ranks):
+    directory = results / str(ranks) / combination.name / "ppo"
+    first, last = logged(directory, "eval")
+    tolerance = 1e-5 if combination.dtype == "fp32" else 1e-2
+    assert abs(first["kl"]) < tolerance
+    before, after = samples(directory, "before"), samples(directory, "after")
+    assert len(before) == len(after) == EVAL_PROMPTS
+    assert [row["prompt"] for row in before] == [row["prompt"] for row in after]
+    iterations = logged(directory, "train")
+    assert len(iterations) == 2 and iterations[0]["optimizer_steps"] == 4
+    assert abs(iterations[0]["kl"]) < tolerance and abs(iterations[1]["kl"]) > 0
+    for record in iterations:
+        assert 0 <= record["clip_fraction"] <= 1 and record["approx_kl"] >= 0 and record["entropy"] > 0
+        assert record["explained_variance"] <= 1
+    trained, average, start = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (
+        directory / "actor", directory / "ema", directory.parent / "sft"))
+    moved = {name for name in start if not torch.equal(trained[name], start[name])}
+    assert moved
+    for name in moved:  # the average lies between the start and the end
+        distance = (average[name] - start[name]).float().norm()
+        assert distance <= (trained[name] - start[name]).float().norm() * 1.01 + 1e-3, name
+
+
+@FP32
+def test_ranks_and_stages_give_the_same_run(results, combination):
+    """Same data order, same rollouts, same numbers on 1 and 2 ranks; and as at stage 0, where that is in the matrix."""
+    ours = results / "2" / combination.name
+    twins = [results / "1" / combination.name, results / "1" / combination._replace(zero_stage=0).name]
+    for twin in (twin for twin in twins if twin.is_dir()):
+        for step, metric in (("sft", "loss"), ("reward", "loss"), ("ppo", "shaped_score")):
+            found = [record[metric] for record in logged(ours / step, "train")]
+            expected = [record[metric] for record in logged(twin / step, "train")]
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), (step, twin)
+        assert [row["response"] for row in samples(ours / "ppo", "before")] == \
+               [row["response"] for row in samples(twin / "ppo", "before")]
