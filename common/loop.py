@@ -36,7 +36,7 @@ class SupervisedLoop:
     @classmethod
     def from_config(cls, config, sampler: StepSampler, tracker: Tracker) -> SupervisedLoop:
         """The loop of step 1 and step 2."""
-        return cls(sampler, tracker, config.num_train_epochs, config.eval_interval, config.test_stop_step,
+        return cls(sampler, tracker, config.num_train_epochs, config.eval_interval, config.stop_after,
                    config.log_interval, config.print_loss)
 
     @property

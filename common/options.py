@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -77,6 +78,11 @@ class RunOptions(Config):
     only_optimize_lora: bool = option(False, "", ignored="LoRA trains adapters and new heads only")
     compute_fp32_loss: bool = option(False, "", ignored="the loss is always computed in fp32")
 
+    @property
+    def stop_after(self) -> int:
+        """Optimizer steps (iterations in step 3) after which the run stops early; 0 for never."""
+        return self.test_stop_step if self.enable_test_mode else 0
+
     def validate(self) -> None:
         super().validate()
         self.only_with("--enable_tensorboard", self.enable_tensorboard, "tensorboard_path")
@@ -140,8 +146,11 @@ def check_output_dir(output_dir: str, **models: str) -> None:
 
     Raises UserError.
     """
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise UserError(f"--output_dir {output_dir}: is a file; name a directory")
+    existing = next(path for path in (Path(output_dir), *Path(output_dir).absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {output_dir}: {existing} is a file; name a directory")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {existing} cannot be written to; name another directory")
     for flag, model in models.items():
         if Path(model).resolve() == Path(output_dir).resolve():
             raise UserError(f"--output_dir {output_dir}: would overwrite --{flag}; name another directory")

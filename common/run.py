@@ -22,17 +22,13 @@ CONFIG_FILE = "run_config.yaml"
 def open_run(config) -> Tracker:
     """Make the output directory, save the resolved configuration there and send libraries' chatter to its logs.
 
-    Raises:
-        UserError: the directory cannot be written.
+    Not before everything is checked: what an earlier run has left there is replaced from here on.
     """
     output = Path(config.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        quiet_libraries(output)
-        if is_main():
-            save_config(config, output / CONFIG_FILE)
-    except OSError as error:
-        raise UserError(f"--output_dir {output}: cannot be written: {error.strerror}") from None
+    output.mkdir(parents=True, exist_ok=True)
+    quiet_libraries(output)
+    if is_main():
+        save_config(config, output / CONFIG_FILE)
     for note in config.notes:
         say(f"note: {note}")
     return Tracker(output, config.enable_tensorboard, config.tensorboard_path)

@@ -27,11 +27,11 @@ def main(argv=None) -> None:
     config = parse(SFTConfig, argv, prog="step1_sft/main.py")
     resolve_dtype(config.dtype)
     source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path)
-    tracker = open_run(config)
     codec = open_codec(config, source, "--model_name_or_path")
     data = prepare_demonstrations(config, codec)
     say_data(data)
 
+    tracker = open_run(config)
     start(config.timeout)
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
     engine = build_engine(config, source, codec, loop.total_steps)

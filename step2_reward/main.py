@@ -26,7 +26,6 @@ def main(argv=None) -> None:
     config = parse(RewardConfig, argv, prog="step2_reward/main.py")
     resolve_dtype(config.dtype)
     source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path)
-    tracker = open_run(config)
     codec = open_codec(config, source, "--model_name_or_path")
     data = prepare(data_request(config, "comparison", config.max_seq_len), codec)
     say_data(data)
@@ -34,6 +33,7 @@ def main(argv=None) -> None:
         raise UserError("no pair is held out, so the scores' mean and spread cannot be measured: raise "
                         "--eval_fraction or give more data")
 
+    tracker = open_run(config)
     start(config.timeout)
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
     engine = build_engine(config, source, codec, loop.total_steps)

@@ -35,7 +35,6 @@ def main(argv=None) -> None:
     resolve_dtype(config.dtype)
     actor = resolve_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config.data_output_path)
     critic = resolve_model(config.critic_model_name_or_path, "--critic_model_name_or_path", config.data_output_path)
-    tracker = open_run(config)
     codec = open_codec(config, actor, "--actor_model_name_or_path")
     calibration = read_calibration(config, codec, critic)
     data = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec)
@@ -43,10 +42,11 @@ def main(argv=None) -> None:
     texts = prepare(text_request(config), codec).train if config.unsupervised_dataset_name else None
     warn(config)
 
+    tracker = open_run(config)
     start(config.timeout)
     sampler = prompt_sampler(config, data.train)
     iterations = min(sampler.steps_per_epoch * config.num_train_epochs,
-                     config.max_iterations or sys.maxsize, config.test_stop_step or sys.maxsize)
+                     config.max_iterations or sys.maxsize, config.stop_after or sys.maxsize)
     models = build_models(config, codec, actor, critic, calibration,
                           iterations * optimizer_steps_per_iteration(config, len(data.train)))
     trainer = PPOTrainer(models, config, codec, data.train, data.eval,

@@ -1,0 +1,139 @@
+"""What a user can get wrong ends in one line that names flag, file and row, before any model is loaded."""
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from common.errors import UserError
+from common.models.builtin import materialise
+from step1_sft.main import main as step1
+from step2_reward.main import main as step2
+from step3_ppo.main import main as step3
+
+
+@pytest.fixture
+def good(tmp_path, builtin_cache):
+    """Arguments of steps 1 and 2 that would work; a test spoils one."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(
+        {"prompt": f"Question {n}?", "chosen": f"Yes {n}.", "rejected": f"No {n}."}) + "\n" for n in range(60)))
+    return {"--model_name_or_path": str(materialise("builtin:tiny-opt", builtin_cache)), "--data_path":
+            str(tmp_path / "rows.jsonl"), "--output_dir": str(tmp_path / "out"), "--data_output_path":
+            str(tmp_path / "data")}
+
+
+def refusal(program, arguments: dict[str, str]) -> str:
+    """The one line with which a program refuses; fails if it starts."""
+    with pytest.raises(UserError) as error:
+        program([word for pair in arguments.items() for word in pair if word is not None])
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 1200
+    return message
+
+
+@pytest.mark.parametrize("flag, value, said", [
+    ("--model_name_or_path", "./nowhere/model", ["--model_name_or_path ./nowhere/model", "no such model directory"]),
+    ("--model_name_or_path", "builtin:huge", ["builtin:huge", "builtin:tiny-opt"]),
+    ("--data_path", "./missing.jsonl", ["--data_path", "missing.jsonl"]),
+    ("--data_path", "builtin:rudeness", ["builtin:rudeness", "courtesy"]),
+    ("--dtype", "fp16", ["--dtype fp16", "--dtype fp32"]),
+    ("--zero_stage", "4", ["--zero_stage", "0, 1, 2, 3"]),
+    ("--template", "chat", ["--template chat", "human_assistant"]),
+    ("--learnin_rate", "1", ["--learnin_rate", "did you mean --learning_rate"]),
+    ("--max_seq_len", "3", ["--max_seq_len"]),
+    ("--data_split", "0,1,1", ["--data_split 0,1,1", "step 1"]),
+    ("--deepspeed_config", "nothing.json", ["--deepspeed_config nothing.json"]),
+    ("--columns", "prompt=inquiry", ["inquiry", "prompt"]),
+])
+def test_step_1_refuses(good, flag, value, said):
+    message = refusal(step1, {**good, flag: value})
+    for part in said:
+        assert part in message
+
+
+def test_a_directory_that_is_no_model_is_named(good, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refusal(step1, {**good, "--model_name_or_path": str(tmp_path / "empty")})
+    (tmp_path / "empty" / "config.json").write_text("{broken")
+    assert "not valid JSON" in refusal(step1, {**good, "--model_name_or_path": str(tmp_path / "empty")})
+
+
+@pytest.mark.parametrize("line, why", [
+    (b'{"prompt": "broken', "JSON"), (b'{"prompt": "q", "chosen": "\xff\xfe", "rejected": "r"}', "UTF-8"),
+    (b'{"prompt": "", "chosen": "a", "rejected": "b"}', "empty"), (b'{"chosen": "a", "rejected": "b"}', "prompt"),
+    (b'{"prompt": "q", "chosen": "same", "rejected": "same"}', "same"),
+    (b'{"prompt": "q\\u0000", "chosen": "a", "rejected": "b"}', "NUL"),
+])
+def test_too_many_bad_rows_are_shown_with_file_and_line(good, tmp_path, line, why):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(path.read_bytes() + b"".join(line + b"\n" for _ in range(20)))
+    message = refusal(step2, good)
+    assert "20 of 80 rows" in message and "rows.jsonl:61" in message and why in message and "--max_bad_rows" in message
+
+
+def test_rows_without_an_answer_cannot_train_a_reward_model(good, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "response": "a"}\n' * 30)
+    message = refusal(step2, good)
+    assert "comparisons" in message and "prompt, response" in message
+
+
+def test_an_unknown_layout_lists_what_was_found_and_what_is_understood(good, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"inquiry": "q", "reply": "a"}\n' * 30)
+    message = refusal(step1, good)
+    assert "inquiry" in message and "instruction" in message
+
+
+def test_a_reward_model_needs_held_out_pairs(good):
+    assert "--eval_fraction" in refusal(step2, {**good, "--eval_fraction": "0"})
+
+
+def test_step_3_names_the_step_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "step1_sft/main.py" in refusal(step3, {})
+
+
+def test_step_3_refuses_a_language_model_as_reward_model(good):
+    model = good.pop("--model_name_or_path")
+    message = refusal(step3, {**good, "--actor_model_name_or_path": model, "--critic_model_name_or_path": model})
+    assert "--critic_model_name_or_path" in message and "no reward model" in message
+
+
+def test_step_3_refuses_models_trained_on_other_text(good, tmp_path, builtin_cache):
+    """The actor says that it was trained with another template, and with another tokenizer."""
+    import shutil
+    from common.data.tokenization import load_tokenizer, make_codec
+    from common.provenance import Provenance
+    from common.run import text_of
+    actor = tmp_path / "actor"
+    shutil.copytree(good.pop("--model_name_or_path"), actor)
+    text = text_of(make_codec(load_tokenizer(str(actor)), "human_assistant"))
+    arguments = {**good, "--actor_model_name_or_path": str(actor), "--critic_model_name_or_path": str(actor)}
+    for changed, said in (({"template": "alpaca"}, "template 'alpaca'"), ({"tokenizer": "f" * 64}, "tokenizer 'fff")):
+        Provenance(step="sft", base="x", data_split="2,4,4", eval_fraction=0.05, **{**text, **changed}).write(actor)
+        message = refusal(step3, arguments)
+        assert said in message and str(actor) in message
+
+
+def test_nothing_of_an_earlier_result_is_touched(good, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "model.safetensors").write_bytes(b"precious")
+    (output / "run_config.yaml").write_text("precious")
+    refusal(step1, {**good, "--model_name_or_path": "./nowhere"})
+    refusal(step1, {**good, "--data_path": "./missing.jsonl"})
+    assert (output / "model.safetensors").read_bytes() == b"precious"
+    assert (output / "run_config.yaml").read_text() == "precious"
+
+
+def test_an_output_directory_that_is_a_file_is_refused(good, tmp_path):
+    (tmp_path / "out").write_text("")
+    assert "--output_dir" in refusal(step1, good)
+
+
+def test_the_model_may_not_be_overwritten_by_its_own_training(good):
+    good["--output_dir"] = good["--model_name_or_path"]
+    assert "would overwrite" in refusal(step1, good)
+
+
+def test_the_builtin_tokenizer_is_untouched_by_refusals(good):
+    """Refused runs leave the shared model directory loadable."""
+    assert AutoTokenizer.from_pretrained(good["--model_name_or_path"]).eos_token_id is not None
