@@ -24,6 +24,7 @@ def run(command: list[str], cwd: Path = ROOT, timeout: int = 540, check: bool = 
     env = {key: value for key, value in os.environ.items()
            if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR",
                           "MASTER_PORT", "OMP_NUM_THREADS")}
+    env["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait take the cores from those that work
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(command, cwd=cwd, env=env, timeout=timeout, input=stdin, capture_output=True, text=True)
     if check and done.returncode != 0:

@@ -20,6 +20,7 @@ class PreparationReport:
         read: the rows of each source, and those that could not be used.
         refused: records that cannot be written with the template; `first_refused` says where and why.
         other_phases: records whose prompts belong to another step.
+        repeated_prompts: dropped, where prompts alone are wanted.
         too_long: dropped, since the response does not fit; `prompts_cut`: the prompt lost its beginning.
         train_rows, eval_rows: what is left.
     """
@@ -28,6 +29,7 @@ class PreparationReport:
     refused: int = 0
     first_refused: list[tuple[str, str]] = field(default_factory=list)
     other_phases: int = 0
+    repeated_prompts: int = 0
     too_long: int = 0
     prompts_cut: int = 0
     train_rows: int = 0
@@ -66,10 +68,11 @@ class PreparationReport:
                    for source, counts in self.read.sources.items()]
         summary += self.read.notes
         summary += [f"unusable: {where}: {why}" for where, why in [*self.read.first_bad, *self.first_refused]]
-        summary.append(
-            f"{self.train_rows:,} rows to train on, {self.eval_rows:,} to evaluate on; "
-            f"{self.other_phases:,} belong to other steps, {self.too_long:,} dropped as too long, "
-            f"{self.refused:,} refused by the template, {self.prompts_cut:,} prompts cut on the left")
+        others = ((self.other_phases, "rows belong to other steps"), (self.repeated_prompts, "repeated prompts left out"),
+                  (self.too_long, "rows dropped as too long"), (self.refused, "rows refused by the template"),
+                  (self.prompts_cut, "prompts cut on the left"))
+        left = [f"{self.train_rows:,} rows to train on", f"{self.eval_rows:,} to evaluate on"]
+        summary.append(", ".join(left + [f"{count:,} {what}" for count, what in others if count]))
         return summary
 
     def check(self, max_bad_fraction: float) -> None:

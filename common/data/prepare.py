@@ -185,6 +185,7 @@ def _rows(request: DataRequest, codec: Codec, report: PreparationReport) -> Iter
     """(is for evaluation, row of ids) for each record of this step."""
     records = read_records(request.data_path, request.kind, columns=request.columns,
                            max_rows=request.max_rows, report=report.read)
+    prompts_seen: set[tuple[int, int]] = set()
     for sourced in records:
         place = assignment(identity(sourced.record), request.data_split, request.eval_fraction)
         is_eval = place.is_eval or sourced.split == "test"
@@ -193,6 +194,13 @@ def _rows(request: DataRequest, codec: Codec, report: PreparationReport) -> Iter
         if not is_eval and request.phase not in (None, place.phase):
             report.other_phases += 1
             continue
+        if isinstance(sourced.record, Prompt):
+            # A set of comparisons may have several to a prompt; a rollout has no use for the same prompt twice.
+            prompt = _hash(repr(sourced.record)), sourced.copy
+            if prompt in prompts_seen:
+                report.repeated_prompts += 1
+                continue
+            prompts_seen.add(prompt)
         dialogue = _hash(normalised(identity(sourced.record)))
         try:
             for columns in _encoded(sourced.record, request, codec, report):

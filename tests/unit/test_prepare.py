@@ -261,3 +261,14 @@ def test_rows_a_chat_template_refuses_are_counted(tmp_path, tokenizer_directory)
 def test_nothing_to_train_on_names_the_flag_to_change(tmp_path, codec, changes, flag):
     with pytest.raises(UserError, match=flag):
         prepare(request(tmp_path, write(tmp_path / "d.jsonl", pairs(10)), **changes), codec)
+
+
+def test_a_prompt_of_several_comparisons_is_rolled_out_once(tmp_path, codec):
+    rows = [{"prompt": f"Question {n // 3}?", "chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in range(90)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    data = prepare(request(tmp_path, path, kind="prompt"), codec)
+    prompts = data.train["prompt_ids"][:] + data.eval["prompt_ids"][:]
+    assert len(prompts) == 30 == len({tuple(prompt) for prompt in prompts})
+    assert data.report.repeated_prompts == 60
+    twice = prepare(request(tmp_path, f"{path}:2", kind="prompt"), codec)
+    assert len(twice.train) == 2 * len(data.train) and len(twice.eval) == len(data.eval)
