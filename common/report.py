@@ -1,0 +1,178 @@
+"""What the three steps reached, read from their output directories: metrics.jsonl and the samples of step 3.
+
+The TRUE reward is known where the held-out questions are those of the built-in task (`common.data.builtin`).
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import wrap
+
+from common.data.builtin import true_reward
+from common.errors import UserError
+
+STEPS = ("sft", "reward", "ppo")
+SHOWN_ANSWERS = 6
+COLUMN = 36  # characters of each column of answers
+
+
+@dataclass(frozen=True)
+class Change:
+    """A number before training and after it."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the built-in task's rule says of the answers to held-out prompts; mean reward and shares, 0 to 1."""
+
+    reward: Change
+    correct: Change
+    courteous: Change
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One held-out prompt, and what was answered before and after PPO."""
+
+    question: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Attributes:
+    perplexity: of held-out demonstrations, step 1.
+    accuracy: share of held-out pairs in which the reward model prefers the chosen answer, step 2.
+    reward: mean raw score of the reward model over held-out prompts, step 3.
+    kl: mean over answers of the KL to the reference, in nats, step 3.
+    response_length: tokens, step 3.
+    truth: None where the true reward is unknown.
+    seconds: wall-clock time of each step.
+    cost: of all steps, in the currency of the price; None without one.
+    answers: some held-out prompts.
+    """
+
+    perplexity: Change
+    accuracy: Change
+    reward: Change
+    kl: Change
+    response_length: Change
+    truth: Truth | None
+    seconds: dict[str, float]
+    cost: float | None
+    answers: tuple[Answers, ...]
+
+
+def make_report(sft: Path, reward: Path, ppo: Path, seconds: Sequence[float] | None = None,
+                price_per_hour: float | None = None) -> Report:
+    """Read the output directories of the three steps.
+
+    Args:
+        seconds: wall-clock time of each step; without it, the time from opening the output directory to the end.
+        price_per_hour: of the machine the steps ran on.
+
+    Raises:
+        UserError: a step has not been finished, or it evaluated on nothing.
+    """
+    records = {name: _read_rows(directory / "logs" / "metrics.jsonl")
+               for name, directory in zip(STEPS, (sft, reward, ppo))}
+    before, after = (_read_rows(ppo / "samples" / f"{name}.jsonl") for name in ("before", "after"))
+    times = dict(zip(STEPS, seconds or [rows[-1]["seconds"] for rows in records.values()]))
+
+    def change(step: str, metric: str) -> Change:
+        values = [row[metric] for row in records[step] if row["phase"] == "eval" and metric in row]
+        if not values:
+            raise UserError(f"step {STEPS.index(step) + 1} has evaluated no {metric}: give it held-out data "
+                            "(--eval_fraction) and run it again")
+        return Change(values[0], values[-1])
+
+    return Report(
+        perplexity=change("sft", "perplexity"), accuracy=change("reward", "accuracy"),
+        reward=change("ppo", "reward"), kl=change("ppo", "kl"), response_length=change("ppo", "response_length"),
+        truth=judge(before, after), seconds=times,
+        cost=None if price_per_hour is None else sum(times.values()) / 3600 * price_per_hour,
+        answers=tuple(_spread(before, after)))
+
+
+def judge(before: Sequence[dict], after: Sequence[dict]) -> Truth | None:
+    """The true reward of two sets of samples, each a row with "prompt" and "response"; None where it is unknown."""
+    try:
+        old, new = ([true_reward(question_of(row["prompt"]), row["response"]) for row in rows]
+                    for rows in (before, after))
+    except UserError:
+        return None
+
+    def mean(name: str) -> Change:
+        return Change(*(sum(float(getattr(item, name)) for item in items) / len(items) for items in (old, new)))
+
+    return Truth(mean("reward"), mean("correct"), mean("courteous"))
+
+
+def question_of(prompt: str) -> str:
+    """The question in a prompt of one turn, as its template words it: "Human: QUESTION Assistant:"."""
+    return prompt.strip().removeprefix("Human:").removesuffix("Assistant:").strip()
+
+
+def _spread(before: Sequence[dict], after: Sequence[dict]) -> Iterator[Answers]:
+    pairs = list({old["prompt"]: (old, new) for old, new in zip(before, after)}.values())
+    for old, new in pairs[::max(1, len(pairs) // SHOWN_ANSWERS)][:SHOWN_ANSWERS]:
+        yield Answers(question_of(old["prompt"]), old["response"].strip(), new["response"].strip())
+
+
+def render(report: Report) -> str:
+    """The report as text for a terminal."""
+    return "\n".join([*_figures(report), "", *_side_by_side(report.answers)])
+
+
+def write_summary(report: Report, path: Path) -> None:
+    """Write the report as JSON."""
+    path.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _figures(report: Report) -> Iterator[str]:
+    def row(name: str, change: Change, form: str = "{:.2f}") -> str:
+        return f"{name:<44}{form.format(change.before):>10}{form.format(change.after):>10}"
+
+    share = "{:.1%}"
+    yield f"{'':<44}{'before':>10}{'after':>10}"
+    yield row("step 1: perplexity", report.perplexity)
+    yield row("step 2: accuracy of the reward model", report.accuracy, share)
+    yield row("step 3: mean reward", report.reward)
+    if report.truth is not None:
+        yield row("        TRUE reward, 0 to 1", report.truth.reward)
+        yield row("        answers that are correct", report.truth.correct, share)
+        yield row("        answers that are courteous", report.truth.courteous, share)
+    yield row("        KL to the fine-tuned model, nats", report.kl)
+    yield row("        tokens in an answer", report.response_length, "{:.1f}")
+    minutes = [seconds / 60 for seconds in report.seconds.values()]
+    yield ""
+    yield f"{' + '.join(f'{part:.1f}' for part in minutes)} = {sum(minutes):.1f} minutes" + (
+        "" if report.cost is None else f", which cost ${report.cost:.2f}")
+
+
+def _side_by_side(answers: Sequence[Answers]) -> Iterator[str]:
+    for item in answers:
+        yield "\n".join(wrap(" ".join(item.question.split()), 2 * COLUMN + 3))
+        left, right = (wrap(text, COLUMN - 2) or ["(nothing)"]
+                       for text in (f"before: {item.before}", f"after: {item.after}"))
+        for line in range(max(len(left), len(right))):
+            first, second = (part[line] if line < len(part) else "" for part in (left, right))
+            yield f"  {first:<{COLUMN}} | {second}".rstrip(" |")
+        yield ""
+
+
+def _read_rows(path: Path) -> list[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): has the step been finished?") from None
+    rows = [json.loads(line) for line in lines]
+    if not rows:
+        raise UserError(f"{path} is empty: run the step to its end")
+    return rows

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The pinned environment: made once, reused as long as constraints.txt and setup.py stay as they are.
+#
+#   source launch/environment.sh [--with-tests]
+#
+# It lies in .venv beside this directory, or where RLHF_VENV says, and comes first on PATH afterwards.
+# PYTHON names the interpreter to make it with; else the first python3 that is new enough.
+
+_environment_main() {
+    local root venv extras="" wanted stamp state python
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return
+    venv=${RLHF_VENV:-$root/.venv}
+    stamp=$venv/installed-by-launch
+    if [ "${1:-}" = --with-tests ]; then extras="[test]"; fi
+
+    # The stamp holds a word for what is installed. "unfinished" stands there while pip is at work.
+    wanted=$(cat "$root/constraints.txt" "$root/setup.py" <(echo "$root") | cksum | cut -d " " -f 1)
+    state=$(cat "$stamp" 2>/dev/null)
+    if [ -n "$state" ] && ! "$venv/bin/python" -c "" 2>/dev/null; then state=unfinished; fi  # its Python is gone
+    if [ "$state" != "$wanted$extras" ] && [ "$state" != "$wanted[test]" ]; then
+        if [ -z "$state" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
+            echo "error: $venv was not made by launch/environment.sh: remove it, or set RLHF_VENV to another path" >&2
+            return 1
+        fi
+        python=$(_environment_python) || return
+        _environment_install "$root" "$venv" "$stamp" "$state" "$python" "$extras" || {
+            echo "error: the installation into $venv failed (see above); run the command again to repeat it" >&2
+            return 1
+        }
+        echo "$wanted$extras" > "$stamp"
+    fi
+    export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH"
+    unset PYTHONHOME
+}
+
+_environment_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            if ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+                echo "error: $candidate cannot make virtual environments: install its venv module" \
+                     "(python3-venv on Debian and Ubuntu)" >&2
+                return 1
+            fi
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: Python 3.11 or newer is needed; ${PYTHON:-python3} is not: install it, or set PYTHON to its path" >&2
+    return 1
+}
+
+_environment_install() {
+    local root=$1 venv=$2 stamp=$3 state=$4 python=$5 extras=$6
+    echo "installing the pinned versions into $venv (once; some minutes)"
+    mkdir -p "$venv" && echo unfinished > "$stamp" || return
+    if [ -z "$state" ] || [ "$state" = unfinished ]; then
+        find "$venv" -mindepth 1 ! -path "$stamp" -delete && "$python" -m venv "$venv" || return
+    fi
+    # torch first and alone: what comes after finds its requirement met and cannot choose another build.
+    "$venv/bin/python" -m pip install --quiet "$(grep '^torch==' "$root/constraints.txt")" &&
+        "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root$extras"
+}
+
+_environment_status=0
+_environment_main "$@" || _environment_status=$?
+unset -f _environment_main _environment_python _environment_install
+return "$_environment_status" 2>/dev/null || exit "$_environment_status"

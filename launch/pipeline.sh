@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launcher.sh"
+
+usage="usage: bash launch/pipeline.sh [--recipes DIR] [--num_gpus N] [--output_dir DIR] [--price_per_hour DOLLARS]
+           [--reward_from_sft] [--sft_flags \"...\"] [--reward_flags \"...\"] [--ppo_flags \"...\"] [flags for every step]
+
+The three steps in a row, and a summary of what they reached, how long they took and what that cost.
+
+--recipes         directory with sft.yaml, reward.yaml and ppo.yaml (default launch/recipes/1gpu)
+--num_gpus        GPUs, or ranks where there is none (default 1)
+--output_dir      gets sft/, reward/, ppo/, data/ and summary.json (default output)
+--price_per_hour  of the whole machine; one A100-40GB was rented for 1.13, eight for 8.80
+--reward_from_sft the reward model starts from step 1's model, not from its recipe's
+--sft_flags ...   flags for one step; they win over its recipe"
+
+recipes=$root/launch/recipes/1gpu gpus=1 output=output
+reward_from_sft="" sft_flags="" reward_flags="" ppo_flags="" price=() every=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --help | -h) echo "$usage"; exit ;;
+        --recipes | --num_gpus | --output_dir | --price_per_hour | --sft_flags | --reward_flags | --ppo_flags)
+            if [ $# -lt 2 ]; then echo "error: $1 needs a value" >&2; exit 2; fi
+            case $1 in
+                --recipes) recipes=$2 ;;
+                --num_gpus) gpus=$2 ;;
+                --output_dir) output=${2%/} ;;
+                --price_per_hour) price=("$1" "$2") ;;
+                --sft_flags) sft_flags=$2 ;;
+                --reward_flags) reward_flags=$2 ;;
+                --ppo_flags) ppo_flags=$2 ;;
+            esac
+            shift 2 ;;
+        --reward_from_sft) reward_from_sft=1; shift ;;
+        *) every+=("$1"); shift ;;
+    esac
+done
+
+seconds=()
+# step TITLE PROGRAM NAME FLAGS...: runs one step into OUTPUT/NAME and notes how long it took.
+step() {
+    local title=$1 program=$2 name=$3 start=$SECONDS
+    shift 3
+    echo
+    echo "== $title"
+    launch_step "$program" "$gpus" --config "$recipes/$name.yaml" --output_dir "$output/$name" \
+        --data_output_path "$output/data" "$@" ${every[@]+"${every[@]}"}
+    seconds+=("$((SECONDS - start))")
+}
+# The flags of a step are split into words on purpose.
+step "Step 1 of 3: supervised fine-tuning" step1_sft sft $sft_flags
+step "Step 2 of 3: reward model" step2_reward reward \
+    ${reward_from_sft:+--model_name_or_path "$output/sft"} $reward_flags
+step "Step 3 of 3: PPO" step3_ppo ppo --actor_model_name_or_path "$output/sft" \
+    --critic_model_name_or_path "$output/reward" $ppo_flags
+
+echo
+python "$root/launch/summary.py" "$output" --seconds "${seconds[@]}" ${price[@]+"${price[@]}"}

@@ -1,0 +1,32 @@
+"""Sums up a pipeline's output directory: `python launch/summary.py OUTPUT_DIR`."""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.errors import UserError
+from common.report import STEPS, make_report, render, write_summary
+
+
+def main() -> int:
+    """Print the summary and write OUTPUT_DIR/summary.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output_dir", type=Path, help="directory that holds sft/, reward/ and ppo/")
+    parser.add_argument("--seconds", type=float, nargs=3, metavar="S", help="wall-clock time of each step")
+    parser.add_argument("--price_per_hour", type=float, help="price of the machine, in dollars")
+    args = parser.parse_args()
+    try:
+        report = make_report(*(args.output_dir / step for step in STEPS), seconds=args.seconds,
+                             price_per_hour=args.price_per_hour)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(render(report))
+    write_summary(report, args.output_dir / "summary.json")
+    print(f"saved to {args.output_dir / 'summary.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The summary of a pipeline, from files as the three steps write them."""
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from common.data.builtin import builtin_rows
+from common.errors import UserError
+from common.report import Change, make_report, question_of, render, write_summary
+
+QUESTIONS = list(dict.fromkeys(row["prompt"] for row in builtin_rows("courtesy")))[:8]
+RIGHT = {row["prompt"]: row["chosen"] for row in builtin_rows("courtesy")}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluations(*metrics):
+    rows = [{"phase": "eval", "step": step, "seconds": 30.0 * step, **values}
+            for step, values in enumerate(metrics)]
+    return [*rows, {"phase": "train", "step": 9, "seconds": 59.0, "reward": 100.0},
+            {**rows[-1], "phase": "done", "seconds": 60.0}]
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    write_rows(tmp_path / "sft/logs/metrics.jsonl",
+               evaluations({"perplexity": 900.0}, {"perplexity": 30.0}, {"perplexity": 1.5}))
+    write_rows(tmp_path / "reward/logs/metrics.jsonl", evaluations({"accuracy": 0.5}, {"accuracy": 0.9}))
+    write_rows(tmp_path / "ppo/logs/metrics.jsonl",
+               evaluations({"reward": -1.0, "kl": 0.0, "response_length": 6.0},
+                           {"reward": 2.0, "kl": 4.0, "response_length": 8.0}))
+    prompts = [f"\n\nHuman: {question}\n\nAssistant:" for question in QUESTIONS]
+    write_rows(tmp_path / "ppo/samples/before.jsonl", [{"prompt": prompt, "response": "no idea"} for prompt in prompts])
+    write_rows(tmp_path / "ppo/samples/after.jsonl",
+               [{"prompt": prompt, "response": RIGHT[question]} for prompt, question in zip(prompts, QUESTIONS)])
+    return tmp_path
+
+
+def report_of(outputs, **options):
+    return make_report(outputs / "sft", outputs / "reward", outputs / "ppo", **options)
+
+
+def test_first_and_last_evaluation_are_before_and_after(outputs):
+    report = report_of(outputs)
+    assert report.perplexity == Change(900.0, 1.5)
+    assert report.accuracy == Change(0.5, 0.9)
+    assert (report.reward, report.kl) == (Change(-1.0, 2.0), Change(0.0, 4.0))
+
+
+def test_the_truth_is_that_of_the_answers(outputs):
+    truth = report_of(outputs).truth
+    assert truth.correct == Change(0.0, 1.0) and truth.courteous.before == 0.0
+    assert truth.reward.before == 0.0 and truth.reward.after == 0.5 + 0.5 * truth.courteous.after
+
+
+def test_the_truth_of_other_questions_is_unknown(outputs):
+    rows = [{"prompt": "\n\nHuman: Who are you?\n\nAssistant:", "response": "I."}]
+    for name in ("before", "after"):
+        write_rows(outputs / f"ppo/samples/{name}.jsonl", rows)
+    report = report_of(outputs)
+    assert report.truth is None and "TRUE" not in render(report)
+    assert [item.question for item in report.answers] == ["Who are you?"]
+
+
+def test_cost_is_time_at_the_price(outputs):
+    report = report_of(outputs, seconds=[600, 1200, 1800], price_per_hour=8.80)
+    assert report.cost == pytest.approx(8.80)
+    assert "60.0 minutes, which cost $8.80" in render(report)
+    assert report_of(outputs).cost is None and sum(report_of(outputs).seconds.values()) == 180.0
+
+
+def test_the_text_shows_each_answer_beside_the_one_before(outputs):
+    report = report_of(outputs)
+    text = render(report)
+    for item in report.answers:
+        assert item.question in text and f"| after: {item.after.split()[0]}" in text
+
+
+def test_the_summary_is_json_with_the_same_figures(outputs):
+    write_summary(report_of(outputs), outputs / "summary.json")
+    assert json.loads((outputs / "summary.json").read_text())["perplexity"] == {"before": 900.0, "after": 1.5}
+
+
+def test_a_step_that_was_not_finished_is_named(outputs):
+    (outputs / "reward/logs/metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"reward/logs/metrics.jsonl.*has the step been finished"):
+        report_of(outputs)
+
+
+def test_a_step_that_evaluated_nothing_is_named(outputs):
+    write_rows(outputs / "reward/logs/metrics.jsonl", [{"phase": "done", "step": 1, "seconds": 2.0}])
+    with pytest.raises(UserError, match="step 2 has evaluated no accuracy"):
+        report_of(outputs)
+
+
+def test_a_question_comes_out_of_its_prompt():
+    assert question_of("\n\nHuman: What is  one plus two?\n\nAssistant:") == "What is  one plus two?"
