@@ -21,16 +21,21 @@ def launch(script: Path, *args: str, ranks: int = 1, cwd: Path = ROOT, timeout: 
 def run(command: list[str], cwd: Path = ROOT, timeout: int = 540, check: bool = True,
         stdin: str = "") -> subprocess.CompletedProcess:
     """Run a command in an environment like a user's shell, with no trace of the tests' own process."""
+    done = subprocess.run(command, cwd=cwd, env=environment(), timeout=timeout, input=stdin, capture_output=True, text=True)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-6000:]}\n"
+                             f"{done.stderr[-6000:]}")
+    return done
+
+
+def environment() -> dict[str, str]:
+    """A user's environment variables: the tests' own Python first on PATH, nothing of a launcher."""
     env = {key: value for key, value in os.environ.items()
            if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR",
                           "MASTER_PORT", "OMP_NUM_THREADS")}
     env["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait take the cores from those that work
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    done = subprocess.run(command, cwd=cwd, env=env, timeout=timeout, input=stdin, capture_output=True, text=True)
-    if check and done.returncode != 0:
-        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-6000:]}\n"
-                             f"{done.stderr[-6000:]}")
-    return done
+    return env
 
 
 def free_port() -> int:
