@@ -21,7 +21,8 @@ def launch(script: Path, *args: str, ranks: int = 1, cwd: Path = ROOT, timeout: 
 def run(command: list[str], cwd: Path = ROOT, timeout: int = 540, check: bool = True,
         stdin: str = "") -> subprocess.CompletedProcess:
     """Run a command in an environment like a user's shell, with no trace of the tests' own process."""
-    done = subprocess.run(command, cwd=cwd, env=environment(), timeout=timeout, input=stdin, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=environment(), timeout=timeout, input=stdin, capture_output=True,
+                          text=True)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-6000:]}\n"
                              f"{done.stderr[-6000:]}")
