@@ -1,0 +1,54 @@
+"""The dialogue so far, and as much of it as the model has room for."""
+
+from __future__ import annotations
+
+from common.data.records import Message, Prompt
+from common.data.tokenization import Codec
+
+
+class Dialogue:
+    """Turns of user and assistant in order.
+
+    Args:
+        codec: of the model that answers.
+        room: tokens of the longest prompt; None: any number.
+        system: what the model is told before the first turn.
+    """
+
+    def __init__(self, codec: Codec, room: int | None = None, system: str | None = None):
+        self._codec, self._room = codec, room
+        self._system = (Message("system", system),) if system else ()
+        self._turns: list[Message] = []
+
+    def reset(self) -> None:
+        """Forget all turns; the system prompt stays."""
+        self._turns = []
+
+    def ask(self, question: str) -> tuple[list[int], str | None]:
+        """Add the user's turn.
+
+        Returns:
+            The ids of the prompt, and a notice if something of the dialogue had to be left out to make room.
+        """
+        self._turns.append(Message("user", question))
+        ids, dropped = self._encode(), 0
+        while self._too_long(ids) and len(self._turns) > 1:
+            del self._turns[:2]
+            ids, dropped = self._encode(), dropped + 1
+        if self._too_long(ids):
+            cut = len(ids) - self._room
+            kept = self._codec.cut_prompt(ids, self._room)
+            return kept, f"too long a question: its first {cut} tokens are cut"
+        if dropped:
+            return ids, f"too long a dialogue: the oldest turns are forgotten ({dropped})"
+        return ids, None
+
+    def answered(self, text: str) -> None:
+        """Add the assistant's turn."""
+        self._turns.append(Message("assistant", text.strip()))
+
+    def _encode(self) -> list[int]:
+        return self._codec.encode_prompt(Prompt((*self._system, *self._turns)))
+
+    def _too_long(self, ids: list[int]) -> bool:
+        return self._room is not None and len(ids) > self._room

@@ -1,0 +1,138 @@
+"""One or two models judged by a reward model on held-out prompts.
+
+`python inference/evaluate.py --path output/sft output/ppo --data_path SOURCE` prints a table and writes it,
+with every answer, to --output_file. For the task builtin:courtesy the true reward is added.
+"""
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from common.config import option, options, parse
+from common.data.builtin import true_reward
+from common.data.records import Prompt
+from common.distributed import run_program
+from common.errors import UserError
+from inference.decoding import Answer, answer_prompts
+from inference.generate import open_output, plain
+from inference.loading import load_judge, load_speaker
+from inference.locating import find_model
+from inference.options import DecodingOptions, LoadOptions, PromptOptions
+from inference.prompts import choose, held_out_prompts, read_prompts
+from inference.scoring import score_answers
+
+_TASK = "builtin:courtesy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DecodingOptions, PromptOptions, LoadOptions):
+    """Evaluation"""
+
+    path: tuple[str, ...] = option(("output/sft", "output/ppo"), "one model, or two to compare")
+    reward_model_path: str = option("output/reward", "reward model that scores the answers")
+    output_file: str = option("output/evaluation.json", "JSON file of the result")
+    which_prompts: str = option("held_out", "held_out: those that no step trained on; all: every one",
+                                choices=("held_out", "all"))
+    max_prompts: int | None = option(256, "prompts answered at most; chosen by --seed", low=1)
+    max_new_tokens: int = option(128, "longest answer", unit="tokens", low=1)
+
+    def validate(self) -> None:
+        super().validate()
+        if len(self.path) > 2:
+            raise UserError(f"--path: give one model or two, not {len(self.path)}")
+        if not self.data_path:
+            raise UserError(f"--data_path is needed: where the prompts are, such as {_TASK}")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model's answer to each prompt, with its raw score."""
+
+    path: str
+    answers: list[Answer]
+    scores: list[float]
+
+    def summary(self, prompts: list[Prompt], task: bool) -> dict[str, float]:
+        """Means over the prompts: score, length in tokens, share that ended; with `task` also the truth."""
+        means = {"score": _mean(self.scores), "length": _mean([len(answer.ids) for answer in self.answers]),
+                 "ended": _mean([answer.ended for answer in self.answers])}
+        if task:
+            truth = [true_reward(prompt.first_user_turn, answer.text)
+                     for prompt, answer in zip(prompts, self.answers)]
+            means.update(true_reward=_mean([judgement.reward for judgement in truth]),
+                         correct=_mean([judgement.correct for judgement in truth]),
+                         courteous=_mean([judgement.courteous for judgement in truth]))
+        return means
+
+
+def main(argv=None) -> None:
+    """Parse, answer with each model, score, report."""
+    config = parse(EvaluateConfig, argv, prog="inference/evaluate.py")
+    prompts = find_prompts(config)
+    judge = load_judge(config.reward_model_path, "--reward_model_path", config)
+    with open_output(config.output_file) as output:
+        judged = []
+        for path in config.path:
+            speaker = load_speaker(path, "--path", config)
+            torch.manual_seed(config.seed)
+            answers = answer_prompts(speaker, prompts, config, config.batch_size)
+            judged.append(Judged(path, answers, score_answers(judge, prompts, answers, config.batch_size)))
+        result = compare(prompts, judged, task=config.data_path == (_TASK,))
+        shown = {name: getattr(config, name) for name in options(EvaluateConfig)}
+        json.dump({**result, "config": shown, "answers": rows(prompts, judged)}, output, indent=2,
+                  ensure_ascii=False)
+    print(table(result))
+    print(f"saved to {config.output_file}")
+
+
+def find_prompts(config: EvaluateConfig) -> list[Prompt]:
+    """The prompts to answer; the training of the models says which are held out."""
+    models = [find_model(path, "--path", config.data_output_path) for path in config.path]
+    if config.which_prompts == "held_out":
+        trained = next((model.provenance for model in models if model.provenance), None)
+        return held_out_prompts(config, trained, config.seed)
+    return choose(list(dict.fromkeys(read_prompts(config))), config.max_prompts, config.seed)
+
+
+def compare(prompts: list[Prompt], judged: list[Judged], task: bool) -> dict:
+    """Each model's means, and with two models the second's win rate: a draw is half a win."""
+    result = {"prompts": len(prompts),
+              "models": [{"path": model.path, **model.summary(prompts, task)} for model in judged]}
+    if len(judged) == 2:
+        first, second = (model.scores for model in judged)
+        result["win_rate"] = _mean([(b > a) + 0.5 * (b == a) for a, b in zip(first, second)])
+    return result
+
+
+def rows(prompts: list[Prompt], judged: list[Judged]) -> list[dict]:
+    """Every prompt with the models' responses and scores."""
+    return [{"prompt": plain(prompt), "responses": [model.answers[i].text for model in judged],
+             "scores": [model.scores[i] for model in judged]} for i, prompt in enumerate(prompts)]
+
+
+def table(result: dict) -> str:
+    """The result in a line per figure and a column per model."""
+    models = result["models"]
+    names = [name for name in models[0] if name != "path"]
+    cells = [["", *(model["path"] for model in models)],
+             *([name.replace("_", " "), *(f"{model[name]:.3f}" for model in models)] for name in names)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    if "win_rate" in result:
+        lines.append(f"the second scores higher on {result['win_rate']:.1%} of {result['prompts']} prompts")
+    else:
+        lines.append(f"{result['prompts']} prompts")
+    return "\n".join(lines)
+
+
+def _mean(values: list) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

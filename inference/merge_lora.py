@@ -1,0 +1,57 @@
+"""Adapter and base to one whole model: `python inference/merge_lora.py --path DIR --output_dir OUT`."""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.checkpoint import write_model
+from common.config import option, parse
+from common.distributed import run_program, say
+from common.engine import DTYPES
+from common.errors import UserError
+from common.options import check_output_dir
+from inference.loading import load_whole, open_codec, quiet
+from inference.locating import find_model
+from inference.options import SourceOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(SourceOptions):
+    """Merging"""
+
+    path: str | None = option(None, "directory of the adapter, with adapter_config.json")
+    base: str | None = option(None, "base model; none: the one that the adapter names")
+    output_dir: str | None = option(None, "directory of the merged model")
+    dtype: str = option("fp32", "number format the result is saved in; the sum is done in fp32",
+                        choices=tuple(sorted(DTYPES)))
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.path or not self.output_dir:
+            raise UserError("--path, the adapter's directory, and --output_dir are needed")
+        check_output_dir(self.output_dir, path=self.path, **({"base": self.base} if self.base else {}))
+
+
+def main(argv=None) -> None:
+    """Parse, load, merge, save."""
+    config = parse(MergeConfig, argv, prog="inference/merge_lora.py")
+    quiet()
+    files = find_model(config.path, "--path", config.data_output_path, config.base)
+    if files.adapter is None:
+        raise UserError(f"{files.name} is no adapter, with nothing to merge: it holds no adapter_config.json")
+    check_output_dir(config.output_dir, base=files.weights)
+    codec = open_codec(files, config.trust_remote_code)
+    model = load_whole(files, codec, config.trust_remote_code, DTYPES[config.dtype])
+    try:
+        write_model(model, model.state_dict(), codec, config.output_dir)
+        if files.provenance is not None:
+            files.provenance.write(config.output_dir)
+    except OSError as error:
+        raise UserError(f"--output_dir {config.output_dir}: cannot be written: {error.strerror}") from None
+    say(f"saved to {config.output_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,73 @@
+"""Prompts to be answered, out of any data source."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from common.data.blend import parse_data_path
+from common.data.dialogues import BadRow, read_prompt
+from common.data.reading import ReadReport, SourcedRecord, read_records
+from common.data.records import Prompt
+from common.data.split import assignment
+from common.errors import UserError
+from common.provenance import Provenance
+from inference.options import PromptOptions
+
+
+def single_prompt(text: str, flag: str) -> Prompt:
+    """A prompt from one text: a question, or a transcript with "Human:" and "Assistant:" cues."""
+    try:
+        return read_prompt(text, flag)
+    except BadRow as error:
+        raise UserError(f"no prompt: {error}") from None
+
+
+def read_prompts(options: PromptOptions) -> Iterator[Prompt]:
+    """The prompts of all rows, in the order of the data, one at a time.
+
+    Raises:
+        UserError: after the last one, if too many rows were bad.
+    """
+    for number, sourced in enumerate(_read(options)):
+        if number == options.max_prompts:
+            return
+        yield sourced.record
+
+
+def held_out_prompts(options: PromptOptions, trained: Provenance | None, seed: int) -> list[Prompt]:
+    """Prompts no step has trained on, by the rule the model was trained under; each once.
+
+    Args:
+        trained: of the model. Without it only what the data themselves set aside for tests is taken.
+        seed: chooses, where there are more than `max_prompts`.
+
+    Raises:
+        UserError: there is none.
+    """
+    prompts = dict.fromkeys(sourced.record for sourced in _read(options) if _is_held_out(sourced, trained))
+    if not prompts:
+        raise UserError("--data_path holds no prompt that was kept from training: pass --which_prompts all, "
+                        "or data with a test split")
+    return choose(list(prompts), options.max_prompts, seed)
+
+
+def choose(prompts: list[Prompt], count: int | None, seed: int) -> list[Prompt]:
+    """At most `count` prompts; not the first ones, which in many sets are all of one kind."""
+    if count is None or count >= len(prompts):
+        return prompts
+    return random.Random(seed).sample(prompts, count)
+
+
+def _is_held_out(sourced: SourcedRecord, trained: Provenance | None) -> bool:
+    if sourced.split == "test":
+        return True
+    first = sourced.record.first_user_turn
+    return trained is not None and assignment(first, trained.data_split, trained.eval_fraction).is_eval
+
+
+def _read(options: PromptOptions) -> Iterator[SourcedRecord]:
+    report = ReadReport()
+    yield from read_records(parse_data_path(options.data_path), "prompt", columns=options.columns or None,
+                            report=report)
+    report.check(options.max_bad_rows)

@@ -1,0 +1,66 @@
+"""Lines in, text out: a person at a terminal, or a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+# A model may write anything, also sequences that drive a terminal: C0 controls become their Unicode pictures;
+# C1 controls, and marks that reverse the direction of what follows, become replacement characters.
+_HARMLESS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_HARMLESS[0x7F] = 0x2421
+_HARMLESS.update(dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD))
+
+
+def harmless(text: str) -> str:
+    """`text` with nothing in it that a terminal obeys but line ends and tabs."""
+    return text.translate(_HARMLESS)
+
+
+@contextlib.contextmanager
+def until_reader_leaves() -> Iterator[None]:
+    """Within the context it is no error when whoever reads standard output has seen enough (`| head`)."""
+    try:
+        yield
+    except BrokenPipeError:
+        # At exit Python flushes what is left, and must not complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Terminal:
+    """Standard input and output; questions are asked for only where a person reads the answers.
+
+    In a pipe an answer is one line, so that line N of the output answers question N. Notices go to stderr.
+    """
+
+    def __init__(self):
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")
+        if self.interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  gives input() its line editing
+
+    def questions(self) -> Iterator[str]:
+        """Lines without surrounding white space, empty ones left out, until the input ends."""
+        while True:
+            try:
+                line = input("> " if self.interactive else "").strip()
+            except EOFError:
+                if self.interactive:
+                    print()
+                return
+            if line:
+                yield line
+
+    def write(self, text: str) -> None:
+        """Show a piece of an answer now."""
+        print(harmless(text if self.interactive else text.replace("\n", " ")), end="", flush=True)
+
+    def end_answer(self) -> None:
+        print(flush=True)
+
+    def notice(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)

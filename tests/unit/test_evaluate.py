@@ -1,0 +1,112 @@
+"""Two models judged by a reward model."""
+import json
+
+import pytest
+import torch
+from chat_model import provenance_of
+from common.data.builtin import builtin_rows
+from common.data.records import Message, Prompt
+from common.data.split import assignment
+from common.data.tokenization import load_tokenizer, make_codec
+from common.errors import UserError
+from inference.decoding import Answer
+from inference.evaluate import Judged, compare, main
+from inference.loading import load_judge
+from inference.options import LoadOptions
+from inference.scoring import score_answers
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def reward_model(chat_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("reward") / "reward"
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(chat_model, num_labels=1)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(chat_model).save_pretrained(directory)
+    provenance_of(make_codec(load_tokenizer(str(directory)), "question_answer"), "reward").write(directory)
+    return directory
+
+
+def question(text: str) -> Prompt:
+    return Prompt((Message("user", text),))
+
+
+def test_scores_are_those_any_tool_reads_off_the_reward_model(reward_model):
+    judge = load_judge(str(reward_model), "--reward_model_path", LoadOptions())
+    prompts = [question(text) for text in ("Why?", "What is the capital of France?", "Is it? " * 200)]
+    answers = [Answer("So.", (1,), True), Answer("", (), True), Answer("It is " * 5, (1,), False)]
+    model, codec = AutoModelForSequenceClassification.from_pretrained(reward_model).eval(), judge.codec
+    expected = []
+    for prompt, answer in zip(prompts, answers):
+        response = codec.encode_response(answer.text)[:None if answer.ended else -1]
+        ids = codec.encode_prompt(prompt, judge.positions - len(response)) + response
+        assert len(ids) <= judge.positions
+        with torch.no_grad():
+            expected.append(float(model(input_ids=torch.tensor([ids])).logits))
+    for batch_size in (1, 2, 3):
+        assert score_answers(judge, prompts, answers, batch_size) == pytest.approx(expected, abs=1e-4)
+
+
+def test_gold_answers_have_the_true_reward_of_the_task():
+    rows = list(builtin_rows("courtesy"))[:400]
+    prompts = [question(row["prompt"]) for row in rows]
+
+    def judged(column):
+        return Judged(column, [Answer(row[column], (1, 2), True) for row in rows], [1.0] * len(rows))
+
+    result = compare(prompts, [judged("rejected"), judged("chosen")], task=True)
+    rejected, chosen = result["models"]
+    assert chosen["correct"] == 1.0 and chosen["true_reward"] > rejected["true_reward"]
+    assert chosen["true_reward"] == pytest.approx(0.5 + 0.5 * chosen["courteous"])
+    assert result["win_rate"] == 0.5, "equal scores are draws"
+
+
+def test_the_win_rate_is_the_seconds():
+    prompts = [question(text) for text in "abcd"]
+    answers = [Answer("", (), False)] * 4
+    first, second = Judged("a", answers, [0.0, 0.0, 0.0, 0.0]), Judged("b", answers, [1.0, 1.0, 0.0, -1.0])
+    result = compare(prompts, [first, second], task=False)
+    assert result["win_rate"] == 2.5 / 4
+    assert result["models"][1]["score"] == 0.25 and result["models"][0]["ended"] == 0.0
+
+
+def test_two_models_are_compared_on_held_out_prompts(chat_model, reward_model, tmp_path, capsys):
+    output = tmp_path / "evaluation.json"
+    main(["--path", str(chat_model), str(chat_model), "--reward_model_path", str(reward_model), "--data_path",
+          "builtin:courtesy", "--max_prompts", "12", "--max_new_tokens", "8", "--output_file", str(output)])
+    result = json.loads(output.read_text())
+    asked = [row["prompt"] for row in result["answers"]]
+    assert len(set(asked)) == result["prompts"] == 12
+    assert all(assignment(text, "2,4,4", 0.05).is_eval for text in asked)
+    first, second = result["models"]
+    assert first == second and result["win_rate"] == 0.5 and 0 <= first["true_reward"] <= 1
+    assert first["score"] == pytest.approx(sum(row["scores"][0] for row in result["answers"]) / 12)
+    printed = capsys.readouterr().out
+    assert f"{first['score']:.3f}" in printed and "50.0%" in printed and str(output) in printed
+
+
+def test_all_prompts_of_a_file_can_be_asked(chat_model, reward_model, tmp_path):
+    data, output = tmp_path / "prompts.jsonl", tmp_path / "evaluation.json"
+    data.write_text("".join(json.dumps({"prompt": f"How much is {i}?"}) + "\n" for i in (1, 2, 3, 3)))
+    main(["--path", str(chat_model), "--reward_model_path", str(reward_model), "--data_path", str(data),
+          "--max_new_tokens", "8", "--output_file", str(output), "--which_prompts", "all"])
+    result = json.loads(output.read_text())
+    assert [row["prompt"] for row in result["answers"]] == [f"How much is {i}?" for i in (1, 2, 3)]
+    assert "win_rate" not in result and "true_reward" not in result["models"][0]
+
+
+def test_what_cannot_be_evaluated_gets_one_line(chat_model, reward_model, tmp_path):
+    model, judge, task = str(chat_model), str(reward_model), "builtin:courtesy"
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "How much is 1?"}\n')
+    for arguments, said in [
+        (["--path", model], "--data_path"),
+        (["--path", model, model, model, "--data_path", str(data)], "--path"),
+        (["--path", model, "--data_path", str(data)], "--which_prompts all"),
+        (["--path", model, "--data_path", task, "--reward_model_path", model], "no reward model"),
+        (["--path", judge, "--data_path", task, "--reward_model_path", judge], "is a reward model"),
+        (["--path", model, "./no/model", "--data_path", task], "./no/model"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            main([*arguments, "--output_file", str(tmp_path / "evaluation.json")])

@@ -1,0 +1,65 @@
+"""Answers to a file of prompts, as the program writes them."""
+import json
+
+import pytest
+from chat_model import AGAIN, ANSWERS, CAPITAL, RED, prompt_of
+from common.data.blend import parse_data_path
+from common.data.reading import ReadReport, read_records
+from common.errors import UserError
+from inference.generate import main
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def messages(turns) -> list[dict]:
+    return [{"role": message.role, "content": message.content} for message in prompt_of(turns).messages]
+
+
+def test_every_prompt_gets_its_answer_in_the_order_of_the_file(chat_model, tmp_path):
+    asked = [*ANSWERS] * 4
+    data = write(tmp_path / "prompts.jsonl", [{"prompt": messages(turns)} for turns in asked])
+    output = tmp_path / "new" / "answers.jsonl"
+    main(["--path", str(chat_model), "--data_path", data, "--output_file", str(output), "--batch_size", "3"])
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [row["response"] for row in rows] == [ANSWERS[turns] for turns in asked]
+    for row, turns in zip(rows, asked):
+        assert row["prompt"] == (turns[0] if len(turns) == 1 else messages(turns))
+
+    report = ReadReport()
+    written = read_records(parse_data_path([str(output)]), "demonstration", report=report)
+    assert [(sourced.record.prompt, sourced.record.response) for sourced in written] == [
+        (prompt_of(turns), ANSWERS[turns]) for turns in asked], "training reads what was written"
+    report.check(0.0)
+
+
+@pytest.mark.parametrize("question, turns", [
+    (CAPITAL, (CAPITAL,)),
+    (f"Human: {CAPITAL}\n\nAssistant: {ANSWERS[CAPITAL,]}\n\nHuman: {AGAIN}",
+     (CAPITAL, ANSWERS[CAPITAL,], AGAIN)),
+])
+def test_one_prompt_is_answered_on_standard_output(question, turns, chat_model, capsys):
+    main(["--path", str(chat_model), "--prompt", question, "--num_beams", "2"])
+    assert json.loads(capsys.readouterr().out)["response"] == ANSWERS[turns]
+
+
+def test_other_columns_and_fewer_prompts(chat_model, tmp_path):
+    data = write(tmp_path / "prompts.jsonl", [{"q": question} for question in (RED, AGAIN, CAPITAL)])
+    output = tmp_path / "answers.jsonl"
+    main(["--path", str(chat_model), "--data_path", data, "--columns", "prompt=q", "--max_prompts", "2",
+          "--output_file", str(output)])
+    assert [json.loads(line)["response"] for line in output.read_text().splitlines()] == [
+        ANSWERS[RED,], ANSWERS[AGAIN,]]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ([], "--prompt"), (["--prompt", "a", "--data_path", "b"], "--prompt"), (["--prompt", "a\0b"], "--prompt"),
+    (["--data_path", "./nowhere.jsonl"], "nowhere.jsonl"),
+    (["--prompt", "a", "--output_file", "/dev/null/answers"], "--output_file"),
+])
+def test_wrong_requests_get_one_line_before_a_model_is_loaded(arguments, said):
+    with pytest.raises(UserError) as raised:
+        main(["--path", "./no/such/model", *arguments])
+    assert said in str(raised.value) and "\n" not in str(raised.value)

@@ -1,0 +1,112 @@
+"""Adapters, as training leaves them, made into models of their own."""
+import json
+import os
+
+import pytest
+import torch
+from chat_model import CAPITAL, prompt_of, provenance_of
+from common.data.tokenization import load_tokenizer, make_codec
+from common.errors import UserError
+from common.lora import add_lora, save_adapter
+from common.provenance import read_provenance
+from inference.loading import load_judge, load_speaker
+from inference.merge_lora import main
+from inference.options import LoadOptions
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+CLASSES = {"causal": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
+
+
+def base_model(kind: str, directory):
+    torch.manual_seed(5)  # of a new score head
+    return CLASSES[kind].from_pretrained(directory, **({"num_labels": 1} if kind == "reward" else {}))
+
+
+@pytest.fixture(params=CLASSES)
+def adapter(request, chat_model, tmp_path):
+    """(kind, directory) of an adapter that changes its base visibly, in a step's output directory."""
+    model = add_lora(base_model(request.param, chat_model), dim=4, alpha=8, dropout=0.0, modules="auto",
+                     flag="--lora_module_name", base_name=str(chat_model))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or name.startswith("score"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    directory = tmp_path / "output" / "adapter"
+    save_adapter(model, model.state_dict(), directory)
+    codec = make_codec(load_tokenizer(str(chat_model)), "question_answer")
+    provenance_of(codec, "reward" if request.param == "reward" else "sft").write(tmp_path / "output")
+    return request.param, directory
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def test_the_merged_model_computes_what_base_and_adapter_do(adapter, chat_model, tmp_path):
+    kind, directory = adapter
+    merged = tmp_path / "merged"
+    main(["--path", str(directory), "--output_dir", str(merged)])
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    ids = torch.tensor([tokenizer.encode("Question: what is it?\n\nAnswer:")])
+    whole, info = CLASSES[kind].from_pretrained(merged, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    base = base_model(kind, chat_model)
+    without = logits(base, ids)
+    together = logits(PeftModel.from_pretrained(base, directory), ids)
+    torch.testing.assert_close(logits(whole, ids), together, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together, without, atol=0.1)
+    assert whole.config.use_cache and not (merged / "adapter_config.json").exists()
+    assert read_provenance(merged) == read_provenance(directory)
+
+
+def test_an_adapters_directory_is_loaded_as_its_merged_model_is(adapter, tmp_path):
+    kind, directory = adapter
+    merged = tmp_path / "merged"
+    main(["--path", str(directory), "--output_dir", str(merged)])
+    load = {"causal": load_speaker, "reward": load_judge}[kind]
+    one, other = (load(str(path), "--path", LoadOptions()) for path in (directory, merged))
+    ids = torch.tensor([one.codec.encode_prompt(prompt_of((CAPITAL,)))])
+    assert one.codec.template.name == other.codec.template.name == "question_answer"
+    states = one.model.state_dict(), other.model.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert ids.shape[1] <= one.room(1)
+
+
+def test_a_base_that_moved_is_named(adapter, chat_model, tmp_path):
+    kind, directory = adapter
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "./gone"}))
+    with pytest.raises(UserError, match="gone"):
+        main(["--path", str(directory), "--output_dir", str(tmp_path / "merged")])
+    main(["--path", str(directory), "--output_dir", str(tmp_path / "merged"), "--base", str(chat_model),
+          "--dtype", "bf16"])
+    assert CLASSES[kind].from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+
+
+def test_an_adapter_of_step_3_finds_its_provenance_further_up(adapter):
+    kind, directory = adapter
+    deeper = directory / "actor"
+    deeper.mkdir()
+    for path in list(directory.glob("adapter_*")):
+        os.rename(path, deeper / path.name)
+    load = {"causal": load_speaker, "reward": load_judge}[kind]
+    assert load(str(deeper), "--path", LoadOptions()).codec.template.name == "question_answer"
+
+
+def test_what_cannot_be_merged_gets_one_line(chat_model, tmp_path):
+    model, out, file = str(chat_model), str(tmp_path / "out"), tmp_path / "file"
+    file.write_text("")
+    for arguments, said in [
+        ([], "--path"), (["--path", model], "--output_dir"),
+        (["--path", model, "--output_dir", out], "no adapter"),
+        (["--path", model, "--output_dir", out, "--base", model], "no adapter"),
+        (["--path", model, "--output_dir", model], "--output_dir"),
+        (["--path", model, "--output_dir", str(file)], "--output_dir"),
+        (["--path", out, "--output_dir", str(tmp_path / "merged")], "no such model directory"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            main(arguments)
