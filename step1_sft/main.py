@@ -16,7 +16,7 @@ from common.distributed import rank, run_program, start, world_size
 from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
 from common.lora import add_lora
 from common.loop import SupervisedLoop
-from common.models.factory import load_causal_lm, resolve_model
+from common.models.factory import check_room, load_causal_lm, resolve_model
 from common.run import data_request, open_codec, open_run, report_done, say_data, step_sampler, write_provenance
 from step1_sft.config import SFTConfig
 from step1_sft.trainer import SFTTrainer
@@ -27,6 +27,7 @@ def main(argv=None) -> None:
     config = parse(SFTConfig, argv, prog="step1_sft/main.py")
     resolve_dtype(config.dtype)
     source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path)
+    check_room(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
     codec = open_codec(config, source, "--model_name_or_path")
     data = prepare_demonstrations(config, codec)
     say_data(data)
@@ -40,6 +41,7 @@ def main(argv=None) -> None:
         codec.pad_id, config.train_on_prompt)
 
     metrics = loop.run(trainer.train_step, trainer.evaluate)
+    tracker.samples("after", trainer.samples(codec))
 
     export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
     write_provenance(config, codec, step="sft", base=config.model_name_or_path)

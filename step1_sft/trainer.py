@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from common.data.collate import TokenBatch, collate_demonstrations
 from common.data.sampler import MicroBatch
+from common.data.tokenization import Codec
 from common.distributed import device, global_sum
 from common.engine import gradient_norm, optimizer_step
 from common.models.logprobs import next_token_loss_sum
@@ -59,6 +60,22 @@ class SFTTrainer:
         loss, tokens = global_sum(totals).tolist()
         mean = loss / max(tokens, 1)
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+
+    @torch.no_grad()
+    def samples(self, codec: Codec, rows: int = 8, max_new_tokens: int = 64) -> list[dict[str, str]]:
+        """Greedy answers to the first held-out prompts beside the demonstrations. All ranks must call it."""
+        self.engine.eval()
+        answers = []
+        for row in self.evaluation.select(range(min(rows, len(self.evaluation)))):
+            prompt = torch.tensor([row["prompt_ids"]], device=device())
+            tokens = self.engine.module.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, do_sample=False,
+                use_cache=True, synced_gpus=False)  # every rank decodes the same rows, so all stay in step
+            answers.append({"prompt": codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
+                            "response": codec.decode_response(tokens[0, prompt.shape[1]:].tolist()),
+                            "demonstration": codec.decode_response(row["response_ids"])})
+        self.engine.train()
+        return answers
 
     def _batches(self, dataset: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterable[TokenBatch]:
         for micro_batch in micro_batches:

@@ -15,7 +15,7 @@ from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, r
 from common.errors import UserError
 from common.lora import add_lora
 from common.loop import SupervisedLoop
-from common.models.factory import load_scalar_model, resolve_model
+from common.models.factory import check_room, load_scalar_model, resolve_model
 from common.run import data_request, open_codec, open_run, report_done, say_data, step_sampler, write_provenance
 from step2_reward.config import RewardConfig
 from step2_reward.trainer import RewardTrainer
@@ -26,6 +26,7 @@ def main(argv=None) -> None:
     config = parse(RewardConfig, argv, prog="step2_reward/main.py")
     resolve_dtype(config.dtype)
     source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path)
+    check_room(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
     codec = open_codec(config, source, "--model_name_or_path")
     data = prepare(data_request(config, "comparison", config.max_seq_len), codec)
     say_data(data)
@@ -42,6 +43,7 @@ def main(argv=None) -> None:
         codec.pad_id, config.margin, config.centring_coef)
 
     metrics = loop.run(trainer.train_step, trainer.evaluate)
+    tracker.samples("after", trainer.samples(codec))
 
     export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
     write_provenance(config, codec, step="reward", base=config.model_name_or_path,

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from common.data.collate import PairBatch, collate_comparisons
 from common.data.sampler import MicroBatch
+from common.data.tokenization import Codec
 from common.distributed import device, global_sum
 from common.engine import gradient_norm, optimizer_step
 from common.models.scorer import score_at_last_token
@@ -60,11 +61,27 @@ class RewardTrainer:
         names = ("loss", "accuracy", "chosen_score", "rejected_score", "margin")
         return {**{name: average[name] for name in names}, "score_mean": mean, "score_std": std}
 
+    @torch.no_grad()
+    def samples(self, codec: Codec, rows: int = 8) -> list[dict]:
+        """The first held-out pairs with their scores. All ranks must call it."""
+        self.engine.eval()
+        pairs = self.evaluation.select(range(min(rows, len(self.evaluation))))
+        everything = MicroBatch(tuple(range(len(pairs))), (True,) * len(pairs))
+        chosen, rejected = self._scores(collate_comparisons(pairs, everything, self.pad_id).to(device())).chunk(2)
+        self.engine.train()
+        return [{"prompt": codec.tokenizer.decode(pair["prompt_ids"], skip_special_tokens=True),
+                 "chosen": codec.decode_response(pair["chosen_ids"]), "chosen_score": float(chosen[row]),
+                 "rejected": codec.decode_response(pair["rejected_ids"]), "rejected_score": float(rejected[row])}
+                for row, pair in enumerate(pairs)]
+
     def _batches(self, dataset: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterable[PairBatch]:
         for micro_batch in micro_batches:
             yield collate_comparisons(dataset, micro_batch, self.pad_id).to(device())
 
     def _loss_sum(self, batch: PairBatch) -> tuple[torch.Tensor, Sums]:
-        numbers = self.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        chosen, rejected = score_at_last_token(numbers, batch.lengths).chunk(2)
+        chosen, rejected = self._scores(batch).chunk(2)
         return bradley_terry_loss_sum(chosen, rejected, batch.real, margin=self.margin, centring=self.centring)
+
+    def _scores(self, batch: PairBatch) -> torch.Tensor:
+        numbers = self.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return score_at_last_token(numbers, batch.lengths)

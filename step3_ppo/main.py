@@ -19,7 +19,7 @@ from common.data.sampler import StepSampler
 from common.data.tokenization import Codec
 from common.distributed import rank, run_program, say, start, world_size
 from common.engine import resolve_dtype
-from common.models.factory import resolve_model
+from common.models.factory import check_room, resolve_model
 from common.provenance import Calibration
 from common.run import (data_request, open_codec, open_run, read_calibration, report_done, say_data,
                         write_provenance)
@@ -35,6 +35,9 @@ def main(argv=None) -> None:
     resolve_dtype(config.dtype)
     actor = resolve_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config.data_output_path)
     critic = resolve_model(config.critic_model_name_or_path, "--critic_model_name_or_path", config.data_output_path)
+    for source, flag in ((actor, "--actor_model_name_or_path"), (critic, "--critic_model_name_or_path")):
+        check_room(source, flag, config.max_prompt_seq_len + config.max_answer_seq_len,
+                   "--max_prompt_seq_len and --max_answer_seq_len", config.trust_remote_code)
     codec = open_codec(config, actor, "--actor_model_name_or_path")
     calibration = read_calibration(config, codec, critic)
     data = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec)

@@ -89,6 +89,15 @@ def load_config(source: str, flag: str, trust_remote_code: bool = False, **chang
                     source, flag)
 
 
+def check_room(source: str, flag: str, tokens: int, length_flags: str, trust_remote_code: bool = False) -> None:
+    """Raises UserError if sequences of `tokens`, as `length_flags` allow them, are longer than the model's positions."""
+    config = load_config(source, flag, trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)  # BLOOM has none: its positions have no end
+    if positions is not None and tokens > positions:
+        raise UserError(f"{length_flags} make sequences of {tokens} tokens, but {flag} {source} has room for "
+                        f"{positions}: lower them")
+
+
 @contextlib.contextmanager
 def _partitioned_loading(ds_config: dict | None):
     """Let from_pretrained split the weights over ranks as it reads them, where the engine will be ZeRO-3."""

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
+from common.checkpoint import full_state_dict
 from common.data.sampler import StepSampler
 from common.data.tokenization import load_tokenizer, make_codec
 from common.distributed import is_main, rank, run_program, start, world_size
@@ -51,6 +52,27 @@ def main(argv) -> None:
                 save_file(gradients, output_dir / f"{step.__name__}.{world_size()}.{name}.safetensors")
             for engine in engines:
                 engine.destroy()
+    for stage in (0, 2, 3):
+        updates = bf16_update(str(model_dir), codec, stage)
+        if is_main():
+            save_file(updates, output_dir / f"bf16.{world_size()}.zero{stage}.safetensors")
+
+
+def bf16_update(model: str, codec, stage: int) -> dict[str, torch.Tensor]:
+    """What two optimizer steps in bf16 change; large ones, which bf16's own rounding does not blur. On rank 0."""
+    settings_ = EngineSettings(stage, torch.bfloat16, ROWS)
+    optimizer = OptimizerSettings(1e-2, 1e-2, 0.0, "constant", 0, 10)
+    network = load_causal_lm(model, "--model", codec, dtype=torch.bfloat16, dropout=0.0,
+                             ds_config=deepspeed_config(settings_))
+    engine = training_engine(network, settings_, optimizer)
+    weights = lambda: {name: value.float() for name, value in (full_state_dict(engine) or {}).items()}
+    before = weights()
+    trainer = SFTTrainer(engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id, train_on_prompt=False)
+    for _ in range(2):
+        trainer.train_step(one_step(trainer.train["length"], ROWS))
+    updates = {name: value - before[name] for name, value in weights().items()}
+    engine.destroy()
+    return updates
 
 
 def rows(columns: list[str]) -> Dataset:

@@ -40,6 +40,7 @@ def refusal(program, arguments: dict[str, str]) -> str:
     ("--template", "chat", ["--template chat", "human_assistant"]),
     ("--learnin_rate", "1", ["--learnin_rate", "did you mean --learning_rate"]),
     ("--max_seq_len", "3", ["--max_seq_len"]),
+    ("--max_seq_len", "4096", ["--max_seq_len", "4096", "room for 512"]),
     ("--data_split", "0,1,1", ["--data_split 0,1,1", "step 1"]),
     ("--deepspeed_config", "nothing.json", ["--deepspeed_config nothing.json"]),
     ("--columns", "prompt=inquiry", ["inquiry", "prompt"]),
