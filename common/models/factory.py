@@ -119,14 +119,19 @@ def _load(auto_class, source: str, flag: str, dtype: torch.dtype, dropout: float
     config = load_config(source, flag, trust_remote_code, **config_changes)
     if dropout is not None:
         set_dropout(config, dropout)
-    return _guarded(lambda: auto_class.from_pretrained(source, config=config, dtype=dtype,
-                                                       trust_remote_code=trust_remote_code), source, flag)
+    model, loading = _guarded(lambda: auto_class.from_pretrained(
+        source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True), source, flag)
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("score."))
+    if missing:  # transformers fills them with random numbers
+        raise UserError(f"{flag} {source}: its weight files lack {len(missing)} of the model's weights, such as "
+                        f"{missing[0]}: the directory is incomplete or its config.json belongs to another model")
+    return model
 
 
 def _guarded(load, source: str, flag: str):
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{flag} {source}: the model cannot be loaded: {reason}") from error
 

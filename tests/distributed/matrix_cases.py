@@ -26,7 +26,8 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
     """Step 1, 2 and 3 in a row, each on what the one before has made."""
     rows = ROWS_PER_STEP // world_size()
     common = ["--data_path", data, "--data_output_path", str(output.parent / "data"), "--max_rows", "400",
-              "--dtype", combination.dtype, "--no_enable_tensorboard", "--data_split", "1,1,1"]
+              "--dtype", combination.dtype, "--no_enable_tensorboard", "--data_split", "1,1,1",
+              "--add_eot_token"]
     supervised = [*common, "--zero_stage", str(combination.zero_stage), "--max_seq_len", "160",
                   "--per_device_train_batch_size", str(rows // 2), "--gradient_accumulation_steps", "2",
                   "--per_device_eval_batch_size", "8", "--learning_rate", "2e-3", "--log_interval", "1",

@@ -1,0 +1,87 @@
+"""Loading models: what is damaged or incomplete is refused, what is asked for is set."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.data.tokenization import load_tokenizer, make_codec
+from common.errors import UserError
+from common.models.factory import load_causal_lm, load_scalar_model, resolve_model
+from tests.architectures import CONFIGS, build_model
+
+
+@pytest.fixture
+def directory(tmp_path, builtin_cache):
+    return build_model("llama", tmp_path / "model", builtin_cache)
+
+
+def load(directory, **choices):
+    codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
+    return load_causal_lm(str(directory), "--model_name_or_path", codec, dtype=torch.float32, **choices)
+
+
+def test_weights_that_are_missing_are_named_and_not_made_up(directory):
+    weights = load_file(directory / "model.safetensors")
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    assert lost.numel()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lack 1 .*up_proj"):
+        load(directory)
+
+
+def test_a_truncated_weight_file_is_one_line(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="--model_name_or_path .*cannot be loaded"):
+        load(directory)
+
+
+def test_code_in_a_model_directory_is_not_run(directory, tmp_path):
+    canary = tmp_path / "canary"
+    config = json.loads((directory / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    config["model_type"] = "evil"
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "evil.py").write_text(f"open({str(canary)!r}, 'w').close()\n")
+    with pytest.raises(UserError):
+        load(directory)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dropout_is_set_everywhere_or_left_alone(name, tmp_path, builtin_cache):
+    directory = build_model(name, tmp_path / name, builtin_cache)
+    probabilities = lambda model: {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert probabilities(load(directory, dropout=0.0)) <= {0.0}
+    model = load(directory, dropout=0.3)
+    tokens = torch.randint(10, 200, (1, 8))
+    if any("dropout" in key for key in model.config.to_dict()):
+        first, second = (model.train()(input_ids=tokens).logits for _ in range(2))
+        assert not torch.equal(first, second)
+
+
+def test_a_full_vocabulary_grows_for_an_added_end_token(directory):
+    codec = make_codec(load_tokenizer(str(directory)), "human_assistant", add_eot_token=True)
+    before = load(directory)
+    model = load_causal_lm(str(directory), "--model", codec, dtype=torch.float32)
+    rows = before.get_input_embeddings().num_embeddings
+    assert codec.end_id == rows == model.get_input_embeddings().num_embeddings - 1
+    assert model.get_output_embeddings().weight.shape[0] == rows + 1
+    assert torch.equal(model.get_input_embeddings().weight[:rows], before.get_input_embeddings().weight)
+    assert model.config.eos_token_id == codec.end_id == model.generation_config.eos_token_id
+    assert load_scalar_model(str(directory), "--model", codec, dtype=torch.float32).classifier.config.vocab_size > rows
+
+
+def test_a_new_head_depends_on_the_seed_alone(directory):
+    codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
+    heads = [load_scalar_model(str(directory), "--model", codec, dtype=torch.float32, seed=seed).classifier.score.weight.detach()
+             for seed in (1, 1, 2)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert float(heads[0].std()) == pytest.approx((heads[0].shape[1] + 1) ** -0.5, rel=0.5)
+
+
+def test_a_builtin_model_is_a_directory(tmp_path):
+    assert (tmp_path / "cache").exists() is False
+    path = resolve_model("builtin:tiny-llama", "--model", tmp_path / "cache")
+    assert load(path).config.model_type == "llama"
