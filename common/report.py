@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
 
@@ -157,14 +158,15 @@ def _figures(report: Report) -> Iterator[str]:
 
 
 def _side_by_side(answers: Sequence[Answers]) -> Iterator[str]:
+    def columns(left: str, right: str) -> str:
+        return f"  {left:<{COLUMN}} | {right}".rstrip()
+
+    yield columns("answers before PPO", "answers after PPO")
     for item in answers:
-        yield "\n".join(wrap(" ".join(item.question.split()), 2 * COLUMN + 3))
-        left, right = (wrap(text, COLUMN - 2) or ["(nothing)"]
-                       for text in (f"before: {item.before}", f"after: {item.after}"))
-        for line in range(max(len(left), len(right))):
-            first, second = (part[line] if line < len(part) else "" for part in (left, right))
-            yield f"  {first:<{COLUMN}} | {second}".rstrip(" |")
         yield ""
+        yield from wrap(" ".join(item.question.split()), 2 * COLUMN + 5)
+        left, right = (wrap(text, COLUMN) or ["(nothing)"] for text in (item.before, item.after))
+        yield from (columns(*lines) for lines in zip_longest(left, right, fillvalue=""))
 
 
 def _read_rows(path: Path) -> list[dict]:

@@ -20,7 +20,7 @@ launch_step() {
     # The launcher's workers outlive it when only the launcher is killed. So it gets a process group of its own (-m),
     # and a signal to this script, Ctrl-C too, ends the whole group.
     set -m
-    deepspeed -q --num_gpus "$gpus" --master_port "$port" "$root/$program/main.py" "$@" < /dev/null &
+    deepspeed --log_level critical --num_gpus "$gpus" --master_port "$port" "$root/$program/main.py" "$@" < /dev/null &
     launched=$!
     set +m
     trap end_launched EXIT

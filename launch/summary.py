@@ -24,7 +24,7 @@ def main() -> int:
         return 2
     print(render(report))
     write_summary(report, args.output_dir / "summary.json")
-    print(f"saved to {args.output_dir / 'summary.json'}")
+    print(f"\nsaved to {args.output_dir / 'summary.json'}")
     return 0
 
 

@@ -77,7 +77,7 @@ def test_the_text_shows_each_answer_beside_the_one_before(outputs):
     report = report_of(outputs)
     text = render(report)
     for item in report.answers:
-        assert item.question in text and f"| after: {item.after.split()[0]}" in text
+        assert item.question in text and f" | {item.after.split()[0]}" in text
 
 
 def test_the_summary_is_json_with_the_same_figures(outputs):
