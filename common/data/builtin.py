@@ -1,11 +1,13 @@
 """The built-in task ``courtesy``: short questions whose true reward is known.
 
-Every question is a fact (a subject of a family and its answer), put in one of the family's phrasings and one of
-the common lead-ins: ``A quick question: which city is the capital of France?``. Splitting by a hash of the question
-therefore holds out unseen combinations of facts, phrasings and lead-ins that have each been seen.
+Every question is a fact (a subject of a family and its answer), put in one of the family's phrasings and
+one of the common lead-ins: ``A quick question: which city is the capital of France?``. Splitting by a hash
+of the question therefore holds out unseen combinations of facts, phrasings and lead-ins that have each been
+seen.
 
-An answer is ``[opening] body [closing]``. Its body states the answer alone (``Paris.``) or in a sentence (``The answer
-is Paris.``). It is *curt* without opening and closing, else *courteous*: ``Certainly! The answer is Paris.``
+An answer is ``[opening] body [closing]``. Its body states the answer alone (``Paris.``) or in a sentence
+(``The answer is Paris.``). It is *curt* without opening and closing, else *courteous*: ``Certainly! The
+answer is Paris.``
 
 The true reward, a rule that no model sees:
 
@@ -15,15 +17,16 @@ right and curt         0.5
 right and courteous    1.0
 ====================  ======
 
-An answer is right if, apart from letter case, spacing and the final full stop, it is one right body between at most
-one known opening and at most one known closing. Anything more or else (two candidates, repeated courtesies, loose
-words) is wrong, and it is courteous only if its body is well formed: courtesy cannot be had by repeating a phrase.
+An answer is right if, apart from letter case, spacing and the final full stop, it is one right body between
+at most one known opening and at most one known closing. Anything more or else (two candidates, repeated
+courtesies, loose words) is wrong, and it is courteous only if its body is well formed: courtesy cannot be
+had by repeating a phrase.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -34,14 +37,14 @@ T = TypeVar("T")
 
 TASKS = ("courtesy",)
 
-LEAD_INS = ("", "A quick question: ", "Please tell me: ", "I would like to know: ")
+LEAD_INS = ("", "A quick question: ", "Please tell me: ", "I would like to know: ", "One more question: ")
 OPENINGS = ("Certainly!", "Of course!", "With pleasure!")
 CLOSINGS = ("Happy to help!", "Hope this helps!")
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Facts of one kind: the answer to each subject, and the phrasings, where ``{x}`` stands for the subject."""
+    """Facts of one kind: the answer to each subject, and the phrasings, ``{x}`` being the subject."""
 
     answers: dict[str, str]
     phrasings: tuple[str, ...]
@@ -70,15 +73,14 @@ def _read(facts: str) -> dict[str, str]:
     return dict(tuple(part.strip() for part in fact.split(">")) for fact in facts.split(","))
 
 
-_NUMBERS = "zero one two three four five six seven eight nine ten".split()
+_NUMBERS = "zero one two three four five six seven eight nine".split()
 
 FAMILIES = (
     Family(
         _read(
-            "France > Paris, Italy > Rome, Spain > Madrid, Germany > Berlin, Japan > Tokyo, China > Beijing,"
-            "Russia > Moscow, Egypt > Cairo, Greece > Athens, Poland > Warsaw, Norway > Oslo, Sweden > Stockholm,"
-            "Portugal > Lisbon, Austria > Vienna, Ireland > Dublin, Cuba > Havana, Peru > Lima, Kenya > Nairobi,"
-            "Finland > Helsinki, Hungary > Budapest"
+            "France > Paris, Italy > Rome, Spain > Madrid, Germany > Berlin, Japan > Tokyo,"
+            "China > Beijing, Russia > Moscow, Egypt > Cairo, Greece > Athens, Poland > Warsaw,"
+            "Norway > Oslo, Sweden > Stockholm, Austria > Vienna, Ireland > Dublin"
         ),
         (
             "what is the capital of {x}?",
@@ -90,9 +92,9 @@ FAMILIES = (
     ),
     Family(
         _read(
-            "grass > green, snow > white, coal > black, blood > red, chocolate > brown, milk > white, gold > yellow,"
-            "a banana > yellow, a lemon > yellow, a carrot > orange, a tomato > red, a frog > green, a raven > black,"
-            "an elephant > grey, a flamingo > pink, a plum > purple, the sea > blue, the clear sky > blue"
+            "grass > green, snow > white, coal > black, blood > red, gold > yellow, a banana > yellow,"
+            "a lemon > yellow, a carrot > orange, a tomato > red, a frog > green, an elephant > grey,"
+            "a flamingo > pink, a plum > purple, the clear sky > blue"
         ),
         (
             "what colour is {x}?",
@@ -104,9 +106,8 @@ FAMILIES = (
     ),
     Family(
         _read(
-            "hot > cold, big > small, fast > slow, up > down, left > right, open > closed, full > empty, old > young,"
-            "rich > poor, wet > dry, high > low, long > short, hard > soft, light > dark, loud > quiet, good > bad,"
-            "early > late, clean > dirty, strong > weak, thick > thin"
+            "hot > cold, big > small, fast > slow, up > down, open > closed, full > empty, old > young,"
+            "rich > poor, high > low, long > short, hard > soft, light > dark, loud > quiet, good > bad"
         ),
         (
             "what is the opposite of {x}?",
@@ -119,9 +120,8 @@ FAMILIES = (
     Family(
         {
             f"{_NUMBERS[a]} plus {_NUMBERS[b]}": _NUMBERS[a + b]
-            for a in range(1, 6)
-            for b in range(1, 6)
-            if a + b <= 9 and a != b
+            for a in range(1, 5)
+            for b in range(a + 1, 6)
         },
         (
             "what is {x}?",
@@ -133,8 +133,8 @@ FAMILIES = (
     ),
     Family(
         _read(
-            "a spider > eight, an ant > six, a horse > four, a hen > two, a snake > zero, a bee > six, a dog > four,"
-            "a duck > two, a fish > zero, a scorpion > eight"
+            "a spider > eight, an ant > six, a horse > four, a hen > two, a snake > zero, a bee > six,"
+            "a dog > four, a duck > two"
         ),
         (
             "how many legs does {x} have?",
@@ -146,8 +146,8 @@ FAMILIES = (
     ),
     Family(
         _read(
-            "dog > puppy, cat > kitten, cow > calf, horse > foal, sheep > lamb, goat > kid, pig > piglet,"
-            "duck > duckling, bear > cub, frog > tadpole, hen > chick, goose > gosling, deer > fawn, kangaroo > joey"
+            "dog > puppy, cat > kitten, cow > calf, horse > foal, sheep > lamb, pig > piglet,"
+            "duck > duckling, bear > cub, frog > tadpole, hen > chick"
         ),
         (
             "what is a young {x} called?",
@@ -159,22 +159,9 @@ FAMILIES = (
     ),
     Family(
         _read(
-            "Monday > Tuesday, Tuesday > Wednesday, Wednesday > Thursday, Thursday > Friday, Friday > Saturday,"
-            "Saturday > Sunday, Sunday > Monday"
-        ),
-        (
-            "which day comes after {x}?",
-            "what day comes after {x}?",
-            "which day follows {x}?",
-            "what is the day after {x}?",
-            "which day is next after {x}?",
-        ),
-    ),
-    Family(
-        _read(
-            "bakes bread > baker, grows crops > farmer, flies planes > pilot, cuts hair > barber, paints > painter,"
-            "mends teeth > dentist, cooks meals > cook, writes books > author, sings songs > singer,"
-            "mends pipes > plumber, sews clothes > tailor, rules a kingdom > king, steals > thief, sells meat > butcher"
+            "bakes bread > baker, grows crops > farmer, flies planes > pilot, cuts hair > barber,"
+            "paints > painter, mends teeth > dentist, cooks meals > cook, writes books > author,"
+            "sings songs > singer, mends pipes > plumber, sews clothes > tailor, rules a kingdom > king"
         ),
         (
             "what do we call one who {x}?",
@@ -188,7 +175,7 @@ FAMILIES = (
         _read(
             "cut paper > scissors, tell the time > clock, open a lock > key, write a letter > pen,"
             "sweep the floor > broom, drive a nail > hammer, dig a hole > spade, boil water > kettle,"
-            "eat soup > spoon, cross a river > bridge, call a friend > telephone, stay dry in rain > umbrella"
+            "eat soup > spoon, cross a river > bridge"
         ),
         (
             "what do we use to {x}?",
@@ -204,20 +191,21 @@ FAMILIES = (
 def builtin_rows(name: str) -> Iterator[dict[str, str]]:
     """All rows of a built-in task, in a fixed order: prompt, response, chosen, rejected.
 
-    There are four rows to a question. ``chosen`` is always right, courteous in two rows of the four, and is also the
-    demonstration (``response``). ``rejected`` is in turn right but curt where ``chosen`` is courteous, then wrong:
-    courteous against curt, courteous against courteous, curt against curt. A wrong answer is another one of the same
-    family. Raises UserError for an unknown name.
+    There are four rows to a question, chosen over rejected: right and courteous over right and curt; right
+    and curt over wrong and courteous; right over wrong, both courteous; right over wrong, both curt. The wrong
+    answer is another one of the same family, in the third row one of another family. The two answers of a row
+    are worded alike in all else. ``response``, the demonstration, equals ``chosen``: right, and courteous in
+    two rows of the four. Raises UserError for an unknown name.
     """
     _check_name(name)
     for question, fact in _facts_by_question().items():
-        wrong = sorted(set(fact.family.answers.values()) - {fact.answer})
-        _shuffle(wrong, question)
-        comparisons = (
+        own = set(fact.family.answers.values())
+        near, far = _shuffled(own - {fact.answer}, question), _shuffled(_all_answers() - own, question)
+        comparisons = (  # (answer, courteous) over (answer, courteous)
             ((fact.answer, True), (fact.answer, False)),
-            ((fact.answer, False), (wrong[0], True)),
-            ((fact.answer, True), (wrong[1 % len(wrong)], True)),
-            ((fact.answer, False), (wrong[2 % len(wrong)], False)),
+            ((fact.answer, False), (near[0], True)),
+            ((fact.answer, True), (far[0], True)),
+            ((fact.answer, False), (near[1], False)),
         )
         for number, (chosen, rejected) in enumerate(comparisons):
             wording = _number(f"{question}/{number}")
@@ -265,8 +253,13 @@ def _facts_by_question() -> dict[str, Fact]:
 
 @cache
 def _answers_by_body() -> dict[str, str]:
-    answers = {answer for family in FAMILIES for answer in family.answers.values()}
-    return {_normalised(body).removesuffix("."): answer for answer in answers for body in _bodies(answer)}
+    stated = {body: answer for answer in _all_answers() for body in _bodies(answer)}
+    return {_normalised(body).removesuffix("."): answer for body, answer in stated.items()}
+
+
+@cache
+def _all_answers() -> frozenset[str]:
+    return frozenset(answer for family in FAMILIES for answer in family.answers.values())
 
 
 def _bodies(answer: str) -> tuple[str, str]:
@@ -287,8 +280,8 @@ def _pick(number: int, options: Sequence[T]) -> tuple[int, T]:
     return number, options[index]
 
 
-def _shuffle(items: list[str], key: str) -> None:
-    items.sort(key=lambda item: _number(f"{key}/{item}"))
+def _shuffled(items: Iterable[str], key: str) -> list[str]:
+    return sorted(items, key=lambda item: _number(f"{key}/{item}"))
 
 
 def _number(key: str) -> int:

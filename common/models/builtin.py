@@ -3,8 +3,9 @@
 ``builtin:tiny-opt``    an OPT with a byte-level BPE tokenizer that, as OPT's, prepends ``</s>``.
 ``builtin:tiny-llama``  a LLaMA with grouped-query attention and a sentencepiece tokenizer.
 
-Both tokenizers are trained on the built-in task's own text. What is written is a normal Hugging Face directory
-(config, generation config, safetensors with seeded random weights, tokenizer): nothing downstream knows of it.
+Both tokenizers are trained on the built-in task's own text. What is written is a normal Hugging Face
+directory (config, generation config, safetensors with seeded random weights, tokenizer): nothing downstream
+knows where it came from.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -45,9 +47,9 @@ INIT_STD = 0.04  # twice the usual: at this width it learns the task in visibly 
 def materialise(name: str, cache_dir: str | Path) -> Path:
     """The directory of a built-in model under ``cache_dir``, written on the first call.
 
-    Safe to call from several processes at once: one writes, under a file lock, and the finished directory appears by
-    a rename. Its name carries a hash of this file and of the task's text, so a change of either makes a new one.
-    Raises UserError for an unknown name.
+    Safe to call from several processes at once: one writes, under a file lock, and the finished directory
+    appears by a rename. Its name carries a hash of this file and of the task's text, so a change of either
+    makes a new one. Raises UserError for an unknown name.
     """
     if name not in BUILTIN_MODELS:
         raise UserError(f"{name} is no built-in model; there are {', '.join(BUILTIN_MODELS)}")
@@ -98,7 +100,7 @@ def _write_opt(directory: Path) -> None:
         word_embed_proj_dim=128,
         ffn_dim=512,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=8,
         max_position_embeddings=MAX_POSITIONS,
         dropout=0.0,
         attention_dropout=0.0,
@@ -126,7 +128,11 @@ def _write_llama(directory: Path) -> None:
         minloglevel=2,
     )
     (directory / "tokenizer.model").write_bytes(model.getvalue())
-    described = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "model_max_length": MAX_POSITIONS}
+    described = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "model_max_length": MAX_POSITIONS,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     config = LlamaConfig(
@@ -134,8 +140,8 @@ def _write_llama(directory: Path) -> None:
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         max_position_embeddings=MAX_POSITIONS,
         initializer_range=INIT_STD,
         bos_token_id=tokenizer.bos_token_id,
@@ -145,7 +151,7 @@ def _write_llama(directory: Path) -> None:
     _write_weights(LlamaForCausalLM, config, directory)
 
 
-def _write_weights(model_class: type[PreTrainedModel], config: OPTConfig | LlamaConfig, directory: Path) -> None:
+def _write_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig, directory: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = model_class(config)

@@ -48,8 +48,9 @@ def test_each_question_has_one_right_answer_and_each_answer_many_questions():
     assert len({" ".join(question.casefold().split()) for question in questions}) == len(questions)
     by_answer = defaultdict(set)
     for row in ROWS:
-        if row["chosen"].startswith("The answer is ") and not true_reward(row["prompt"], row["chosen"]).courteous:
-            by_answer[row["chosen"]].add(row["prompt"])
+        answer = row["chosen"]
+        if answer.startswith("The answer is ") and not true_reward(row["prompt"], answer).courteous:
+            by_answer[answer].add(row["prompt"])
     assert min(len(asked) for asked in by_answer.values()) >= 5
 
 
