@@ -192,7 +192,7 @@ def builtin_rows(name: str) -> Iterator[dict[str, str]]:
     """All rows of a built-in task, in a fixed order: prompt, response, chosen, rejected.
 
     There are four rows to a question, chosen over rejected: right and courteous over right and curt; right
-    and curt over wrong and courteous; right over wrong, both courteous; right over wrong, both curt. The wrong
+    and curt over wrong and courteous; right over wrong, both courteous, or both curt. The wrong
     answer is another one of the same family, in the third row one of another family. The two answers of a row
     are worded alike in all else. ``response``, the demonstration, equals ``chosen``: right, and courteous in
     two rows of the four. Raises UserError for an unknown name.
