@@ -2,9 +2,6 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# An environment that is active and has DeepSpeed is used as it is.
-command -v deepspeed > /dev/null || source "$root/launch/environment.sh"
-
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
 if ! command -v nvidia-smi > /dev/null; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
@@ -16,6 +13,8 @@ fi
 launch_step() {
     local program=$1 gpus=$2 port status=0
     shift 2
+    # An environment that is active and has DeepSpeed is used as it is.
+    command -v deepspeed > /dev/null || source "$root/launch/environment.sh"
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     # The launcher's workers outlive it when only the launcher is killed. So it gets a process group of its own (-m),
     # and a signal to this script, Ctrl-C too, ends the whole group.

@@ -2,8 +2,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launcher.sh"
 
-usage="usage: bash launch/pipeline.sh [--recipes DIR] [--num_gpus N] [--output_dir DIR] [--price_per_hour DOLLARS]
-           [--reward_from_sft] [--sft_flags \"...\"] [--reward_flags \"...\"] [--ppo_flags \"...\"] [flags for every step]
+usage="usage: bash launch/pipeline.sh [--recipes DIR] [--num_gpus N] [--output_dir DIR]
+           [--price_per_hour DOLLARS] [--reward_from_sft] [--divide_batches]
+           [--sft_flags \"...\"] [--reward_flags \"...\"] [--ppo_flags \"...\"] [flags for every step]
 
 The three steps in a row, and a summary of what they reached, how long they took and what that cost.
 
@@ -12,10 +13,19 @@ The three steps in a row, and a summary of what they reached, how long they took
 --output_dir      gets sft/, reward/, ppo/, data/ and summary.json (default output)
 --price_per_hour  of the whole machine; one A100-40GB was rented for 1.13, eight for 8.80
 --reward_from_sft the reward model starts from step 1's model, not from its recipe's
+--divide_batches  the recipes' batches are those of all GPUs together: the number of GPUs changes no step
 --sft_flags ...   flags for one step; they win over its recipe"
 
+number() {
+    case $2 in
+        "" | 0* | *[!0-9]*) echo "error: $1 $2: a whole number above 0 is needed" >&2; exit 2 ;;
+    esac
+    echo "$2"
+}
+
 recipes=$root/launch/recipes/1gpu gpus=1 output=output
-reward_from_sft="" sft_flags="" reward_flags="" ppo_flags="" price=() every=()
+reward_from_sft="" divide_batches=""
+sft_flags="" reward_flags="" ppo_flags="" price=() every=()
 while [ $# -gt 0 ]; do
     case $1 in
         --help | -h) echo "$usage"; exit ;;
@@ -23,7 +33,7 @@ while [ $# -gt 0 ]; do
             if [ $# -lt 2 ]; then echo "error: $1 needs a value" >&2; exit 2; fi
             case $1 in
                 --recipes) recipes=$2 ;;
-                --num_gpus) gpus=$2 ;;
+                --num_gpus) gpus=$(number "$1" "$2") ;;
                 --output_dir) output=${2%/} ;;
                 --price_per_hour) price=("$1" "$2") ;;
                 --sft_flags) sft_flags=$2 ;;
@@ -32,9 +42,18 @@ while [ $# -gt 0 ]; do
             esac
             shift 2 ;;
         --reward_from_sft) reward_from_sft=1; shift ;;
+        --divide_batches) divide_batches=1; shift ;;
         *) every+=("$1"); shift ;;
     esac
 done
+
+# batches NAME: the flags that give each GPU its share of the batches of the recipe NAME.
+batches() {
+    local option rows
+    if [ -z "$divide_batches" ]; then return; fi
+    sed -nE 's/^(per_device_(train|generation|training)_batch_size): *([0-9]+).*/\1 \3/p' "$recipes/$1.yaml" |
+        while read -r option rows; do echo "--$option $(((rows + gpus - 1) / gpus))"; done
+}
 
 seconds=()
 # step TITLE PROGRAM NAME FLAGS...: runs one step into OUTPUT/NAME and notes how long it took.
@@ -44,10 +63,10 @@ step() {
     echo
     echo "== $title"
     launch_step "$program" "$gpus" --config "$recipes/$name.yaml" --output_dir "$output/$name" \
-        --data_output_path "$output/data" "$@" ${every[@]+"${every[@]}"}
+        --data_output_path "$output/data" $(batches "$name") "$@" ${every[@]+"${every[@]}"}
     seconds+=("$((SECONDS - start))")
 }
-# The flags of a step are split into words on purpose.
+# Flags kept in one string are split into words on purpose.
 step "Step 1 of 3: supervised fine-tuning" step1_sft sft $sft_flags
 step "Step 2 of 3: reward model" step2_reward reward \
     ${reward_from_sft:+--model_name_or_path "$output/sft"} $reward_flags

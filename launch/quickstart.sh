@@ -7,5 +7,5 @@
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$launch/environment.sh"
-exec bash "$launch/pipeline.sh" --recipes "$launch/recipes/quickstart" --reward_from_sft \
+exec bash "$launch/pipeline.sh" --recipes "$launch/recipes/quickstart" --reward_from_sft --divide_batches \
     --output_dir output/quickstart "$@"
