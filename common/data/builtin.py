@@ -191,26 +191,27 @@ FAMILIES = (
 def builtin_rows(name: str) -> Iterator[dict[str, str]]:
     """All rows of a built-in task, in a fixed order: prompt, response, chosen, rejected.
 
-    There are four rows to a question, chosen over rejected: right and courteous over right and curt; right
-    and curt over wrong and courteous; right over wrong, both courteous, or both curt. The wrong
-    answer is another one of the same family, in the third row one of another family. The two answers of a row
-    are worded alike in all else. ``response``, the demonstration, equals ``chosen``: right, and courteous in
-    two rows of the four. Raises UserError for an unknown name.
+    There are five rows to a question, chosen over rejected: right and courteous over right and curt; right
+    and curt over wrong and courteous; right over wrong, both courteous, or both curt; and right, by turns courteous
+    and curt, over an answer that overdoes its courtesy. The wrong answer is another one of the same family, in the
+    third row one of another family. The two answers of a row are worded alike in all else. ``response``, the
+    demonstration, equals ``chosen``: right, and courteous half the time. Raises UserError for an unknown name.
     """
     _check_name(name)
-    for question, fact in _facts_by_question().items():
-        own = set(fact.family.answers.values())
-        near, far = _shuffled(own - {fact.answer}, question), _shuffled(_all_answers() - own, question)
-        comparisons = (  # (answer, courteous) over (answer, courteous)
-            ((fact.answer, True), (fact.answer, False)),
-            ((fact.answer, False), (near[0], True)),
-            ((fact.answer, True), (far[0], True)),
-            ((fact.answer, False), (near[1], False)),
+    for index, (question, fact) in enumerate(_facts_by_question().items()):
+        right, own = fact.answer, set(fact.family.answers.values())
+        near, far = _shuffled(own - {right}, question), _shuffled(_all_answers() - own, question)
+        wordings = [_number(f"{question}/{number}") for number in range(5)]
+        yield from (
+            {"prompt": question, "response": chosen, "chosen": chosen, "rejected": rejected}
+            for chosen, rejected in (
+                (_word(right, True, wordings[0]), _word(right, False, wordings[0])),
+                (_word(right, False, wordings[1]), _word(near[0], True, wordings[1])),
+                (_word(right, True, wordings[2]), _word(far[0], True, wordings[2])),
+                (_word(right, False, wordings[3]), _word(near[1], False, wordings[3])),
+                (_word(right, index % 2 == 0, wordings[4]), _overdo(right, wordings[4])),
+            )
         )
-        for number, (chosen, rejected) in enumerate(comparisons):
-            wording = _number(f"{question}/{number}")
-            good, bad = _word(*chosen, wording), _word(*rejected, wording)
-            yield {"prompt": question, "response": good, "chosen": good, "rejected": bad}
 
 
 def builtin_version(name: str) -> str:
@@ -273,6 +274,18 @@ def _word(answer: str, courteous: bool, wording: int) -> str:
         return body
     _, (opening, closing) = _pick(wording, [(o, "") for o in OPENINGS] + [("", c) for c in CLOSINGS])
     return f"{opening} {body} {closing}".strip()
+
+
+def _overdo(answer: str, wording: int) -> str:
+    """An answer with two to four courtesies on one side, worded as `_word` does."""
+    wording, body = _pick(wording, _bodies(answer))
+    wording, known = _pick(wording, (OPENINGS, OPENINGS, CLOSINGS))
+    wording, count = _pick(wording, (2, 3, 4))
+    courtesies = []
+    for _ in range(count):
+        wording, courtesy = _pick(wording, known)
+        courtesies.append(courtesy)
+    return " ".join([body, *courtesies] if known is CLOSINGS else [*courtesies, body])
 
 
 def _pick(number: int, options: Sequence[T]) -> tuple[int, T]:

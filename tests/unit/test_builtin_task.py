@@ -33,7 +33,9 @@ def test_pairs_show_right_over_wrong_and_courteous_over_curt():
         (False, False, True),  # and never makes up for a wrong one
         (True, False, True),
         (False, False, False),
+        (True, False, False),  # courtesy that is overdone counts as none
     }
+    assert kinds[True, False, False] == len(ROWS) / 10
 
 
 def test_demonstrations_are_right_and_courteous_half_the_time():
