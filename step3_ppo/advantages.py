@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.sums import GlobalSum, masked_sum, on_this_rank
+from common.sums import masked_sum
 
 
 def gae(
@@ -27,20 +27,14 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(
-    advantages: Tensor, response_mask: Tensor, global_sum: GlobalSum = on_this_rank, epsilon: float = 1e-8
-) -> Tensor:
-    """(A - mean) / sqrt(var + epsilon) over the response tokens of all ranks; 0 outside the mask.
+def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
+    """(A - mean) / sqrt(var + 1e-8) over the response tokens; 0 outside the mask.
 
-    advantages (B, R); response_mask (B, R) bool. Every rank must call it: `global_sum` is used twice, on
-    float64 tensors. The variance is the mean square of the deviations, and is taken after the mean so that it
-    loses no digits.
+    advantages (B, R), the whole experience and not a rank's share of it; response_mask (B, R) bool. The variance
+    is the mean square of the deviations, and is taken after the mean so that it loses no digits.
     """
-    count, total = global_sum(
-        torch.stack([response_mask.sum(dtype=torch.float64), masked_sum(advantages, response_mask)])
-    )
-    count = count.clamp_min(1)
-    deviations = advantages.double() - total / count
-    variance = global_sum(masked_sum(deviations.square(), response_mask)) / count
-    whitened = deviations / (variance + epsilon).sqrt()
+    count = response_mask.sum().clamp_min(1)
+    deviations = advantages.double() - masked_sum(advantages, response_mask) / count
+    variance = masked_sum(deviations.square(), response_mask) / count
+    whitened = deviations / (variance + 1e-8).sqrt()
     return whitened.masked_fill(~response_mask, 0).to(advantages.dtype)
