@@ -50,7 +50,6 @@ class DataRequest:
             phase, so each phase evaluates on all of them.
         columns, max_rows: see `common.data.reading.read_records`.
         max_tokens: of a whole sequence, prompt and response with its end token; of a piece of plain text.
-        max_prompt_tokens, max_response_tokens: of the parts; None leaves it to `max_tokens`.
         max_bad_fraction: more unusable rows than this share of a source's are an error.
         cache_dir: directory of the prepared data.
     """
@@ -60,8 +59,6 @@ class DataRequest:
     phase: int | None
     max_tokens: int
     cache_dir: str | Path
-    max_prompt_tokens: int | None = None
-    max_response_tokens: int | None = None
     data_split: str = "2,4,4"
     eval_fraction: float = 0.05
     columns: Mapping[str, str] | None = None
@@ -225,8 +222,8 @@ def _encoded(record: Record, request: DataRequest, codec: Codec, report: Prepara
         responses = {"chosen_ids": codec.encode_response(record.chosen),
                      "rejected_ids": codec.encode_response(record.rejected)}
     longest = max(map(len, responses.values()), default=0)
-    room = min(request.max_prompt_tokens or request.max_tokens, request.max_tokens - longest)
-    if longest > (request.max_response_tokens or request.max_tokens) or room < codec.shortest_prompt:
+    room = request.max_tokens - longest
+    if room < codec.shortest_prompt:
         report.too_long += 1
         return
     whole = codec.encode_prompt(record if isinstance(record, Prompt) else record.prompt)

@@ -150,14 +150,6 @@ def test_long_prompts_lose_their_beginning_and_long_answers_their_place(tmp_path
     assert codec.tokenizer.decode(cut["prompt_ids"]).endswith("so what?\n\nAssistant:")
 
 
-def test_parts_have_their_own_limits(tmp_path, codec):
-    path = write(tmp_path / "d.jsonl", pairs(10))
-    data = prepare(request(tmp_path, path, max_prompt_tokens=9, eval_fraction=0.0), codec)
-    assert {len(ids) for ids in data.train["prompt_ids"]} == {9}
-    with pytest.raises(UserError, match="--max_answer_seq_len"):
-        prepare(request(tmp_path, path, max_response_tokens=2), codec)
-
-
 def test_plain_text_is_cut_into_pieces_without_loss(tmp_path, codec):
     texts = ["The capital is Paris. " * 30, "Short."]
     path = write(tmp_path / "d.jsonl", [{"text": text} for text in texts])
