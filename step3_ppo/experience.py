@@ -6,14 +6,14 @@ belongs to response token t. Masks come from lengths alone: an end token that do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.models.logprobs import gather_response_tokens, length_mask
+from common.models.logprobs import length_mask
 
 Rows = Tensor | Sequence[int]
 
@@ -59,11 +59,6 @@ class Rollout:
         """(B, R) bool: true on response tokens, the end token included; all False for fillers."""
         return length_mask(self.response_lengths, int(self.response_lengths.max())) & self.real[:, None]
 
-    @cached_property
-    def response_tokens(self) -> Tensor:
-        """(B, R) long: the response tokens; 0 after the end of a response."""
-        return gather_response_tokens(self.tokens, self.prompt_lengths, self.response_lengths)
-
     def select(self, rows: Rows, real: Tensor | Sequence[bool] | None = None) -> Rollout:
         """These rows, in this order, trimmed to the longest; `real` (same length) marks fillers."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.tokens.device)
@@ -92,21 +87,16 @@ class Experience:
 
     rollout: Rollout
     old_log_probs: Tensor  # (B, R) nats, of the actor as it was before the update
-    ref_log_probs: Tensor  # (B, R) nats, of the reference
     values: Tensor  # (B, R) of the critic as it was before the update
-    rewards: Tensor  # (B, R) per token: KL penalty, and the shaped score on the last
     advantages: Tensor  # (B, R) whitened if whitening is on
     returns: Tensor  # (B, R) targets of the critic, from the unwhitened advantages
-    scores: Tensor  # (B,) float32, of the reward model, before any shaping
 
     def __post_init__(self) -> None:
-        rows, responses = self.scores.shape[0], self.rollout.response_mask.shape
+        responses = self.response_mask.shape
         for field in _aligned_fields():
             if getattr(self, field).shape != responses:
                 shape = tuple(getattr(self, field).shape)
                 raise ValueError(f"Experience.{field} has shape {shape}, its responses {tuple(responses)}")
-        if rows != responses[0]:
-            raise ValueError(f"Experience.scores has {rows} rows, its rollout {responses[0]}")
 
     @property
     def response_mask(self) -> Tensor:
@@ -115,25 +105,18 @@ class Experience:
 
     def select(self, rows: Rows, real: Tensor | Sequence[bool] | None = None) -> Experience:
         """These rows, in this order, trimmed to the longest; `real` (same length) marks fillers."""
-        rows = torch.as_tensor(rows, dtype=torch.long, device=self.scores.device)
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.values.device)
         rollout = self.rollout.select(rows, real)
         width = rollout.response_mask.shape[1]
         aligned = {field: getattr(self, field)[rows, :width] for field in _aligned_fields()}
-        return replace(self, rollout=rollout, scores=self.scores[rows], **aligned)
-
-    @staticmethod
-    def concat(parts: Sequence[Experience]) -> Experience:
-        """All rows of `parts`, padded to the widest."""
-        names = (*_aligned_fields(), "scores")
-        tensors = {name: _concat([getattr(part, name) for part in parts]) for name in names}
-        return Experience(rollout=Rollout.concat([part.rollout for part in parts]), **tensors)
+        return Experience(rollout, **aligned)
 
     def to(self, device: torch.device | str) -> Experience:
         return Experience(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 def _aligned_fields() -> list[str]:
-    return [field.name for field in fields(Experience) if field.name not in ("rollout", "scores")]
+    return [field.name for field in fields(Experience) if field.name != "rollout"]
 
 
 def _concat(tensors: Sequence[Tensor]) -> Tensor:

@@ -53,12 +53,6 @@ def gather_response(values: Tensor, prompt_lengths: Tensor, response_lengths: Te
     return window.spread(_at_least_float32(window.pick(values)))
 
 
-def gather_response_tokens(tokens: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
-    """Tokens (B, L) -> (B, R) long: the response tokens themselves; 0 after the end of a response."""
-    window = _ResponseWindow(prompt_lengths, response_lengths)
-    return window.spread(window.pick(tokens, ahead=1))
-
-
 def next_token_loss_sum(logits: Tensor, input_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of -log p over the tokens marked in `loss_mask`, and how many they are.
 

@@ -28,9 +28,8 @@ def experience(rows=(0, 1, 2), **options):
     made = rollout(rows, **options)
     columns = torch.arange(made.response_mask.shape[1])
     places = (10 * torch.tensor(rows)[:, None] + columns).float()
-    names = ("old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns")
-    aligned = {name: 100 * (number + 1) + places for number, name in enumerate(names)}
-    return Experience(rollout=made, scores=torch.tensor([float(row) for row in rows]), **aligned)
+    names = ("old_log_probs", "values", "advantages", "returns")
+    return Experience(made, **{name: 100 * (number + 1) + places for number, name in enumerate(names)})
 
 
 def counted(batch, field):
@@ -39,12 +38,11 @@ def counted(batch, field):
     return [getattr(batch, field)[row][mask[row]].tolist() for row in range(len(mask))]
 
 
-def test_masks_and_response_tokens_come_from_lengths_even_where_the_end_token_pads():
+def test_masks_come_from_lengths_even_where_the_end_token_pads():
     made = rollout(width=7)
     assert made.lengths.tolist() == [5, 5, 3]
     assert made.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0, 0]] * 2 + [[1, 1, 1, 0, 0, 0, 0]]
     assert made.response_mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
-    assert made.response_tokens.tolist() == [[9, 2, 0, 0], [3, 4, 3, 2], [9, 0, 0, 0]]
 
 
 def test_fillers_are_attended_to_but_count_nowhere():
@@ -57,8 +55,8 @@ def test_select_trims_to_the_longest_chosen_row():
     part = experience(width=9).select([2, 0])
     assert part.rollout.tokens.tolist() == [[5, 6, 9, PAD, PAD], [5, 6, 7, 9, 2]]
     assert part.response_mask.tolist() == [[True, False], [True, True]]
-    assert part.rollout.prompt_index.tolist() == [12, 10] and part.scores.tolist() == [2.0, 0.0]
-    assert counted(part, "values") == [[320.0], [300.0, 301.0]]
+    assert part.rollout.prompt_index.tolist() == [12, 10]
+    assert counted(part, "values") == [[220.0], [200.0, 201.0]]
 
 
 def test_select_can_mark_fillers_and_never_revives_one():
@@ -69,16 +67,13 @@ def test_select_can_mark_fillers_and_never_revives_one():
 
 @pytest.mark.parametrize("parts", [[(0,), (1,), (2,)], [(0, 2), (1,)], [(0, 1, 2)]])
 def test_concat_of_selections_keeps_every_row_as_it_was(parts):
-    whole = experience()
-    joined = Experience.concat([whole.select(rows) for rows in parts])
-    order = [row for rows in parts for row in rows]
-    expected = whole.select(order)
-    assert torch.equal(joined.response_mask, expected.response_mask)
-    assert torch.equal(joined.rollout.response_tokens, expected.rollout.response_tokens)
-    assert torch.equal(joined.rollout.attention_mask, expected.rollout.attention_mask)
-    assert torch.equal(joined.scores, expected.scores)
-    for field in ("old_log_probs", "ref_log_probs", "values", "rewards", "advantages", "returns"):
-        assert counted(joined, field) == counted(expected, field)
+    whole = rollout(real=[True, True, False])
+    joined = Rollout.concat([whole.select(rows) for rows in parts])
+    expected = whole.select([row for rows in parts for row in rows])
+    for name in ("attention_mask", "response_mask", "finished", "prompt_index", "real"):
+        assert torch.equal(getattr(joined, name), getattr(expected, name))
+    attended = joined.attention_mask.bool()
+    assert torch.equal(joined.tokens[attended], expected.tokens[attended])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
@@ -97,8 +92,8 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
     made = experience()
     with pytest.raises(ValueError, match=r"Experience.values has shape \(3, 3\)"):
         replace(made, values=made.values[:, :3])
-    with pytest.raises(ValueError, match="Experience.scores"):
-        replace(made, scores=made.scores[:2])
+    with pytest.raises(ValueError, match=r"Experience.returns has shape \(2, 4\)"):
+        replace(made, returns=made.returns[:2])
     with pytest.raises(ValueError, match="Rollout.finished"):
         replace(made.rollout, finished=made.rollout.finished[:2])
     with pytest.raises(ValueError, match="empty prompt"):
