@@ -17,8 +17,12 @@ def full_state_dict(engine) -> dict[str, torch.Tensor] | None:
     if engine.zero_optimization_partition_weights():
         state = engine._zero3_consolidated_16bit_state_dict()
     else:
-        state = engine.module.state_dict() if is_main() else None
-    return {name: value.detach().cpu() for name, value in state.items()} if is_main() else None
+        state = engine.module.state_dict()
+    if not is_main():
+        return None
+    copies: dict[tuple, torch.Tensor] = {}  # tied weights stay one tensor, so that they are written once
+    return {name: copies.setdefault((value.data_ptr(), value.shape), value.detach().cpu())
+            for name, value in state.items()}
 
 
 def export_model(engine, codec: Codec, directory: str | Path, adapter_directory: str | Path | None = None) -> None:

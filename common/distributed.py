@@ -16,8 +16,9 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import TrainingFailure, UserError
 
 
 def rank() -> int:
@@ -41,14 +42,20 @@ def is_main() -> bool:
 
 
 def say(message: str) -> None:
-    """Print a line on rank 0 only."""
+    """Print a line on rank 0 only, above a progress bar if one is shown."""
     if is_main():
-        print(message, flush=True)
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+def on_gpu() -> bool:
+    """Whether this run uses GPUs: there are some, and DS_ACCELERATOR does not ask DeepSpeed for the CPU."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def device() -> torch.device:
     """The device of this rank: its own GPU, or the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", local_rank()) if on_gpu() else torch.device("cpu")
 
 
 def prepare_environment() -> None:
@@ -56,11 +63,10 @@ def prepare_environment() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    else:
+    if on_gpu():
         torch.cuda.set_device(local_rank())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers' threads do not survive a fork
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -68,24 +74,32 @@ def prepare_environment() -> None:
         # The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if on_cpu or ranks_here > 1:
+        if not on_gpu() or ranks_here > 1:
             torch.set_num_threads(max(1, cores // ranks_here))
 
 
-def start(timeout_seconds: int) -> None:
-    """Join the process group. Data must be prepared before: it may outlast any collective's timeout.
+def start(timeout_seconds: int, seed: int) -> None:
+    """Join the process group and seed torch alike on every rank, for new weights that all ranks must agree on.
+
+    Data must be prepared before: it may outlast any collective's timeout.
 
     Args:
         timeout_seconds: how long a collective may wait for the slowest rank.
     """
+    torch.manual_seed(seed)
     import deepspeed
     import deepspeed.ops
 
     # The shared-memory all-reduce for CPUs needs a compiler at every start and leaves 66 MiB per rank behind
     # in /dev/shm; gloo serves without either.
-    if not torch.cuda.is_available():
+    if not on_gpu():
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+
+
+def seed_rank(seed: int) -> None:
+    """From here on every rank draws random numbers of its own, for dropout."""
+    torch.manual_seed(seed + 1 + rank())
 
 
 def finish() -> None:
@@ -122,19 +136,19 @@ def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[
     """Run a program's main function and turn what the user can mend into one line and exit code 2.
 
     Returns:
-        The exit code: 0, 2 for `UserError`, 130 for Ctrl-C. Other exceptions pass through as they are.
+        The exit code: 0, 2 for `UserError`, 1 for `TrainingFailure`, 130 for Ctrl-C. Other exceptions pass through.
     """
     prepare_environment()
     try:
         program(argv)
         finish()
         return 0
-    except UserError as error:
+    except (UserError, TrainingFailure) as error:
         if not is_main():
             # Rank 0 mostly meets the same error and says it; the launcher then ends this rank while it sleeps.
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         say("interrupted")
         return 130

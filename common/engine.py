@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.distributed import world_size
+from common.distributed import on_gpu, world_size
 from common.errors import UserError
 from common.optim import build_optimizer, build_scheduler, parameter_groups
 
@@ -22,18 +22,25 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """`auto` is bf16 on a GPU that has it, fp16 on one that has not, and fp32 on a CPU.
+    """`auto` is bf16 on a GPU that computes in it, fp16 on another, and fp32 on a CPU.
 
     Raises:
         UserError: fp16 without a GPU; DeepSpeed cannot train it there.
     """
     if name == "auto":
-        if not torch.cuda.is_available():
+        if not on_gpu():
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if name == "fp16" and not torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name == "fp16" and not on_gpu():
         raise UserError("--dtype fp16 needs a GPU; on a CPU use --dtype fp32 or --dtype bf16")
     return DTYPES[name]
+
+
+def check_engine_options(config) -> None:
+    """Raises UserError if `--dtype` or `--deepspeed_config` cannot be used, before anything is loaded."""
+    resolve_dtype(config.dtype)
+    if config.deepspeed_config:
+        read_override(config.deepspeed_config)
 
 
 @dataclass(frozen=True)
@@ -83,18 +90,23 @@ def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict:
     """The JSON configuration of one engine, as a dict.
 
     A frozen model may only be held whole (stage 0) or partitioned (stage 3); stages 1 and 2 partition what a
-    frozen model does not have.
+    frozen model does not have. fp16 trains at stage 1 at least: DeepSpeed's optimizer for stage 0 takes gradients for
+    scaled that `engine.backward` has not scaled.
     """
-    stage = settings.zero_stage if trainable or settings.zero_stage == 3 else 0
+    stage = settings.zero_stage
+    if not trainable and stage != 3:
+        stage = 0
+    if trainable and settings.dtype == torch.float16:
+        stage = max(stage, 1)
     zero: dict = {"stage": stage, "overlap_comm": False}
     if stage == 3:
         # Small parameters stay whole: gathering them costs more than it saves.
         zero.update(stage3_param_persistence_threshold=10_000, stage3_gather_16bit_weights_on_model_save=True)
-    if settings.offload and torch.cuda.is_available():
+    if settings.offload:
         if trainable and stage > 0:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu()}
         if stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+            zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu()}
     config = {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": 1,
@@ -108,7 +120,48 @@ def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict:
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
-    return merge(config, json.loads(Path(settings.override).read_text())) if settings.override else config
+    return merge(config, read_override(settings.override)) if settings.override else config
+
+
+# What the programs decide themselves, and the flag that decides it.
+_DECIDED_BY = {
+    "train_batch_size": "--per_device_train_batch_size", "fp16.enabled": "--dtype", "bf16.enabled": "--dtype",
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size", "gradient_clipping": "--max_grad_norm",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps", "optimizer": "--learning_rate",
+    "managed_gradient_accumulation": "--gradient_accumulation_steps", "scheduler": "--lr_scheduler_type",
+    "zero_optimization.stage": "--zero_stage",
+}
+
+
+def read_override(path: str) -> dict:
+    """The JSON object of `--deepspeed_config`, to be laid over the generated configuration.
+
+    Raises:
+        UserError: it cannot be read, or it sets what another flag decides.
+    """
+    try:
+        override = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--deepspeed_config {path}: is not valid JSON: {error}") from None
+    if not isinstance(override, dict):
+        raise UserError(f"--deepspeed_config {path}: must hold one JSON object, {{...}}")
+    for name, value in _flat(override):
+        if name in _DECIDED_BY:
+            raise UserError(f"--deepspeed_config {path}: leave out {name}; {_DECIDED_BY[name]} decides that (in step 3 "
+                            "the flags of actor and critic)")
+        if value == "auto":
+            raise UserError(f'--deepspeed_config {path}: {name} is "auto": write a value, or leave it out')
+    return override
+
+
+def _flat(section: dict, prefix: str = ""):
+    """(dotted name, value) of everything in nested sections, the sections themselves included."""
+    for key, value in section.items():
+        yield prefix + key, value
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
 
 
 def merge(base: dict, override: dict) -> dict:
@@ -154,7 +207,8 @@ def optimizer_step(engine, micro_batches: Iterable, loss_of: Callable) -> None:
             and micro-batches then add up to the mean, whatever their sizes.
     """
     for micro_batch in micro_batches:
-        engine.backward(loss_of(micro_batch) * world_size())  # DeepSpeed averages gradients over ranks
+        # DeepSpeed averages gradients over ranks; the loss carries all other scaling itself.
+        engine.backward(loss_of(micro_batch) * world_size(), scale_wrt_gas=False)
     engine.step()
 
 

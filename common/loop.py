@@ -1,6 +1,7 @@
 """The loop of supervised training: evaluate, then epochs of optimizer steps with evaluations between them."""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from itertools import islice
 
 from common.data.sampler import MicroBatch, StepSampler
 from common.distributed import say
+from common.errors import TrainingFailure
 from common.tracking import Tracker
 
 Metrics = dict[str, float]
@@ -71,6 +73,7 @@ class SupervisedLoop:
     def _train(self, train_step, micro_batches: Sequence[MicroBatch], step: int, bar) -> None:
         start = time.perf_counter()
         metrics = train_step(micro_batches)
+        check_finite(metrics["loss"], "loss", f"step {step}")
         metrics["step_seconds"] = time.perf_counter() - start
         bar.set_postfix({name: f"{metrics[name]:.4g}" for name in ("loss", "learning_rate")}, refresh=False)
         bar.update()
@@ -86,6 +89,13 @@ class SupervisedLoop:
         self.tracker.log("eval", step, metrics)
         say(f"evaluation after {step} of {self.total_steps} steps: " + describe(metrics))
         return metrics
+
+
+def check_finite(loss: float, name: str, when: str) -> None:
+    """Raises TrainingFailure if a loss, summed over all ranks, is not a number: nothing after it could be used."""
+    if not math.isfinite(loss):
+        raise TrainingFailure(f"the {name} of {when} is {loss}: training stopped before anything was saved; lower the "
+                              "learning rate, or look for extreme rows in the data")
 
 
 def describe(metrics: Metrics) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from common.distributed import on_gpu
+
 BETAS = (0.9, 0.95)  # the betas of InstructGPT's and DeepSpeed-Chat's training
 
 
@@ -31,10 +33,10 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
 
 def build_optimizer(groups: list[dict], offload: bool) -> torch.optim.Optimizer:
     """AdamW: torch's, fused on a GPU; DeepSpeed's CPU kernel where the optimizer is offloaded from one."""
-    if offload and torch.cuda.is_available():
+    if offload and on_gpu():
         from deepspeed.ops.adam import DeepSpeedCPUAdam
         return DeepSpeedCPUAdam(groups, betas=BETAS, adamw_mode=True)
-    return torch.optim.AdamW(groups, betas=BETAS, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(groups, betas=BETAS, fused=on_gpu())
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, total_steps: int):

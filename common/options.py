@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +88,6 @@ class RunOptions(Config):
         self.only_with("--enable_test_mode", self.enable_test_mode, "test_stop_step")
         if self.enable_test_mode and not self.test_stop_step:
             raise UserError("--enable_test_mode needs --test_stop_step N, N at least 1")
-        if self.deepspeed_config is not None:
-            _check_json_object(self.deepspeed_config, "--deepspeed_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +151,3 @@ def check_output_dir(output_dir: str, **models: str) -> None:
     for flag, model in models.items():
         if Path(model).resolve() == Path(output_dir).resolve():
             raise UserError(f"--output_dir {output_dir}: would overwrite --{flag}; name another directory")
-
-
-def _check_json_object(path: str, flag: str) -> None:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{flag} {path}: is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{flag} {path}: must hold one JSON object, {{...}}")

@@ -67,9 +67,11 @@ def read_provenance(model: str | Path) -> Provenance | None:
     Raises:
         UserError: the file is damaged.
     """
-    for directory in (Path(model), Path(model).parent):
+    if not Path(model).is_dir():  # a hub name
+        return None
+    for directory in (Path(model), Path(model).absolute().parent):
         path = directory / FILE
-        if not (directory / FILE).is_file():
+        if not path.is_file():
             continue
         try:
             return Provenance(**json.loads(path.read_text(encoding="utf-8")))

@@ -1,6 +1,7 @@
 """What every program does around its training: open the output, prepare text and data, say what was made."""
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from common.config import save_config
@@ -8,11 +9,12 @@ from common.data.blend import parse_data_path
 from common.data.prepare import DataRequest, PreparedData
 from common.data.sampler import StepSampler
 from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
-from common.distributed import is_main, rank, say, world_size
+from common.distributed import barrier, is_main, rank, say, world_size
 from common.errors import UserError
 from common.options import DataOptions
 from common.models.factory import load_config
 from common.models.scalar import is_scalar_config
+from common.provenance import FILE as PROVENANCE_FILE
 from common.provenance import RAW, Calibration, Provenance, read_provenance
 from common.tracking import Tracker, quiet_libraries
 
@@ -101,11 +103,19 @@ def say_data(data: PreparedData) -> None:
         say(line)
 
 
-def write_provenance(config: DataOptions, codec: Codec, step: str, base: str, **calibration: float) -> None:
-    """Last act of a step: until provenance.json is there, the output directory is not finished."""
+@contextlib.contextmanager
+def publishing(config: DataOptions, codec: Codec, step: str, base: str, **calibration: float):
+    """Export within this context: provenance.json is gone while it lasts, and written when it ends well.
+
+    So an output directory that has one is whole, also when it is used again.
+    """
+    if is_main():
+        (Path(config.output_dir) / PROVENANCE_FILE).unlink(missing_ok=True)
+    yield
     if is_main():
         Provenance(step=step, base=base, data_split=config.data_split, eval_fraction=config.eval_fraction,
                    **text_of(codec), **calibration).write(config.output_dir)
+    barrier()
 
 
 def step_sampler(config, train) -> StepSampler:

@@ -42,17 +42,20 @@ class Tracker:
             self._board = SummaryWriter(tensorboard_path or str(logs / "tensorboard"))
 
     def log(self, phase: str, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Record metrics of a phase ("train", "eval", "done", ...) at a step; None and NaN are left out."""
+        """Record metrics of a phase ("train", "eval", "done", ...) at a step.
+
+        None is left out; a number that JSON cannot hold (NaN, infinity) is written as null.
+        """
         if self._file is None:
             return
-        values = {name: value for name, value in metrics.items()
-                  if value is not None and not (isinstance(value, float) and math.isnan(value))}
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()
+                  if value is not None}
         record = {"phase": phase, "step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
-                if isinstance(value, (int, float)):
+                if value is not None:
                     self._board.add_scalar(f"{phase}/{name}", value, step)
 
     def samples(self, name: str, rows: Iterable[Mapping]) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from datasets import Dataset
 
-from common.data.collate import TokenBatch, collate_demonstrations
+from common.data.collate import TokenBatch, collate_demonstrations, collate_prompts
 from common.data.sampler import MicroBatch
 from common.data.tokenization import Codec
-from common.distributed import device, global_sum
+from common.distributed import device, global_sum, world_size
 from common.engine import gradient_norm, optimizer_step
 from common.models.logprobs import next_token_loss_sum
 
@@ -43,9 +43,10 @@ class SFTTrainer:
             local_loss.add_(loss.detach())
             return loss
 
+        learning_rate = self.engine.get_lr()[0]  # after the step it is the next one's
         optimizer_step(self.engine, batches, loss_of)
         return {"loss": float(global_sum(local_loss)), "tokens": int(tokens),
-                "learning_rate": self.engine.get_lr()[0], "gradient_norm": gradient_norm(self.engine)}
+                "learning_rate": learning_rate, "gradient_norm": gradient_norm(self.engine)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -64,18 +65,24 @@ class SFTTrainer:
     @torch.no_grad()
     def samples(self, codec: Codec, rows: int = 8, max_new_tokens: int = 64) -> list[dict[str, str]]:
         """Greedy answers to the first held-out prompts beside the demonstrations. All ranks must call it."""
+        chosen = self.evaluation.select(range(min(rows, len(self.evaluation))))
+        if not len(chosen):
+            return []
         self.engine.eval()
-        answers = []
-        for row in self.evaluation.select(range(min(rows, len(self.evaluation)))):
-            prompt = torch.tensor([row["prompt_ids"]], device=device())
+        prompts = collate_prompts(chosen, MicroBatch(tuple(range(len(chosen))), (True,) * len(chosen)), self.pad_id)
+        prompts = prompts.to(device())
+        width = prompts.input_ids.shape[1]
+        positions = getattr(self.engine.module.config.get_text_config(), "max_position_embeddings", None)
+        room = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
+        tokens = prompts.input_ids
+        if room > 0:
             tokens = self.engine.module.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, do_sample=False,
-                use_cache=True, synced_gpus=False)  # every rank decodes the same rows, so all stay in step
-            answers.append({"prompt": codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
-                            "response": codec.decode_response(tokens[0, prompt.shape[1]:].tolist()),
-                            "demonstration": codec.decode_response(row["response_ids"])})
+                input_ids=tokens, attention_mask=prompts.attention_mask, max_new_tokens=room, do_sample=False,
+                use_cache=True, synced_gpus=self.engine.zero_optimization_partition_weights() and world_size() > 1)
         self.engine.train()
-        return answers
+        return [{"prompt": codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
+                 "response": codec.decode_response(answer), "demonstration": codec.decode_response(row["response_ids"])}
+                for row, answer in zip(chosen, tokens[:, width:].tolist())]
 
     def _batches(self, dataset: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterable[TokenBatch]:
         for micro_batch in micro_batches:

@@ -10,13 +10,13 @@ from common.config import parse
 from common.data.prepare import prepare
 from common.data.sampler import evaluation_batches
 from common.data.tokenization import Codec
-from common.distributed import rank, run_program, start, world_size
-from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
+from common.distributed import rank, run_program, seed_rank, start, world_size
+from common.engine import EngineSettings, OptimizerSettings, check_engine_options, deepspeed_config, training_engine
 from common.errors import UserError
 from common.lora import add_lora
 from common.loop import SupervisedLoop
 from common.models.factory import check_room, load_scalar_model, resolve_model
-from common.run import data_request, open_codec, open_run, report_done, say_data, step_sampler, write_provenance
+from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from step2_reward.config import RewardConfig
 from step2_reward.trainer import RewardTrainer
 
@@ -24,7 +24,7 @@ from step2_reward.trainer import RewardTrainer
 def main(argv=None) -> None:
     """Parse, prepare, build, train, save."""
     config = parse(RewardConfig, argv, prog="step2_reward/main.py")
-    resolve_dtype(config.dtype)
+    check_engine_options(config)
     source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path)
     check_room(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
     codec = open_codec(config, source, "--model_name_or_path")
@@ -35,19 +35,20 @@ def main(argv=None) -> None:
                         "--eval_fraction or give more data")
 
     tracker = open_run(config)
-    start(config.timeout)
+    start(config.timeout, config.seed)
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
     engine = build_engine(config, source, codec, loop.total_steps)
+    seed_rank(config.seed)
     trainer = RewardTrainer(engine, data.train, data.eval, evaluation_batches(
         data.eval["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None),
         codec.pad_id, config.margin, config.centring_coef)
 
     metrics = loop.run(trainer.train_step, trainer.evaluate)
-    tracker.samples("after", trainer.samples(codec))
 
-    export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
-    write_provenance(config, codec, step="reward", base=config.model_name_or_path,
-                     score_mean=metrics["score_mean"], score_std=metrics["score_std"])
+    with publishing(config, codec, step="reward", base=config.model_name_or_path,
+                    score_mean=metrics["score_mean"], score_std=metrics["score_std"]):
+        export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
+    tracker.samples("after", trainer.samples(codec))
     report_done(tracker, loop.total_steps, metrics, config.output_dir)
     engine.destroy()
 

@@ -44,10 +44,11 @@ class RewardTrainer:
             parts.append(sums)
             return loss / pairs
 
+        learning_rate = self.engine.get_lr()[0]  # after the step it is the next one's
         optimizer_step(self.engine, batches, loss_of)
         sums = means(add_sums(parts, global_sum), "pairs")
         return {"loss": sums["loss"], "accuracy": sums["accuracy"], "margin": sums["margin"], "pairs": int(pairs),
-                "learning_rate": self.engine.get_lr()[0], "gradient_norm": gradient_norm(self.engine)}
+                "learning_rate": learning_rate, "gradient_norm": gradient_norm(self.engine)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -5,7 +5,7 @@ from itertools import chain, count, islice
 
 from common.data.sampler import StepSampler
 from common.distributed import say
-from common.loop import describe
+from common.loop import check_finite, describe
 from common.tracking import Tracker
 from step3_ppo.trainer import PPOTrainer
 
@@ -13,15 +13,15 @@ SHOWN = ("reward", "kl", "response_length", "eos_fraction")
 PRINTED_ANSWERS = 3
 
 
-def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, tracker: Tracker) -> dict[str, float]:
-    """Run PPO to the end.
+def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, tracker: Tracker) -> None:
+    """Evaluate, then run all iterations, with evaluations between them. The last evaluation is the caller's.
 
     Args:
         sampler: one of its steps is the prompts of one iteration.
         iterations: how many, over as many epochs as that takes.
 
-    Returns:
-        The metrics of the last evaluation, or of the last iteration where there is nothing to evaluate on.
+    Raises:
+        TrainingFailure: a loss is not a number.
     """
     config = trainer.config
     evaluate(trainer, 0, iterations, tracker)
@@ -30,6 +30,8 @@ def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, t
         for index, micro_batches in enumerate(islice(prompts, iterations)):
             step = index + 1
             training = trainer.iteration(index, micro_batches)
+            for loss in ("policy_loss", "value_loss"):
+                check_finite(training[loss], loss.replace("_", " "), f"iteration {step}")
             bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN}, refresh=False)
             bar.update()
             if step % config.log_interval == 0:
@@ -38,7 +40,6 @@ def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, t
                 print_answers(trainer)
             if config.eval_interval and step % config.eval_interval == 0 and step < iterations:
                 evaluate(trainer, step, iterations, tracker)
-    return evaluate(trainer, iterations, iterations, tracker) or training
 
 
 def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) -> dict[str, float]:
@@ -55,4 +56,5 @@ def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) 
 def print_answers(trainer: PPOTrainer) -> None:
     """Show a few of the answers of the iteration just made."""
     for row in trainer.latest_samples(PRINTED_ANSWERS):
-        say(f"--- reward {row['reward']:.3f}, kl {row['kl']:.3f}\n{row['prompt'].strip()}\n>>> {row['response'].strip()}")
+        say(f"--- reward {row['reward']:.3f}, kl {row['kl']:.3f}")
+        say(f"{row['prompt'].strip()}\n>>> {row['response'].strip()}")

@@ -1,4 +1,4 @@
-"""Step 3: PPO of the actor against the reward model. `deepspeed --num_gpus N step3_ppo/main.py --help` says everything."""
+"""Step 3: PPO of the actor against the reward model. `deepspeed --num_gpus N step3_ppo/main.py --help` says all."""
 import sys
 from collections.abc import Iterator
 from itertools import count
@@ -18,21 +18,21 @@ from common.data.prepare import DataRequest, prepare
 from common.data.sampler import StepSampler
 from common.data.tokenization import Codec
 from common.distributed import rank, run_program, say, start, world_size
-from common.engine import resolve_dtype
+from common.engine import check_engine_options
 from common.models.factory import check_room, resolve_model
 from common.provenance import Calibration
-from common.run import (data_request, open_codec, open_run, read_calibration, report_done, say_data,
-                        write_provenance)
+from common.run import (data_request, open_codec, open_run, publishing, read_calibration, report_done, say_data)
 from step3_ppo.config import PPOConfig
-from step3_ppo.loop import run_iterations
+from step3_ppo.loop import evaluate, run_iterations
 from step3_ppo.models import PPOModels, build_models
+from step3_ppo.rollout import Sampling
 from step3_ppo.trainer import PPOTrainer
 
 
 def main(argv=None) -> None:
     """Parse, prepare, build, train, save."""
     config = parse(PPOConfig, argv, prog="step3_ppo/main.py")
-    resolve_dtype(config.dtype)
+    check_engine_options(config)
     actor = resolve_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config.data_output_path)
     critic = resolve_model(config.critic_model_name_or_path, "--critic_model_name_or_path", config.data_output_path)
     for source, flag in ((actor, "--actor_model_name_or_path"), (critic, "--critic_model_name_or_path")):
@@ -46,7 +46,7 @@ def main(argv=None) -> None:
     warn(config)
 
     tracker = open_run(config)
-    start(config.timeout)
+    start(config.timeout, config.seed)
     sampler = prompt_sampler(config, data.train)
     iterations = min(sampler.steps_per_epoch * config.num_train_epochs,
                      config.max_iterations or sys.maxsize, config.stop_after or sys.maxsize)
@@ -55,9 +55,10 @@ def main(argv=None) -> None:
     trainer = PPOTrainer(models, config, codec, data.train, data.eval,
                          text_batches(config, texts, codec) if texts is not None else None, calibration)
 
-    metrics = run_iterations(trainer, sampler, iterations, tracker)
+    run_iterations(trainer, sampler, iterations, tracker)
 
     save(config, models, codec, calibration)
+    metrics = evaluate(trainer, iterations, iterations, tracker)
     report_done(tracker, iterations, metrics, config.output_dir)
     models.destroy()
 
@@ -110,21 +111,21 @@ def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[li
 
 def warn(config: PPOConfig) -> None:
     """Say what is allowed but rarely meant."""
-    if config.top_p < 1 or config.top_k:
-        say("warning: with --top_p or --top_k answers are not sampled from the policy that is trained: "
-            "the ratio of new to old policy is then only approximate")
+    if Sampling.from_config(config).truncated:
+        say("warning: with --top_p, --top_k or --min_answer_seq_len answers are not sampled from the policy that is "
+            "trained: the ratio of new to old policy is then only approximate")
 
 
 def save(config: PPOConfig, models: PPOModels, codec: Codec, calibration: Calibration) -> None:
     """actor/, critic/ and, if it was kept, ema/, each a directory that transformers loads."""
     output = Path(config.output_dir)
-    export_model(models.actor, codec, output / "actor", output / "adapter" / "actor")
-    export_model(models.critic, codec, output / "critic", output / "adapter" / "critic")
-    if models.ema is not None:
-        with models.ema.swapped_in():
-            export_model(models.actor, codec, output / "ema")
-    write_provenance(config, codec, step="ppo", base=config.actor_model_name_or_path,
-                     score_mean=calibration.mean, score_std=calibration.std)
+    with publishing(config, codec, step="ppo", base=config.actor_model_name_or_path,
+                    score_mean=calibration.mean, score_std=calibration.std):
+        export_model(models.actor, codec, output / "actor", output / "adapter" / "actor")
+        export_model(models.critic, codec, output / "critic", output / "adapter" / "critic")
+        if models.ema is not None:
+            with models.ema.swapped_in():
+                export_model(models.actor, codec, output / "ema")
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def build_models(config: PPOConfig, codec: Codec, actor_source: str, critic_sour
     critic_settings = engine_settings(config.critic_zero_stage, config.offload)
     actor = load_actor(actor_settings, trainable=True)
     if config.actor_lora_dim:
-        add_lora(actor, dim=config.actor_lora_dim, alpha=config.actor_lora_alpha, dropout=NO_DROPOUT, modules=config.actor_lora_module_name, flag="--actor_lora_module_name",
-                 base_name=actor_source)
+        add_lora(actor, dim=config.actor_lora_dim, alpha=config.actor_lora_alpha, dropout=NO_DROPOUT,
+                 modules=config.actor_lora_module_name, flag="--actor_lora_module_name", base_name=actor_source)
     critic = load_critic(critic_settings, trainable=True, calibration=calibration)
     if config.critic_lora_dim:
         add_lora(critic.classifier, dim=config.critic_lora_dim, alpha=config.critic_lora_alpha, dropout=NO_DROPOUT,

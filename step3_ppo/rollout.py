@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from common.data.collate import PromptBatch
+from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Rollout
 
 
@@ -37,7 +38,13 @@ class Sampling:
     @property
     def truncated(self) -> bool:
         """True if the policy that is sampled from is not the one that is trained."""
-        return self.top_p < 1.0 or self.top_k > 0
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_new_tokens > 0
+
+    @classmethod
+    def from_config(cls, config: PPOConfig) -> Sampling:
+        """As the options of step 3 say."""
+        return cls(config.temperature, config.top_p, config.top_k, config.min_answer_seq_len,
+                   config.max_answer_seq_len)
 
 
 def uniforms(seed: int, iteration: int, prompt_index: Tensor, positions: int, sample: int = 0) -> Tensor:

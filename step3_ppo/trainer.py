@@ -4,6 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import ceil
 
 import torch
 from datasets import Dataset
@@ -12,7 +13,7 @@ from torch import Tensor
 from common.data.collate import TokenBatch, collate_prompts
 from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
 from common.data.tokenization import Codec
-from common.distributed import device, global_sum, rank, world_size
+from common.distributed import device, global_sum, on_gpu, rank, world_size
 from common.engine import gradient_norm, optimizer_step
 from common.models.logprobs import next_token_loss_sum, response_log_probs
 from common.provenance import Calibration
@@ -47,8 +48,7 @@ class PPOTrainer:
         self.models, self.config, self.codec = models, config, codec
         self.prompts, self.held_out, self.texts = prompts, held_out, texts
         self.calibration = calibration
-        self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_answer_seq_len,
-                                 config.max_answer_seq_len)
+        self.sampling = Sampling.from_config(config)
         self.kl = (AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
                    if config.kl_controller == "adaptive" else FixedKL(config.kl_coef))
         self.seconds: dict[str, float] = {}
@@ -72,7 +72,9 @@ class PPOTrainer:
         self.latest = rollout, assessment
         with self._phase("update"):
             updates = self.update(experience, index)
-        return self.report(experience, assessment, shaped, updates)
+        metrics = self.report(experience, assessment, shaped, updates)
+        self.kl.update(metrics["kl"], len(rollout.tokens))
+        return metrics
 
     def rollout(self, dataset: Dataset, micro_batches: Sequence[MicroBatch], stream: int) -> Rollout:
         """Responses of all ranks to the prompts of `micro_batches`, on every rank."""
@@ -109,13 +111,15 @@ class PPOTrainer:
                               micro_batches_per_step=self.config.gradient_accumulation_steps,
                               world_size=world_size(), rank=rank(), seed=self.config.seed + index)
         steps: list[Sums] = []
+        rates = {"actor_learning_rate": self.models.actor.get_lr()[0],
+                 "critic_learning_rate": self.models.critic.get_lr()[0]}
         for epoch in range(self.config.ppo_epochs):
             for micro_batches in sampler.epoch(epoch):
                 batches = [experience.select(batch.indices, batch.real).to(device()) for batch in micro_batches]
                 steps.append(self.optimizer_steps(batches))
                 if self._moved_too_far(steps[-1]):
-                    return self._update_metrics(steps)
-        return self._update_metrics(steps)
+                    return {**_update_metrics(steps), **rates}
+        return {**_update_metrics(steps), **rates}
 
     def optimizer_steps(self, batches: Sequence[Experience]) -> Sums:
         """One step of the actor and one of the critic on the same rows; returns sums over all their tokens."""
@@ -156,7 +160,8 @@ class PPOTrainer:
         if not rows:
             return {}, []
         lengths = self.held_out["length"][:rows]
-        batches = evaluation_batches(lengths, self.config.per_device_generation_batch_size, world_size(), rank())
+        rows_per_batch = min(self.config.per_device_generation_batch_size, ceil(rows / world_size()))
+        batches = evaluation_batches(lengths, rows_per_batch, world_size(), rank())
         rollout = self.rollout(self.held_out, batches, EVALUATION)
         assessment = assess(self.models, rollout, self.config.per_device_training_batch_size)
         shaped = self.rewards(rollout, assessment)[0]
@@ -170,25 +175,19 @@ class PPOTrainer:
 
     def report(self, experience: Experience, assessment: Assessment, shaped: ShapedScores,
                updates: dict[str, float]) -> dict[str, float]:
-        """Metrics of an iteration; moves the KL coefficient for the next one."""
+        """Metrics of an iteration."""
         rollout, mask = experience.rollout, experience.response_mask
-        kl = float(assessment.response_kl().mean())
-        responses = len(rollout.tokens)
-        metrics = {
-            **_response_metrics(rollout, shaped), "kl": kl, "kl_coef": self.kl.beta,
+        return {
+            **_response_metrics(rollout, shaped), "kl": float(assessment.response_kl().mean()), "kl_coef": self.kl.beta,
             "entropy": float(assessment.entropy[mask].mean()),
             "explained_variance": explained_variance(
                 explained_variance_sums(experience.values, experience.returns, mask)),
             **updates,
-            "actor_learning_rate": self.models.actor.get_lr()[0],
-            "critic_learning_rate": self.models.critic.get_lr()[0],
             "actor_gradient_norm": gradient_norm(self.models.actor),
             "critic_gradient_norm": gradient_norm(self.models.critic),
             **{f"seconds_{name}": seconds for name, seconds in self.seconds.items()},
-            "samples_per_second": responses / sum(self.seconds.values()),
+            "samples_per_second": len(rollout.tokens) / sum(self.seconds.values()),
         }
-        self.kl.update(kl, responses)
-        return metrics
 
     def _policy_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
         rollout = batch.rollout
@@ -210,9 +209,6 @@ class PPOTrainer:
         limit = self.config.target_kl
         return limit is not None and float(step["approx_kl"] / step["tokens"].clamp_min(1)) > limit
 
-    def _update_metrics(self, steps: Sequence[Sums]) -> dict[str, float]:
-        return {**means(add_sums(steps), "tokens"), "optimizer_steps": len(steps)}
-
     def _samples(self, rollout: Rollout, assessment: Assessment, rows: int) -> list[dict]:
         kl = assessment.response_kl()
         samples = []
@@ -229,9 +225,13 @@ class PPOTrainer:
     def _phase(self, name: str):
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():
+        if on_gpu():
             torch.cuda.synchronize()  # kernels run behind; their time belongs to the phase that launched them
         self.seconds[name] = time.perf_counter() - start
+
+
+def _update_metrics(steps: Sequence[Sums]) -> dict[str, float]:
+    return {**means(add_sums(steps), "tokens"), "optimizer_steps": len(steps)}
 
 
 def _response_metrics(rollout: Rollout, shaped: ShapedScores) -> dict[str, float]:

@@ -68,8 +68,10 @@ class PreparationReport:
                    for source, counts in self.read.sources.items()]
         summary += self.read.notes
         summary += [f"unusable: {where}: {why}" for where, why in [*self.read.first_bad, *self.first_refused]]
-        others = ((self.other_phases, "rows belong to other steps"), (self.repeated_prompts, "repeated prompts left out"),
-                  (self.too_long, "rows dropped as too long"), (self.refused, "rows refused by the template"),
+        others = ((self.other_phases, "rows belong to other steps"),
+                  (self.repeated_prompts, "repeated prompts left out"),
+                  (self.too_long, "rows dropped as too long"),
+                  (self.refused, "rows refused by the template"),
                   (self.prompts_cut, "prompts cut on the left"))
         left = [f"{self.train_rows:,} rows to train on", f"{self.eval_rows:,} to evaluate on"]
         summary.append(", ".join(left + [f"{count:,} {what}" for count, what in others if count]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from common.data.tokenization import Codec
 from common.errors import UserError
@@ -55,7 +56,7 @@ def load_causal_lm(source: str, flag: str, codec: Codec, *, dtype: torch.dtype, 
     from transformers import AutoModelForCausalLM
     with _partitioned_loading(ds_config):
         model = _load(AutoModelForCausalLM, source, flag, dtype, dropout, trust_remote_code)
-    return _fit(model, codec, gradient_checkpointing)
+        return _fit(model, codec, gradient_checkpointing)
 
 
 def load_scalar_model(source: str, flag: str, codec: Codec, *, dtype: torch.dtype, ds_config: dict | None = None,
@@ -69,15 +70,15 @@ def load_scalar_model(source: str, flag: str, codec: Codec, *, dtype: torch.dtyp
         seed: of a new head's initial weights.
     """
     from transformers import AutoModelForSequenceClassification
-    config = load_config(source, flag, trust_remote_code)
+    has_head = is_scalar_config(load_config(source, flag, trust_remote_code))
     with _partitioned_loading(ds_config):
         model = _load(AutoModelForSequenceClassification, source, flag, dtype, dropout, trust_remote_code,
-                      num_labels=1)
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(f"{flag} {source}: {type(model).__name__} has no per-token score head; "
-                        "use a decoder-only language model")
-    scalar = ScalarModel(_fit(model, codec, gradient_checkpointing), calibration)
-    if not is_scalar_config(config):
+                      new_head=not has_head, num_labels=1)
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            raise UserError(f"{flag} {source}: {type(model).__name__} has no per-token score head; "
+                            "use a decoder-only language model")
+        scalar = ScalarModel(_fit(model, codec, gradient_checkpointing), calibration)
+    if not has_head:
         init_score_head(scalar, seed)
     return scalar
 
@@ -90,7 +91,7 @@ def load_config(source: str, flag: str, trust_remote_code: bool = False, **chang
 
 
 def check_room(source: str, flag: str, tokens: int, length_flags: str, trust_remote_code: bool = False) -> None:
-    """Raises UserError if sequences of `tokens`, as `length_flags` allow them, are longer than the model's positions."""
+    """Raises UserError if sequences of `tokens`, as `length_flags` allow, are longer than the model's positions."""
     config = load_config(source, flag, trust_remote_code).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)  # BLOOM has none: its positions have no end
     if positions is not None and tokens > positions:
@@ -115,13 +116,14 @@ def _partitioned_loading(ds_config: dict | None):
 
 
 def _load(auto_class, source: str, flag: str, dtype: torch.dtype, dropout: float | None, trust_remote_code: bool,
-          **config_changes) -> nn.Module:
+          new_head: bool = False, **config_changes) -> nn.Module:
     config = load_config(source, flag, trust_remote_code, **config_changes)
     if dropout is not None:
         set_dropout(config, dropout)
-    model, loading = _guarded(lambda: auto_class.from_pretrained(
-        source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True), source, flag)
-    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("score."))
+    model, loading = _guarded(
+        lambda: auto_class.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=trust_remote_code,
+                                           output_loading_info=True), source, flag)
+    missing = sorted(name for name in loading["missing_keys"] if not (new_head and name.startswith("score.")))
     if missing:  # transformers fills them with random numbers
         raise UserError(f"{flag} {source}: its weight files lack {len(missing)} of the model's weights, such as "
                         f"{missing[0]}: the directory is incomplete or its config.json belongs to another model")
@@ -147,9 +149,11 @@ def _fit(model, codec: Codec, gradient_checkpointing: bool):
     vocabulary = len(codec.tokenizer)
     if vocabulary > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(vocabulary)
-    for config in (model.config, getattr(model, "generation_config", None)):
-        if config is not None:
-            config.pad_token_id, config.eos_token_id = codec.pad_id, codec.end_id
+    model.config.pad_token_id, model.config.eos_token_id = codec.pad_id, codec.end_id
+    if model.can_generate():
+        # A fresh one: what a model's publisher thinks of sampling (penalties, suppressed tokens) would alter rollouts.
+        model.generation_config = GenerationConfig(bos_token_id=codec.tokenizer.bos_token_id,
+                                                   eos_token_id=codec.end_id, pad_token_id=codec.pad_id)
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -41,7 +41,7 @@ def main(argv) -> None:
     cache_dir, output_dir = (Path(word) for word in sys.argv[1:] if not word.startswith("--"))
     model_dir = output_dir / f"model-{world_size()}-{rank()}"
     build_model("opt", model_dir, cache_dir)
-    start(120)
+    start(120, seed=0)
     codec = make_codec(load_tokenizer(str(model_dir)), "human_assistant")
     for name, variant in VARIANTS.items():
         for step in (sft_step, reward_step, ppo_step):
@@ -84,45 +84,45 @@ def rows(columns: list[str]) -> Dataset:
     return Dataset.from_dict(data)
 
 
-def settings(stage: int) -> tuple[EngineSettings, OptimizerSettings]:
-    return (EngineSettings(stage, torch.float32, ROWS),
+def settings(stage: int, offload: bool) -> tuple[EngineSettings, OptimizerSettings]:
+    return (EngineSettings(stage, torch.float32, ROWS, offload),
             OptimizerSettings(1e-4, 1e-4, 0.0, "constant", 0, 10))
 
 
-def sft_step(model: str, codec, stage: int, micro_batch: int, checkpointing: bool, lora: bool) -> list:
-    trainer = SFTTrainer(actor(model, codec, stage, checkpointing, lora), rows(["prompt_ids", "response_ids"]), None,
+def sft_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
+    trainer = SFTTrainer(actor(model, codec, stage, *held), rows(["prompt_ids", "response_ids"]), None,
                          [], codec.pad_id, train_on_prompt=False)
     trainer.train_step(one_step(trainer.train["length"], micro_batch))
     return [trainer.engine]
 
 
-def reward_step(model: str, codec, stage: int, micro_batch: int, checkpointing: bool, lora: bool) -> list:
-    trainer = RewardTrainer(critic(model, codec, stage, checkpointing, lora),
+def reward_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
+    trainer = RewardTrainer(critic(model, codec, stage, *held),
                             rows(["prompt_ids", "chosen_ids", "rejected_ids"]), None, [], codec.pad_id,
                             margin=0.5, centring=0.1)
     trainer.train_step(one_step(trainer.train["length"], micro_batch))
     return [trainer.engine]
 
 
-def ppo_step(model: str, codec, stage: int, micro_batch: int, checkpointing: bool, lora: bool) -> list:
+def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
     config = PPOConfig(per_device_training_batch_size=micro_batch // world_size(), unsup_coef=0.5,
                        gradient_accumulation_steps=ROWS // micro_batch)
-    models = PPOModels(actor(model, codec, stage, checkpointing, lora), critic(model, codec, stage, checkpointing, lora),
+    models = PPOModels(actor(model, codec, stage, *held), critic(model, codec, stage, *held),
                        None, None, None, temperature=0.9)
     texts = text_batches(config, rows(["input_ids"]), codec)
     PPOTrainer(models, config, codec, None, None, texts, RAW).update(experience(), 0)
     return [models.actor, models.critic]
 
 
-def actor(model: str, codec, stage: int, checkpointing: bool, lora: bool):
-    engine_settings, optimizer = settings(stage)
+def actor(model: str, codec, stage: int, checkpointing: bool, lora: bool, offload: bool):
+    engine_settings, optimizer = settings(stage, offload)
     network = load_causal_lm(model, "--model", codec, dtype=torch.float32, dropout=0.0,
                              ds_config=deepspeed_config(engine_settings), gradient_checkpointing=checkpointing)
     return training_engine(with_lora(network) if lora else network, engine_settings, optimizer)
 
 
-def critic(model: str, codec, stage: int, checkpointing: bool, lora: bool):
-    engine_settings, optimizer = settings(stage)
+def critic(model: str, codec, stage: int, checkpointing: bool, lora: bool, offload: bool):
+    engine_settings, optimizer = settings(stage, offload)
     network = load_scalar_model(model, "--model", codec, dtype=torch.float32, dropout=0.0, seed=3,
                                 ds_config=deepspeed_config(engine_settings), gradient_checkpointing=checkpointing)
     if lora:

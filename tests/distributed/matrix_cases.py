@@ -27,8 +27,8 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
     rows = ROWS_PER_STEP // world_size()
     common = ["--data_path", data, "--data_output_path", str(output.parent / "data"), "--max_rows", "400",
               "--dtype", combination.dtype, "--no_enable_tensorboard", "--data_split", "1,1,1",
-              "--add_eot_token"]
-    supervised = [*common, "--zero_stage", str(combination.zero_stage), "--max_seq_len", "160",
+              "--add_eot_token", "--deepspeed_config", str(output.parent.parent / "ds.json")]
+    supervised = [*common, "--zero_stage", str(combination.zero_stage), "--max_seq_len", "64",
                   "--per_device_train_batch_size", str(rows // 2), "--gradient_accumulation_steps", "2",
                   "--per_device_eval_batch_size", "8", "--learning_rate", "2e-3", "--log_interval", "1",
                   "--disable_dropout", "--enable_test_mode"]
@@ -43,8 +43,9 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
            str(output / "reward"), "--output_dir", str(output / "ppo"), "--actor_zero_stage", stage,
            "--critic_zero_stage", stage, "--per_device_generation_batch_size", str(rows // 2),
            "--generation_batches", "2", "--per_device_training_batch_size", str(rows // 4),
-           "--gradient_accumulation_steps", "2", "--ppo_epochs", "2", "--max_prompt_seq_len", "96",
-           "--max_answer_seq_len", "12", "--eval_prompts", str(EVAL_PROMPTS), "--enable_ema",
+           "--gradient_accumulation_steps", "4", "--max_prompt_seq_len", "48", "--kl_controller", "adaptive",
+           "--max_answer_seq_len", "12", "--eval_prompts", str(EVAL_PROMPTS), "--enable_ema", "--ema_decay", "0",
+           *(["--ppo_epochs", "3", "--target_kl", "1e-9"] if combination.lora else []),
            "--unsupervised_dataset_name", texts, "--unsup_coef", "0.1", "--actor_gradient_checkpointing",
            "--num_warmup_steps", "0", "--actor_learning_rate", "1e-4", "--max_iterations", "2"])
 

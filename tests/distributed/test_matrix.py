@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.architectures import build_model
-from tests.distributed.matrix import ALL, EVAL_PROMPTS, SHORT
+from tests.distributed.matrix import ALL, EVAL_PROMPTS, ROWS_PER_STEP, SHORT
 from tests.launching import ROOT, launch
 
 PROGRAM = ROOT / "tests" / "distributed" / "matrix_cases.py"
@@ -29,6 +29,7 @@ def results(tmp_path_factory, builtin_cache, hh_data, request) -> Path:
     texts = output / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"The number {n} comes before the number {n + 1}."}) + "\n"
                              for n in range(60)))
+    (output / "ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": 100000}}')
     which = "all" if request.config.getoption("--long") else "short"
     for ranks in (1, 2):
         launch(PROGRAM, str(hh_data), str(texts), str(model), str(output), which, ranks=ranks, timeout=1800)
@@ -109,18 +110,22 @@ def test_step_3_starts_at_the_reference_and_moves(results, combination, ranks):
     assert len(before) == len(after) == EVAL_PROMPTS
     assert [row["prompt"] for row in before] == [row["prompt"] for row in after]
     iterations = logged(directory, "train")
-    assert len(iterations) == 2 and iterations[0]["optimizer_steps"] == 4
-    assert abs(iterations[0]["kl"]) < tolerance and abs(iterations[1]["kl"]) > 0
+    assert len(iterations) == 2 and abs(iterations[0]["kl"]) < tolerance and abs(iterations[1]["kl"]) > 0
     for record in iterations:
-        assert 0 <= record["clip_fraction"] <= 1 and record["approx_kl"] >= 0 and record["entropy"] > 0
-        assert record["explained_variance"] <= 1
+        assert 0 < record["entropy"] < math.log(2000) and record["explained_variance"] <= 1
+        if combination.lora:  # three epochs of one step, left by target_kl once the policy has moved
+            assert record["optimizer_steps"] == 2
+        else:  # one step: at its start the new policy is the old one
+            assert record["optimizer_steps"] == 1 and record["approx_kl"] < tolerance ** 2
+            assert record["clip_fraction"] == 0 or combination.dtype != "fp32"
+    beta, later = (record["kl_coef"] for record in iterations)
+    assert later == pytest.approx(beta * (1 - 0.2 * ROWS_PER_STEP / 10_000))  # far below its target, it gives way
     trained, average, start = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (
         directory / "actor", directory / "ema", directory.parent / "sft"))
     moved = {name for name in start if not torch.equal(trained[name], start[name])}
     assert moved
-    for name in moved:  # the average lies between the start and the end
-        distance = (average[name] - start[name]).float().norm()
-        assert distance <= (trained[name] - start[name]).float().norm() * 1.01 + 1e-3, name
+    for name in trained:  # with a decay of 0 the average is the newest weights
+        assert torch.equal(average[name], trained[name]), name
 
 
 @FP32

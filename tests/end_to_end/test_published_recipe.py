@@ -13,7 +13,8 @@ from tests.launching import ROOT, launch, run
 
 SFT = """--model_name_or_path facebook/opt-1.3b --per_device_train_batch_size 8
   --per_device_eval_batch_size 8 --gradient_accumulation_steps 8 --lora_dim 128 --zero_stage 0
-  --data_path Dahoas/rm-static Dahoas/full-hh-rlhf Dahoas/synthetic-instruct-gptj-pairwise yitingxie/rlhf-reward-datasets
+  --data_path Dahoas/rm-static Dahoas/full-hh-rlhf Dahoas/synthetic-instruct-gptj-pairwise
+  yitingxie/rlhf-reward-datasets
   --num_train_epochs 5 --deepspeed --output_dir ./output/actor-models/1.3b"""
 REWARD = """--model_name_or_path facebook/opt-350m --per_device_train_batch_size 8
   --per_device_eval_batch_size 8 --num_padding_at_beginning 1 --weight_decay 0.1 --disable_dropout

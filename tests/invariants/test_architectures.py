@@ -55,8 +55,8 @@ def test_padding_changes_no_log_prob_and_no_value(directory, codec, batch):
         alone, ones = tokens[row:row + 1, :length], torch.ones(1, length, dtype=torch.long)
         log_probs = response_log_probs(policy(input_ids=alone, attention_mask=ones).logits, alone, prompt, response)
         torch.testing.assert_close(together[row, :int(response)], log_probs[0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(values[row, :int(response)], gather_response(critic(alone, ones), prompt, response)[0],
-                                   atol=1e-5, rtol=1e-5)
+        value = gather_response(critic(alone, ones), prompt, response)
+        torch.testing.assert_close(values[row, :int(response)], value[0], atol=1e-5, rtol=1e-5)
         # Left padding, as prompts have it in generation, with positions counted from the first real token.
         padded = torch.cat([torch.full((1, 4), codec.pad_id), alone], 1)
         left_mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), ones], 1)
@@ -106,7 +106,8 @@ def test_lora_is_the_base_when_off_and_the_merged_model_when_on(directory, codec
     real = mask.bool()
     torch.testing.assert_close(merged(input_ids=tokens, attention_mask=mask).logits[real], adapted[real],
                                atol=1e-4, rtol=1e-4)
-    after = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if "lora_" not in name}
+    after = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items()
+             if "lora_" not in name}
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
     from peft import PeftModel

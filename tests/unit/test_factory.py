@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.checkpoint import write_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.factory import load_causal_lm, load_scalar_model, resolve_model
@@ -75,8 +76,8 @@ def test_a_full_vocabulary_grows_for_an_added_end_token(directory):
 
 def test_a_new_head_depends_on_the_seed_alone(directory):
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
-    heads = [load_scalar_model(str(directory), "--model", codec, dtype=torch.float32, seed=seed).classifier.score.weight.detach()
-             for seed in (1, 1, 2)]
+    models = [load_scalar_model(str(directory), "--model", codec, dtype=torch.float32, seed=seed) for seed in (1, 1, 2)]
+    heads = [model.classifier.score.weight.detach() for model in models]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert float(heads[0].std()) == pytest.approx((heads[0].shape[1] + 1) ** -0.5, rel=0.5)
 
@@ -85,3 +86,29 @@ def test_a_builtin_model_is_a_directory(tmp_path):
     assert (tmp_path / "cache").exists() is False
     path = resolve_model("builtin:tiny-llama", "--model", tmp_path / "cache")
     assert load(path).config.model_type == "llama"
+
+
+def test_a_reward_model_that_lost_its_head_is_refused(directory, tmp_path):
+    codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
+    scalar = load_scalar_model(str(directory), "--model", codec, dtype=torch.float32)
+    write_model(scalar, dict(scalar.state_dict()), codec, tmp_path / "reward")
+    load_scalar_model(str(tmp_path / "reward"), "--model", codec, dtype=torch.float32)
+    weights = load_file(tmp_path / "reward" / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "reward" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="score.weight"):
+        load_scalar_model(str(tmp_path / "reward"), "--model", codec, dtype=torch.float32)
+
+
+def test_a_publishers_sampling_habits_are_not_taken_over(directory, tmp_path):
+    """They would alter rollouts behind PPO's back, and an inconsistent one could not be saved again."""
+    (directory / "generation_config.json").write_text(json.dumps(
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "temperature": 0.9, "top_p": 0.6, "do_sample": False,
+         "suppress_tokens": [30, 31], "min_new_tokens": 5}))
+    model = load(directory)
+    assert model.generation_config.repetition_penalty in (None, 1.0)
+    assert not model.generation_config.suppress_tokens and not model.generation_config.min_new_tokens
+    codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
+    write_model(model, dict(model.state_dict()), codec, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == codec.end_id and "repetition_penalty" not in saved

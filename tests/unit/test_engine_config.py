@@ -1,0 +1,82 @@
+"""The DeepSpeed configuration: what the flags decide, and what a JSON file may lay over it."""
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from common.engine import EngineSettings, deepspeed_config, read_override, resolve_dtype
+from common.errors import UserError
+from common.optim import build_scheduler, parameter_groups
+
+
+def written(path, content) -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_a_file_is_laid_over_the_generated_configuration_section_by_section(tmp_path):
+    path = written(tmp_path / "ds.json", {"zero_optimization": {"reduce_bucket_size": 1234},
+                                          "wall_clock_breakdown": True})
+    generated = deepspeed_config(EngineSettings(2, torch.bfloat16, 4))
+    merged = deepspeed_config(EngineSettings(2, torch.bfloat16, 4, override=path))
+    assert merged["zero_optimization"] == {**generated["zero_optimization"], "reduce_bucket_size": 1234}
+    assert merged["wall_clock_breakdown"] is True and merged["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize("content, said", [
+    ({"gradient_accumulation_steps": 8}, "--gradient_accumulation_steps"),
+    ({"zero_optimization": {"stage": 2}}, "--zero_stage"), ({"bf16": {"enabled": True}}, "--dtype"),
+    ({"optimizer": {"type": "Adam"}}, "--learning_rate"), ({"gradient_clipping": 0.5}, "--max_grad_norm"),
+    ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size"),
+    ("[1, 2]", "one JSON object"), ("{", "not valid JSON"),
+])
+def test_what_a_flag_decides_is_refused_in_the_file(tmp_path, content, said):
+    with pytest.raises(UserError, match="--deepspeed_config .*") as error:
+        read_override(written(tmp_path / "ds.json", content))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+def test_a_frozen_model_is_whole_or_partitioned(stage):
+    settings = EngineSettings(stage, torch.float32, 1)
+    assert deepspeed_config(settings, trainable=False)["zero_optimization"]["stage"] == (3 if stage == 3 else 0)
+    assert deepspeed_config(settings)["zero_optimization"]["stage"] == stage
+
+
+def test_fp16_is_never_trained_where_its_loss_is_not_scaled():
+    assert deepspeed_config(EngineSettings(0, torch.float16, 1))["zero_optimization"]["stage"] == 1
+    assert deepspeed_config(EngineSettings(0, torch.float16, 1), trainable=False)["zero_optimization"]["stage"] == 0
+
+
+def test_offloading_moves_what_there_is_to_move():
+    zero = lambda stage, trainable: deepspeed_config(
+        EngineSettings(stage, torch.float32, 1, offload=True), trainable)["zero_optimization"]
+    assert "offload_optimizer" not in zero(0, True)
+    assert "offload_optimizer" in zero(2, True) and "offload_param" not in zero(2, True)
+    assert "offload_optimizer" in zero(3, True) and "offload_param" in zero(3, True)
+    assert "offload_optimizer" not in zero(3, False) and "offload_param" in zero(3, False)
+
+
+def test_dtype_auto_suits_the_machine():
+    assert resolve_dtype("auto") == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    assert resolve_dtype("bf16") == torch.bfloat16
+
+
+def test_adapters_have_their_own_rate_and_vectors_no_decay():
+    module = nn.ModuleDict({"lora_A": nn.Linear(4, 4), "head": nn.Linear(4, 4), "frozen": nn.Linear(4, 4)})
+    module["frozen"].requires_grad_(False)
+    groups = parameter_groups(module, 1e-4, 0.1, lora_learning_rate=1e-2)
+    found = {(group["lr"], group["weight_decay"]): [tuple(p.shape) for p in group["params"]] for group in groups}
+    assert found == {(1e-2, 0.1): [(4, 4)], (1e-2, 0.0): [(4,)], (1e-4, 0.1): [(4, 4)], (1e-4, 0.0): [(4,)]}
+
+
+def test_a_schedule_ends_at_zero_after_the_last_step():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = build_scheduler(optimizer, "cosine", warmup_steps=5, total_steps=20)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), schedule.step()
+    assert rates[0] == 0 and max(rates) == 1.0 == rates[5] and rates[-1] < 0.05
+    assert rates[5:] == sorted(rates[5:], reverse=True)
