@@ -101,8 +101,7 @@ class PPOTrainer:
                                   lam=self.config.gae_lambda)
         if self.config.whiten_advantages:
             advantages = whiten(advantages, rollout.response_mask)
-        return Experience(rollout, assessment.old_log_probs, assessment.ref_log_probs, assessment.values, rewards,
-                          advantages, returns, assessment.scores)
+        return Experience(rollout, assessment.old_log_probs, assessment.values, advantages, returns)
 
     def update(self, experience: Experience, index: int) -> dict[str, float]:
         """PPO epochs over the experience; leaves them early where the policy has moved past `target_kl`."""
@@ -186,7 +185,7 @@ class PPOTrainer:
             "actor_gradient_norm": gradient_norm(self.models.actor),
             "critic_gradient_norm": gradient_norm(self.models.critic),
             **{f"seconds_{name}": seconds for name, seconds in self.seconds.items()},
-            "samples_per_second": len(rollout.tokens) / sum(self.seconds.values()),
+            "responses": len(rollout.tokens), "samples_per_second": len(rollout.tokens) / sum(self.seconds.values()),
         }
 
     def _policy_loss(self, batch: Experience) -> tuple[Tensor, Sums]:

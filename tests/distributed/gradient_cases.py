@@ -148,8 +148,8 @@ def experience() -> Experience:
     rollout = Rollout(torch.randint(10, 200, (ROWS, int((prompts + responses).max())), generator=generator), prompts,
                       responses, torch.ones(ROWS, dtype=torch.bool), torch.arange(ROWS),
                       torch.ones(ROWS, dtype=torch.bool))
-    return Experience(rollout, old_log_probs=-6 + noise(0.1), ref_log_probs=-6 + noise(0.1), values=noise(1.0),
-                      rewards=noise(1.0), advantages=noise(1.0), returns=noise(1.0), scores=torch.zeros(ROWS))
+    return Experience(rollout, old_log_probs=-6 + noise(0.1), values=noise(1.0), advantages=noise(1.0),
+                      returns=noise(1.0))
 
 
 def with_lora(model):
