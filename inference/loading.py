@@ -6,8 +6,6 @@ in a model's directory runs, unless --trust_remote_code says so.
 
 from __future__ import annotations
 
-import contextlib
-import pickle
 import warnings
 from dataclasses import dataclass
 
@@ -17,7 +15,7 @@ from torch import nn
 from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
 from common.engine import DTYPES, resolve_dtype
 from common.errors import UserError
-from common.models.factory import load_causal_lm, load_config, load_scalar_model
+from common.models.factory import explained, load_causal_lm, load_config, load_scalar_model
 from common.models.scalar import ScalarModel, is_scalar_config
 from inference.locating import ModelFiles, find_model
 from inference.options import LoadOptions
@@ -85,7 +83,7 @@ def load_whole(files: ModelFiles, codec: Codec, trust_remote_code: bool, dtype: 
 
     An adapter is merged into its base in fp32, whatever `dtype` is.
     """
-    with _explained(files.name):
+    with explained(files.name):
         gives_scores = _gives_scores(files, trust_remote_code)
         load = load_scalar_model if gives_scores else load_causal_lm
         model = load(files.weights, files.flag, codec, dtype=torch.float32 if files.adapter else dtype,
@@ -166,19 +164,3 @@ def _load(files: ModelFiles, options: LoadOptions) -> Loaded:
     model = load_whole(files, codec, options.trust_remote_code, choose_dtype(options.dtype, device))
     config = (model.classifier if isinstance(model, ScalarModel) else model).config.get_text_config()
     return Loaded(model.to(device).eval(), codec, device, getattr(config, "max_position_embeddings", None))
-
-
-@contextlib.contextmanager
-def _explained(name: str):
-    try:
-        yield
-    except UserError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{name}: its weights are a pickle that holds more than tensors, which could run "
-                        "code: convert them to safetensors") from error
-    except Exception as error:  # a damaged file shows itself as almost any type, down in the libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "ignore_mismatched_sizes" in reason:
-            reason = "config.json and the weights are not of one model: their shapes differ"
-        raise UserError(f"{name}: the model cannot be loaded: {reason}") from error

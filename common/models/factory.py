@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -86,8 +87,8 @@ def load_scalar_model(source: str, flag: str, codec: Codec, *, dtype: torch.dtyp
 def load_config(source: str, flag: str, trust_remote_code: bool = False, **changes):
     """The transformers configuration of a model, with `changes` made to it."""
     from transformers import AutoConfig
-    return _guarded(lambda: AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **changes),
-                    source, flag)
+    with explained(f"{flag} {source}"):
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **changes)
 
 
 def check_room(source: str, flag: str, tokens: int, length_flags: str, trust_remote_code: bool = False) -> None:
@@ -120,9 +121,9 @@ def _load(auto_class, source: str, flag: str, dtype: torch.dtype, dropout: float
     config = load_config(source, flag, trust_remote_code, **config_changes)
     if dropout is not None:
         set_dropout(config, dropout)
-    model, loading = _guarded(
-        lambda: auto_class.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=trust_remote_code,
-                                           output_loading_info=True), source, flag)
+    with explained(f"{flag} {source}"):
+        model, loading = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
+                                                    trust_remote_code=trust_remote_code)
     missing = sorted(name for name in loading["missing_keys"] if not (new_head and name.startswith("score.")))
     if missing:  # transformers fills them with random numbers
         raise UserError(f"{flag} {source}: its weight files lack {len(missing)} of the model's weights, such as "
@@ -130,12 +131,21 @@ def _load(auto_class, source: str, flag: str, dtype: torch.dtype, dropout: float
     return model
 
 
-def _guarded(load, source: str, flag: str):
+@contextlib.contextmanager
+def explained(name: str):
+    """Turn whatever loading a model raises into a UserError of one line that starts with `name`."""
     try:
-        return load()
+        yield
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{name}: its weights are a pickle that holds more than tensors, which could run code: convert "
+                        "them to safetensors") from error
     except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{flag} {source}: the model cannot be loaded: {reason}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "config.json and the weights are not of one model: their shapes differ"
+        raise UserError(f"{name}: the model cannot be loaded: {reason}") from error
 
 
 def set_dropout(config, probability: float) -> None:

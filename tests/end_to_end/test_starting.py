@@ -1,0 +1,51 @@
+"""Programs start from anywhere, with and without the launcher, and speak with one voice."""
+import json
+import os
+import subprocess
+import sys
+
+from transformers import AutoModelForCausalLM
+
+from tests.launching import ROOT, environment, launch
+
+SMALL = ["--data_path", "builtin:courtesy", "--max_rows", "600", "--max_seq_len", "96", "--enable_test_mode",
+         "--test_stop_step", "3", "--learning_rate", "1e-3"]
+
+
+def test_a_program_runs_without_launcher_from_anywhere_with_its_own_packages(tmp_path):
+    """Even where another project's `common` stands first on PYTHONPATH."""
+    decoy = tmp_path / "decoy" / "common"
+    decoy.mkdir(parents=True)
+    (decoy / "__init__.py").write_text("raise ImportError('the wrong package')\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "step1_sft" / "main.py"), "--model_name_or_path", "builtin:tiny-llama", *SMALL],
+        cwd=tmp_path, env={**environment(), "PYTHONPATH": str(decoy.parent)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = tmp_path / "output" / "sft"
+    AutoModelForCausalLM.from_pretrained(result)
+    first, *_, last = [json.loads(line) for line in (result / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert last["perplexity"] < first["perplexity"]
+    assert len((result / "samples" / "after.jsonl").read_text().splitlines()) == 8
+    # Nothing on the terminal but our own lines and the progress bar.
+    assert [line for line in done.stdout.splitlines() if not line.startswith((
+        "builtin:courtesy: 600 rows read", "evaluation after", "saved to")) and "rows to train on" not in line] == []
+    assert all("training:" in line for line in done.stderr.split("\r") if line.strip())
+
+
+def test_an_error_that_all_ranks_meet_is_said_once(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 20 + "broken\n" * 20)
+    done = launch(ROOT / "step2_reward" / "main.py", "--model_name_or_path", "builtin:tiny-opt", "--data_path", str(rows),
+                  ranks=2, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and f"{rows}:21" in said[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(tmp_path):
+    done = launch(ROOT / "step1_sft" / "main.py", "--model_name_or_path", "builtin:tiny-opt", *SMALL[:-2],
+                  "--learning_rate", "1e30", "--max_grad_norm", "0", cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "error: the loss of step 2 is nan" in done.stderr or "error: the loss of step 3 is nan" in done.stderr
+    assert not os.path.exists(tmp_path / "output" / "sft" / "model.safetensors")
