@@ -99,7 +99,7 @@ class SupervisedOptions(ScheduleOptions):
     max_seq_len: int = option(512, "longest prompt and answer together", unit="tokens", low=2)
     weight_decay: float = option(0.0, "AdamW's weight decay; biases and norms have none", low=0)
     zero_stage: int = option(0, "ZeRO stage", choices=(0, 1, 2, 3))
-    offload: bool = option(False, "keep optimizer state (and, at ZeRO 3, parameters) in CPU memory")
+    offload: bool = option(False, "keep optimizer state (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     dropout: float | None = option(None, "dropout probability; none keeps the model's own", low=0, below=1)
     disable_dropout: bool = option(False, "the same as --dropout 0")

@@ -80,7 +80,7 @@ class UpdateOptions(ScheduleOptions):
     whiten_advantages: bool = option(True, "bring advantages to mean 0 and variance 1 over all ranks")
     target_kl: float | None = option(None, "leave an iteration's updates when the policy has moved this far",
                                      unit="nats per token", above=0)
-    enable_ema: bool = option(False, "keep a moving average of the actor's weights and save it too")
+    enable_ema: bool = option(False, "keep a moving average of the actor's weights, in fp32 beside them, and save it too")
     ema_decay: float = option(0.992, "weight of the old average at each optimizer step", low=0, below=1)
     unsupervised_dataset_name: str | None = option(None, "plain text to mix into the actor's updates")
     unsupervised_dataset_config_name: str | None = option(None, "configuration of that data set on the hub")
@@ -145,7 +145,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     actor_model_name_or_path: str = option("output/sft", "the fine-tuned model of step 1")
     critic_model_name_or_path: str = option("output/reward", "the reward model of step 2; the critic's start")
     output_dir: str = option("output/ppo", "directory of the result")
-    offload: bool = option(False, "keep optimizer states (and, at ZeRO 3, parameters) in CPU memory")
+    offload: bool = option(False, "keep optimizer states (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory")
     offload_reference_model: bool = option(False, "keep the reference in CPU memory")
     offload_reward_model: bool = option(False, "keep the reward model in CPU memory")
     eval_interval: int = option(0, "evaluate every N; 0: only before and after", unit="iterations", low=0)

@@ -44,3 +44,10 @@ def test_every_option_has_an_effect_or_says_that_it_has_none(config, package):
               and THROUGH_PROPERTIES.get(name, name) not in read}
     assert not unused
     assert not ignored & read
+
+
+def test_the_readme_lists_every_option_without_effect():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("Accepted without effect"):]
+    assert {f"`--{name}`" for config, _ in STEPS for name in ignored_options(config)
+            if f"`--{name}`" not in table} == set()

@@ -1,0 +1,54 @@
+"""Which layers get adapters, and what happens when none does."""
+import pytest
+import torch
+
+from common.data.tokenization import load_tokenizer, make_codec
+from common.errors import UserError
+from common.lora import add_lora, has_lora, linear_modules
+from common.models.factory import load_causal_lm
+from tests.architectures import CONFIGS, build_model
+
+
+@pytest.fixture
+def model(tmp_path, builtin_cache):
+    directory = build_model("llama", tmp_path / "model", builtin_cache)
+    return load_causal_lm(str(directory), "--model", make_codec(load_tokenizer(str(directory)), "human_assistant"),
+                          dtype=torch.float32)
+
+
+def adapt(model, modules, dim=4, alpha=0):
+    return add_lora(model, dim=dim, alpha=alpha, dropout=0.0, modules=modules, flag="--lora_module_name", base_name="x")
+
+
+def adapted(model) -> set[str]:
+    return {name.rsplit(".lora_", 1)[0] for name, _ in model.named_parameters() if ".lora_" in name}
+
+
+def test_parts_of_names_choose_layers(model):
+    adapt(model, "q_proj, layers.1.mlp")
+    assert adapted(model) == {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
+                              *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))}
+    assert has_lora(model)
+
+
+def test_nothing_matched_is_an_error_that_lists_what_there_is(model):
+    with pytest.raises(UserError, match="--lora_module_name decoder.layers.: matches no linear layer.*down_proj.*q_proj"):
+        adapt(model, "decoder.layers.")
+    assert not has_lora(model)
+
+
+@pytest.mark.parametrize("alpha, scale", [(0, 2.0), (8, 2.0), (2, 0.5)])
+def test_alpha_scales_and_defaults_to_twice_the_rank(model, alpha, scale):
+    adapt(model, "q_proj", dim=4, alpha=alpha)
+    assert {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")} == {scale}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_auto_finds_every_linear_layer_but_the_outputs(name, tmp_path, builtin_cache):
+    directory = build_model(name, tmp_path / name, builtin_cache)
+    model = load_causal_lm(str(directory), "--model", make_codec(load_tokenizer(str(directory)), "human_assistant"),
+                           dtype=torch.float32)
+    found = {name.rsplit(".", 1)[-1] for name in linear_modules(model)}
+    assert found and not found & {"lm_head", "embed_out", "score"}
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linear_modules(model)) == len(layers) - (model.get_output_embeddings() in layers)
