@@ -80,7 +80,8 @@ class UpdateOptions(ScheduleOptions):
     whiten_advantages: bool = option(True, "bring advantages to mean 0 and variance 1 over all ranks")
     target_kl: float | None = option(None, "leave an iteration's updates when the policy has moved this far",
                                      unit="nats per token", above=0)
-    enable_ema: bool = option(False, "keep a moving average of the actor's weights, in fp32 beside them, and save it too")
+    enable_ema: bool = option(
+        False, "keep a moving average of the actor's weights, in fp32 beside them, and save it too")
     ema_decay: float = option(0.992, "weight of the old average at each optimizer step", low=0, below=1)
     unsupervised_dataset_name: str | None = option(None, "plain text to mix into the actor's updates")
     unsupervised_dataset_config_name: str | None = option(None, "configuration of that data set on the hub")

@@ -19,7 +19,8 @@ def test_a_program_runs_without_launcher_from_anywhere_with_its_own_packages(tmp
     (decoy / "__init__.py").write_text("raise ImportError('the wrong package')\n")
     done = subprocess.run(
         [sys.executable, str(ROOT / "step1_sft" / "main.py"), "--model_name_or_path", "builtin:tiny-llama", *SMALL],
-        cwd=tmp_path, env={**environment(), "PYTHONPATH": str(decoy.parent)}, capture_output=True, text=True, timeout=300)
+        cwd=tmp_path, env={**environment(), "PYTHONPATH": str(decoy.parent)}, capture_output=True, text=True,
+        timeout=300)
     assert done.returncode == 0, done.stderr
     result = tmp_path / "output" / "sft"
     AutoModelForCausalLM.from_pretrained(result)
@@ -35,8 +36,8 @@ def test_a_program_runs_without_launcher_from_anywhere_with_its_own_packages(tmp
 def test_an_error_that_all_ranks_meet_is_said_once(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 20 + "broken\n" * 20)
-    done = launch(ROOT / "step2_reward" / "main.py", "--model_name_or_path", "builtin:tiny-opt", "--data_path", str(rows),
-                  ranks=2, cwd=tmp_path, check=False)
+    done = launch(ROOT / "step2_reward" / "main.py", "--model_name_or_path", "builtin:tiny-opt", "--data_path",
+                  str(rows), ranks=2, cwd=tmp_path, check=False)
     assert done.returncode != 0
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
     assert len(said) == 1 and f"{rows}:21" in said[0]

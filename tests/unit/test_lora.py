@@ -32,7 +32,7 @@ def test_parts_of_names_choose_layers(model):
 
 
 def test_nothing_matched_is_an_error_that_lists_what_there_is(model):
-    with pytest.raises(UserError, match="--lora_module_name decoder.layers.: matches no linear layer.*down_proj.*q_proj"):
+    with pytest.raises(UserError, match="--lora_module_name decoder.layers.: matches no linear .*down_proj.*q_proj"):
         adapt(model, "decoder.layers.")
     assert not has_lora(model)
 
