@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 
 from common.config import save_config
@@ -22,15 +23,17 @@ CONFIG_FILE = "run_config.yaml"
 
 
 def open_run(config) -> Tracker:
-    """Make the output directory, save the resolved configuration there and send libraries' chatter to its logs.
+    """Make the output directory and send libraries' chatter to its logs.
 
-    Not before everything is checked: what an earlier run has left there is replaced from here on.
+    Not before everything is checked: logs and samples of an earlier run there are replaced from here on; its models
+    stay until `publishing`.
     """
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    quiet_libraries(output)
     if is_main():
-        save_config(config, output / CONFIG_FILE)
+        for old in (output / "samples", output / "logs" / "tensorboard"):
+            shutil.rmtree(old, ignore_errors=True)
+    quiet_libraries(output)
     for note in config.notes:
         say(f"note: {note}")
     return Tracker(output, config.enable_tensorboard, config.tensorboard_path)
@@ -47,6 +50,7 @@ def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
     provenance = read_provenance(source)
     if provenance is not None:
         _check_text(provenance, codec, f"{flag} {source}", "this run")
+        _check_split(provenance, config, f"{flag} {source}")
     return codec
 
 
@@ -66,6 +70,7 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration:
             raise UserError(f"{flag} has another tokenizer than the actor: train a reward model on the actor's tokens")
     else:
         _check_text(provenance, codec, flag, f"--actor_model_name_or_path {config.actor_model_name_or_path}")
+        _check_split(provenance, config, flag)
     if not config.normalize_scores:
         return RAW
     if provenance is None or not provenance.score_std:
@@ -81,6 +86,20 @@ def _check_text(provenance: Provenance, codec: Codec, made: str, used: str) -> N
         if was != now[what]:
             raise UserError(f"{made} was trained with {what.replace('_', ' ')} {was[:24]!r}, but {used} has "
                             f"{now[what][:24]!r}: use the same in every step")
+
+
+def _check_split(provenance: Provenance, config: DataOptions, made: str) -> None:
+    """Two rules for the same data would let a step train on, or evaluate on, what another has trained on."""
+    shared = set(provenance.data_path) & set(_source_names(config))
+    rules = [(provenance.data_split, provenance.eval_fraction), (config.data_split, config.eval_fraction)]
+    if shared and rules[0] != rules[1]:
+        raise UserError(f"{made} was trained on {sorted(shared)[0]} with --data_split {rules[0][0]} and --eval_fraction "
+                        f"{rules[0][1]:g}; now they are {rules[1][0]} and {rules[1][1]:g}, so prompts would be in two "
+                        "steps: use the same in every step")
+
+
+def _source_names(config: DataOptions) -> tuple[str, ...]:
+    return tuple(spec.name for spec in parse_data_path(config.data_path))
 
 
 def text_of(codec: Codec) -> dict[str, str]:
@@ -107,14 +126,19 @@ def say_data(data: PreparedData) -> None:
 def publishing(config: DataOptions, codec: Codec, step: str, base: str, **calibration: float):
     """Export within this context: provenance.json is gone while it lasts, and written when it ends well.
 
-    So an output directory that has one is whole, also when it is used again.
+    So an output directory that has one is whole, also when it is used again. The resolved configuration goes with it;
+    what an earlier run left that this one may not write (adapters, a moving average) is removed.
     """
+    output = Path(config.output_dir)
     if is_main():
-        (Path(config.output_dir) / PROVENANCE_FILE).unlink(missing_ok=True)
+        (output / PROVENANCE_FILE).unlink(missing_ok=True)
+        for old in (output / "adapter", output / "ema"):
+            shutil.rmtree(old, ignore_errors=True)
     yield
     if is_main():
-        Provenance(step=step, base=base, data_split=config.data_split, eval_fraction=config.eval_fraction,
-                   **text_of(codec), **calibration).write(config.output_dir)
+        save_config(config, output / CONFIG_FILE)
+        Provenance(step=step, base=base, data_path=_source_names(config), data_split=config.data_split,
+                   eval_fraction=config.eval_fraction, **text_of(codec), **calibration).write(output)
     barrier()
 
 

@@ -94,7 +94,7 @@ def find_prompts(config: EvaluateConfig) -> list[Prompt]:
     """The prompts to answer; the training of the models says which are held out."""
     models = [find_model(path, "--path", config.data_output_path) for path in config.path]
     if config.which_prompts == "held_out":
-        trained = next((model.provenance for model in models if model.provenance), None)
+        trained = [model.provenance for model in models if model.provenance]
         return held_out_prompts(config, trained, config.seed)
     return choose(list(dict.fromkeys(read_prompts(config))), config.max_prompts, config.seed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from common.data.blend import parse_data_path
 from common.data.dialogues import BadRow, read_prompt
@@ -35,11 +35,11 @@ def read_prompts(options: PromptOptions) -> Iterator[Prompt]:
         yield sourced.record
 
 
-def held_out_prompts(options: PromptOptions, trained: Provenance | None, seed: int) -> list[Prompt]:
-    """Prompts no step has trained on, by the rule the model was trained under; each once.
+def held_out_prompts(options: PromptOptions, trained: Sequence[Provenance], seed: int) -> list[Prompt]:
+    """Prompts no model has trained on, by the rules the models were trained under; each once.
 
     Args:
-        trained: of the model. Without it only what the data themselves set aside for tests is taken.
+        trained: of each model that says. Without any, only what the data themselves set aside for tests is taken.
         seed: chooses, where there are more than `max_prompts`.
 
     Raises:
@@ -59,11 +59,11 @@ def choose(prompts: list[Prompt], count: int | None, seed: int) -> list[Prompt]:
     return random.Random(seed).sample(prompts, count)
 
 
-def _is_held_out(sourced: SourcedRecord, trained: Provenance | None) -> bool:
+def _is_held_out(sourced: SourcedRecord, trained: Sequence[Provenance]) -> bool:
     if sourced.split == "test":
         return True
     first = sourced.record.first_user_turn
-    return trained is not None and assignment(first, trained.data_split, trained.eval_fraction).is_eval
+    return bool(trained) and all(assignment(first, rule.data_split, rule.eval_fraction).is_eval for rule in trained)
 
 
 def _read(options: PromptOptions) -> Iterator[SourcedRecord]:

@@ -95,6 +95,7 @@ def text_request(config: PPOConfig) -> DataRequest:
     specs = parse_data_path([config.unsupervised_dataset_name], flag="--unsupervised_dataset_name",
                             config_name=config.unsupervised_dataset_config_name)
     return DataRequest(data_path=specs, kind="text", phase=None, eval_fraction=0.0, max_rows=config.max_rows,
+                       columns=config.columns or None,
                        max_tokens=config.max_prompt_seq_len + config.max_answer_seq_len,
                        max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)
 

@@ -114,6 +114,22 @@ def test_step_3_refuses_models_trained_on_other_text(good, tmp_path, builtin_cac
         assert said in message and str(actor) in message
 
 
+def test_two_split_rules_for_the_same_data_are_refused(good, tmp_path):
+    """Else step 3 would train on prompts that step 1 was trained on."""
+    import shutil
+    from common.data.tokenization import load_tokenizer, make_codec
+    from common.provenance import Provenance
+    from common.run import text_of
+    actor = tmp_path / "actor"
+    shutil.copytree(good["--model_name_or_path"], actor)
+    text = text_of(make_codec(load_tokenizer(str(actor)), "human_assistant"))
+    for data_path, refused in ((good["--data_path"], True), ("another.jsonl", False)):
+        Provenance(step="sft", base="x", data_split="1,1,1", eval_fraction=0.05, data_path=(data_path,),
+                   **text).write(actor)
+        message = refusal(step2, {**good, "--model_name_or_path": str(actor), "--eval_fraction": "0"})
+        assert ("--data_split 1,1,1" in message and "2,4,4" in message) == refused
+
+
 def test_nothing_of_an_earlier_result_is_touched(good, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
