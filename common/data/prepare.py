@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import transformers
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
@@ -140,7 +141,7 @@ def _key(request: DataRequest, codec: Codec) -> str:
     asked["codec"] = [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.end_token]
     asked["code"] = [hashlib.sha256(file.read_bytes()).hexdigest()
                      for file in sorted(Path(__file__).parent.glob("*.py"))]
-    asked["transformers"] = transformers.__version__
+    asked["libraries"] = [transformers.__version__, tokenizers.__version__]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
 

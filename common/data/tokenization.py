@@ -13,6 +13,19 @@ from common.data.records import Prompt
 from common.data.templates import ChatTemplate, Template, get_template
 from common.errors import UserError
 
+# Something for each usual normalizer and pre-tokenizer to change: case, accents (composed and not), compatibility
+# forms, spaces (also at both ends) and line ends, digits, punctuation, many scripts, emoji, a long word.
+_PROBE = (
+    "  The Quick BROWN fox's iPhone  isn't   (really) jumping, e-mail: a_b@c.de/f?g=1&h=2#i \u2014 "
+    "\u201cyes\u201d\u2026 ``no'' -- \"so,\" he said.\" [etc.], http://x.y (z). Ah...!? <b>a</b> == {1: [2]};\n\n\n"
+    "  def f(x):\r\n\treturn x**2 != 1e-5;  # 3.14, 1234567 and 2,000 \u0661\u0662\n \n"
+    "na\u00efve cafe\u0301 \u00c5ngstr\u00f6m STRASSE stra\u00dfe \u0130stanbul \u0141\u00f3d\u017a \ufb01sh \u00bd "
+    "x\u00b2 \uff26\uff55\uff4c\uff4c\uff17\uff01 a\u00a0b\u2003c\u200bd\u3000e \u2581f \u00adg\ufeffh \x07i\n"
+    "\u6771\u4eac\u3078\u884c\u304f\u3001\u30ab\uff76\uff9e\u3002 \u4e2d\u6587\u5b57abc \ud55c\uad6d\uc5b4 "
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u0451\u0436 \u0645\u064e\u0631\u062d\u0628\u0627 \u05e9\u05b8 "
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \U0001f600\U0001f44d\U0001f3fd "
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 " + "a" * 120)
+
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a padding token that is not its end token.
@@ -53,15 +66,20 @@ def make_codec(tokenizer: PreTrainedTokenizerBase, template_name: str, *, add_eo
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over what turns text into ids: vocabulary, merges, special tokens and chat template.
+    """sha256 over what turns text into ids: vocabulary, merges, scores, special tokens, chat template, and the
+    ids of a fixed text, which show the normalizer and the pre-tokenizer at work.
 
-    The same before and after a tokenizer is saved and loaded, in whatever file format.
+    The same before and after a tokenizer is saved and loaded, in whatever file format: the formats write the
+    normalizer and the pre-tokenizer differently, but their ids are the same.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    probe = " ".join([_PROBE, *sorted(tokenizer.get_added_vocab()), " "])
     content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "merges": model.get("merges"),
+        "scores": model["vocab"] if isinstance(model.get("vocab"), list) else None,  # only a unigram model's
+        "probe": tokenizer.encode(probe, add_special_tokens=False, split_special_tokens=True, verbose=False),
         "special": {role: getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "pad", "unk")},
         "start": _start_ids(tokenizer),
         "chat_template": tokenizer.chat_template,

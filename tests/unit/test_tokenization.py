@@ -1,10 +1,16 @@
+import json
+
 import pytest
 from common.data.records import Message, Prompt
 from common.data.tokenization import load_tokenizer, make_codec, tokenizer_fingerprint
 from common.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers_built import byte_level_bpe, llama_prepending, llama_sentencepiece
+from transformers import PreTrainedTokenizerFast
 
 CHATML = ("{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}")
@@ -176,6 +182,50 @@ def test_the_fingerprint_tells_tokenizers_apart(directory, tmp_path):
     chatty = tokenizer_fingerprint(tokenizer)
     tokenizer.add_tokens(["<more>"])
     assert len({plain, chatty, tokenizer_fingerprint(tokenizer)}) == 3
+
+
+@pytest.mark.parametrize("section, step", [
+    ("normalizer", dict(type="Lowercase")), ("normalizer", dict(type="NFKC")), ("normalizer", dict(type="NFD")),
+    ("normalizer", dict(type="StripAccents")),
+    ("normalizer", dict(type="Strip", strip_left=True, strip_right=False)),
+    ("pre_tokenizer", dict(type="Digits", individual_digits=True)),
+    ("pre_tokenizer", dict(type="Punctuation", behavior="Isolated")),
+])
+def test_the_fingerprint_sees_what_is_done_to_text_before_the_vocabulary(tmp_path, section, step):
+    before, after = tmp_path / "before", tmp_path / "after"
+    for path in (before, after):
+        path.mkdir()
+        build_words(path)
+    content = json.loads((after / "tokenizer.json").read_text())
+    steps = "normalizers" if section == "normalizer" else "pretokenizers"
+    rest = [content[section]] if content[section] else []
+    content[section] = {"type": "Sequence", steps: [step, *rest]}
+    (after / "tokenizer.json").write_text(json.dumps(content))
+    of = [tokenizer_fingerprint(load_tokenizer(str(path))) for path in (before, after)]
+    assert of[0] != of[1]
+
+
+def test_the_fingerprint_sees_the_scores_of_a_unigram_model(tmp_path):
+    fingerprints = set()
+    for name, score in (("a", -3.0), ("b", -3.5), ("same", -3.0)):
+        model = Unigram([("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "qzx"), ("qzx", score)], 0)
+        path = tmp_path / name
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>",
+                                eos_token="</s>").save_pretrained(path)
+        tokenizer = load_tokenizer(str(path))
+        fingerprints.add(tokenizer_fingerprint(tokenizer))
+        tokenizer.save_pretrained(path / "again")
+        fingerprints.add(tokenizer_fingerprint(load_tokenizer(str(path / "again"))))
+    assert len(fingerprints) == 2
+
+
+def build_words(path):
+    """A byte-level tokenizer with an entry for each byte and two merges."""
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate([*letters, "</s>", "12", ")."])},
+                              [("1", "2"), (")", ".")]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(path)
 
 
 def test_directories_without_a_tokenizer_are_refused(tmp_path):
