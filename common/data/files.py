@@ -159,6 +159,7 @@ def _csv_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
     reader = csv.reader(lines(), strict=True)
     header = None
     while True:
+        first = reader.line_num + 1
         try:
             fields = next(reader)
             problem = None
@@ -168,17 +169,26 @@ def _csv_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
             fields, problem = [], f"broken CSV ({error})"
         if too_long:
             fields, problem, too_long = [], _too_long("line"), False
-        where = f"{label}:{reader.line_num}"
+        where = f"{label}:{first}"
         if header is None:
             if problem or len(set(fields)) < len(fields):
                 raise UserError(f"{where}: the header is unusable: {problem or 'a column name occurs twice'}")
             header = fields or None
-        elif problem:
-            yield Row(where, None, problem)
-        elif fields and len(fields) != len(header):
-            yield Row(where, None, f"{len(fields)} fields where the header has {len(header)}")
-        elif fields:
-            yield Row(where, dict(zip(header, fields)))
+            continue
+        if fields and len(fields) != len(header):
+            problem = f"{len(fields)} fields where the header has {len(header)}"
+        if problem is None:
+            if fields:
+                yield Row(where, dict(zip(header, fields)))
+            continue
+        # A quote left open takes the rows behind it into its field: each of their lines counts, or a file that
+        # is lost from its middle on would seem to have one bad row.
+        lost = range(first + 1, reader.line_num + 1) if len(fields) < len(header) else range(0)
+        if lost:
+            problem += f"; the row runs to line {reader.line_num}: is a quote left open?"
+        yield Row(where, None, problem)
+        for number in lost:
+            yield Row(f"{label}:{number}", None, f"within the broken row of line {first}")
 
 
 def _parquet_rows(path: Path, label: str) -> Iterator[Row]:

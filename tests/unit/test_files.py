@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from common.data import files
+from common.data.blend import SourceSpec
 from common.data.files import MAX_ROW_BYTES, read_rows
+from common.data.reading import ReadReport, read_records
 from common.errors import UserError
 
 ROWS = [{"prompt": f"Question {n}? \u00e9\n\"quoted\", [a] {{b}}", "response": f"Answer {n}"}
@@ -125,11 +127,37 @@ def test_bad_csv_rows(tmp_path):
     assert [where for where, _ in bad(path)] == ["data.csv:4", "data.csv:5", "data.csv:6", "data.csv:7"]
 
 
-def test_an_open_quote_does_not_swallow_the_file(tmp_path):
+@pytest.mark.parametrize("end", ["", 'What is "this"?,"It is so."\n', 'a,"b"\nc,"\n'])
+def test_the_lines_that_an_open_quote_swallows_are_counted(tmp_path, end):
     path = tmp_path / "data.csv"
-    path.write_text('prompt,response\n"a,b\n' + "some question,some answer\n" * 400_000)
-    assert len(bad(path)) == 1
-    assert len(good(path)) > 10_000
+    rows = [f"question {n},answer {n}\n" for n in range(1000)]
+    rows[500] = '"' + rows[500]
+    path.write_text("prompt,response\n" + "".join(rows) + end)
+    places = [where for where, _ in bad(path)]
+    assert places == [f"data.csv:{line}" for line in range(502, 1002 + end.count("\n"))]
+    assert "line 100" in bad(path)[0][1] and "quote" in bad(path)[0][1]
+    assert [row["prompt"] for row in good(path)] == [f"question {n}" for n in range(500)]
+    report = ReadReport()
+    list(read_records([SourceSpec(str(path))], "demonstration", report=report))
+    with pytest.raises(UserError, match=r"data.csv: 50.*data.csv:502: .*quote"):
+        report.check(0.02)
+
+
+def test_an_open_quote_swallows_no_more_than_the_longest_row(tmp_path):
+    path = tmp_path / "data.csv"
+    count = 400_000
+    path.write_text('prompt,response\n"a,b\n' + "some question,some answer\n" * count)
+    lost = [int(where.split(":")[1]) for where, _ in bad(path)]
+    assert lost == list(range(2, 2 + len(lost)))
+    assert len(lost) < MAX_ROW_BYTES / 20
+    assert len(good(path)) == count + 1 - len(lost) > 10_000
+
+
+def test_a_row_of_several_lines_is_named_by_its_first(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('prompt,response\n"a\nb",c\n"d\ne",f,g\nh,i\n')
+    assert [row.where for row in read_rows(path, "data.csv")] == ["data.csv:2", "data.csv:4", "data.csv:6"]
+    assert bad(path) == [("data.csv:4", "3 fields where the header has 2")]
 
 
 def test_a_csv_file_needs_distinct_column_names(tmp_path):
