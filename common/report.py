@@ -7,14 +7,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
 
-from common.data.builtin import true_reward
+from common.data.builtin import builtin_rows, true_reward
+from common.data.templates import TEMPLATE_NAMES, ChatTemplate, get_template
 from common.errors import UserError
 
 STEPS = ("sft", "reward", "ppo")
+TEXT_TEMPLATES = [get_template(name) for name in TEMPLATE_NAMES if name != ChatTemplate.name]
 SHOWN_ANSWERS = 6
 COLUMN = 36  # characters of each column of answers
 
@@ -81,8 +84,7 @@ def make_report(sft: Path, reward: Path, ppo: Path, seconds: Sequence[float] | N
     Raises:
         UserError: a step has not been finished, or it evaluated on nothing.
     """
-    records = {name: _read_rows(directory / "logs" / "metrics.jsonl")
-               for name, directory in zip(STEPS, (sft, reward, ppo))}
+    records = {name: _finished(name, directory) for name, directory in zip(STEPS, (sft, reward, ppo))}
     before, after = (_read_rows(ppo / "samples" / f"{name}.jsonl") for name in ("before", "after"))
     times = dict(zip(STEPS, seconds or [rows[-1]["seconds"] for rows in records.values()]))
 
@@ -116,8 +118,21 @@ def judge(before: Sequence[dict], after: Sequence[dict]) -> Truth | None:
 
 
 def question_of(prompt: str) -> str:
-    """The question in a prompt of one turn, as its template words it: "Human: QUESTION Assistant:"."""
-    return prompt.strip().removeprefix("Human:").removesuffix("Assistant:").strip()
+    """The last question in a prompt, without its template.
+
+    In the wording of a tokenizer's own chat template, only a question of the built-in task is found; otherwise it is
+    the whole prompt.
+    """
+    text = "\n\n" + prompt.strip()
+    for template in TEXT_TEMPLATES:
+        if text.endswith(template.cue):
+            return text.removesuffix(template.cue).rpartition("\n\n" + template.question)[2].strip()
+    return next((question for question in _builtin_questions() if question in text), text.strip())
+
+
+@cache
+def _builtin_questions() -> frozenset[str]:
+    return frozenset(row["prompt"] for row in builtin_rows("courtesy"))
 
 
 def _spread(before: Sequence[dict], after: Sequence[dict]) -> Iterator[Answers]:
@@ -169,12 +184,24 @@ def _side_by_side(answers: Sequence[Answers]) -> Iterator[str]:
         yield from (columns(*lines) for lines in zip_longest(left, right, fillvalue=""))
 
 
+def _finished(step: str, directory: Path) -> list[dict]:
+    """The metrics of a run that ended well: what lies beside those of another may be an earlier run's."""
+    rows = _read_rows(directory / "logs" / "metrics.jsonl")
+    if not any(row["phase"] == "done" for row in rows):
+        raise UserError(f"{directory}: step {STEPS.index(step) + 1} ({step}) was not finished: "
+                        "logs/metrics.jsonl has no row \"done\"; run the step to its end")
+    return rows
+
+
 def _read_rows(path: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): has the step been finished?") from None
-    rows = [json.loads(line) for line in lines]
+    try:
+        rows = [json.loads(line) for line in lines]
+    except json.JSONDecodeError:
+        raise UserError(f"{path} has a row that was not written whole: run the step to its end") from None
     if not rows:
         raise UserError(f"{path} is empty: run the step to its end")
     return rows

@@ -6,31 +6,56 @@
 # It lies in .venv beside this directory, or where RLHF_VENV says, and comes first on PATH afterwards.
 # PYTHON names the interpreter to make it with; else the first python3 that is new enough.
 
+if [ -z "${BASH_VERSION:-}" ]; then
+    echo "error: launch/environment.sh needs bash: type bash, then source it there" >&2
+    return 1 2>/dev/null || exit 1
+fi
+
 _environment_main() {
-    local root venv extras="" wanted stamp state python
+    local root venv extras="" wanted state
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return
     venv=${RLHF_VENV:-$root/.venv}
-    stamp=$venv/installed-by-launch
+    case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
     if [ "${1:-}" = --with-tests ]; then extras="[test]"; fi
 
-    # The stamp holds a word for what is installed. "unfinished" stands there while pip is at work.
     wanted=$(cat "$root/constraints.txt" "$root/setup.py" <(echo "$root") | cksum | cut -d " " -f 1)
-    state=$(cat "$stamp" 2>/dev/null)
-    if [ -n "$state" ] && ! "$venv/bin/python" -c "" 2>/dev/null; then state=unfinished; fi  # its Python is gone
+    state=$(_environment_state "$venv")
     if [ "$state" != "$wanted$extras" ] && [ "$state" != "$wanted[test]" ]; then
-        if [ -z "$state" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
+        if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/installed-by-launch" ]; then
             echo "error: $venv was not made by launch/environment.sh: remove it, or set RLHF_VENV to another path" >&2
             return 1
         fi
-        python=$(_environment_python) || return
-        _environment_install "$root" "$venv" "$stamp" "$state" "$python" "$extras" || {
-            echo "error: the installation into $venv failed (see above); run the command again to repeat it" >&2
-            return 1
-        }
-        echo "$wanted$extras" > "$stamp"
+        mkdir -p "$venv" && (_environment_update "$root" "$venv" "$wanted" "$extras") 9>> "$venv/installed-by-launch" ||
+            return
     fi
     export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH"
     unset PYTHONHOME
+}
+
+# A word for what is installed; "unfinished" while pip is at work, or when its Python is gone.
+_environment_state() {
+    local state
+    state=$(cat "$1/installed-by-launch" 2>/dev/null)
+    if [ -n "$state" ] && ! "$1/bin/python" -c "" 2>/dev/null; then state=unfinished; fi
+    echo "$state"
+}
+
+# One script at a time (file descriptor 9 is the lock, on the file with that word): the others find the work done when
+# their turn comes.
+_environment_update() {
+    local root=$1 venv=$2 wanted=$3 extras=$4 stamp=$2/installed-by-launch state python
+    if command -v flock > /dev/null && ! flock -n 9; then
+        echo "waiting for another script's installation into $venv"
+        flock 9 || return
+    fi
+    state=$(_environment_state "$venv")
+    if [ "$state" = "$wanted$extras" ] || [ "$state" = "$wanted[test]" ]; then return; fi
+    python=$(_environment_python) || return
+    _environment_install "$root" "$venv" "$stamp" "$state" "$python" "$extras" || {
+        echo "error: the installation into $venv failed (see above); run the command again to repeat it" >&2
+        return 1
+    }
+    echo "$wanted$extras" > "$stamp"
 }
 
 _environment_python() {
@@ -53,9 +78,9 @@ _environment_python() {
 _environment_install() {
     local root=$1 venv=$2 stamp=$3 state=$4 python=$5 extras=$6
     echo "installing the pinned versions into $venv (once; some minutes)"
-    mkdir -p "$venv" && echo unfinished > "$stamp" || return
+    echo unfinished > "$stamp" || return
     if [ -z "$state" ] || [ "$state" = unfinished ]; then
-        find "$venv" -mindepth 1 ! -path "$stamp" -delete && "$python" -m venv "$venv" || return
+        find "$venv" -mindepth 1 ! -name "${stamp##*/}" -delete && "$python" -m venv "$venv" || return
     fi
     # torch first and alone: what comes after finds its requirement met and cannot choose another build.
     "$venv/bin/python" -m pip install --quiet "$(grep '^torch==' "$root/constraints.txt")" &&
@@ -64,5 +89,5 @@ _environment_install() {
 
 _environment_status=0
 _environment_main "$@" || _environment_status=$?
-unset -f _environment_main _environment_python _environment_install
+unset -f _environment_main _environment_state _environment_update _environment_python _environment_install
 return "$_environment_status" 2>/dev/null || exit "$_environment_status"

@@ -27,24 +27,33 @@ recipes=$root/launch/recipes/1gpu gpus=1 output=output
 reward_from_sft="" divide_batches=""
 sft_flags="" reward_flags="" ppo_flags="" price=() every=()
 while [ $# -gt 0 ]; do
-    case $1 in
+    # As for the steps' own flags, --name=value is --name value, and dashes within a name are underscores.
+    name=${1%%=*}
+    case $name in --*) name=${name#--} name=--${name//-/_} ;; esac
+    case $name in
         --help | -h) echo "$usage"; exit ;;
         --recipes | --num_gpus | --output_dir | --price_per_hour | --sft_flags | --reward_flags | --ppo_flags)
-            if [ $# -lt 2 ]; then echo "error: $1 needs a value" >&2; exit 2; fi
             case $1 in
-                --recipes) recipes=$2 ;;
-                --num_gpus) gpus=$(number "$1" "$2") ;;
-                --output_dir) output=${2%/} ;;
-                --price_per_hour) price=("$1" "$2") ;;
-                --sft_flags) sft_flags=$2 ;;
-                --reward_flags) reward_flags=$2 ;;
-                --ppo_flags) ppo_flags=$2 ;;
+                *=*) value=${1#*=} ;;
+                *) if [ $# -lt 2 ]; then echo "error: $name needs a value" >&2; exit 2; fi
+                   value=$2; shift ;;
             esac
-            shift 2 ;;
-        --reward_from_sft) reward_from_sft=1; shift ;;
-        --divide_batches) divide_batches=1; shift ;;
-        *) every+=("$1"); shift ;;
+            case $name=$value in
+                --recipes= | --output_dir= | --price_per_hour=) echo "error: $name needs a value" >&2; exit 2 ;;
+                --recipes=*) recipes=$value ;;
+                --num_gpus=*) gpus=$(number "$name" "$value") ;;
+                --output_dir=*) output=${value%/} ;;
+                --price_per_hour=*) price=("$name" "$value") ;;
+                --sft_flags=*) sft_flags=$value ;;
+                --reward_flags=*) reward_flags=$value ;;
+                --ppo_flags=*) ppo_flags=$value ;;
+            esac ;;
+        --reward_from_sft | --divide_batches)
+            case $1 in *=*) echo "error: $name takes no value" >&2; exit 2 ;; esac
+            if [ "$name" = --reward_from_sft ]; then reward_from_sft=1; else divide_batches=1; fi ;;
+        *) every+=("$1") ;;
     esac
+    shift
 done
 
 # batches NAME: the flags that give each GPU its share of the batches of the recipe NAME.

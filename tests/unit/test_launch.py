@@ -70,8 +70,51 @@ def test_every_requirement_is_pinned_within_its_bounds(monkeypatch):
     assert next(iter(pins)) == "torch"
 
 
+@pytest.mark.parametrize("flags, told", [
+    (["--num-gpus=0"], "error: --num_gpus 0: a whole number above 0 is needed"),
+    (["--num_gpus=two"], "error: --num_gpus two: a whole number above 0 is needed"),
+    (["--output-dir"], "error: --output_dir needs a value"),
+    (["--output_dir="], "error: --output_dir needs a value"),
+    (["--divide-batches=yes"], "error: --divide_batches takes no value")])
+def test_the_pipeline_knows_its_flags_however_they_are_written(flags, told):
+    done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), *flags], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()) == (2, [told])
+
+
+@pytest.mark.parametrize("flags", [
+    ["--recipes", "mine", "--num_gpus", "2", "--output_dir", "out/", "--sft_flags", "--seed 1", "--lr=3", "a=b"],
+    ["--recipes=mine", "--num-gpus=2", "--output-dir=out", "--sft-flags=--seed 1", "--lr=3", "a=b"]])
+def test_the_pipeline_hands_each_step_its_flags(flags, tmp_path):
+    said = tmp_path / "deepspeed"  # stands for the launcher: says what it was started with, and fails
+    said.write_text('#!/bin/sh\nshift 5\necho "$*"\nexit 3\n')
+    said.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), *flags], env=env, cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines()[-1].split("main.py ")[-1] == (
+        "--config mine/sft.yaml --output_dir out/sft --data_output_path out/data --seed 1 --lr=3 a=b")
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--num_gpus=2", "-h"]])
+def test_help_installs_nothing(flags, tmp_path):
+    env = {**os.environ, "RLHF_VENV": str(tmp_path / "venv"), "PYTHON": "no-such-python"}
+    done = subprocess.run(["bash", str(ROOT / "launch/quickstart.sh"), *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and "--price_per_hour" in done.stdout
+    assert not any(tmp_path.iterdir())
+
+
+# Stands for Python and its pip where nothing can be downloaded; notes each environment it makes in $MADE.
+STAND_IN = """#!/bin/sh
+case "$2" in
+    venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "$3" >> "$MADE" ;;
+    pip) sleep 0.3 ;;
+esac
+"""
+
+
 class TestEnvironment:
-    """launch/environment.sh where it must not, or cannot, install."""
+    """launch/environment.sh where it must not install, cannot, or is used twice at once."""
 
     @pytest.fixture
     def project(self, tmp_path) -> Path:
@@ -81,11 +124,32 @@ class TestEnvironment:
             shutil.copy(ROOT / name, tmp_path)
         return tmp_path
 
-    def source(self, project: Path, **variables: str) -> subprocess.CompletedProcess:
+    def start(self, project: Path, first: str = ":", **variables: str) -> subprocess.Popen:
         env = {key: value for key, value in os.environ.items() if key not in ("RLHF_VENV", "PYTHON")}
         env.update({"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", **variables})
-        return subprocess.run(["bash", "-c", "source launch/environment.sh && echo ready"], cwd=project, env=env,
-                              capture_output=True, text=True, timeout=120)
+        return subprocess.Popen(["bash", "-c", f"{first}; source launch/environment.sh && echo ready $VIRTUAL_ENV"],
+                                cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def source(self, project: Path, **variables: str) -> subprocess.CompletedProcess:
+        started = self.start(project, **variables)
+        stdout, stderr = started.communicate(timeout=120)
+        return subprocess.CompletedProcess(started.args, started.returncode, stdout, stderr)
+
+    def test_scripts_started_together_install_once(self, project):
+        stand_in = project / "python"
+        stand_in.write_text(STAND_IN)
+        stand_in.chmod(0o755)
+        variables = {"PYTHON": str(stand_in), "MADE": str(project / "made"), "RLHF_VENV": "envs/own"}
+        started = [self.start(project, **variables) for _ in range(3)]
+        said = [process.communicate(timeout=120) for process in started]
+        assert [stderr for _, stderr in said] == [""] * 3
+        assert [stdout.splitlines()[-1] for stdout, _ in said] == [f"ready {project / 'envs/own'}"] * 3
+        assert (project / "made").read_text().splitlines() == [str(project / "envs/own")]
+
+    def test_another_shell_is_told_so(self, project):
+        done = self.source(project, first="unset BASH_VERSION")
+        assert done.returncode != 0 and done.stdout == ""
+        assert done.stderr.splitlines() == ["error: launch/environment.sh needs bash: type bash, then source it there"]
 
     def test_leaves_alone_what_it_did_not_make(self, project):
         (project / "mine").mkdir()

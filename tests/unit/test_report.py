@@ -6,6 +6,8 @@ import json
 import pytest
 
 from common.data.builtin import builtin_rows
+from common.data.records import Message, Prompt
+from common.data.templates import get_template
 from common.errors import UserError
 from common.report import Change, make_report, question_of, render, write_summary
 
@@ -91,11 +93,36 @@ def test_a_step_that_was_not_finished_is_named(outputs):
         report_of(outputs)
 
 
+@pytest.mark.parametrize("number, step", [(1, "sft"), (2, "reward"), (3, "ppo")])
+def test_a_step_that_broke_off_is_named(number, step, outputs):
+    path = outputs / step / "logs/metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=rf"{outputs / step}: step {number} \({step}\) was not finished"):
+        report_of(outputs)
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(UserError, match=f"{path} has a row that was not written whole"):
+        report_of(outputs)
+
+
 def test_a_step_that_evaluated_nothing_is_named(outputs):
     write_rows(outputs / "reward/logs/metrics.jsonl", [{"phase": "done", "step": 1, "seconds": 2.0}])
     with pytest.raises(UserError, match="step 2 has evaluated no accuracy"):
         report_of(outputs)
 
 
-def test_a_question_comes_out_of_its_prompt():
-    assert question_of("\n\nHuman: What is  one plus two?\n\nAssistant:") == "What is  one plus two?"
+DIALOGUES = [(Message("user", "What is  one plus two?"),),
+             (Message("system", "Be brief."), Message("user", "Who are you?")),
+             (Message("user", "One?"), Message("assistant", "Yes."), Message("user", "Human: two?\n\nOr three?"))]
+
+
+@pytest.mark.parametrize("template", ["human_assistant", "question_answer", "alpaca"])
+@pytest.mark.parametrize("messages", DIALOGUES, ids=["one turn", "system prompt", "two turns"])
+def test_a_question_comes_out_of_its_prompt(template, messages):
+    prompt = get_template(template).prompt_text(Prompt(messages))
+    assert question_of(prompt) == messages[-1].content
+
+
+@pytest.mark.parametrize("around", ["<|user|>\n{}\n<|assistant|>\n", "[INST] {} [/INST]"])
+def test_a_question_of_the_task_is_found_in_any_wording(around):
+    assert [question_of(around.format(question)) for question in QUESTIONS] == QUESTIONS
+    assert question_of(around.format("Who are you?")) == around.format("Who are you?").strip()
