@@ -21,7 +21,7 @@ def linear_modules(model: nn.Module) -> list[str]:
 
 
 def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, modules: str, flag: str,
-             base_name: str) -> nn.Module:
+             base_name: str, seed: int) -> nn.Module:
     """Freeze `model` and give it trainable adapters; a `score` head stays trainable.
 
     Args:
@@ -29,6 +29,7 @@ def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, module
         modules: `auto` for every linear layer, or comma-separated parts of module names.
         flag: the name of the option that `modules` came from, for the error.
         base_name: recorded in the adapter's configuration.
+        seed: of the adapters' initial weights, which then do not depend on how the model was loaded.
 
     Raises:
         UserError: `modules` matches no linear layer; the message lists the kinds there are.
@@ -44,6 +45,7 @@ def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, module
     model.requires_grad_(False)
     config = LoraConfig(r=dim, lora_alpha=alpha or 2 * dim, lora_dropout=dropout, target_modules=targets, bias="none",
                         base_model_name_or_path=base_name)
+    torch.manual_seed(seed)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     if hasattr(model, "score"):
         model.score.requires_grad_(True)

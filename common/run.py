@@ -93,9 +93,9 @@ def _check_split(provenance: Provenance, config: DataOptions, made: str) -> None
     shared = set(provenance.data_path) & set(_source_names(config))
     rules = [(provenance.data_split, provenance.eval_fraction), (config.data_split, config.eval_fraction)]
     if shared and rules[0] != rules[1]:
-        raise UserError(f"{made} was trained on {sorted(shared)[0]} with --data_split {rules[0][0]} and --eval_fraction "
-                        f"{rules[0][1]:g}; now they are {rules[1][0]} and {rules[1][1]:g}, so prompts would be in two "
-                        "steps: use the same in every step")
+        raise UserError(f"{made} was trained on {sorted(shared)[0]} with --data_split {rules[0][0]} and "
+                        f"--eval_fraction {rules[0][1]:g}; now they are {rules[1][0]} and {rules[1][1]:g}, so prompts "
+                        "would be in two steps: use the same in every step")
 
 
 def _source_names(config: DataOptions) -> tuple[str, ...]:

@@ -69,7 +69,8 @@ def build_engine(config: SFTConfig, source: str, codec: Codec, total_steps: int)
                            trust_remote_code=config.trust_remote_code)
     if config.lora_dim:
         add_lora(model, dim=config.lora_dim, alpha=config.lora_alpha, dropout=config.lora_dropout,
-                 modules=config.lora_module_name, flag="--lora_module_name", base_name=config.model_name_or_path)
+                 modules=config.lora_module_name, flag="--lora_module_name", base_name=config.model_name_or_path,
+                 seed=config.seed)
     return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
 
 

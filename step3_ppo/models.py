@@ -124,11 +124,13 @@ def build_models(config: PPOConfig, codec: Codec, actor_source: str, critic_sour
     actor = load_actor(actor_settings, trainable=True)
     if config.actor_lora_dim:
         add_lora(actor, dim=config.actor_lora_dim, alpha=config.actor_lora_alpha, dropout=NO_DROPOUT,
-                 modules=config.actor_lora_module_name, flag="--actor_lora_module_name", base_name=actor_source)
+                 modules=config.actor_lora_module_name, flag="--actor_lora_module_name", base_name=actor_source,
+                 seed=config.seed)
     critic = load_critic(critic_settings, trainable=True, calibration=calibration)
     if config.critic_lora_dim:
         add_lora(critic.classifier, dim=config.critic_lora_dim, alpha=config.critic_lora_alpha, dropout=NO_DROPOUT,
-                 modules=config.critic_lora_module_name, flag="--critic_lora_module_name", base_name=critic_source)
+                 modules=config.critic_lora_module_name, flag="--critic_lora_module_name", base_name=critic_source,
+                 seed=config.seed)
     actor_engine = training_engine(actor, actor_settings, optimizer_settings(
         config.actor_learning_rate, config.actor_lora_learning_rate, config.actor_weight_decay))
     critic_engine = training_engine(critic, critic_settings, optimizer_settings(

@@ -153,8 +153,7 @@ def experience() -> Experience:
 
 
 def with_lora(model):
-    torch.manual_seed(11)
-    add_lora(model, dim=4, alpha=8, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="base")
+    add_lora(model, dim=4, alpha=8, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="base", seed=0)
     generator = torch.Generator().manual_seed(12)
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # B starts at 0, which would hide every gradient of A

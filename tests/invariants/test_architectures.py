@@ -91,7 +91,7 @@ def test_lora_is_the_base_when_off_and_the_merged_model_when_on(directory, codec
     model = causal(directory, codec)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     layers = len(linear_modules(model))
-    add_lora(model, dim=4, alpha=16, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="base")
+    add_lora(model, dim=4, alpha=16, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="base", seed=0)
     torch.testing.assert_close(model(input_ids=tokens, attention_mask=mask).logits, base, atol=0, rtol=0)
     randomise_adapters(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -118,7 +118,8 @@ def test_lora_is_the_base_when_off_and_the_merged_model_when_on(directory, codec
 
 def test_lora_keeps_a_score_head_trainable_and_saves_it(directory, codec, tmp_path):
     model = scalar(directory, codec)
-    add_lora(model.classifier, dim=2, alpha=0, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="base")
+    add_lora(model.classifier, dim=2, alpha=0, dropout=0.0, modules="auto", flag="--lora_module_name",
+             base_name="base", seed=0)
     assert model.classifier.score.weight.requires_grad
     state = {name.removeprefix("classifier."): value for name, value in model.state_dict().items()}
     assert not any("lora_" in name for name in merged_state_dict(model.classifier, state))

@@ -17,7 +17,8 @@ def model(tmp_path, builtin_cache):
 
 
 def adapt(model, modules, dim=4, alpha=0):
-    return add_lora(model, dim=dim, alpha=alpha, dropout=0.0, modules=modules, flag="--lora_module_name", base_name="x")
+    return add_lora(model, dim=dim, alpha=alpha, dropout=0.0, modules=modules, flag="--lora_module_name",
+                    base_name="x", seed=0)
 
 
 def adapted(model) -> set[str]:

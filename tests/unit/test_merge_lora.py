@@ -27,7 +27,7 @@ def base_model(kind: str, directory):
 def adapter(request, chat_model, tmp_path):
     """(kind, directory) of an adapter that changes its base visibly, in a step's output directory."""
     model = add_lora(base_model(request.param, chat_model), dim=4, alpha=8, dropout=0.0, modules="auto",
-                     flag="--lora_module_name", base_name=str(chat_model))
+                     flag="--lora_module_name", base_name=str(chat_model), seed=3)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name or name.startswith("score"):
