@@ -77,8 +77,10 @@ class PreparationReport:
         summary.append(", ".join(left + [f"{count:,} {what}" for count, what in others if count]))
         return summary
 
-    def check(self, max_bad_fraction: float) -> None:
-        """Raises UserError if too many rows were unusable or nothing is left to train on."""
+    def check(self, max_bad_fraction: float, *, length_flag: str = "--max_seq_len",
+              data_flag: str = "--data_path") -> None:
+        """Raises UserError if too many rows were unusable or nothing is left to train on. The flags, which
+        limit the rows' length and name the sources, are for its message."""
         self.read.check(max_bad_fraction)
         written = self.refused + self.too_long + self.train_rows + self.eval_rows
         if self.refused > max_bad_fraction * written:
@@ -86,9 +88,9 @@ class PreparationReport:
             raise UserError(f"{self.refused:,} of {written:,} rows cannot be written with the template, such "
                             f"as {where}: {why}")
         if not self.train_rows and self.too_long:
-            raise UserError(f"no row is left to train on: {self.too_long:,} have answers too long for "
-                            "--max_seq_len (--max_answer_seq_len): raise it")
+            raise UserError(f"no row is left to train on: {self.too_long:,} of {data_flag} are too "
+                            f"long for {length_flag}: raise it")
         if not self.train_rows:
-            raise UserError("no row of --data_path is left to train on: "
+            raise UserError(f"no row of {data_flag} is left to train on: "
                             f"{self.other_phases:,} belong to other steps (--data_split) and "
                             f"{self.eval_rows:,} are held out (--eval_fraction)")

@@ -3,6 +3,7 @@ memory."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,7 +20,7 @@ import tokenizers
 import transformers
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from common.data.blend import SourceSpec
 from common.data.preparation_report import PreparationReport
@@ -36,7 +37,8 @@ _COLUMNS = {
     "text": ("input_ids",),
 }
 _READY = "READY"
-_POLL_SECONDS = 0.5
+_PATIENCE = 10      # seconds until a rank says what it waits for
+_SETTLED = 2        # seconds after which a further change of a file shows in its time
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class DataRequest:
         max_tokens: of a whole sequence, prompt and response with its end token; of a piece of plain text.
         max_bad_fraction: more unusable rows than this share of a source's are an error.
         cache_dir: directory of the prepared data.
+        length_flag: the option that `max_tokens` comes from, for messages.
     """
 
     data_path: Sequence[SourceSpec]
@@ -65,6 +68,7 @@ class DataRequest:
     columns: Mapping[str, str] | None = None
     max_rows: int | None = None
     max_bad_fraction: float = 0.02
+    length_flag: str = "--max_seq_len"
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,9 @@ class PreparedData:
 def prepare(request: DataRequest, codec: Codec) -> PreparedData:
     """The data of a step, from the cache where they have been prepared before.
 
-    Local rank 0 of each machine prepares while the machine's other ranks wait for the result; no process
-    group is needed, so a wait may last as long as it takes. The result is the same on every rank.
+    One of the ranks that share the cache prepares while the others wait for the result; no process group is
+    needed, so a wait may last as long as it takes. The result is the same on every rank, unless a source
+    changes meanwhile. A local file is hashed again only when its place, size or time of change differs.
 
     Raises:
         UserError: a source cannot be read, too many rows are unusable, or none is left to train on.
@@ -98,23 +103,36 @@ def prepare_many(requests: Sequence[DataRequest], codec: Codec) -> PreparedData:
     `prepare`."""
     parts = [_from_cache(request, codec) for request in requests]
     data = parts[0] if len(parts) == 1 else _joined(parts)
-    data.report.check(max(request.max_bad_fraction for request in requests))
+    flags = dict.fromkeys(spec.flag for request in requests for spec in request.data_path)
+    data.report.check(max(request.max_bad_fraction for request in requests),
+                      length_flag=requests[0].length_flag, data_flag=" and ".join(flags))
     return data
 
 
 def _from_cache(request: DataRequest, codec: Codec) -> PreparedData:
-    target = Path(request.cache_dir) / f"{request.kind}-{_key(request, codec)}"
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+    cache = Path(request.cache_dir)
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / f"{request.kind}-{_key(request, codec)}"
+    with _locked(Path(f"{target}.lock"), "the data to be prepared"):
+        data = _load(target)
+        if data is None:
+            _build(request, codec, target)
             data = _load(target)
-            if data is None:
-                _build(request, codec, target)
-                data = _load(target)
-    else:
-        while (data := _load(target)) is None:
-            time.sleep(_POLL_SECONDS)
     return data
+
+
+@contextlib.contextmanager
+def _locked(path: Path, awaited: str) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        print(f"local rank {os.environ.get('LOCAL_RANK', '0')}: waiting for {awaited}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _joined(parts: Sequence[PreparedData]) -> PreparedData:
@@ -134,15 +152,36 @@ def _dialogues(dataset: Dataset) -> np.ndarray:
 def _key(request: DataRequest, codec: Codec) -> str:
     """A hash of all that decides the content of the prepared data, the code of this package included."""
     asked = {name: value for name, value in vars(request).items()
-             if name not in ("cache_dir", "max_bad_fraction")}
-    asked["data_path"] = [[spec.name, fingerprint(spec, request.columns, request.max_rows)]
-                          for spec in request.data_path]
+             if name not in ("cache_dir", "max_bad_fraction", "length_flag")}
+    asked["data_path"] = [[spec.name, _fingerprint(spec, request)] for spec in request.data_path]
     asked["columns"] = dict(request.columns or {})
     asked["codec"] = [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.end_token]
-    asked["code"] = [hashlib.sha256(file.read_bytes()).hexdigest()
-                     for file in sorted(Path(__file__).parent.glob("*.py"))]
+    asked["code"] = _code()
     asked["libraries"] = [transformers.__version__, tokenizers.__version__]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _code() -> list[str]:
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(__file__).parent.glob("*.py"))]
+
+
+def _fingerprint(spec: SourceSpec, request: DataRequest) -> str:
+    """`reading.fingerprint`, which reads all of the source's bytes; of local files it is noted in the cache."""
+    path = Path(spec.name).expanduser()
+    if not path.exists():
+        return fingerprint(spec, request.columns, request.max_rows)
+    with _locked(Path(request.cache_dir) / "sources.lock", f"{spec.name} to be hashed"):
+        files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
+        stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        state = [stats, spec.name, spec.weight, dict(request.columns or {}), request.max_rows, _code()]
+        name = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
+        note = Path(request.cache_dir) / f"source-{name}.sha256"
+        if note.is_file() and len(noted := note.read_text().strip()) == 64:
+            return noted
+        found = fingerprint(spec, request.columns, request.max_rows)
+        if max((time_ns for *_, time_ns in stats), default=0) < time.time_ns() - _SETTLED * 10**9:
+            note.write_text(f"{found}\n")
+        return found
 
 
 def _load(directory: Path) -> PreparedData | None:

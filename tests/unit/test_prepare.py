@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +218,40 @@ def test_processes_that_start_together_agree(tmp_path, codec, tokenizer_director
     assert len(list((tmp_path / "cache").glob("*/train.arrow"))) == 1
 
 
+def test_no_rank_depends_on_another(tmp_path, tokenizer_directory):
+    """A rank that read another state of the files than the rest has no one to wait for."""
+    process = start_process(tmp_path, tokenizer_directory, write(tmp_path / "d.jsonl", pairs(30)), local_rank=1)
+    try:
+        assert process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("whole_directory", [False, True])
+def test_files_are_hashed_again_when_their_size_or_time_differs(tmp_path, codec, whole_directory):
+    def of_rows(first: int, changed: int) -> list:
+        path = write(tmp_path / "set" / "d.jsonl", pairs(30, first))
+        os.utime(path, ns=(changed, changed))
+        return prepare(request(tmp_path, str(tmp_path / "set") if whole_directory else path), codec).train.to_list()
+
+    first = of_rows(100, changed=10**18)
+    assert of_rows(130, changed=10**18) == first    # same size and time: taken to be the same
+    assert of_rows(130, changed=10**18 + 1) != first
+    (tmp_path / "set" / "d.jsonl").unlink()
+    with pytest.raises(UserError, match="--data_path"):
+        prepare(request(tmp_path, str(tmp_path / "set")), codec)
+
+
+def test_files_that_have_just_changed_are_always_read(tmp_path, codec):
+    now = time.time_ns() + 10**11
+    prepared = []
+    for start in (100, 130):
+        path = write(tmp_path / "d.jsonl", pairs(30, start))
+        os.utime(path, ns=(now, now))
+        prepared.append(prepare(request(tmp_path, path), codec).train.to_list())
+    assert prepared[0] != prepared[1]
+
+
 def test_unusable_rows_are_shown_with_their_place_and_too_many_are_an_error(tmp_path, codec):
     same = {"prompt": "Which?", "chosen": "This.", "rejected": "This."}
     path = write(tmp_path / "d.jsonl", [*pairs(20), "{broken", same])
@@ -253,6 +288,19 @@ def test_rows_a_chat_template_refuses_are_counted(tmp_path, tokenizer_directory)
 def test_nothing_to_train_on_names_the_flag_to_change(tmp_path, codec, changes, flag):
     with pytest.raises(UserError, match=flag):
         prepare(request(tmp_path, write(tmp_path / "d.jsonl", pairs(10)), **changes), codec)
+
+
+def test_messages_name_the_flags_that_the_request_came_from(tmp_path, codec):
+    path = write(tmp_path / "d.jsonl", pairs(10))
+    asked = request(tmp_path, path, data_path=parse_data_path([path], flag="--other_data"))
+    with pytest.raises(UserError, match="--other_data.*--max_prompt_seq_len: raise"):
+        prepare(replace(asked, max_tokens=1, kind="prompt", length_flag="--max_prompt_seq_len"), codec)
+    with pytest.raises(UserError, match="--other_data"):
+        prepare(replace(asked, phase=1, data_split="1,0,1"), codec)
+    prepare(asked, codec)
+    assert len(list((tmp_path / "cache").glob("demonstration-*/READY"))) == 2
+    prepare(replace(asked, length_flag="--max_prompt_seq_len"), codec)
+    assert len(list((tmp_path / "cache").glob("demonstration-*/READY"))) == 2
 
 
 def test_a_prompt_of_several_comparisons_is_rolled_out_once(tmp_path, codec):
