@@ -106,7 +106,8 @@ class ColumnMap:
     """The user's names for the columns understood: ``{'prompt': 'question', 'chosen': 'good', 'rejected':
     'bad'}``.
 
-    Raises UserError for a key that is no column of any layout.
+    One map serves all files of a blend: it is applied to those that have all its columns. Raises UserError
+    for a key that is no column of any layout.
     """
 
     def __init__(self, names: Mapping[str, str] | None):
@@ -118,13 +119,35 @@ class ColumnMap:
                 raise UserError(f"--columns: '{key}' is no column that is understood{_nearest(key, known)}; "
                                 f"those are {', '.join(known)}")
 
-    def columns(self, found: Collection[str], label: str) -> set[str]:
-        """The names of the ``found`` columns after renaming. Raises UserError if a mapped one is not
-        there."""
-        for key, column in self.names.items():
-            if column not in found:
-                raise UserError(f"--columns: {label} has no column '{column}' (for '{key}')"
-                                f"{_nearest(column, found)}; it has {', '.join(sorted(found))}")
+    def for_kind(self, kind: str) -> ColumnMap:
+        """The part of the map that has to do with records of ``kind``: text and dialogues may lie in
+        different sources."""
+        known = {column for layout in LAYOUTS if kind in layout.kinds
+                 for column in layout.required + layout.optional}
+        return ColumnMap({key: column for key, column in self.names.items() if key in known})
+
+    def check(self, files: Mapping[str, Collection[str]]) -> None:
+        """Raises UserError if none of the ``files`` (label -> columns found) has all mapped columns."""
+        if not files or any(self._fits(found) for found in files.values()):
+            return
+        label, found = max(files.items(), key=lambda file: self._likeness(file[1]))
+        key, column = next(item for item in self.names.items() if item[1] not in found)
+        raise UserError(f"--columns: {label} has no column '{column}' (for '{key}')"
+                        f"{_nearest(column, found)}; it has {', '.join(sorted(found))}")
+
+    def within(self, found: Collection[str]) -> ColumnMap:
+        """This map, or an empty one where the ``found`` columns are not those it speaks of."""
+        return self if self._fits(found) else ColumnMap(None)
+
+    def _fits(self, found: Collection[str]) -> bool:
+        return set(self.names.values()) <= set(found)
+
+    def _likeness(self, found: Collection[str]) -> tuple[int, int]:
+        wanted = self.names.values()
+        return sum(column in found for column in wanted), sum(bool(_nearest(column, found)) for column in wanted)
+
+    def columns(self, found: Collection[str]) -> set[str]:
+        """The names of the ``found`` columns after renaming."""
         return (set(found) - set(self.names.values())) | set(self.names)
 
     def rename(self, row: dict[str, Any]) -> dict[str, Any]:

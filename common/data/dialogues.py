@@ -96,8 +96,8 @@ def read_answered(value: Any, column: str) -> tuple[list[Message], str]:
 
 def make_prompt(messages: Sequence[Message], column: str, system: str = "") -> Prompt:
     """The prompt made of ``messages``: a system message first, if any; empty messages left out; turns of one
-    speaker in a row joined to one, as chat templates demand. Raises BadRow if it does not end with the
-    user's turn."""
+    speaker in a row joined to one, as chat templates demand, with the user's first one kept as the opening.
+    Raises BadRow if it does not end with the user's turn."""
     turns: list[Message] = []
     for message in [Message("system", system), *messages]:
         if not message.content:
@@ -111,4 +111,5 @@ def make_prompt(messages: Sequence[Message], column: str, system: str = "") -> P
         raise BadRow(f"'{column}' is empty" if empty else f"'{column}': no user's turn before the answer")
     if any(turn.role == "system" for turn in turns[1:]):
         raise BadRow(f"'{column}' has a system message after the first turn")
-    return Prompt(tuple(turns))
+    opening = next(message.content for message in messages if message.role == "user" and message.content)
+    return Prompt(tuple(turns), opening)

@@ -12,7 +12,7 @@
 - ``messages``: a list of role/content: the last assistant message is the response; as a prompt alone, the
   answer may be missing.
 - ``prompt``: a prompt. Optional: ``system_prompt``.
-- ``text``: plain text.
+- ``text``: plain text. Blank texts, by which some sets part paragraphs, are left out.
 
 A comparison also serves as a demonstration, and all but plain text as prompts.
 """
@@ -59,7 +59,7 @@ DEMONSTRATIONS = ("demonstration", "prompt")
 
 def to_record(layout: Layout, row: dict[str, Any], kind: str) -> Record | None:
     """The row as a record of ``kind`` (one of ``layout.kinds``); None for a tie where a comparison is asked
-    for.
+    for, and for a blank text.
 
     Raises BadRow if a column is missing or empty, of the wrong type, or chosen == rejected.
     """
@@ -68,7 +68,7 @@ def to_record(layout: Layout, row: dict[str, Any], kind: str) -> Record | None:
             raise BadRow(f"'{column}' is missing")
     example = layout.read(row)
     if kind == "text":
-        return PlainText(_filled(example.text, "text"))
+        return PlainText(example.text) if example.text else None
     if kind == "prompt":
         return example.prompt
     if kind == "demonstration":

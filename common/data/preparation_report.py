@@ -42,8 +42,7 @@ class PreparationReport:
 
     def joined(self, other: PreparationReport) -> PreparationReport:
         """The sums of both."""
-        read = ReadReport(dict(self.read.sources), self.read.first_bad + other.read.first_bad,
-                          self.read.notes + other.read.notes)
+        read = ReadReport(dict(self.read.sources), self.read.notes + other.read.notes)
         for source, counts in other.read.sources.items():
             known = read.sources.get(source, Counts())
             read.sources[source] = Counts(**{name: vars(known)[name] + count
@@ -60,6 +59,8 @@ class PreparationReport:
         values = json.loads(text)
         read = ReadReport(**values.pop("read"))
         read.sources = {source: Counts(**counts) for source, counts in read.sources.items()}
+        for counts in read.sources.values():
+            counts.first_bad = [(where, why) for where, why in counts.first_bad]
         return cls(read, **values)
 
     def lines(self) -> list[str]:

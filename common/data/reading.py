@@ -36,32 +36,37 @@ class SourcedRecord:
 @dataclass
 class Counts:
     """Rows of one source. What is neither usable nor bad is left out without fault (a tie has no better
-    answer)."""
+    answer, a blank text nothing to learn). ``first_bad``: the first bad ones, as (where, why)."""
 
     total: int = 0
     usable: int = 0
     bad: int = 0
+    first_bad: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
 class ReadReport:
-    """What was read, by source name, and the first bad rows of each source as (where, why)."""
+    """What was read, by source name."""
 
     sources: dict[str, Counts] = field(default_factory=dict)
-    first_bad: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def first_bad(self) -> list[tuple[str, str]]:
+        """The first bad rows of every source as (where, why)."""
+        return [bad for counts in self.sources.values() for bad in counts.first_bad]
 
     def count_bad(self, source: str, where: str, why: str) -> None:
         counts = self.sources[source]
         counts.bad += 1
         if counts.bad <= _SHOWN:
-            self.first_bad.append((where, why))
+            counts.first_bad.append((where, why))
 
     def check(self, max_bad_fraction: float) -> None:
         """Raises UserError if a source has no usable row or more bad ones than the given share of its
         rows."""
         for source, counts in self.sources.items():
-            shown = "".join(f"; {where}: {why}" for where, why in self.first_bad if where.startswith(source))
+            shown = "".join(f"; {where}: {why}" for where, why in counts.first_bad)
             if not counts.usable:
                 raise UserError(f"{source}: none of its {counts.total} rows can be used{shown}")
             if counts.bad > max_bad_fraction * counts.total:
@@ -75,14 +80,17 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
     rest.
 
     ``columns``: see `adapters.ColumnMap`; ``max_rows``: rows read at most of each source's training data,
-    and as many of its test data. Bad rows are counted in ``report`` and skipped. Streams: what is kept in
-    memory is a hash of each test prompt. Raises UserError for a source that cannot be read or cannot give
-    records of that kind.
+    and given and counted of its test data, which are read whole, so that no test prompt is trained on.
+    Bad rows are counted in ``report`` and skipped. Streams: what is kept in memory is a hash of each test
+    prompt. Raises UserError for a source that cannot be read or cannot give records of that kind.
     """
     if kind not in RECORD_KINDS:
         raise ValueError(f"{kind!r} is none of {RECORD_KINDS}")
-    column_map = ColumnMap(columns)
+    column_map = ColumnMap(columns).for_kind(kind)
     sources = [(spec, open_source(spec)) for spec in specs]
+    if column_map.names:
+        files = {part.label: _columns(part) for _, source in sources for part in source.parts}
+        column_map.check({label: found for label, found in files.items() if found})
     for spec, source in sources:
         report.sources.setdefault(spec.name, Counts())
         if source.left_out:
@@ -93,7 +101,12 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
             counts = report.sources[spec.name]
             parts = [part for part in source.parts if part.split == split]
             records = chain.from_iterable(_part_records(spec, part, kind, column_map) for part in parts)
-            for row, record, problem in islice(records, max_rows):
+            limit = None if split == "test" else max_rows
+            for number, (row, record, problem) in enumerate(islice(records, limit)):
+                if max_rows is not None and number >= max_rows:
+                    if record is not None:
+                        tested.add(_key(record))
+                    continue
                 counts.total += 1
                 if problem:
                     report.count_bad(spec.name, row.where, problem)
@@ -112,23 +125,34 @@ def _part_records(spec: SourceSpec, part: Part, kind: str,
                   column_map: ColumnMap) -> Iterator[tuple[Row, Record | None, str | None]]:
     """(row, its record if it has one, what is wrong with it if something is)."""
     rows, layout = part.rows(), None
-    while layout is None:
-        sample = list(islice(rows, _SAMPLE))
-        found = {column for row in sample if row.values is not None for column in row.values}
+    for sample, found in _samples(rows):
         if found:
-            layout = choose_layout(spec.name, column_map.columns(found, part.label), kind, part.label)
-        elif sample:
-            yield from ((row, None, row.problem or "no columns") for row in sample)
+            names = column_map.within(found)
+            layout = choose_layout(spec.name, names.columns(found), kind, part.label)
         else:
-            return
+            yield from ((row, None, row.problem or "no columns") for row in sample)
+    if layout is None:
+        return
     for row in chain(sample, rows):
         record, problem = None, row.problem
         if row.values is not None:
             try:
-                record = to_record(layout, column_map.rename(row.values), kind)
+                record = to_record(layout, names.rename(row.values), kind)
             except BadRow as error:
                 problem = str(error)
         yield row, record, problem
+
+
+def _samples(rows: Iterator[Row]) -> Iterator[tuple[list[Row], set[str]]]:
+    """A few rows at a time and the columns found in them, up to the first that have any."""
+    found: set[str] = set()
+    while not found and (sample := list(islice(rows, _SAMPLE))):
+        found = {column for row in sample if row.values is not None for column in row.values}
+        yield sample, found
+
+
+def _columns(part: Part) -> set[str]:
+    return set().union(*(found for _, found in _samples(part.rows())))
 
 
 def _key(record: Record) -> bytes:

@@ -6,7 +6,7 @@ A comparison can serve as a demonstration (its chosen answer), and both can serv
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Union
 
 Role = Literal["system", "user", "assistant"]
@@ -21,9 +21,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialogue that waits for the assistant: the last message is the user's."""
+    """A dialogue that waits for the assistant: the last message is the user's.
+
+    ``opening``: the user's first message as the source has it, where ``messages`` joins it with the next
+    ones; it takes no part in comparing prompts.
+    """
 
     messages: tuple[Message, ...]
+    opening: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         if not self.messages or self.messages[-1].role != "user":
@@ -31,7 +36,7 @@ class Prompt:
 
     @property
     def first_user_turn(self) -> str:
-        """What the user said first: the identity of a dialogue when data are split."""
+        """All that the user said before the first answer."""
         return next(message.content for message in self.messages if message.role == "user")
 
 
@@ -60,8 +65,8 @@ Record = Union[Prompt, Demonstration, Comparison, PlainText]
 
 def identity(record: Record) -> str:
     """The text by which a record is assigned to a phase and kept or dropped by a blend's weight:
-    the first user turn, or the text itself where there is no dialogue."""
+    the user's first message, or the text itself where there is no dialogue."""
     if isinstance(record, PlainText):
         return record.text
     prompt = record if isinstance(record, Prompt) else record.prompt
-    return prompt.first_user_turn
+    return prompt.first_user_turn if prompt.opening is None else prompt.opening

@@ -25,7 +25,7 @@ from common.data.files import SUFFIXES, Row, is_data_file, read_rows
 from common.errors import UserError
 
 _BUILTIN = "builtin:"
-_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TRAIN = {"train", "training"}
 _TEST = {"test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation"}
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -65,7 +65,7 @@ def open_source(spec: SourceSpec) -> Source:
         return _directory(spec, path)
     if not _HUB_NAME.fullmatch(spec.name) or is_data_file(path):
         raise UserError(f"{spec.flag}: {spec.name} does not exist; name a file, a directory, "
-                        f"builtin:courtesy or a hub data set (owner/name){_similar_path(path)}")
+                        f"builtin:courtesy or a hub data set (name or owner/name){_similar_path(path)}")
     return hub_source(spec)
 
 
@@ -152,7 +152,7 @@ def _load_hub(name: str, config_name: str | None, flag: str) -> dict[str, Any]:
             return dict(load_dataset(name, config_name, revision="refs/convert/parquet"))
     except Exception as error:  # unreachable, unknown, gated, no such configuration: each has its own class
         raise UserError(f"{flag}: {name} is no local path, and it cannot be loaded as a hub data set: "
-                        f"{_first_line(error)}") from error
+                        f"{_first_line(error)}{_similar_path(Path(name))}") from error
 
 
 def _first_line(error: Exception) -> str:

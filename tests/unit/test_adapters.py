@@ -10,7 +10,9 @@ from common.errors import UserError
 
 def record(row, kind, name="somewhere/data.jsonl", columns=None):
     names = ColumnMap(columns)
-    layout = choose_layout(name, names.columns(row.keys(), "data.jsonl"), kind, "data.jsonl")
+    names.check({"data.jsonl": row.keys()})
+    names = names.within(row.keys())
+    layout = choose_layout(name, names.columns(row.keys()), kind, "data.jsonl")
     return to_record(layout, names.rename(row), kind)
 
 
@@ -94,6 +96,10 @@ def test_prompts_and_texts():
         record({"text": "once"}, "demonstration")
 
 
+def test_a_blank_text_is_no_record():
+    assert record({"text": " \n"}, "text") is None
+
+
 def test_words_that_look_like_cues_stay_in_the_text():
     quoting = "\n\nHuman: what does Assistant: mean?\nHuman: hm\n\nAssistant:"
     assert record({"prompt": quoting}, "prompt") == dialogue("what does Assistant: mean?\nHuman: hm")
@@ -129,7 +135,7 @@ BAD = {
     "late system": ({"messages": [*chat("q", "a"), {"role": "system", "content": "s"}, *chat("q", "a")]},
                     "demonstration", "system"),
     "no answer": ({"messages": chat("q")}, "demonstration", "answer is empty"),
-    "empty text": ({"text": " "}, "text", "text is empty"),
+    "no text": ({"text": None}, "text", "'text' is missing"),
 }
 
 

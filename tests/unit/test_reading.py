@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.data.blend import parse_data_path
+from common.data.preparation_report import PreparationReport
 from common.data.reading import Counts, ReadReport, read_records
 from common.data.records import Comparison, identity
 from common.data.split import assignment
@@ -62,13 +63,37 @@ def test_bad_rows_are_counted_shown_and_skipped(tmp_path):
                  {"prompt": "r", "chosen": "a", "rejected": "b"})
     found, report = read([path], "comparison")
     assert [item.where for item in found] == [f"{path}:1", f"{path}:6"]
-    assert report.sources[path] == Counts(total=5, usable=2, bad=3)
-    assert report.first_bad == [(f"{path}:2", "broken JSON"),
-                                (f"{path}:3", "chosen and rejected are the same"),
-                                (f"{path}:4", "'rejected' is missing")]
+    first_bad = [(f"{path}:2", "broken JSON"), (f"{path}:3", "chosen and rejected are the same"),
+                 (f"{path}:4", "'rejected' is missing")]
+    assert report.sources[path] == Counts(total=5, usable=2, bad=3, first_bad=first_bad)
+    assert report.first_bad == first_bad
     report.check(0.6)
     with pytest.raises(UserError, match=f"{path}: 3 of 5 rows .*--max_bad_rows 0.5.*:2: broken JSON"):
         report.check(0.5)
+
+
+def test_bad_rows_are_told_with_their_own_source_alone(tmp_path):
+    """One source's name may begin with another's."""
+    short, long = (lines(tmp_path / name / "x.jsonl", {"prompt": "q"}, "{oops") for name in ("d", "d2"))
+    names = [str(Path(path).parent) for path in (long, short)]
+    report = read(names)[1]
+    assert [report.sources[name].first_bad for name in names] == [[(f"{path}:2", "broken JSON")]
+                                                                  for path in (long, short)]
+    report.sources[names[0]].usable = report.sources[names[0]].total = 100
+    with pytest.raises(UserError) as error:
+        report.check(0.1)
+    assert short in str(error.value) and long not in str(error.value)
+    written = PreparationReport(report)
+    assert PreparationReport.from_json(written.to_json()) == written
+    both = written.joined(PreparationReport(read([names[1]])[1]))
+    assert both.read.sources[names[1]] == Counts(4, 2, 2, [(f"{short}:2", "broken JSON")] * 2)
+
+
+def test_blank_texts_are_left_out_without_fault(tmp_path):
+    path = lines(tmp_path / "data.jsonl", *[{"text": ""}, {"text": " \n"}] * 20, {"text": " = Title = "}, "{oops")
+    found, report = read([path], "text")
+    assert [item.record.text for item in found] == ["= Title ="]
+    assert report.sources[path] == Counts(total=42, usable=1, bad=1, first_bad=[(f"{path}:42", "broken JSON")])
 
 
 def test_a_source_without_a_usable_row_is_an_error_even_in_a_blend(tmp_path):
@@ -107,6 +132,15 @@ def test_max_rows_is_per_source_and_split(tmp_path):
     assert found == {"test": 5, "train": 7 + 5}
 
 
+def test_max_rows_makes_no_test_prompt_a_training_prompt(tmp_path):
+    lines(tmp_path / "train.jsonl", {"prompt": "q 3"}, {"prompt": "r"}, {"prompt": "q 0"})
+    lines(tmp_path / "test-1.jsonl", {"prompt": "q 0"}, {"prompt": "q 1"}, "{oops")
+    lines(tmp_path / "test-2.jsonl", {"prompt": "q 2"}, "{oops", {"prompt": "Q  3"})
+    found, report = read([str(tmp_path)], max_rows=2)
+    assert prompts(found) == [("test", "q 0"), ("test", "q 1"), ("test", "q 3"), ("train", "r")]
+    assert report.sources[str(tmp_path)] == Counts(total=4, usable=4)
+
+
 def test_weights_repeat_and_thin_out_a_source(tmp_path):
     path = lines(tmp_path / "data.jsonl", *({"prompt": f"q {number}"} for number in range(400)))
     whole = {text for _, text in prompts(read([path])[0])}
@@ -122,6 +156,38 @@ def test_files_of_one_directory_may_differ_in_layout(tmp_path):
     assert [item.record.response for item in read([str(tmp_path)], "demonstration")[0]] == ["a", "b"]
     with pytest.raises(UserError, match="a.jsonl.*not comparisons"):
         read([str(tmp_path)], "comparison")
+
+
+def test_a_column_map_is_for_the_sources_that_have_its_columns(tmp_path):
+    own = lines(tmp_path / "own" / "data.jsonl", "{oops", {"question": "q", "good": "a", "prompt": "an id"})
+    other = lines(tmp_path / "other.jsonl", {"prompt": "r", "response": "b"})
+    names = {"prompt": "question", "response": "good"}
+    for order in ([own, other], [other, own], [str(tmp_path)]):
+        found, _ = read(order, "demonstration", columns=names)
+        assert sorted((identity(item.record), item.record.response) for item in found) == [("q", "a"), ("r", "b")]
+    for order in ([own, other], [other, own], [str(tmp_path)]):
+        with pytest.raises(UserError, match=f"--columns: {own} has no column 'qestion'.*mean 'question'"):
+            read(order, "demonstration", columns={"prompt": "qestion", "response": "good"})
+
+
+def test_a_column_map_for_another_kind_is_no_matter(tmp_path):
+    """The prompts' column map does not hinder the plain text, which lies elsewhere; nor the other way round."""
+    path = lines(tmp_path / "data.jsonl", {"text": "once"})
+    assert len(read([path], "text", columns={"prompt": "question"})[0]) == 1
+    path = lines(tmp_path / "own.jsonl", {"question": "q"})
+    assert len(read([path], "prompt", columns={"prompt": "question", "text": "body"})[0]) == 1
+
+
+def test_dialogues_that_begin_alike_stay_together(tmp_path):
+    """Two user turns in a row are joined for the template; the dialogue still begins with the first."""
+    lines(tmp_path / "train.jsonl", {"prompt": "A"},
+          {"prompt": "\n\nHuman: A\n\nAssistant:\n\nHuman: B\n\nAssistant:"},
+          {"prompt": [{"role": "user", "content": text} for text in ("", "a", "B")]})
+    found = read([str(tmp_path)])[0]
+    assert [item.record.messages[-1].content for item in found] == ["A", "A\n\nB", "a\n\nB"]
+    assert [identity(item.record) for item in found] == ["A", "A", "a"]
+    lines(tmp_path / "test.jsonl", {"prompt": "A"})
+    assert {split for split, _ in prompts(read([str(tmp_path)])[0])} == {"test"}
 
 
 def test_files_left_out_are_told(tmp_path):

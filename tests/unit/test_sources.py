@@ -88,19 +88,22 @@ def test_hub_sets_are_loaded_by_datasets(tmp_path, monkeypatch):
     assert train.digest() == train.digest() != source.parts[-1].digest()
 
 
-def test_an_unreachable_hub_is_one_clear_line(tmp_path):
+@pytest.mark.parametrize("name, near", [("no-owner/no-such-set", ""), ("wikitext", ""), ("my_pair", "my_pairs")])
+def test_an_unreachable_hub_is_one_clear_line(name, near, tmp_path):
+    lines(tmp_path / "my_pairs" / "data.jsonl", "a")
     program = ("from common.data.sources import open_source; from common.data.blend import SourceSpec\n"
                "from common.errors import UserError\n"
-               "try: open_source(SourceSpec('no-owner/no-such-set'))\n"
+               f"try: open_source(SourceSpec({name!r}))\n"
                "except UserError as error: print(error)")
-    offline = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
-                         env=offline)
+    offline = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"), PYTHONPATH=str(ROOT))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                         cwd=tmp_path, env=offline)
     (line,) = run.stdout.splitlines()
-    assert line.startswith("--data_path: no-owner/no-such-set is no local path, and")
+    assert line.startswith(f"--data_path: {name} is no local path, and")
+    assert ("did you mean my_pairs?" in line) == bool(near)
 
 
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "no/such/path", "data/no.jsonl", "nowhere"])
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "no/such/path", "data/no.jsonl", "nowhere.csv"])
 def test_a_path_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--data_path.*does not exist"):
