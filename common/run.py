@@ -108,12 +108,13 @@ def text_of(codec: Codec) -> dict[str, str]:
             "end_token": codec.end_token, "pad_token": codec.pad_token}
 
 
-def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest:
-    """This step's part of `--data_path`, to be prepared as records of `kind`."""
+def data_request(config: DataOptions, kind: str, max_tokens: int, length_flag: str) -> DataRequest:
+    """This step's part of `--data_path`, to be prepared as records of `kind`; `length_flag` set `max_tokens`."""
     return DataRequest(
         data_path=parse_data_path(config.data_path), kind=kind, phase=config.phase, data_split=config.data_split,
         eval_fraction=config.eval_fraction, columns=config.columns or None, max_tokens=max_tokens,
-        max_rows=config.max_rows, max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)
+        length_flag=length_flag, max_rows=config.max_rows, max_bad_fraction=config.max_bad_rows,
+        cache_dir=config.data_output_path)
 
 
 def say_data(data: PreparedData) -> None:

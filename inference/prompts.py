@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from common.data.blend import parse_data_path
 from common.data.dialogues import BadRow, read_prompt
 from common.data.reading import ReadReport, SourcedRecord, read_records
-from common.data.records import Prompt
+from common.data.records import Prompt, identity
 from common.data.split import assignment
 from common.errors import UserError
 from common.provenance import Provenance
@@ -62,7 +62,7 @@ def choose(prompts: list[Prompt], count: int | None, seed: int) -> list[Prompt]:
 def _is_held_out(sourced: SourcedRecord, trained: Sequence[Provenance]) -> bool:
     if sourced.split == "test":
         return True
-    first = sourced.record.first_user_turn
+    first = identity(sourced.record)
     return bool(trained) and all(assignment(first, rule.data_split, rule.eval_fraction).is_eval for rule in trained)
 
 

@@ -52,7 +52,7 @@ def main(argv=None) -> None:
 
 def prepare_demonstrations(config: SFTConfig, codec: Codec) -> PreparedData:
     """This step's part of the data, and all of the data that is given to it alone."""
-    request = data_request(config, "demonstration", config.max_seq_len)
+    request = data_request(config, "demonstration", config.max_seq_len, "--max_seq_len")
     requests = [request]
     if config.sft_only_data_path:
         whole = parse_data_path(config.sft_only_data_path, flag="--sft_only_data_path")

@@ -28,7 +28,7 @@ def main(argv=None) -> None:
     source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path)
     check_room(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
     codec = open_codec(config, source, "--model_name_or_path")
-    data = prepare(data_request(config, "comparison", config.max_seq_len), codec)
+    data = prepare(data_request(config, "comparison", config.max_seq_len, "--max_seq_len"), codec)
     say_data(data)
     if not len(data.eval):
         raise UserError("no pair is held out, so the scores' mean and spread cannot be measured: raise "

@@ -40,7 +40,7 @@ def main(argv=None) -> None:
                    "--max_prompt_seq_len and --max_answer_seq_len", config.trust_remote_code)
     codec = open_codec(config, actor, "--actor_model_name_or_path")
     calibration = read_calibration(config, codec, critic)
-    data = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec)
+    data = prepare(data_request(config, "prompt", config.max_prompt_seq_len, "--max_prompt_seq_len"), codec)
     say_data(data)
     texts = prepare(text_request(config), codec).train if config.unsupervised_dataset_name else None
     warn(config)
