@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import save_config
@@ -124,11 +125,15 @@ def say_data(data: PreparedData) -> None:
 
 
 @contextlib.contextmanager
-def publishing(config: DataOptions, codec: Codec, step: str, base: str, **calibration: float):
+def publishing(config: DataOptions, codec: Codec, step: str, base: str, parts: Sequence[str] = (),
+               **calibration: float):
     """Export within this context: provenance.json is gone while it lasts, and written when it ends well.
 
     So an output directory that has one is whole, also when it is used again. The resolved configuration goes with it;
     what an earlier run left that this one may not write (adapters, a moving average) is removed.
+
+    Args:
+        parts: model directories inside the output directory; each gets the provenance too, so that it can be moved.
     """
     output = Path(config.output_dir)
     if is_main():
@@ -138,8 +143,10 @@ def publishing(config: DataOptions, codec: Codec, step: str, base: str, **calibr
     yield
     if is_main():
         save_config(config, output / CONFIG_FILE)
-        Provenance(step=step, base=base, data_path=_source_names(config), data_split=config.data_split,
-                   eval_fraction=config.eval_fraction, **text_of(codec), **calibration).write(output)
+        provenance = Provenance(step=step, base=base, data_path=_source_names(config), data_split=config.data_split,
+                                eval_fraction=config.eval_fraction, **text_of(codec), **calibration)
+        for directory in (*(output / part for part in parts), output):
+            provenance.write(directory)
     barrier()
 
 

@@ -16,7 +16,7 @@ from common.distributed import rank, run_program, seed_rank, start, world_size
 from common.engine import EngineSettings, OptimizerSettings, check_engine_options, deepspeed_config, training_engine
 from common.lora import add_lora
 from common.loop import SupervisedLoop
-from common.models.factory import check_room, load_causal_lm, resolve_model
+from common.models.factory import check_language_model, check_room, load_causal_lm, resolve_model
 from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from step1_sft.config import SFTConfig
 from step1_sft.trainer import SFTTrainer
@@ -28,6 +28,7 @@ def main(argv=None) -> None:
     check_engine_options(config)
     source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path)
     check_room(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
+    check_language_model(source, "--model_name_or_path", config.trust_remote_code)
     codec = open_codec(config, source, "--model_name_or_path")
     data = prepare_demonstrations(config, codec)
     say_data(data)

@@ -19,7 +19,7 @@ from common.data.sampler import StepSampler
 from common.data.tokenization import Codec
 from common.distributed import rank, run_program, say, start, world_size
 from common.engine import check_engine_options
-from common.models.factory import check_room, resolve_model
+from common.models.factory import check_language_model, check_room, resolve_model
 from common.provenance import Calibration
 from common.run import (data_request, open_codec, open_run, publishing, read_calibration, report_done, say_data)
 from step3_ppo.config import PPOConfig
@@ -38,6 +38,7 @@ def main(argv=None) -> None:
     for source, flag in ((actor, "--actor_model_name_or_path"), (critic, "--critic_model_name_or_path")):
         check_room(source, flag, config.max_prompt_seq_len + config.max_answer_seq_len,
                    "--max_prompt_seq_len and --max_answer_seq_len", config.trust_remote_code)
+    check_language_model(actor, "--actor_model_name_or_path", config.trust_remote_code)
     codec = open_codec(config, actor, "--actor_model_name_or_path")
     calibration = read_calibration(config, codec, critic)
     data = prepare(data_request(config, "prompt", config.max_prompt_seq_len, "--max_prompt_seq_len"), codec)
@@ -120,7 +121,8 @@ def warn(config: PPOConfig) -> None:
 def save(config: PPOConfig, models: PPOModels, codec: Codec, calibration: Calibration) -> None:
     """actor/, critic/ and, if it was kept, ema/, each a directory that transformers loads."""
     output = Path(config.output_dir)
-    with publishing(config, codec, step="ppo", base=config.actor_model_name_or_path,
+    parts = ["actor", "critic"] + (["ema"] if models.ema is not None else [])
+    with publishing(config, codec, step="ppo", base=config.actor_model_name_or_path, parts=parts,
                     score_mean=calibration.mean, score_std=calibration.std):
         export_model(models.actor, codec, output / "actor", output / "adapter" / "actor")
         export_model(models.critic, codec, output / "critic", output / "adapter" / "critic")

@@ -100,6 +100,12 @@ def check_room(source: str, flag: str, tokens: int, length_flags: str, trust_rem
                         f"{positions}: lower them")
 
 
+def check_language_model(source: str, flag: str, trust_remote_code: bool = False) -> None:
+    """Raises UserError for a reward model, which would load as a language model that has forgotten how to write."""
+    if is_scalar_config(load_config(source, flag, trust_remote_code)):
+        raise UserError(f"{flag} {source} is a reward model, which gives scores and no answers: name a language model")
+
+
 @contextlib.contextmanager
 def _partitioned_loading(ds_config: dict | None):
     """Let from_pretrained split the weights over ranks as it reads them, where the engine will be ZeRO-3."""

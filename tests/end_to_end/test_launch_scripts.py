@@ -39,7 +39,7 @@ def test_the_three_scripts_of_a_machine_hand_on_their_results(machine, tmp_path)
     summary = run(["python", str(ROOT / "launch/summary.py"), str(tmp_path), "--price_per_hour", "8.80"])
     assert "TRUE reward" in summary.stdout and "which cost $" in summary.stdout
     for step in ("sft", "reward", "ppo/actor", "ppo/critic"):
-        assert (tmp_path / step / "model.safetensors").is_file()
+        assert (tmp_path / step / "model.safetensors").is_file() and (tmp_path / step / "provenance.json").is_file()
     for step in ("sft", "reward", "ppo"):
         assert read_json_lines(tmp_path / step / "logs/metrics.jsonl")[-1]["step"] == 2
 

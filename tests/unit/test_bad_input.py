@@ -98,6 +98,18 @@ def test_step_3_refuses_a_language_model_as_reward_model(good):
     assert "--critic_model_name_or_path" in message and "no reward model" in message
 
 
+def test_a_reward_model_is_not_taken_for_a_language_model(good, tmp_path):
+    import shutil
+    reward = tmp_path / "reward"
+    shutil.copytree(good["--model_name_or_path"], reward)
+    config = json.loads((reward / "config.json").read_text())
+    (reward / "config.json").write_text(json.dumps({**config, "architectures": ["OPTForSequenceClassification"]}))
+    assert "is a reward model" in refusal(step1, {**good, "--model_name_or_path": str(reward)})
+    del good["--model_name_or_path"]
+    assert "--actor_model_name_or_path" in refusal(step3, {
+        **good, "--actor_model_name_or_path": str(reward), "--critic_model_name_or_path": str(reward)})
+
+
 def test_step_3_refuses_models_trained_on_other_text(good, tmp_path, builtin_cache):
     """The actor says that it was trained with another template, and with another tokenizer."""
     import shutil
