@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class Terminal:
             stream.reconfigure(errors="replace")
         if self.interactive:
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  gives input() its line editing
+                importlib.import_module("readline")  # its import gives input() line editing
 
     def questions(self) -> Iterator[str]:
         """Lines without surrounding white space, empty ones left out, until the input ends."""
