@@ -7,7 +7,6 @@ Nothing here knows what an option means, and nothing here imports torch.
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import inspect
 import sys
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 from common.option_types import Option, convert, convert_words, kind_of, option
 
 __all__ = ["Config", "Option", "ignored_options", "option", "options", "parse", "save_config"]
@@ -110,9 +109,8 @@ def _add(layer: dict[str, _Setting], name: str, setting: _Setting) -> None:
     layer[name] = setting
 
 
-def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {prefix}{near[0]}?" if near else "--help lists what there is"
+def _hint(word: str, known: Iterable[str], before: str = "") -> str:
+    return did_you_mean(word, known, ": ", before) or ": --help lists what there is"
 
 
 def _read_recipe(cls: type[Config], path: str) -> dict[str, _Setting]:
@@ -135,7 +133,7 @@ def _read_recipe(cls: type[Config], path: str) -> dict[str, _Setting]:
     for key_node, value_node in root.value:
         key, place = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
         if key not in known:
-            raise UserError(f"{place}: unknown key {key}: {_nearest(key, known)}")
+            raise UserError(f"{place}: unknown key {key}{_hint(key, known)}")
         if key in seen:
             raise UserError(f"{place}: {key} is given twice: keep one")
         seen.add(key)
@@ -220,7 +218,7 @@ def _read_command_line(
     words = [_with_underscores(word) for word in argv]
     namespace, unknown = _build_parser(cls, prog).parse_known_args(words, argparse.Namespace(given=[]))
     for flag in (word[2:].partition("=")[0] for word in unknown if word.startswith("--")):
-        raise UserError(f"unknown flag --{flag}: {_nearest(flag, [*known, *negations, 'config'], '--')}")
+        raise UserError(f"unknown flag --{flag}{_hint(flag, [*known, *negations, 'config'], '--')}")
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]}: every value follows its --flag")
     recipes, layer = [], {}

@@ -1,4 +1,8 @@
-"""The one error that is the user's to mend."""
+"""The one error that is the user's to mend, and the hint that some of its messages give."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -14,3 +18,12 @@ class TrainingFailure(Exception):
 
     The message is one line that says where and what to try. Programs print it and exit with code 1.
     """
+
+
+def did_you_mean(word: str, known: Iterable[str], lead: str = "; ", before: str = "") -> str:
+    """`; did you mean NAME?` for the known name that is most like `word`, or '' if none is like it.
+
+    `lead` joins it to the message; `before` goes before the name.
+    """
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"{lead}did you mean {before}{near[0]}?" if near else ""

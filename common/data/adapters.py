@@ -20,7 +20,6 @@ The sets known by name, and their columns:
 """
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from pathlib import PurePath
@@ -30,7 +29,7 @@ from common.data.dialogues import BadRow, clean_text, make_prompt
 from common.data.layouts import (COMPARISONS, DEMONSTRATIONS, DIALOGUE_PAIR, INSTRUCTION, LAYOUTS,
                                  PROMPT_PAIR, QUESTION_RESPONSE, Example, Layout)
 from common.data.records import Message
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 
 _CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
 
@@ -116,7 +115,7 @@ class ColumnMap:
                                    for column in layout.required + layout.optional))
         for key in self.names:
             if key not in known:
-                raise UserError(f"--columns: '{key}' is no column that is understood{_nearest(key, known)}; "
+                raise UserError(f"--columns: '{key}' is no column that is understood{did_you_mean(key, known)}; "
                                 f"those are {', '.join(known)}")
 
     def for_kind(self, kind: str) -> ColumnMap:
@@ -133,7 +132,7 @@ class ColumnMap:
         label, found = max(files.items(), key=lambda file: self._likeness(file[1]))
         key, column = next(item for item in self.names.items() if item[1] not in found)
         raise UserError(f"--columns: {label} has no column '{column}' (for '{key}')"
-                        f"{_nearest(column, found)}; it has {', '.join(sorted(found))}")
+                        f"{did_you_mean(column, found)}; it has {', '.join(sorted(found))}")
 
     def within(self, found: Collection[str]) -> ColumnMap:
         """This map, or an empty one where the ``found`` columns are not those it speaks of."""
@@ -144,7 +143,7 @@ class ColumnMap:
 
     def _likeness(self, found: Collection[str]) -> tuple[int, int]:
         wanted = self.names.values()
-        return sum(column in found for column in wanted), sum(bool(_nearest(column, found)) for column in wanted)
+        return sum(column in found for column in wanted), sum(bool(did_you_mean(column, found)) for column in wanted)
 
     def columns(self, found: Collection[str]) -> set[str]:
         """The names of the ``found`` columns after renaming."""
@@ -154,11 +153,6 @@ class ColumnMap:
         taken = set(self.names.values())
         kept = {column: value for column, value in row.items() if column not in taken}
         return kept | {key: row.get(column) for key, column in self.names.items()}
-
-
-def _nearest(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def choose_layout(name: str, columns: Collection[str], kind: str, label: str) -> Layout:

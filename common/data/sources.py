@@ -9,7 +9,6 @@ data.
 """
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import os
@@ -23,9 +22,9 @@ from common.data import builtin
 from common.data.blend import SourceSpec
 from common.data.files import SUFFIXES, Row, is_data_file, read_rows
 from common.errors import UserError
+from common.paths import announce_lookup, may_be_on_hub, similar_path
 
 _BUILTIN = "builtin:"
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TRAIN = {"train", "training"}
 _TEST = {"test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation"}
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -63,16 +62,11 @@ def open_source(spec: SourceSpec) -> Source:
         return Source([_file_part(path, spec.name, path.name, "train")], [])
     if path.is_dir():
         return _directory(spec, path)
-    if not _HUB_NAME.fullmatch(spec.name) or is_data_file(path):
+    if is_data_file(path) or not may_be_on_hub(spec.name):
         raise UserError(f"{spec.flag}: {spec.name} does not exist; name a file, a directory, "
-                        f"builtin:courtesy or a hub data set (name or owner/name){_similar_path(path)}")
+                        f"builtin:courtesy or a hub data set (name or owner/name){similar_path(path)}")
+    announce_lookup(spec.name)
     return hub_source(spec)
-
-
-def _similar_path(path: Path) -> str:
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _builtin(spec: SourceSpec) -> Source:
@@ -152,7 +146,7 @@ def _load_hub(name: str, config_name: str | None, flag: str) -> dict[str, Any]:
             return dict(load_dataset(name, config_name, revision="refs/convert/parquet"))
     except Exception as error:  # unreachable, unknown, gated, no such configuration: each has its own class
         raise UserError(f"{flag}: {name} is no local path, and it cannot be loaded as a hub data set: "
-                        f"{_first_line(error)}{_similar_path(Path(name))}") from error
+                        f"{_first_line(error)}{similar_path(Path(name))}") from error
 
 
 def _first_line(error: Exception) -> str:

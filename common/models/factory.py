@@ -4,27 +4,29 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
-import re
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from common.data.files import is_data_file
 from common.data.tokenization import Codec
 from common.errors import UserError
 from common.models.builtin import BUILTIN_MODELS, materialise
 from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
+from common.paths import OUTPUT, announce_lookup, may_be_on_hub, similar_path
 from common.provenance import RAW, Calibration
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?\Z")
+_MADE_BY = {f"{OUTPUT}/sft": "step1_sft/main.py", f"{OUTPUT}/reward": "step2_reward/main.py",
+            f"{OUTPUT}/ppo": "step3_ppo/main.py"}
 
 
 def resolve_model(name: str, flag: str, cache_dir: Path) -> str:
     """The directory or hub name to load a model from; a builtin model is written to the cache first.
 
     Raises:
-        UserError: neither a directory with a config.json, a builtin, nor a possible hub name.
+        UserError: neither a directory with a config.json, a builtin, nor what may be a hub name.
     """
     if name.startswith("builtin:"):
         if name not in BUILTIN_MODELS:
@@ -40,8 +42,12 @@ def resolve_model(name: str, flag: str, cache_dir: Path) -> str:
         except ValueError as error:
             raise UserError(f"{flag} {name}: {config} is not valid JSON ({error})") from None
         return str(path)
-    if path.exists() or name.startswith((".", "/", "~")) or not _HUB_NAME.match(name):
-        raise UserError(f"{flag} {name}: no such model directory")
+    if path.exists() or is_data_file(path) or not may_be_on_hub(name):
+        hint = "; it is a file" if path.exists() else similar_path(path)
+        if name in _MADE_BY:
+            hint = f"; {_MADE_BY[name]} makes it"
+        raise UserError(f"{flag} {name}: no such model directory{hint}")
+    announce_lookup(name)
     return name
 
 

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.utils import http_backoff
 from safetensors.torch import load_file, save_file
 
 from common.checkpoint import write_model
@@ -86,6 +87,32 @@ def test_a_builtin_model_is_a_directory(tmp_path):
     assert (tmp_path / "cache").exists() is False
     path = resolve_model("builtin:tiny-llama", "--model", tmp_path / "cache")
     assert load(path).config.model_type == "llama"
+
+
+@pytest.mark.parametrize("name, said", [
+    ("models/stf", "did you mean models/sft?"), ("models/a/b", ""), ("models.old", "it is a file"), ("rows.jsonl", ""),
+    ("output/sft", "step1_sft/main.py makes it"), ("output/reward", "step2_reward/main.py makes it"),
+    ("output/ppo", "step3_ppo/main.py makes it"), ("output/sft/old", ""), ("-model", ""), ("a--b", ""),
+])
+def test_a_mistyped_directory_is_not_looked_for_on_the_hub(name, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "sft").mkdir(parents=True)
+    (tmp_path / "models.old").write_text("")
+    with pytest.raises(UserError) as error:
+        resolve_model(name, "--model_name_or_path", tmp_path)
+    assert str(error.value).startswith(f"--model_name_or_path {name}: no such model directory")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["facebook/opt-1.3b", "gpt2", "mistralai/Mistral-7B-v0.1"])
+def test_what_may_be_on_the_hub_is_looked_for_there_and_that_is_said(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(name, "--model", tmp_path) == name
+    (line,) = capfd.readouterr().err.splitlines()
+    assert name in line and "hub" in line
+    with pytest.raises(Exception):
+        http_backoff("HEAD", "http://127.0.0.1:9", max_retries=2, base_wait_time=0)
+    assert capfd.readouterr().err == "", "each failed attempt is not worth a line"
 
 
 def test_a_reward_model_that_lost_its_head_is_refused(directory, tmp_path):

@@ -166,7 +166,7 @@ def test_a_column_map_is_for_the_sources_that_have_its_columns(tmp_path):
         found, _ = read(order, "demonstration", columns=names)
         assert sorted((identity(item.record), item.record.response) for item in found) == [("q", "a"), ("r", "b")]
     for order in ([own, other], [other, own], [str(tmp_path)]):
-        with pytest.raises(UserError, match=f"--columns: {own} has no column 'qestion'.*mean 'question'"):
+        with pytest.raises(UserError, match=f"--columns: {own} has no column 'qestion'.*mean question"):
             read(order, "demonstration", columns={"prompt": "qestion", "response": "good"})
 
 

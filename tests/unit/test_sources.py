@@ -103,9 +103,11 @@ def test_an_unreachable_hub_is_one_clear_line(name, near, tmp_path):
     assert ("did you mean my_pairs?" in line) == bool(near)
 
 
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "no/such/path", "data/no.jsonl", "nowhere.csv"])
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "no/such/path", "data/no.jsonl", "nowhere.csv",
+                                  "data/rows", "output/pairs"])
 def test_a_path_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match="--data_path.*does not exist"):
         opened(name)
 
