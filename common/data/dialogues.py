@@ -9,6 +9,7 @@ from typing import Any
 from common.data.records import Message, Prompt
 
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _CUE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _INLINE_CUE = re.compile(r"(?:\A|(?<=\s))(Human|Assistant):")
 _BOTH_CUES = re.compile(r"\s*Human:.*\n\nAssistant:", re.S)
@@ -46,7 +47,8 @@ def is_whole_dialogue(value: Any) -> bool:
 
 
 def read_dialogue(value: Any, column: str) -> list[Message]:
-    """The messages of a transcript or of a list of ``{'role', 'content'}``, empty ones included.
+    """The messages of a transcript or of a list of ``{'role', 'content'}`` or, as ShareGPT has them,
+    ``{'from', 'value'}``; empty ones included.
 
     A cue counts where it opens the text or follows an empty line, since answers may quote the words. A text
     with no more than one such cue is read with cues after any white space, if its speakers then take turns.
@@ -66,11 +68,15 @@ def read_dialogue(value: Any, column: str) -> list[Message]:
 
 
 def _message(item: Any, column: str) -> Message:
-    if not isinstance(item, dict) or "role" not in item or "content" not in item:
-        raise BadRow(f"'{column}' holds something without 'role' and 'content'")
-    if item["role"] not in ("system", "user", "assistant"):
-        raise BadRow(f"'{column}' has the role {item['role']!r}, not system, user or assistant")
-    return Message(item["role"], clean_text(item["content"], column))
+    if isinstance(item, dict) and {"role", "content"} <= item.keys():
+        role, content = item["role"], item["content"]
+    elif isinstance(item, dict) and {"from", "value"} <= item.keys():
+        role, content = _SHAREGPT_ROLES.get(str(item["from"]), item["from"]), item["value"]
+    else:
+        raise BadRow(f"'{column}' holds something without 'role' and 'content', or 'from' and 'value'")
+    if role not in ("system", "user", "assistant"):
+        raise BadRow(f"'{column}' has the role {role!r}, not system, user or assistant")
+    return Message(role, clean_text(content, column))
 
 
 def read_prompt(value: Any, column: str, system: str = "") -> Prompt:

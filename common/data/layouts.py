@@ -9,8 +9,8 @@
 - ``instruction, output``: a demonstration (Alpaca). Optional: ``input``, put after the instruction and an
   empty line.
 - ``question, response``: a demonstration. Optional: ``system_prompt``.
-- ``messages``: a list of role/content: the last assistant message is the response; as a prompt alone, the
-  answer may be missing.
+- ``messages``, ``conversations``: a list of role/content or, as ShareGPT has it, of from/value (human, gpt,
+  system): the last assistant message is the response; as a prompt alone, the answer may be missing.
 - ``prompt``: a prompt. Optional: ``system_prompt``.
 - ``text``: plain text. Blank texts, by which some sets part paragraphs, are left out.
 
@@ -132,14 +132,16 @@ def _answered(question: str) -> Callable[[dict[str, Any]], Example]:
     return read
 
 
-def _messages(row: dict[str, Any]) -> Example:
-    if not isinstance(row["messages"], list):
-        raise BadRow("'messages' is not a list")
-    messages = read_dialogue(row["messages"], "messages")
-    answers = [at for at, message in enumerate(messages) if message.role == "assistant" and message.content]
-    if not answers:
-        return Example(make_prompt(messages, "messages"))
-    return Example(make_prompt(messages[:answers[-1]], "messages"), response=messages[answers[-1]].content)
+def _messages(column: str) -> Callable[[dict[str, Any]], Example]:
+    def read(row: dict[str, Any]) -> Example:
+        if not isinstance(row[column], list):
+            raise BadRow(f"'{column}' is not a list")
+        messages = read_dialogue(row[column], column)
+        answers = [at for at, message in enumerate(messages) if message.role == "assistant" and message.content]
+        if not answers:
+            return Example(make_prompt(messages, column))
+        return Example(make_prompt(messages[:answers[-1]], column), response=messages[answers[-1]].content)
+    return read
 
 
 def _prompt(row: dict[str, Any]) -> Example:
@@ -157,10 +159,11 @@ PROMPT_RESPONSE = Layout(("prompt", "response"), DEMONSTRATIONS, _answered("prom
 INSTRUCTION = Layout(("instruction", "output"), DEMONSTRATIONS, _instruction, ("input",))
 QUESTION_RESPONSE = Layout(("question", "response"), DEMONSTRATIONS, _answered("question"),
                            ("system_prompt",))
-MESSAGES = Layout(("messages",), DEMONSTRATIONS, _messages)
+MESSAGES = Layout(("messages",), DEMONSTRATIONS, _messages("messages"))
+CONVERSATIONS = Layout(("conversations",), DEMONSTRATIONS, _messages("conversations"))
 PROMPT = Layout(("prompt",), ("prompt",), _prompt, ("system_prompt",))
 TEXT = Layout(("text",), ("text",), _text)
 
 # In the order in which they are tried: the first that fits the columns and gives the kind asked for.
-LAYOUTS = (PROMPT_PAIR, DIALOGUE_PAIR, PROMPT_RESPONSE, INSTRUCTION, QUESTION_RESPONSE, MESSAGES, PROMPT,
-           TEXT)
+LAYOUTS = (PROMPT_PAIR, DIALOGUE_PAIR, PROMPT_RESPONSE, INSTRUCTION, QUESTION_RESPONSE, MESSAGES,
+           CONVERSATIONS, PROMPT, TEXT)

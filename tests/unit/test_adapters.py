@@ -21,6 +21,11 @@ def chat(*turns):
     return [{"role": ("user", "assistant")[at % 2], "content": turn} for at, turn in enumerate(turns)]
 
 
+def sharegpt(*turns):
+    """ShareGPT's turns: speaker, text, speaker, text, ..."""
+    return [{"from": speaker, "value": text} for speaker, text in zip(turns[::2], turns[1::2])]
+
+
 def dialogue(*turns, system=""):
     first = [Message("system", system)] if system else []
     return Prompt((*first, *(Message(**message) for message in chat(*turns))))
@@ -68,6 +73,11 @@ DEMONSTRATIONS = {
     "question, no system": ({"system_prompt": "", "question": "q", "response": "a"}, dialogue("q")),
     "messages": ({"messages": [{"role": "system", "content": "s"}, *chat("q1", "b", "q2", "a")]},
                  dialogue("q1", "b", "q2", system="s")),
+    "ShareGPT": ({"id": "1", "conversations": sharegpt("system", "s", "human", "q1", "gpt", "b", "human", "q2",
+                                                       "gpt", "a")},
+                 dialogue("q1", "b", "q2", system="s")),
+    "ShareGPT, other names": ({"conversations": sharegpt("user", "q", "assistant", "a")}, dialogue("q")),
+    "messages by another name": ({"conversations": chat("q", "a")}, dialogue("q")),
     "messages that go on": ({"messages": chat("q", "a", "thanks")}, dialogue("q")),
 }
 
@@ -131,6 +141,10 @@ BAD = {
     "prompt with an answer": ({"prompt": TRANSCRIPT + " a2"}, "prompt", "no user's turn"),
     "unknown role": ({"messages": [{"role": "tool", "content": "x"}]}, "prompt", "role 'tool'"),
     "no role": ({"messages": ["x"]}, "prompt", "'role'"),
+    "unknown speaker": ({"conversations": sharegpt("tool", "x")}, "prompt", "'conversations'.*'tool'"),
+    "no speaker": ({"conversations": [{"value": "x"}]}, "prompt", "'from'"),
+    "conversations without an answer": ({"conversations": sharegpt("human", "q")}, "demonstration", "answer is empty"),
+    "no list of turns": ({"conversations": "x"}, "prompt", "'conversations' is not a list"),
     "no list": ({"messages": "x"}, "prompt", "not a list"),
     "late system": ({"messages": [*chat("q", "a"), {"role": "system", "content": "s"}, *chat("q", "a")]},
                     "demonstration", "system"),
@@ -163,9 +177,9 @@ def test_the_column_map():
 
 
 def test_a_wrong_column_map_is_answered_with_the_nearest_name():
-    with pytest.raises(UserError, match="--columns: 'promt'.*did you mean 'prompt'"):
+    with pytest.raises(UserError, match="--columns: 'promt'.*did you mean prompt"):
         ColumnMap({"promt": "question"})
-    with pytest.raises(UserError, match="--columns: data.jsonl has no column 'qestion'.*mean 'question'"):
+    with pytest.raises(UserError, match="--columns: data.jsonl has no column 'qestion'.*mean question"):
         record({"question": "q"}, "prompt", columns={"prompt": "qestion"})
 
 
