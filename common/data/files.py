@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".par
 MAX_ROW_BYTES = 8 * 2**20
 _CHUNK = 2**16
 _BOM = b"\xef\xbb\xbf"
+_OTHER_SEPARATOR = re.compile(r"[;\t|]")
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,10 @@ def _csv_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
         if header is None:
             if problem or len(set(fields)) < len(fields):
                 raise UserError(f"{where}: the header is unusable: {problem or 'a column name occurs twice'}")
+            if len(fields) == 1 and (mark := _OTHER_SEPARATOR.search(fields[0])):
+                shown = "tabs" if mark[0] == "\t" else f"'{mark[0]}'"
+                raise UserError(f"{where}: the header is one column, {fields[0]!r}, as if separated by {shown}: "
+                                "separate the fields by commas")
             header = fields or None
             continue
         if fields and len(fields) != len(header):

@@ -3,6 +3,7 @@ but a file that cannot be read on."""
 import csv
 import gzip
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -158,6 +159,17 @@ def test_a_row_of_several_lines_is_named_by_its_first(tmp_path):
     path.write_text('prompt,response\n"a\nb",c\n"d\ne",f,g\nh,i\n')
     assert [row.where for row in read_rows(path, "data.csv")] == ["data.csv:2", "data.csv:4", "data.csv:6"]
     assert bad(path) == [("data.csv:4", "3 fields where the header has 2")]
+
+
+@pytest.mark.parametrize("mark, name", [(";", "';'"), ("\t", "tabs"), ("|", "'|'")])
+def test_a_csv_file_with_another_separator_is_told(tmp_path, mark, name):
+    path = tmp_path / "data.csv"
+    path.write_text(f"prompt{mark}response\nq, r{mark}a\n")
+    with pytest.raises(UserError, match=re.escape(f"data.csv:1: the header is one column")) as error:
+        list(read_rows(path, "data.csv"))
+    assert f"separated by {name}" in str(error.value)
+    path.write_text("prompt\nq; r\n")
+    assert [row.values for row in read_rows(path, "data.csv")] == [{"prompt": "q; r"}]
 
 
 def test_a_csv_file_needs_distinct_column_names(tmp_path):
