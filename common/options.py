@@ -10,10 +10,10 @@ from typing import ClassVar
 from common.config import Config, option
 from common.data.blend import parse_data_path
 from common.data.split import parse_data_split
+from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-TEMPLATES = ("human_assistant", "question_answer", "alpaca", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class DataOptions(Config):
     data_split: str = option("2,4,4", "parts of the prompts for the steps 1, 2 and 3")
     eval_fraction: float = option(0.05, "share of the prompts held out for evaluation", low=0, below=1)
     columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question chosen=good")
-    template: str = option("human_assistant", "the wording around questions and answers", choices=TEMPLATES)
+    template: str = option("human_assistant", "the wording around questions and answers", choices=TEMPLATE_NAMES)
     add_eot_token: bool = option(False, "end answers with --eot_token, not with the tokenizer's end token")
     eot_token: str = option("<|endoftext|>", "text of the end token that --add_eot_token adds")
     max_rows: int | None = option(None, "rows read from each source at most", low=1)

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 
 from common.config import Config, option
+from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
-from common.options import TEMPLATES
 
 
 MODEL = "the model: a directory, the output of step 1 or 3, an adapter or a hub name"
@@ -27,7 +27,7 @@ class LoadOptions(SourceOptions):
 
     template: str | None = option(
         None, "the wording around questions and answers; none: the one the model was trained with, else the "
-        "tokenizer's chat template", choices=TEMPLATES)
+        "tokenizer's chat template", choices=TEMPLATE_NAMES)
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
     dtype: str = option("auto", "number format of the weights; auto is bf16 on a GPU, fp32 on a CPU",
                         choices=("auto", "bf16", "fp16", "fp32"))

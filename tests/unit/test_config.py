@@ -15,9 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.config import ignored_options, option, options, parse, save_config
-from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
-from common.options import TEMPLATES
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
@@ -342,7 +340,6 @@ def test_options_shared_by_steps_have_one_meaning():
     for name in set(options(SFTConfig)) & set(options(RewardConfig)):
         first, second = (dataclasses.replace(options(cls)[name], default=None, group="") for cls in STEPS[:2])
         assert first == second
-    assert set(TEMPLATES) == set(TEMPLATE_NAMES)
 
 
 def test_a_group_can_be_declared_in_a_few_lines():
