@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from common.errors import UserError
+from common.paths import from_anywhere
 
 FILE = "provenance.json"
 _LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "datasets")
@@ -36,7 +37,7 @@ class Provenance:
 
     Attributes:
         step: "sft", "reward" or "ppo".
-        base: the model it was trained from, as given.
+        base: the model it was trained from; a directory by its absolute path, once written.
         tokenizer: fingerprint of the tokenizer, see `common.data.tokenization.tokenizer_fingerprint`.
         template: name of the template.
         end_token, pad_token: the tokens' texts.
@@ -60,7 +61,8 @@ class Provenance:
 
     def write(self, directory: str | Path) -> None:
         """Write provenance.json into `directory`."""
-        (Path(directory) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        values = {**asdict(self), "base": from_anywhere(self.base)}
+        (Path(directory) / FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_provenance(model: str | Path) -> Provenance | None:

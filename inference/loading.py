@@ -6,12 +6,14 @@ in a model's directory runs, unless --trust_remote_code says so.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
 from common.engine import DTYPES, resolve_dtype
 from common.errors import UserError
@@ -161,6 +163,10 @@ def _gives_scores(files: ModelFiles, trust_remote_code: bool) -> bool:
 def _load(files: ModelFiles, options: LoadOptions) -> Loaded:
     device = choose_device(options.device)
     codec = open_codec(files, options.trust_remote_code, options.template)
+    if files.provenance is None and options.template is None:
+        print(f"note: {files.name} does not say how it was trained (it has no provenance.json): template "
+              f"{codec.template.name} is used; --template chooses another of {', '.join(TEMPLATE_NAMES)}",
+              file=sys.stderr, flush=True)
     model = load_whole(files, codec, options.trust_remote_code, choose_dtype(options.dtype, device))
     config = (model.classifier if isinstance(model, ScalarModel) else model).config.get_text_config()
     return Loaded(model.to(device).eval(), codec, device, getattr(config, "max_position_embeddings", None))

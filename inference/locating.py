@@ -51,10 +51,17 @@ def find_model(path: str, flag: str, cache_dir: str, base: str | None = None) ->
         directory = directory / "actor"
     if (directory / _ADAPTER_CONFIG).is_file():
         return _find_adapter(directory, name, cache_dir, base)
+    if not (directory / "config.json").exists() and (inside := adapters_inside(directory)):
+        raise UserError(f"{name} holds adapters, but is none itself: name {' or '.join(map(str, inside))}")
     if base is not None:
         raise UserError(f"{name} is no adapter, so --base has no use: it holds no {_ADAPTER_CONFIG}")
     source = resolve_model(str(directory) if directory.is_dir() else path, flag, Path(cache_dir))
     return ModelFiles(name, flag, source, None, source, False, read_provenance(source))
+
+
+def adapters_inside(directory: Path) -> list[Path]:
+    """The adapters in a step's output directory, or in the directory where it keeps those of several models."""
+    return sorted(path.parent for level in ("*", "adapter/*") for path in directory.glob(f"{level}/{_ADAPTER_CONFIG}"))
 
 
 def _find_adapter(directory: Path, name: str, cache_dir: str, base: str | None) -> ModelFiles:
@@ -68,7 +75,7 @@ def _find_adapter(directory: Path, name: str, cache_dir: str, base: str | None) 
     if not named:
         raise UserError(f"{name}: the adapter does not name its base model: merge it with "
                         "inference/merge_lora.py --base")
-    flag = "--base" if base else f"{name}: the adapter's base model"
+    flag = "--base" if base else f"{name}: the adapter's base model (--base of inference/merge_lora.py names another)"
     weights = resolve_model(named, flag, Path(cache_dir))
     own = (directory / "tokenizer_config.json").is_file()
     # A step with several models keeps its adapters one level deeper.

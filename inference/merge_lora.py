@@ -11,9 +11,10 @@ from common.config import option, parse
 from common.distributed import run_program, say
 from common.engine import DTYPES
 from common.errors import UserError
+from common.models.factory import load_config
 from common.options import check_output_dir
 from inference.loading import load_whole, open_codec, quiet
-from inference.locating import find_model
+from inference.locating import adapters_inside, find_model
 from inference.options import SourceOptions
 
 
@@ -40,8 +41,11 @@ def main(argv=None) -> None:
     quiet()
     files = find_model(config.path, "--path", config.data_output_path, config.base)
     if files.adapter is None:
-        raise UserError(f"{files.name} is no adapter, with nothing to merge: it holds no adapter_config.json")
+        inside = adapters_inside(Path(config.path).expanduser())
+        hint = f": name {' or '.join(map(str, inside))}" if inside else ""
+        raise UserError(f"{files.name} is no adapter, with nothing to merge: it holds no adapter_config.json{hint}")
     check_output_dir(config.output_dir, base=files.weights)
+    load_config(files.weights, files.flag, config.trust_remote_code)  # a base that is missing is named by its flag
     codec = open_codec(files, config.trust_remote_code)
     model = load_whole(files, codec, config.trust_remote_code, DTYPES[config.dtype])
     try:

@@ -171,3 +171,15 @@ def test_without_provenance_the_tokenizers_own_template_is_used(chat_model, tmp_
     assert capfd.readouterr().out == one_line(ANSWERS[CAPITAL,]) + "\n"
     talk(foreign, tmp_path, monkeypatch, CAPITAL.encode(), "--template", "question_answer")
     assert capfd.readouterr().out == one_line(ANSWERS[CAPITAL,]) + "\n"
+
+
+def test_a_template_that_had_to_be_guessed_is_told(chat_model, tmp_path, capfd, monkeypatch):
+    foreign = shutil.copytree(chat_model, tmp_path / "foreign")
+    (foreign / "provenance.json").unlink()
+    for model, arguments, told in ((foreign, [], True), (foreign, ["--template", "alpaca"], False),
+                                   (chat_model, [], False)):
+        talk(model, tmp_path, monkeypatch, CAPITAL.encode(), "--max_new_tokens", "1", *arguments)
+        notes = [line for line in capfd.readouterr().err.splitlines() if "template" in line]
+        assert len(notes) == told
+        for part in (str(foreign), "human_assistant", "--template", "question_answer") if told else ():
+            assert part in notes[0]

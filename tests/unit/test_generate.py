@@ -1,5 +1,6 @@
 """Answers to a file of prompts, as the program writes them."""
 import json
+import shutil
 
 import pytest
 from chat_model import AGAIN, ANSWERS, CAPITAL, RED, prompt_of
@@ -43,6 +44,15 @@ def test_every_prompt_gets_its_answer_in_the_order_of_the_file(chat_model, tmp_p
 def test_one_prompt_is_answered_on_standard_output(question, turns, chat_model, capsys):
     main(["--path", str(chat_model), "--prompt", question, "--num_beams", "2"])
     assert json.loads(capsys.readouterr().out)["response"] == ANSWERS[turns]
+
+
+def test_a_guessed_template_is_told_beside_the_answers_not_among_them(chat_model, tmp_path, capsys):
+    foreign = shutil.copytree(chat_model, tmp_path / "foreign")
+    (foreign / "provenance.json").unlink()
+    main(["--path", str(foreign), "--prompt", CAPITAL, "--max_new_tokens", "2"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["prompt"] == CAPITAL
+    assert "human_assistant" in printed.err and "--template" in printed.err
 
 
 def test_other_columns_and_fewer_prompts(chat_model, tmp_path):

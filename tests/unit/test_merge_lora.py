@@ -1,6 +1,7 @@
 """Adapters, as training leaves them, made into models of their own."""
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,65 @@ def test_a_base_that_moved_is_named(adapter, chat_model, tmp_path):
     main(["--path", str(directory), "--output_dir", str(tmp_path / "merged"), "--base", str(chat_model),
           "--dtype", "bf16"])
     assert CLASSES[kind].from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("base", ["./gone", "gone/too", "output/sft"])
+def test_a_base_that_is_nowhere_can_be_named_with_a_flag(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    path = adapter[1] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    with pytest.raises(UserError) as error:
+        main(["--path", str(adapter[1]), "--output_dir", str(tmp_path / "merged")])
+    assert base in str(error.value) and "--base" in str(error.value) and str(adapter[1]) in str(error.value)
+
+
+def test_a_base_given_relative_to_the_working_directory_is_found_from_any_other(chat_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(chat_model.parent)
+    relative = chat_model.name
+    model = add_lora(base_model("causal", chat_model), dim=2, alpha=4, dropout=0.0, modules="auto",
+                     flag="--lora_module_name", base_name=relative, seed=3)
+    directory = tmp_path / "output" / "adapter"
+    save_adapter(model, model.state_dict(), directory)
+    codec = make_codec(load_tokenizer(relative), "question_answer")
+    replace(provenance_of(codec, "sft"), base=relative).write(tmp_path / "output")
+
+    monkeypatch.chdir(tmp_path)
+    assert read_provenance("output").base == str(chat_model)
+    main(["--path", "output/adapter", "--output_dir", "merged"])
+    assert read_provenance("merged").base == str(chat_model)
+    assert load_speaker("output/adapter", "--path", LoadOptions()).codec.template.name == "question_answer"
+
+
+@pytest.mark.parametrize("base", ["facebook/opt-1.3b", "builtin:tiny-opt"])
+def test_a_base_that_is_no_directory_is_recorded_as_given(base, chat_model, tmp_path):
+    model = add_lora(base_model("causal", chat_model), dim=2, alpha=4, dropout=0.0, modules="auto",
+                     flag="--lora_module_name", base_name=base, seed=3)
+    assert model.lora_config.base_model_name_or_path == base
+    replace(provenance_of(make_codec(load_tokenizer(str(chat_model)), "alpaca"), "sft"), base=base).write(tmp_path)
+    assert read_provenance(tmp_path).base == base
+
+
+def test_a_directory_of_several_adapters_names_them(adapter, tmp_path):
+    """Step 3 keeps those of actor and critic side by side."""
+    directory = adapter[1]
+    for name in ("actor", "critic"):
+        (directory / name).mkdir()
+        for path in directory.glob("adapter_*"):
+            (directory / name / path.name).write_bytes(path.read_bytes())
+    for path in directory.glob("adapter_*"):
+        path.unlink()
+    for path in (directory, directory.parent):
+        with pytest.raises(UserError) as error:
+            main(["--path", str(path), "--output_dir", str(tmp_path / "merged")])
+        assert f"{directory / 'actor'} or {directory / 'critic'}" in str(error.value)
+
+
+def test_a_model_with_its_adapter_inside_names_it(adapter, chat_model, tmp_path):
+    output = adapter[1].parent
+    for path in chat_model.iterdir():
+        (output / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=f"no adapter.*: name {adapter[1]}$"):
+        main(["--path", str(output), "--output_dir", str(tmp_path / "merged")])
 
 
 def test_an_adapter_of_step_3_finds_its_provenance_further_up(adapter):
