@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
+from common.paths import from_anywhere
 
 ADAPTER = "default"
 
@@ -28,7 +29,7 @@ def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, module
         dim: rank r; alpha: the adapters' product is scaled by alpha / r; 0 stands for 2 r.
         modules: `auto` for every linear layer, or comma-separated parts of module names.
         flag: the name of the option that `modules` came from, for the error.
-        base_name: recorded in the adapter's configuration.
+        base_name: recorded in the adapter's configuration; a directory by its absolute path.
         seed: of the adapters' initial weights, which then do not depend on how the model was loaded.
 
     Raises:
@@ -44,7 +45,7 @@ def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, module
         raise UserError(f"{flag} {modules}: matches no linear layer; the model's are {', '.join(kinds)}")
     model.requires_grad_(False)
     config = LoraConfig(r=dim, lora_alpha=alpha or 2 * dim, lora_dropout=dropout, target_modules=targets, bias="none",
-                        base_model_name_or_path=base_name)
+                        base_model_name_or_path=from_anywhere(base_name))
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     if hasattr(model, "score"):
