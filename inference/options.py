@@ -66,5 +66,6 @@ class PromptOptions(Config):
     data_path: tuple[str, ...] = option((), "the prompts: builtin:*, files, directories or hub names")
     columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question")
     max_prompts: int | None = option(None, "prompts answered at most", low=1)
+    max_rows: int | None = option(None, "rows read from each source at most", low=1)
     max_bad_rows: float = option(0.02, "share of unusable rows above which the run stops", low=0, high=1)
     batch_size: int = option(16, "prompts answered together", low=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 
 from common.data.blend import parse_data_path
@@ -13,6 +14,8 @@ from common.data.split import assignment
 from common.errors import UserError
 from common.provenance import Provenance
 from inference.options import PromptOptions
+
+_MANY = 100_000  # records, which take some seconds to read
 
 
 def single_prompt(text: str, flag: str) -> Prompt:
@@ -45,7 +48,13 @@ def held_out_prompts(options: PromptOptions, trained: Sequence[Provenance], seed
     Raises:
         UserError: there is none.
     """
-    prompts = dict.fromkeys(sourced.record for sourced in _read(options) if _is_held_out(sourced, trained))
+    prompts: dict[Prompt, None] = {}
+    for number, sourced in enumerate(_read(options)):
+        if number == _MANY and options.max_rows is None:
+            print("note: --data_path is large, and all of it is read to find what was held out; --max_rows N reads N "
+                  "rows of each source", file=sys.stderr, flush=True)
+        if _is_held_out(sourced, trained):
+            prompts[sourced.record] = None
     if not prompts:
         raise UserError("--data_path holds no prompt that was kept from training: pass --which_prompts all, "
                         "or data with a test split")
@@ -69,5 +78,5 @@ def _is_held_out(sourced: SourcedRecord, trained: Sequence[Provenance]) -> bool:
 def _read(options: PromptOptions) -> Iterator[SourcedRecord]:
     report = ReadReport()
     yield from read_records(parse_data_path(options.data_path), "prompt", columns=options.columns or None,
-                            report=report)
+                            max_rows=options.max_rows, report=report)
     report.check(options.max_bad_rows)

@@ -4,13 +4,14 @@ import json
 import pytest
 import torch
 from chat_model import provenance_of
+from common.config import parse
 from common.data.builtin import builtin_rows
 from common.data.records import Message, Prompt
 from common.data.split import assignment
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from inference.decoding import Answer
-from inference.evaluate import Judged, compare, main
+from inference.evaluate import EvaluateConfig, Judged, compare, find_prompts, main
 from inference.loading import load_judge
 from inference.options import LoadOptions
 from inference.scoring import score_answers
@@ -94,6 +95,19 @@ def test_all_prompts_of_a_file_can_be_asked(chat_model, reward_model, tmp_path):
     result = json.loads(output.read_text())
     assert [row["prompt"] for row in result["answers"]] == [f"How much is {i}?" for i in (1, 2, 3)]
     assert "win_rate" not in result and "true_reward" not in result["models"][0]
+
+
+def test_a_huge_data_set_need_not_be_read_whole(chat_model, tmp_path, capsys):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(f'{{"prompt": "How much is {i}?"}}\n' for i in range(110_000)))
+    arguments = ["--path", str(chat_model), "--data_path", str(data)]
+    whole = find_prompts(parse(EvaluateConfig, [*arguments, "--max_prompts", "200000"]))
+    assert 5000 < len(whole) < 6000
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: ") and "--max_rows" in note
+    few = find_prompts(parse(EvaluateConfig, [*arguments, "--max_rows", "1000"]))
+    assert 20 < len(few) < 100 and few == whole[:len(few)]
+    assert capsys.readouterr().err == ""
 
 
 def test_what_cannot_be_evaluated_gets_one_line(chat_model, reward_model, tmp_path):
