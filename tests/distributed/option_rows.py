@@ -1,0 +1,199 @@
+"""For every option of every step a changed value, and the part of a run in which it must show."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from common.config import Config, options
+from step1_sft.config import SFTConfig
+from step2_reward.config import RewardConfig
+from step3_ppo.config import PPOConfig
+
+
+class Row(NamedTuple):
+    """One option's proof: two runs that differ in its value alone.
+
+    Attributes:
+        part: of the fingerprint (see `option_cases.fingerprint`), the one that must differ.
+        value: the changed value; a boolean's may be left out.
+        base: flags that both runs have, where the option needs them to count. {inputs} is the directory of
+            `option_inputs`, {elsewhere} an empty one that each run has for itself.
+    """
+    part: str
+    value: str = ""
+    base: str = ""
+
+
+RUN = {
+    "output_dir": Row("elsewhere", "{elsewhere}/output"),
+    "dtype": Row("metrics", "bf16"),
+    "seed": Row("metrics", "7"),
+    "deepspeed_config": Row("engines", "{inputs}/deepspeed.json"),
+    "timeout": Row("timeout", "77"),
+    "enable_tensorboard": Row("files"),
+    "tensorboard_path": Row("elsewhere", "{elsewhere}/board", "--enable_tensorboard"),
+    "enable_test_mode": Row("metrics", "true --test_stop_step 1"),
+    "test_stop_step": Row("metrics", "2", "--enable_test_mode --test_stop_step 1"),
+}
+
+DATA = {
+    "data_path": Row("metrics", "{inputs}/other.jsonl"),
+    "data_split": Row("metrics", "1,2,3"),
+    "eval_fraction": Row("metrics", "0.5"),
+    "columns": Row("metrics", "prompt=question"),
+    "template": Row("metrics", "question_answer"),
+    "add_eot_token": Row("files"),
+    "eot_token": Row("files", "<|stop|>", "--add_eot_token"),
+    "max_rows": Row("metrics", "20"),
+    "max_bad_rows": Row("error", "0.5", "--data_path {inputs}/spoilt.jsonl"),
+    "data_output_path": Row("elsewhere", "{elsewhere}/data"),
+}
+
+SCHEDULE = {
+    "num_warmup_steps": Row("weights", "2"),
+    "num_train_epochs": Row("metrics", "2"),
+    "gradient_accumulation_steps": Row("weights", "2"),
+    "lr_scheduler_type": Row("weights", "constant"),
+    "max_grad_norm": Row("weights", "0.01"),
+}
+
+_LORA = "--lora_dim 2"
+SUPERVISED = {
+    **RUN, **DATA, **SCHEDULE,
+    "model_name_or_path": Row("metrics", "{inputs}/other-model"),
+    "trust_remote_code": Row("error", base="--model_name_or_path {inputs}/own-code"),
+    "learning_rate": Row("weights", "0.002"),
+    "eval_iters": Row("metrics", "1", "--per_device_eval_batch_size 2"),
+    "per_device_train_batch_size": Row("weights", "2"),
+    "per_device_eval_batch_size": Row("metrics", "2", "--eval_iters 1"),
+    "max_seq_len": Row("metrics", "20"),
+    "weight_decay": Row("weights", "0.5"),
+    "zero_stage": Row("engines", "1"),
+    "offload": Row("engines", base="--zero_stage 1"),
+    "gradient_checkpointing": Row("passes"),
+    "dropout": Row("weights", "0.5"),
+    "disable_dropout": Row("weights"),
+    "eval_interval": Row("metrics", "1"),
+    "log_interval": Row("metrics", "2"),
+    "print_loss": Row("printed"),
+    "lora_dim": Row("weights", "2"),
+    "lora_alpha": Row("weights", "1", _LORA),
+    "lora_dropout": Row("weights", "0.5", _LORA),
+    "lora_module_name": Row("weights", "q_proj", _LORA),
+    "lora_learning_rate": Row("weights", "0.01", _LORA),
+}
+
+SFT = {
+    **SUPERVISED,
+    "sft_only_data_path": Row("metrics", "{inputs}/other.jsonl"),
+    "train_on_prompt": Row("metrics"),
+}
+
+REWARD = {
+    **SUPERVISED,
+    "margin": Row("metrics", "1"),
+    "centring_coef": Row("metrics", "0.1"),
+}
+
+
+def _of_role(role: str) -> dict[str, Row]:
+    """The options that actor and critic both have."""
+    lora = f"--{role}_lora_dim 2"
+    return {
+        f"{role}_learning_rate": Row("weights", "0.002"),
+        f"{role}_weight_decay": Row("weights", "0.5"),
+        f"{role}_zero_stage": Row("engines", "1"),
+        f"{role}_gradient_checkpointing": Row("passes"),
+        f"{role}_lora_dim": Row("weights", "2"),
+        f"{role}_lora_alpha": Row("weights", "1", lora),
+        f"{role}_lora_module_name": Row("weights", "q_proj", lora),
+        f"{role}_lora_learning_rate": Row("weights", "0.01", lora),
+    }
+
+
+_TEXTS = "--unsupervised_dataset_name {inputs}/texts.jsonl"
+_ADAPTIVE = "--kl_controller adaptive --kl_horizon 20 --num_train_epochs 2"
+_STOPPING_CRITIC = "--critic_model_name_or_path {inputs}/stopping-scorer"  # its tokenizer's end token is <|stop|>
+PPO = {
+    **RUN, **DATA, **SCHEDULE, **_of_role("actor"), **_of_role("critic"),
+    "actor_model_name_or_path": Row("metrics", "{inputs}/other-model"),
+    "critic_model_name_or_path": Row("metrics", "{inputs}/other-scorer"),
+    "add_eot_token": Row("error", "true --eot_token <|stop|>", _STOPPING_CRITIC),
+    "eot_token": Row("error", "<|stop|>", f"--add_eot_token {_STOPPING_CRITIC}"),
+    "trust_remote_code": Row("error", base="--actor_model_name_or_path {inputs}/own-code"),
+    "offload": Row("engines", base="--actor_zero_stage 1"),
+    "offload_reference_model": Row("engines"),
+    "offload_reward_model": Row("engines"),
+    "eval_interval": Row("metrics", "1"),
+    "eval_prompts": Row("samples", "2"),
+    "log_interval": Row("metrics", "2"),
+    "print_answers": Row("printed"),
+    "print_answers_interval": Row("printed", "2", "--print_answers"),
+    "per_device_generation_batch_size": Row("metrics", "8"),
+    "generation_batches": Row("metrics", "2"),
+    "max_prompt_seq_len": Row("metrics", "12"),
+    "max_answer_seq_len": Row("samples", "3"),
+    "min_answer_seq_len": Row("samples", "2"),
+    "temperature": Row("samples", "0.5"),
+    "top_p": Row("samples", "0.5"),
+    "top_k": Row("samples", "5"),
+    "kl_coef": Row("weights", "3"),
+    "kl_controller": Row("weights", "adaptive"),
+    "kl_estimator": Row("weights", "k3"),
+    "kl_target": Row("weights", "0.0001", _ADAPTIVE),
+    "kl_horizon": Row("weights", "5", _ADAPTIVE),
+    "normalize_scores": Row("weights", "false", "--critic_model_name_or_path {inputs}/calibrated"),
+    "score_clip": Row("weights", "0.1"),
+    "missing_eos_penalty": Row("weights", "3"),
+    "missing_eos_score": Row("weights", "-3"),
+    "max_iterations": Row("metrics", "1"),
+    "per_device_training_batch_size": Row("weights", "1"),
+    "ppo_epochs": Row("weights", "2"),
+    "clip_range": Row("weights", "0.0001"),
+    "value_clip_range": Row("weights", "0.0001", "--ppo_epochs 2"),
+    "gamma": Row("weights", "0.5"),
+    "gae_lambda": Row("weights", "0.5"),
+    "whiten_advantages": Row("weights", "false"),
+    "target_kl": Row("weights", "0.0000001", "--ppo_epochs 2"),
+    "enable_ema": Row("weights"),
+    "ema_decay": Row("weights", "0.5", "--enable_ema"),
+    "unsupervised_dataset_name": Row("weights", "{inputs}/texts.jsonl"),
+    "unsupervised_dataset_config_name": Row(
+        "weights", "cooking",
+        "--unsupervised_dataset_name owner/texts --unsupervised_dataset_config_name counting"),
+    "unsup_coef": Row("weights", "1", _TEXTS),
+}
+
+_COMMON = ("--data_path {inputs}/pairs.jsonl --data_split 1,1,1 --eval_fraction 0.2 --log_interval 1 "
+           "--no_enable_tensorboard ")
+_COMMON_SUPERVISED = _COMMON + ("--model_name_or_path {inputs}/model --max_seq_len 64 --learning_rate 0.01 "
+                                "--per_device_train_batch_size 4 --per_device_eval_batch_size 4")
+
+
+class Step(NamedTuple):
+    config: type[Config]
+    rows: dict[str, Row]
+    flags: str  # of every run
+
+
+STEPS = {
+    "sft": Step(SFTConfig, SFT, _COMMON_SUPERVISED),
+    "reward": Step(RewardConfig, REWARD, _COMMON_SUPERVISED),
+    "ppo": Step(PPOConfig, PPO, _COMMON + (
+        "--actor_model_name_or_path {inputs}/model --critic_model_name_or_path {inputs}/scorer "
+        "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 --max_prompt_seq_len 32 "
+        "--max_answer_seq_len 6 --eval_prompts 3 --num_warmup_steps 0 --actor_zero_stage 0 --critic_zero_stage 0 "
+        "--actor_learning_rate 0.01 --critic_learning_rate 0.01")),
+}
+
+
+def runs(step: Step) -> dict[str, str]:
+    """The flags of all runs of a step: the base runs by their own flags, the others by name."""
+    bases = {row.base: row.base for row in step.rows.values()}
+    changed = {name: f"{row.base} --{name} {row.value}" for name, row in step.rows.items()}
+    return {"": "", "again": "", **bases, **changed, "ignored": ignored_flags(step.config)}
+
+
+def ignored_flags(config: type[Config]) -> str:
+    """All options without effect at once, each with a value that is not its default."""
+    values = {bool: "true", int: "3", float: "0.5"}
+    return " ".join(f"--{name} {values[meta.kind]}" for name, meta in options(config).items() if meta.ignored)
