@@ -3,7 +3,6 @@ but a file that cannot be read on."""
 import csv
 import gzip
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -165,7 +164,7 @@ def test_a_row_of_several_lines_is_named_by_its_first(tmp_path):
 def test_a_csv_file_with_another_separator_is_told(tmp_path, mark, name):
     path = tmp_path / "data.csv"
     path.write_text(f"prompt{mark}response\nq, r{mark}a\n")
-    with pytest.raises(UserError, match=re.escape(f"data.csv:1: the header is one column")) as error:
+    with pytest.raises(UserError, match="data.csv:1: the header is one column") as error:
         list(read_rows(path, "data.csv"))
     assert f"separated by {name}" in str(error.value)
     path.write_text("prompt\nq; r\n")
