@@ -18,6 +18,7 @@ setup(
         "ninja>=1.13",
         "numpy>=2.4",
         "peft>=0.21.2",
+        "psutil>=7.2.2",
         "pyarrow>=26.0",
         "PyYAML>=6.0.3",
         "safetensors>=0.8",
@@ -27,5 +28,5 @@ setup(
         "tqdm>=4.70",
         "transformers>=5.23",
     ],
-    extras_require={"test": ["pytest>=9.2", "hypothesis>=6.170", "scipy>=1.17", "psutil>=7.2.2"]},
+    extras_require={"test": ["pytest>=9.2", "hypothesis>=6.170", "scipy>=1.17"]},
 )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import datasets
+import psutil
 import torch
 import torch.distributed as dist
 import transformers
@@ -71,11 +72,9 @@ def prepare_environment() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if "OMP_NUM_THREADS" not in os.environ:
-        # The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if not on_gpu() or ranks_here > 1:
-            torch.set_num_threads(max(1, cores // ranks_here))
+        if not on_gpu() or ranks_here() > 1:
+            torch.set_num_threads(max(1, cores // ranks_here()))
 
 
 def start(timeout_seconds: int, seed: int) -> None:
@@ -121,6 +120,23 @@ def global_sum(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def on_every_rank(condition: bool) -> bool:
+    """Whether it holds on all ranks; the same answer on each."""
+    return int(global_sum(torch.tensor(int(not condition), device=device()))) == 0
+
+
+def memory_available() -> int:
+    """Bytes that this rank may still take: on its GPU, or its share of the machine's memory."""
+    if on_gpu():
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return psutil.virtual_memory().available // ranks_here()
+
+
+def ranks_here() -> int:
+    """Ranks on this machine. The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def gather_objects(item) -> list:

@@ -74,6 +74,33 @@ def adapters_disabled(model: nn.Module):
             layer._disable_adapters = False
 
 
+@contextlib.contextmanager
+def folded_adapters(model: nn.Module):
+    """Within the context the adapters are part of the base weights: the same function at the base model's speed.
+
+    The folded weights are tensors of their own, put in the place of the base weights, which come back bit for bit.
+    In half precision the sum is rounded once. The weights must be whole.
+    """
+    from peft.tuners.lora import LoraLayer
+    kept = []
+    try:
+        for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+            weight = layer.base_layer.weight
+            kept.append((weight, weight.data))
+            weight.data = fold(weight.data, layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data,
+                               layer.scaling[ADAPTER])
+        with adapters_disabled(model):
+            yield
+    finally:
+        for weight, data in kept:
+            weight.data = data
+
+
+def fold(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W + scaling B A, added in fp32. base (out, in), down A (r, in), up B (out, r); returns (out, in)."""
+    return (base.float() + scaling * (up.float() @ down.float())).to(base.dtype)
+
+
 def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state of the plain model that computes the same as `model` with its adapters.
 
@@ -93,8 +120,7 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
         name = key.removesuffix(".base_layer.weight")
         if name != key and name in layers:
             down, up = state[f"{name}.lora_A.{ADAPTER}.weight"], state[f"{name}.lora_B.{ADAPTER}.weight"]
-            change = layers[name].scaling[ADAPTER] * (up.float() @ down.float())
-            value = (value.float() + change).to(value.dtype)
+            value = fold(value, down, up, layers[name].scaling[ADAPTER])
         merged[key.replace(".base_layer.", ".")] = value
     return merged
 

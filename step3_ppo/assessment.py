@@ -27,13 +27,12 @@ class Assessment:
         return (self.old_log_probs - self.ref_log_probs).sum(1)
 
 
-def share_rollout(parts: list[Rollout]) -> Rollout:
+def share_rollout(mine: Rollout) -> Rollout:
     """All ranks' responses on every rank, without fillers, in the order of their prompts in the data set.
 
     The result does not depend on how the prompts were dealt to ranks and batches.
     """
-    everywhere = gather_objects([part.to("cpu") for part in parts])
-    rollout = Rollout.concat([part for parts_of_rank in everywhere for part in parts_of_rank])
+    rollout = Rollout.concat(gather_objects(mine.to("cpu")))
     real = rollout.real.nonzero().squeeze(1)
     return rollout.select(real[rollout.prompt_index[real].argsort(stable=True)])
 

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.options import DataOptions, RunOptions, ScheduleOptions, check_output_dir
 
 _NO_DROPOUT = "dropout is off in every model of PPO"
-_ONE_ENGINE = "generation runs on the training engine's own weights"
+_ONE_ENGINE = "generation always runs on the training engine's own weights"
 _NO_TENSOR_PARALLEL = "every rank generates for its own prompts with the whole model"
 
 
@@ -20,12 +20,16 @@ class RolloutOptions(Config):
     """Rollouts"""
 
     per_device_generation_batch_size: int = option(
-        16, "prompts per rank in one rollout batch", aliases=("per_device_train_batch_size",), low=1)
+        16, "prompts per rank in one rollout batch, answered at the same time",
+        aliases=("per_device_train_batch_size",), low=1)
     generation_batches: int = option(
         1, "rollout batches per iteration", aliases=("generation_batch_numbers",), low=1)
     max_prompt_seq_len: int = option(256, "longest prompt; others are cut on the left", unit="tokens", low=1)
     max_answer_seq_len: int = option(256, "longest answer", unit="tokens", low=1)
     min_answer_seq_len: int = option(0, "no end token is sampled before", unit="tokens", low=0)
+    draw_answer_lengths: bool = option(
+        False, "give every answer exactly a length drawn from --min_answer_seq_len to --max_answer_seq_len")
+    answers_per_prompt: int = option(1, "answers to each prompt in an iteration", low=1)
     temperature: float = option(1.0, "logits are divided by it, to sample and to train", above=0)
     top_p: float = option(1.0, "sample from the likeliest tokens that make up this share", above=0, high=1)
     top_k: int = option(0, "sample from this many of the likeliest tokens; 0: from all", unit="tokens", low=0)
@@ -155,8 +159,9 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     print_answers: bool = option(False, "print a few prompts and answers while training")
     print_answers_interval: int = option(1, "how often --print_answers prints", unit="iterations", low=1)
     enable_hybrid_engine: bool = option(False, "", ignored=_ONE_ENGINE)
-    unpin_actor_parameters: bool = option(False, "", ignored=_ONE_ENGINE)
-    release_inference_cache: bool = option(False, "", ignored="the cache is always given back")
+    unpin_actor_parameters: bool = option(
+        False, "under ZeRO-3 gather the actor layer by layer for every token, not whole: slow, for want of memory")
+    release_inference_cache: bool = option(False, "give back the memory of keys and values after each rollout")
     inference_tp_size: int = option(1, "", ignored=_NO_TENSOR_PARALLEL, low=1)
     tp_gather_partition_size: int = option(8, "", ignored=_NO_TENSOR_PARALLEL, low=1)
     enable_mixed_precision_lora: bool = option(False, "", ignored="gathered weights are not quantised")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.environment import require_environment
+    require_environment()
 
 from datasets import Dataset
 
@@ -25,7 +27,7 @@ from common.run import (data_request, open_codec, open_run, publishing, read_cal
 from step3_ppo.config import PPOConfig
 from step3_ppo.loop import evaluate, run_iterations
 from step3_ppo.models import PPOModels, build_models
-from step3_ppo.rollout import Sampling
+from step3_ppo.sampling import Sampling
 from step3_ppo.trainer import PPOTrainer
 
 
@@ -81,14 +83,15 @@ def rollout_batches_per_iteration(config: PPOConfig) -> int:
     Until the step is complete the policy does not change, so rolling out all its batches first is the same algorithm.
     """
     needed = config.per_device_training_batch_size * config.gradient_accumulation_steps
-    return max(config.generation_batches, ceil(needed / config.per_device_generation_batch_size))
+    return max(config.generation_batches,
+               ceil(needed / (config.per_device_generation_batch_size * config.answers_per_prompt)))
 
 
 def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
     """How often each engine steps in an iteration that no target_kl cuts short."""
-    answers = config.per_device_generation_batch_size * rollout_batches_per_iteration(config) * world_size()
+    rows = config.per_device_generation_batch_size * rollout_batches_per_iteration(config) * world_size()
     per_step = config.per_device_training_batch_size * config.gradient_accumulation_steps * world_size()
-    return config.ppo_epochs * ceil(min(answers, prompts) / per_step)
+    return config.ppo_epochs * ceil(min(rows, prompts) * config.answers_per_prompt / per_step)
 
 
 def text_request(config: PPOConfig) -> DataRequest:

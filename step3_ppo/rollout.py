@@ -1,153 +1,211 @@
-"""Rollouts: the actor writes a response to every prompt.
+"""Rollouts: the actor writes responses to prompts.
 
-Randomness is fixed before decoding: one uniform number per (seed, iteration, prompt, sample, position), turned into
-a token by the inverse of the cumulative distribution. So a response depends on its prompt and the weights alone, not
-on the rank, the batch or the slot it was decoded in, nor on what was decoded before it.
+Two ways lead to the same tokens. In generation mode (see `generation_mode`) every rank decodes its own prompts with
+continuous batching. The plain way, transformers' `generate` on batches that stay together, serves what the other
+cannot: a ZeRO-3 actor that does not fit on one rank, whose layers are gathered for every token with all ranks in step,
+and models that do not attend to the whole sequence.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import numpy as np
 import torch
+from deepspeed.runtime.rollout.base import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 from torch import Tensor
+from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from common.data.collate import PromptBatch
-from step3_ppo.config import PPOConfig
+from common.distributed import device, is_main, say
+from step3_ppo.decoding import Decoder, Request, SlotCache, can_decode
 from step3_ppo.experience import Rollout
+from step3_ppo.generation_mode import generation_mode, whole_model_fits
+from step3_ppo.sampling import Sampling, response_limits, sample_tokens, uniforms
+
+SECONDS_BEFORE_BAR = 15  # a rollout that takes longer shows how far it is
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are sampled; the same temperature is used for the log-probs that are trained on.
-
-    Attributes:
-        temperature: divides the logits; 0 is greedy decoding.
-        top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
-        top_k: keep the most probable k tokens; 0 keeps all.
-        min_new_tokens: the end token is impossible before so many tokens.
-        max_new_tokens: a response that has not ended by then is cut.
-    """
-    temperature: float
-    top_p: float
-    top_k: int
-    min_new_tokens: int
-    max_new_tokens: int
-
-    @property
-    def truncated(self) -> bool:
-        """True if the policy that is sampled from is not the one that is trained."""
-        return self.top_p < 1.0 or self.top_k > 0 or self.min_new_tokens > 0
-
-    @classmethod
-    def from_config(cls, config: PPOConfig) -> Sampling:
-        """As the options of step 3 say."""
-        return cls(config.temperature, config.top_p, config.top_k, config.min_answer_seq_len,
-                   config.max_answer_seq_len)
-
-
-def uniforms(seed: int, iteration: int, prompt_index: Tensor, positions: int, sample: int = 0) -> Tensor:
-    """The uniform numbers that decide each response.
+class ActorRollouts(RolloutEngine):
+    """Responses of the actor, by its weights as they are when asked; a rollout engine in DeepSpeed's sense.
 
     Args:
-        prompt_index: (B,) row of each prompt in its data set.
-        positions: how many response tokens may be needed.
-        sample: number of the response, where a prompt gets several.
-
-    Returns:
-        (B, positions) float64 in [0, 1), from one counter-based Philox stream per response.
+        engine: the actor's DeepSpeed engine.
+        slots: sequences that this rank decodes at a time.
+        seed: of the random numbers.
+        gather: under ZeRO-3 gather the whole model on each rank, where that fits.
+        keep_cache: keep the memory of keys and values from one rollout to the next.
     """
-    rows = [np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, iteration, index, sample))))
-            .random(positions) for index in prompt_index.tolist()]
-    return torch.from_numpy(np.stack(rows))
+
+    name = "generation_mode"
+
+    def __init__(self, engine, *, slots: int, seed: int, end_id: int, pad_id: int, gather: bool = True,
+                 keep_cache: bool = True):
+        self.engine, self.slots, self.seed, self.end_id, self.pad_id = engine, slots, seed, end_id, pad_id
+        self.gather, self.keep_cache = gather, keep_cache
+        self.cache: SlotCache | None = None
+        self.iteration = 0
+        self._said = ""
+
+    def roll_out(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout:
+        """A response to every prompt, or several.
+
+        Under ZeRO-3 all ranks must call it together.
+
+        Args:
+            prompts: of this rank; fillers get no response in generation mode.
+            iteration: of the training run; part of the key of the random numbers.
+
+        Returns:
+            The responses, in the order of the prompts, those of one prompt together.
+        """
+        longest = prompts.input_ids.shape[1] + sampling.max_new_tokens
+        reason = self._why_plain(longest)
+        if reason:
+            self._say_once(f"note: rollouts in batches that stay together, since {reason}")
+            parts = [self._plainly(part, sampling, iteration) for part in prompts.to(device()).split(self.slots)]
+            return Rollout.concat(parts)
+        return self._in_generation_mode(prompts.select(prompts.real), sampling, iteration)
+
+    def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
+        """As DeepSpeed's interface has it; the random numbers are keyed by the row of the request and the step of
+        `sync_weights`."""
+        lengths = request.prompt_attention_mask.sum(1)
+        prompts = PromptBatch(request.prompt_ids, request.prompt_attention_mask, lengths,
+                              torch.arange(len(lengths)), torch.ones(len(lengths), dtype=torch.bool))
+        ours = Sampling(sampling.temperature, sampling.top_p, max(sampling.top_k, 0), 0, sampling.max_new_tokens,
+                        samples_per_prompt=sampling.n_samples_per_prompt)
+        rollout = self.roll_out(prompts, ours, self.iteration)
+        width, samples = request.prompt_ids.shape[1], sampling.n_samples_per_prompt
+        responses = [rollout.tokens[row, start:end] for row, (start, end)
+                     in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist()))]
+        padded = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=self.pad_id)
+        present = torch.arange(padded.shape[1]) < rollout.response_lengths[:, None]
+        repeated = [tensor.cpu().repeat_interleave(samples, 0)
+                    for tensor in (request.prompt_ids, request.prompt_attention_mask)]
+        there = request.prompt_ids.device
+        return RolloutBatch(torch.cat([repeated[0], padded], 1).to(there),
+                            torch.cat([repeated[1], present.to(repeated[1])], 1).to(there),
+                            torch.full((len(padded),), width, device=there))
+
+    def sync_weights(self, step: int) -> None:
+        """The weights are the training engine's own; only the number of the iteration is noted."""
+        self.iteration = step
+
+    def shutdown(self) -> None:
+        """Give back the memory of keys and values."""
+        self.cache = None
+
+    def _why_plain(self, longest: int) -> str:
+        if not can_decode(self.engine.module.config, longest):
+            return "this model does not attend to whole sequences"
+        if self.engine.zero_optimization_partition_weights():
+            if not self.gather:
+                return "--unpin_actor_parameters asks for weights that are gathered layer by layer"
+            if not whole_model_fits(self.engine):
+                return "the whole actor does not fit on a rank: its weights are gathered layer by layer, for every token"
+        return ""
+
+    def _say_once(self, message: str) -> None:
+        if message != self._said:
+            say(message)
+            self._said = message
+
+    def _in_generation_mode(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout:
+        if self.engine.zero_optimization_partition_weights():
+            self._say_once("note: for each rollout the whole actor is gathered on every rank")
+        rows = prompts.to("cpu")
+        width = rows.input_ids.shape[1]
+        ids = [tuple(row[width - length:].tolist()) for row, length in zip(rows.input_ids, rows.lengths.tolist())]
+        requests = []
+        for sample in range(sampling.samples_per_prompt):
+            uniform = uniforms(self.seed, iteration, rows.prompt_index, sampling.max_new_tokens, sample)
+            limits = response_limits(self.seed, iteration, rows.prompt_index, sampling, sample)
+            requests += [Request(*request) for request in zip(ids, uniform, *limits.T.tolist())]
+        # Those of one prompt next to each other.
+        requests = [request for row in range(len(ids)) for request in requests[row::len(ids)]]
+        with generation_mode(self.engine) as model, tqdm(
+                total=len(requests), desc="rollout", leave=False, delay=SECONDS_BEFORE_BAR, disable=not is_main()) as bar:
+            decoder = Decoder(model, sampling, slots=self.slots, end_id=self.end_id, cache=self.cache)
+            responses = decoder.run(requests, progress=bar.update)
+        self.cache = decoder.cache if self.keep_cache else None
+        return joined(requests, responses, rows.prompt_index.repeat_interleave(sampling.samples_per_prompt),
+                      self.end_id, self.pad_id)
+
+    def _plainly(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout:
+        parts = [generate(self.engine, prompts, sampling, end_id=self.end_id, pad_id=self.pad_id, seed=self.seed,
+                          iteration=iteration, sample=sample) for sample in range(sampling.samples_per_prompt)]
+        order = torch.arange(len(parts) * len(prompts.lengths)).view(len(parts), -1).T.flatten()
+        return Rollout.concat(parts).select(order)
 
 
-def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Tokens at the inverse of the cumulative filtered distribution.
-
-    Args:
-        logits: (B, V) at one position.
-        uniform: (B,) in [0, 1).
-
-    Returns:
-        (B,) long.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = filtered_probabilities(logits, sampling)
-    cumulative = probabilities.double().cumsum(-1)
-    # Scaling by the last entry, not by 1, keeps rounding of the sum from ever pointing past the last token.
-    target = uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
-
-
-def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Softmax of (B, V) logits at the temperature, limited to the top k and the top p, not renormalised."""
-    scaled = logits.float() / sampling.temperature
-    if 0 < sampling.top_k < scaled.shape[-1]:
-        smallest_kept = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < smallest_kept, -torch.inf)
-    probabilities = scaled.softmax(-1)
-    if sampling.top_p < 1.0:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
-        dropped = torch.zeros_like(ordered, dtype=torch.bool).scatter(1, order, before >= sampling.top_p)
-        probabilities = probabilities.masked_fill(dropped, 0.0)
-    return probabilities
+def joined(requests: Sequence[Request], responses: Sequence[list[int]], prompt_index: Tensor, end_id: int,
+           pad_id: int) -> Rollout:
+    """Prompts and responses as a rollout, on the CPU. prompt_index (B,) long."""
+    rows = [torch.tensor([*request.prompt, *response]) for request, response in zip(requests, responses)]
+    tokens = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id) if rows
+              else torch.empty(0, 1, dtype=torch.long))
+    return Rollout(tokens, torch.tensor([len(request.prompt) for request in requests], dtype=torch.long),
+                   torch.tensor([len(response) for response in responses], dtype=torch.long),
+                   torch.tensor([response[-1] == end_id for response in responses], dtype=torch.bool), prompt_index,
+                   torch.ones(len(rows), dtype=torch.bool))
 
 
 class _ForcedChoice(LogitsProcessor):
     """Makes `generate`, whose cache and stopping serve every architecture, take the tokens we sample."""
 
-    def __init__(self, prompt_width: int, uniform: Tensor, sampling: Sampling, end_id: int):
-        self.prompt_width, self.uniform, self.sampling, self.end_id = prompt_width, uniform, sampling, end_id
+    def __init__(self, prompt_width: int, uniform: Tensor, limits: Tensor, sampling: Sampling, end_id: int):
+        self.prompt_width, self.uniform, self.limits = prompt_width, uniform, limits
+        self.sampling, self.end_id = sampling, end_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.prompt_width
-        if position < self.sampling.min_new_tokens:
-            scores = scores.clone()
-            scores[:, self.end_id] = -torch.inf
+        scores = scores.clone()
+        scores[position < self.limits[:, 0], self.end_id] = -torch.inf
         tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
+        # What follows a response that has come to its own limit is cut off; ending it saves the time.
+        tokens = tokens.masked_fill(position >= self.limits[:, 1], self.end_id)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
 
 
 @torch.no_grad()
 def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_id: int, pad_id: int, seed: int,
-             iteration: int) -> Rollout:
-    """One response to every prompt of the batch, by the weights as they are now.
+             iteration: int, sample: int = 0) -> Rollout:
+    """One response to every prompt of the batch, the plain way. The batch goes on until its last response has ended.
 
     Under ZeRO-3 all ranks must call it together and stay in step until the last of them has finished.
 
     Args:
         engine: the actor's DeepSpeed engine.
         prompts: left-padded prompts of this rank.
-        iteration: of the training run; part of the key of the random numbers.
     """
-    uniform = uniforms(seed, iteration, prompts.prompt_index, sampling.max_new_tokens).to(prompts.input_ids.device)
+    there = prompts.input_ids.device
+    uniform = uniforms(seed, iteration, prompts.prompt_index, sampling.max_new_tokens, sample).to(there)
+    limits = response_limits(seed, iteration, prompts.prompt_index, sampling, sample).to(there)
     width = prompts.input_ids.shape[1]
     engine.eval()
     sequences = engine.module.generate(
         input_ids=prompts.input_ids, attention_mask=prompts.attention_mask,
         generation_config=GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, use_cache=True,
                                            eos_token_id=end_id, pad_token_id=pad_id),
-        logits_processor=LogitsProcessorList([_ForcedChoice(width, uniform, sampling, end_id)]),
+        logits_processor=LogitsProcessorList([_ForcedChoice(width, uniform, limits, sampling, end_id)]),
         synced_gpus=engine.zero_optimization_partition_weights() and engine.dp_world_size > 1)
     engine.train()
-    return to_rollout(sequences, prompts, end_id, pad_id, sampling.max_new_tokens)
+    return to_rollout(sequences, prompts, end_id, pad_id, limits[:, 1])
 
 
-def to_rollout(sequences: Tensor, prompts: PromptBatch, end_id: int, pad_id: int, max_new_tokens: int) -> Rollout:
+def to_rollout(sequences: Tensor, prompts: PromptBatch, end_id: int, pad_id: int, limits: Tensor) -> Rollout:
     """Cut responses at their first end token and join them to their prompts without a gap.
 
     Args:
         sequences: (B, P + T) left-padded prompts followed by responses; what follows an end token is ignored.
+        limits: (B,) tokens that each response may have.
     """
     width = prompts.input_ids.shape[1]
-    responses = sequences[:, width:width + max_new_tokens]
-    ends = responses == end_id
+    responses = sequences[:, width:width + int(limits.max())]
+    columns = torch.arange(responses.shape[1], device=sequences.device)
+    ends = (responses == end_id) & (columns < limits[:, None])
     finished = ends.any(1)
-    response_lengths = torch.where(finished, ends.int().argmax(1) + 1, responses.shape[1])
+    response_lengths = torch.where(finished, ends.int().argmax(1) + 1, limits.clamp_max(responses.shape[1]))
     # Rolling each row left by its padding moves the padding behind the response.
     columns = torch.arange(sequences.shape[1], device=sequences.device)
     shift = (width - prompts.lengths).unsqueeze(1)

@@ -26,7 +26,8 @@ from step3_ppo.kl_controller import AdaptiveKL, FixedKL
 from step3_ppo.loss import explained_variance, explained_variance_sums, policy_loss_sum, value_loss_sum
 from step3_ppo.models import PPOModels, logits_of, response_values
 from step3_ppo.rewards import ShapedScores, kl_estimate, shape_scores, token_rewards
-from step3_ppo.rollout import Sampling, generate
+from step3_ppo.rollout import ActorRollouts
+from step3_ppo.sampling import Sampling
 
 EVALUATION = 2**31  # takes the place of the iteration in the random numbers: every evaluation draws the same ones
 
@@ -49,6 +50,10 @@ class PPOTrainer:
         self.prompts, self.held_out, self.texts = prompts, held_out, texts
         self.calibration = calibration
         self.sampling = Sampling.from_config(config)
+        self.rollouts = ActorRollouts(models.actor, slots=config.per_device_generation_batch_size, seed=config.seed,
+                                      end_id=codec.end_id, pad_id=codec.pad_id,
+                                      gather=not config.unpin_actor_parameters,
+                                      keep_cache=not config.release_inference_cache)
         self.kl = (AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
                    if config.kl_controller == "adaptive" else FixedKL(config.kl_coef))
         self.seconds: dict[str, float] = {}
@@ -78,12 +83,10 @@ class PPOTrainer:
 
     def rollout(self, dataset: Dataset, micro_batches: Sequence[MicroBatch], stream: int) -> Rollout:
         """Responses of all ranks to the prompts of `micro_batches`, on every rank."""
-        parts = []
-        for micro_batch in micro_batches:
-            batch = collate_prompts(dataset, micro_batch, self.codec.pad_id).to(device())
-            parts.append(generate(self.models.actor, batch, self.sampling, end_id=self.codec.end_id,
-                                  pad_id=self.codec.pad_id, seed=self.config.seed, iteration=stream))
-        return share_rollout(parts)
+        rows = MicroBatch(tuple(index for batch in micro_batches for index in batch.indices),
+                          tuple(real for batch in micro_batches for real in batch.real))
+        prompts = collate_prompts(dataset, rows, self.codec.pad_id)
+        return share_rollout(self.rollouts.roll_out(prompts, self.sampling, stream))
 
     def rewards(self, rollout: Rollout, assessment: Assessment) -> tuple[ShapedScores, Tensor]:
         """Shaped scores (B,) and token rewards (B, R)."""

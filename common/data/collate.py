@@ -7,8 +7,8 @@ token like others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from datasets import Dataset
@@ -20,8 +20,10 @@ from common.data.sampler import MicroBatch
 class _Batch:
     def to(self, device: torch.device | str):
         """The same batch on another device."""
-        return type(self)(**{field.name: getattr(self, field.name).to(device, non_blocking=True)
-                             for field in fields(self)})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]):
+        return type(self)(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,16 @@ class PromptBatch(_Batch):
     lengths: Tensor
     prompt_index: Tensor
     real: Tensor
+
+    def select(self, rows: Tensor) -> PromptBatch:
+        """These rows, by number or by a (B,) bool; the padding stays."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def split(self, rows: int) -> list[PromptBatch]:
+        """Batches of so many rows, the last of what is left, without padding that no row of theirs needs."""
+        parts = [self._each(lambda tensor: tensor[start:start + rows]) for start in range(0, len(self.lengths), rows)]
+        return [replace(part, input_ids=part.input_ids[:, -int(part.lengths.max()):],
+                        attention_mask=part.attention_mask[:, -int(part.lengths.max()):]) for part in parts]
 
 
 def collate_demonstrations(dataset: Dataset, micro_batch: MicroBatch, pad_id: int,

@@ -9,3 +9,7 @@ VARIANTS = {
     "zero3-offloaded": (3, 4, False, False, True), "lora": (0, 8, False, True, False),
     "lora-zero2": (2, 4, True, True, False), "lora-zero3": (3, 4, False, True, False),
 }
+
+# Name: ZeRO stage, LoRA, dtype of the actor that rollouts are made with.
+GENERATION = {f"zero{stage}-{kind}-{dtype}": (stage, kind == "lora", dtype)
+              for stage in (0, 1, 2, 3) for kind in ("full", "lora") for dtype in ("fp32", "bf16")}

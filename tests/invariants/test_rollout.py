@@ -1,12 +1,17 @@
 """Rollouts: the tokens are the model's own, the frequencies the softmax's, and nothing but the prompt decides."""
+from dataclasses import replace
+
 import pytest
 import torch
+from deepspeed.runtime.rollout.base import RolloutEngine, RolloutRequest, SamplingConfig
 from scipy import stats
 
 from common.data.collate import PromptBatch
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.factory import load_causal_lm
-from step3_ppo.rollout import Sampling, filtered_probabilities, generate, sample_tokens, to_rollout, uniforms
+from step3_ppo.decoding import can_decode
+from step3_ppo.rollout import ActorRollouts, generate, to_rollout
+from step3_ppo.sampling import Sampling, filtered_probabilities, response_limits, sample_tokens, uniforms
 from tests.architectures import CONFIGS, build_model
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=12)
@@ -48,7 +53,13 @@ def prompts(rows, pad_id) -> PromptBatch:
     return PromptBatch(ids, mask, lengths, torch.tensor(rows), torch.ones(len(rows), dtype=torch.bool))
 
 
-def roll_out(actor, rows, sampling):
+def roll_out(actor, rows, sampling, slots=4):
+    engine, codec = actor
+    rollouts = ActorRollouts(engine, slots=slots, seed=5, end_id=codec.end_id, pad_id=codec.pad_id)
+    return rollouts.roll_out(prompts(rows, codec.pad_id), sampling, iteration=1)
+
+
+def plainly(actor, rows, sampling):
     engine, codec = actor
     return generate(engine, prompts(rows, codec.pad_id), sampling, end_id=codec.end_id, pad_id=codec.pad_id, seed=5,
                     iteration=1)
@@ -71,13 +82,76 @@ def test_greedy_tokens_are_those_of_generate_row_by_row(actor):
         assert bool(rollout.finished[row]) == (plain[-1] == codec.end_id)
 
 
-def test_a_response_does_not_depend_on_batch_or_slot(actor):
-    together = responses(roll_out(actor, [0, 1, 2, 3, 4, 5], SAMPLED))
-    shuffled = responses(roll_out(actor, [4, 2, 0], SAMPLED))
-    alone = responses(roll_out(actor, [3], SAMPLED))
+@pytest.mark.parametrize("way", [roll_out, plainly])
+def test_a_response_does_not_depend_on_batch_or_slot(actor, way):
+    together = responses(way(actor, [0, 1, 2, 3, 4, 5], SAMPLED))
+    shuffled = responses(way(actor, [4, 2, 0], SAMPLED))
+    alone = responses(way(actor, [3], SAMPLED))
     assert [together[4], together[2], together[0]] == shuffled
     assert [together[3]] == alone
     assert len({tuple(response) for response in together}) == len(LENGTHS)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 16])
+@pytest.mark.parametrize("sampling", [
+    SAMPLED, GREEDY, replace(SAMPLED, temperature=0.7, top_p=0.8, top_k=50, min_new_tokens=3),
+    replace(SAMPLED, draw_lengths=True, min_new_tokens=2), replace(SAMPLED, samples_per_prompt=3)],
+    ids=["sampled", "greedy", "filtered", "drawn-lengths", "several"])
+def test_continuous_batching_gives_the_tokens_of_the_plain_way(actor, sampling, slots):
+    rows = [row for row in range(len(LENGTHS)) for _ in range(sampling.samples_per_prompt)]
+    fast = roll_out(actor, range(len(LENGTHS)), sampling, slots)
+    samples = [plainly_sample(actor, sampling, sample) for sample in range(sampling.samples_per_prompt)]
+    expected = [samples[number % sampling.samples_per_prompt][row] for number, row in enumerate(rows)]
+    assert responses(fast) == expected
+    assert fast.prompt_index.tolist() == rows
+    if sampling.samples_per_prompt > 1:
+        assert len({tuple(response) for response in expected}) == len(expected)
+
+
+def plainly_sample(actor, sampling, sample):
+    engine, codec = actor
+    return responses(generate(engine, prompts(range(len(LENGTHS)), codec.pad_id), sampling, end_id=codec.end_id,
+                              pad_id=codec.pad_id, seed=5, iteration=1, sample=sample))
+
+
+def test_drawn_lengths_are_exact_and_reach_both_limits(actor):
+    sampling = Sampling(1.0, 1.0, 0, min_new_tokens=3, max_new_tokens=5, draw_lengths=True)
+    limits = response_limits(5, 1, torch.arange(200), sampling)
+    assert sorted(set(limits[:, 0].tolist())) == [3, 4, 5] and torch.equal(limits[:, 0], limits[:, 1])
+    rollout = roll_out(actor, range(len(LENGTHS)), sampling)
+    assert rollout.response_lengths.tolist() == limits[:len(LENGTHS), 1].tolist()
+
+
+def test_fillers_are_not_answered(actor):
+    engine, codec = actor
+    batch = prompts([0, 1, 1], codec.pad_id)
+    batch.real[2] = False
+    rollout = ActorRollouts(engine, slots=2, seed=5, end_id=codec.end_id, pad_id=codec.pad_id).roll_out(batch, GREEDY, 0)
+    assert rollout.prompt_index.tolist() == [0, 1]
+
+
+def test_deepspeeds_rollout_interface_gives_the_same_tokens(actor):
+    engine, codec = actor
+    rollouts = ActorRollouts(engine, slots=2, seed=5, end_id=codec.end_id, pad_id=codec.pad_id)
+    assert isinstance(rollouts, RolloutEngine)
+    batch = prompts(range(3), codec.pad_id)
+    rollouts.sync_weights(1)
+    made = rollouts.generate(RolloutRequest(batch.input_ids, batch.attention_mask),
+                             SamplingConfig(max_new_tokens=12, n_samples_per_prompt=2))
+    ours = responses(rollouts.roll_out(batch, replace(SAMPLED, samples_per_prompt=2), iteration=1))
+    width = batch.input_ids.shape[1]
+    assert made.response_start_idx.tolist() == [width] * 6
+    assert [row[mask.bool()].tolist() for row, mask in zip(made.input_ids[:, width:], made.attention_mask[:, width:])] \
+        == ours
+    assert torch.equal(made.input_ids[:, :width], batch.input_ids.repeat_interleave(2, 0))
+
+
+def test_windows_shorter_than_the_sequence_are_left_to_the_plain_way(tmp_path, builtin_cache):
+    directory = build_model("mistral", tmp_path, builtin_cache, sliding_window=8)
+    codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
+    actor = WholeEngine(load_causal_lm(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0)), codec
+    assert can_decode(actor[0].module.config, 8) and not can_decode(actor[0].module.config, 9)
+    assert responses(roll_out(actor, range(6), SAMPLED)) == responses(plainly(actor, range(6), SAMPLED))
 
 
 def test_min_new_tokens_holds_back_the_end_token(actor):
@@ -129,7 +203,8 @@ def test_uniforms_are_keyed_by_everything_and_nothing_else():
 def test_a_response_is_cut_after_its_first_end_token_even_where_that_is_the_padding():
     batch = prompts([3, 0], pad_id=2)  # prompt lengths 2 and 4
     generated = torch.tensor([[50, 2, 2, 2], [60, 61, 62, 63]])
-    rollout = to_rollout(torch.cat([batch.input_ids, generated], 1), batch, end_id=2, pad_id=2, max_new_tokens=4)
+    rollout = to_rollout(torch.cat([batch.input_ids, generated], 1), batch, end_id=2, pad_id=2,
+                         limits=torch.tensor([4, 4]))
     assert rollout.response_lengths.tolist() == [2, 4]
     assert rollout.finished.tolist() == [True, False]
     assert rollout.response_mask.tolist() == [[True, True, False, False], [True] * 4]

@@ -1,0 +1,222 @@
+"""Continuous batching: as soon as a response ends, its slot goes to the next prompt.
+
+So decoding costs what the real tokens cost, not rows times the longest response. A slot is a row of a key-value cache
+that is allocated once; slots stand at different lengths in the same forward pass, told apart by the attention mask and
+the position ids alone, which the decoder-only models of transformers take. Nothing here knows an architecture.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+from step3_ppo.sampling import Sampling, sample_tokens
+
+PREFILL_TOKENS = 8192  # of one prefill pass, padding included: bounds its memory
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to be written.
+
+    Attributes:
+        prompt: token ids, at least one. Neighbouring requests with equal prompts share one prefill.
+        uniform: (max_new_tokens,) in [0, 1): the random number behind each token.
+        min_new_tokens: the end token is impossible before so many.
+        max_new_tokens: the response is cut after so many.
+    """
+    prompt: tuple[int, ...]
+    uniform: Tensor
+    min_new_tokens: int
+    max_new_tokens: int
+
+
+def can_decode(config: PreTrainedConfig, longest: int) -> bool:
+    """Whether every layer attends to all of `longest` tokens: no window shorter than that, no recurrent state."""
+    config = config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention", "sliding_attention"])
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention", "sliding_attention"}:
+        return False
+    return "sliding_attention" not in kinds or window is None or window >= longest
+
+
+class SlotCache(Cache):
+    """Keys and values of `slots` sequences of up to `columns` tokens, each at a length of its own."""
+
+    def __init__(self, config: PreTrainedConfig, slots: int, columns: int):
+        layers = config.get_text_config().num_hidden_layers
+        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+        self.slots, self.columns = slots, columns
+        self.rows = self.places = torch.empty(0, dtype=torch.long)
+        self.width = 0
+
+    def begin_step(self, lengths: Tensor, width: int) -> None:
+        """The next pass adds a token to each of the first slots, those of `lengths` (n,) long; `width` is the longest
+        then."""
+        self.rows, self.places, self.width = torch.arange(len(lengths), device=lengths.device), lengths, width
+
+    def fill(self, prefilled: DynamicCache, source: Tensor, target: Tensor) -> None:
+        """Copy rows `source` of a prefill into the slots `target`, both (n,) long."""
+        for layer, other in zip(self.layers, prefilled.layers, strict=True):
+            layer.fill(other.keys, other.values, source, target)
+
+    def move(self, source: Tensor, target: Tensor, width: int) -> None:
+        """Copy the first `width` columns of the slots `source` onto the slots `target`, both (n,) long."""
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                states[target, :, :width] = states[source, :, :width]
+
+
+class _SlotLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, cache: SlotCache):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if not self.is_initialized:
+            # Zeros, because what the mask hides is multiplied by 0, and 0 times what lay in memory may be NaN.
+            self.keys, self.values = (
+                states.new_zeros(self.cache.slots, states.shape[1], self.cache.columns, states.shape[3])
+                for states in (key_states, value_states))
+            self.is_initialized = True
+
+    def fill(self, keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
+        self.lazy_initialization(keys, values)
+        width = keys.shape[2]
+        self.keys[target, :, :width], self.values[target, :, :width] = keys[source], values[source]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.lazy_initialization(key_states, value_states)
+        rows, width = self.cache.rows, self.cache.width
+        self.keys[rows, :, self.cache.places] = key_states[:, :, 0]
+        self.values[rows, :, self.cache.places] = value_states[:, :, 0]
+        return self.keys[:len(rows), :, :width], self.values[:len(rows), :, :width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.width, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.width - 1
+
+    def get_max_length(self) -> int:
+        return self.cache.columns
+
+
+class Decoder:
+    """Writes responses with a causal language model whose weights are whole and which is in evaluation mode.
+
+    Args:
+        model: of transformers; `can_decode` says whether it can be served.
+        slots: sequences in one forward pass.
+        end_id: token that ends a response.
+        cache: one of an earlier decoder to use again, if it is large enough.
+    """
+
+    def __init__(self, model, sampling: Sampling, *, slots: int, end_id: int, cache: SlotCache | None = None):
+        self.model, self.sampling, self.slots, self.end_id, self.cache = model, sampling, slots, end_id, cache
+        self.device = model.device
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        # A prompt is put in when so many slots are free: prefilling prompts one by one would cost more than it gains.
+        self.refill_at = max(1, slots // 8)
+
+    @torch.no_grad()
+    def run(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[list[int]]:
+        """The response to each request: its tokens, the end token included.
+
+        Args:
+            progress: called with the number of responses finished since the last call.
+        """
+        responses: list[list[int]] = [[] for _ in requests]
+        if not requests:
+            return responses
+        self._make_room(max(len(request.prompt) + request.max_new_tokens for request in requests))
+        limits = torch.tensor([request.max_new_tokens for request in requests])
+        minima = torch.tensor([request.min_new_tokens for request in requests])
+        uniform = torch.stack([torch.nn.functional.pad(request.uniform, (0, int(limits.max()) - len(request.uniform)))
+                               for request in requests]).to(self.device)
+        # Longest prompts first, so that neighbours, in the prefill and in the slots, have little padding.
+        queue = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt))
+        # Of each slot in use: its request, its next input, how many tokens the cache holds, how many are written.
+        index = fed = length = written = torch.empty(0, dtype=torch.long)
+        while queue or len(index):
+            if queue and (self.slots - len(index) >= self.refill_at or not len(index)):
+                admitted, queue = queue[:self.slots - len(index)], queue[self.slots - len(index):]
+                self._prefill([requests[request].prompt for request in admitted], first_slot=len(index))
+                prompts = [requests[request].prompt for request in admitted]
+                index = torch.cat([index, torch.tensor(admitted)])
+                fed = torch.cat([fed, torch.tensor([prompt[-1] for prompt in prompts])])
+                length = torch.cat([length, torch.tensor([len(prompt) - 1 for prompt in prompts])])
+                written = torch.cat([written, torch.zeros(len(admitted), dtype=torch.long)])
+            logits = self._forward(fed, length)
+            if self.sampling.min_new_tokens:
+                logits[(written < minima[index]).to(self.device), self.end_id] = -torch.inf
+            fed = sample_tokens(logits, uniform[index.to(self.device), written.to(self.device)], self.sampling).cpu()
+            for request, token in zip(index.tolist(), fed.tolist()):
+                responses[request].append(token)
+            length, written = length + 1, written + 1
+            going = (fed != self.end_id) & (written < limits[index])
+            if not going.all():
+                if progress is not None:
+                    progress(int((~going).sum()))
+                order = self._close_gaps(going, length)
+                index, fed, length, written = index[order], fed[order], length[order], written[order]
+        return responses
+
+    def _make_room(self, columns: int) -> None:
+        if self.cache is None or self.cache.columns < columns or self.cache.slots < self.slots:
+            self.cache = SlotCache(self.model.config, self.slots, columns)
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], first_slot: int) -> None:
+        """Cache all but the last token of each prompt, in slots from `first_slot` on. The last one is left to the
+        first decoding step, so that no logits of the prompt are needed."""
+        unique = list(dict.fromkeys(prompts))
+        start = 0
+        while start < len(unique):
+            width = max(len(unique[start]) - 1, 1)  # prompts come longest first
+            group = unique[start:start + max(1, PREFILL_TOKENS // width)]
+            start += len(group)
+            lengths = torch.tensor([len(prompt) - 1 for prompt in group])
+            if not int(lengths[0]):
+                continue
+            ids = torch.full((len(group), width), self.end_id)
+            for row, prompt in enumerate(group):
+                ids[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
+            mask = (torch.arange(width) < lengths[:, None]).long()
+            prefilled = DynamicCache()
+            self._call(ids, mask, (mask.cumsum(1) - 1).clamp_min(0), prefilled)
+            rows = {prompt: row for row, prompt in enumerate(group)}
+            pairs = [(rows[prompt], first_slot + slot) for slot, prompt in enumerate(prompts) if prompt in rows]
+            source, target = torch.tensor(pairs, device=self.device).unbind(1)
+            self.cache.fill(prefilled, source, target)
+
+    def _forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(n, V) logits that follow the token fed to each of the first n slots."""
+        width = int(lengths.max()) + 1
+        places = lengths.to(self.device)
+        self.cache.begin_step(places, width)
+        mask = (torch.arange(width, device=self.device) <= places[:, None]).long()
+        return self._call(tokens[:, None], mask, places[:, None], self.cache)[:, -1]
+
+    def _call(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        inputs = {"position_ids": positions.to(self.device)} if self.takes_positions else {}
+        return self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device), past_key_values=cache,
+                          use_cache=True, logits_to_keep=1, **inputs).logits
+
+    def _close_gaps(self, going: Tensor, lengths: Tensor) -> Tensor:
+        """Move the last slots in use into those that have ended; returns which slot is now in each place."""
+        count = int(going.sum())
+        order = torch.arange(count)
+        holes = (~going[:count]).nonzero().squeeze(1)
+        if len(holes):
+            movers = going[count:].nonzero().squeeze(1) + count
+            order[holes] = movers
+            self.cache.move(movers.to(self.device), holes.to(self.device), int(lengths[movers].max()))
+        return order

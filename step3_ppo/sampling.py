@@ -1,0 +1,118 @@
+"""How tokens are drawn.
+
+Randomness is fixed before decoding: one uniform number per (seed, iteration, prompt, sample, position), turned into
+a token by the inverse of the cumulative distribution. So a response depends on its prompt and the weights alone, not
+on the rank, the batch or the slot it was decoded in, nor on what was decoded before it.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from step3_ppo.config import PPOConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled; the same temperature is used for the log-probs that are trained on.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy decoding.
+        top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+        top_k: keep the most probable k tokens; 0 keeps all.
+        min_new_tokens: the end token is impossible before so many tokens.
+        max_new_tokens: a response that has not ended by then is cut.
+        draw_lengths: every response gets a length of its own, drawn evenly from these two limits, and has exactly that.
+        samples_per_prompt: responses to each prompt.
+    """
+    temperature: float
+    top_p: float
+    top_k: int
+    min_new_tokens: int
+    max_new_tokens: int
+    draw_lengths: bool = False
+    samples_per_prompt: int = 1
+
+    @property
+    def truncated(self) -> bool:
+        """True if the policy that is sampled from is not the one that is trained."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_new_tokens > 0 or self.draw_lengths
+
+    @classmethod
+    def from_config(cls, config: PPOConfig) -> Sampling:
+        """As the options of step 3 say."""
+        return cls(config.temperature, config.top_p, config.top_k, config.min_answer_seq_len,
+                   config.max_answer_seq_len, config.draw_answer_lengths, config.answers_per_prompt)
+
+
+def uniforms(seed: int, iteration: int, prompt_index: Tensor, positions: int, sample: int = 0) -> Tensor:
+    """The uniform numbers that decide each response.
+
+    Args:
+        prompt_index: (B,) row of each prompt in its data set.
+        positions: how many response tokens may be needed.
+        sample: number of the response, where a prompt gets several.
+
+    Returns:
+        (B, positions) float64 in [0, 1), from one counter-based Philox stream per response.
+    """
+    return _streams((seed, iteration), prompt_index, (sample,), positions)
+
+
+def response_limits(seed: int, iteration: int, prompt_index: Tensor, sampling: Sampling, sample: int = 0) -> Tensor:
+    """(B, 2) long: the fewest and the most tokens that each response may have; one number where lengths are drawn.
+
+    Their random numbers have streams of their own, beside those of `uniforms`.
+    """
+    limits = torch.tensor([[sampling.min_new_tokens, sampling.max_new_tokens]]).repeat(len(prompt_index), 1)
+    if sampling.draw_lengths:
+        shortest = max(1, sampling.min_new_tokens)
+        drawn = _streams((seed, iteration), prompt_index, (sample, _LENGTHS), 1)
+        limits[:] = shortest + (drawn * (sampling.max_new_tokens - shortest + 1)).long()
+    return limits
+
+
+_LENGTHS = 1  # ends the key of the streams that lengths are drawn from
+
+
+def _streams(before: tuple[int, ...], prompt_index: Tensor, after: tuple[int, ...], count: int) -> Tensor:
+    rows = [np.random.Generator(np.random.Philox(np.random.SeedSequence((*before, index, *after)))).random(count)
+            for index in prompt_index.tolist()]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, count, dtype=torch.float64)
+
+
+def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """Tokens at the inverse of the cumulative filtered distribution.
+
+    Args:
+        logits: (B, V) at one position.
+        uniform: (B,) in [0, 1).
+
+    Returns:
+        (B,) long.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = filtered_probabilities(logits, sampling)
+    cumulative = probabilities.double().cumsum(-1)
+    # Scaling by the last entry, not by 1, keeps rounding of the sum from ever pointing past the last token.
+    target = uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Softmax of (B, V) logits at the temperature, limited to the top k and the top p, not renormalised."""
+    scaled = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        smallest_kept = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < smallest_kept, -torch.inf)
+    probabilities = scaled.softmax(-1)
+    if sampling.top_p < 1.0:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        dropped = torch.zeros_like(ordered, dtype=torch.bool).scatter(1, order, before >= sampling.top_p)
+        probabilities = probabilities.masked_fill(dropped, 0.0)
+    return probabilities

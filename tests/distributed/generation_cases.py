@@ -1,0 +1,97 @@
+"""Rollouts between training steps, at every ZeRO stage, full and LoRA: what they write and what they leave behind.
+
+Run under the launcher: generation_cases.py CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the rollout of
+all ranks, the plain way's tokens, and whether weights and training came through bit for bit.
+"""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from datasets import Dataset
+
+from common.checkpoint import full_state_dict
+from common.data.collate import collate_prompts
+from common.data.sampler import evaluation_batches
+from common.data.tokenization import load_tokenizer, make_codec
+from common.distributed import is_main, on_every_rank, rank, run_program, start, world_size
+from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
+from common.models.factory import load_causal_lm
+from step1_sft.trainer import SFTTrainer
+from step3_ppo.assessment import share_rollout
+from step3_ppo.rollout import ActorRollouts
+from step3_ppo.sampling import Sampling
+from tests.architectures import build_model
+from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
+from tests.distributed.variants import GENERATION
+
+PROMPTS = 10  # not a multiple of ranks and slots
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=16)
+
+
+def main(argv) -> None:
+    cache_dir, output_dir = (Path(word) for word in sys.argv[1:] if not word.startswith("--"))
+    model_dir = output_dir / f"model-{world_size()}-{rank()}"
+    build_model("opt", model_dir, cache_dir)
+    override = output_dir / f"ds-{world_size()}-{rank()}.json"
+    # Low enough that ZeRO-3 partitions some layers and keeps others whole.
+    override.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 1500}}')
+    start(120, seed=0)
+    codec = make_codec(load_tokenizer(str(model_dir)), "human_assistant")
+    found = {name: case(str(model_dir), codec, str(override), *settings) for name, settings in GENERATION.items()}
+    if is_main():
+        (output_dir / f"{world_size()}.json").write_text(json.dumps(found))
+
+
+def case(model: str, codec, override: str, stage: int, lora: bool, dtype: str) -> dict:
+    """Two training steps with rollouts before, between and after, and the same two steps with none."""
+    weights, texts, unmoved = {}, {}, []
+    for rolling in (True, False):
+        engine = build(model, codec, override, stage, lora, dtype)
+        trainer = SFTTrainer(engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id,
+                             train_on_prompt=False)
+        for step in range(3):
+            if rolling:
+                before = full_state_dict(engine)
+                texts[step] = {way: roll_out(engine, codec, way) for way in ("fast", "plain")}
+                after = full_state_dict(engine)
+                unmoved.append(not is_main() or all(torch.equal(after[name], before[name]) for name in before))
+            if step < 2:
+                trainer.train_step(one_step(trainer.train["length"], ROWS // 2))
+        weights[rolling] = full_state_dict(engine)
+        engine.destroy()
+    same = not is_main() or all(torch.equal(weights[True][name], weights[False][name]) for name in weights[True])
+    return {"rollouts": texts, "weights_unmoved": all(unmoved), "training_unmoved": same}
+
+
+def build(model: str, codec, override: str, stage: int, lora: bool, dtype: str):
+    settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=override)
+    network = load_causal_lm(model, "--model", codec, dtype=settings.dtype, dropout=0.0,
+                             ds_config=deepspeed_config(settings), gradient_checkpointing=True)
+    return training_engine(with_lora(network) if lora else network, settings,
+                           OptimizerSettings(1e-2, 1e-2, 0.0, "constant", 0, 10))
+
+
+def roll_out(engine, codec, way: str) -> list[list[int]]:
+    """The responses to all prompts, over all ranks; the plain way where generation mode is forbidden."""
+    generator = torch.Generator().manual_seed(4)
+    ids = [torch.randint(10, 200, (2 + 5 * number % 13,), generator=generator).tolist() for number in range(PROMPTS)]
+    prompts = Dataset.from_dict({"prompt_ids": ids})
+    (batch,) = evaluation_batches([len(row) for row in ids], -(-PROMPTS // world_size()), world_size(), rank())
+    rollouts = ActorRollouts(engine, slots=3, seed=7, end_id=codec.end_id, pad_id=codec.pad_id)
+    if way == "plain":
+        mine = [rollouts._plainly(part, SAMPLING, 1) for part in collate_prompts(prompts, batch, codec.pad_id).split(3)]
+        whole = share_rollout(type(mine[0]).concat(mine))
+    else:
+        whole = share_rollout(rollouts.roll_out(collate_prompts(prompts, batch, codec.pad_id), SAMPLING, 1))
+    assert on_every_rank(len(whole.tokens) == PROMPTS)
+    return [whole.tokens[row, start:end].tolist() for row, (start, end)
+            in enumerate(zip(whole.prompt_lengths.tolist(), whole.lengths.tolist()))]
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

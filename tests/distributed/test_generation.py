@@ -1,0 +1,34 @@
+"""A rollout leaves no trace in training, and its tokens depend on nothing but weights, prompts and the seed."""
+import json
+
+import pytest
+
+from tests.distributed.variants import GENERATION
+from tests.launching import ROOT, launch
+
+PROGRAM = ROOT / "tests" / "distributed" / "generation_cases.py"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, builtin_cache):
+    """By number of ranks, then by case; one launch for each number of ranks."""
+    directory = tmp_path_factory.mktemp("generation")
+    for ranks in (1, 2):
+        launch(PROGRAM, str(builtin_cache), str(directory), ranks=ranks)
+    return {ranks: json.loads((directory / f"{ranks}.json").read_text()) for ranks in (1, 2)}
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("case", GENERATION)
+def test_a_rollout_leaves_weights_and_training_bit_for_bit(found, case, ranks):
+    assert found[ranks][case]["weights_unmoved"] and found[ranks][case]["training_unmoved"]
+
+
+@pytest.mark.parametrize("case", [case for case in GENERATION if case.endswith("fp32")])
+def test_rollouts_do_not_depend_on_ranks_stage_or_way(found, case):
+    expected = found[1][case.replace(case[:5], "zero0")]["rollouts"]
+    assert expected["0"]["fast"] != expected["1"]["fast"] != expected["2"]["fast"]  # training has moved the policy
+    for ranks in (1, 2):
+        for way in ("fast", "plain"):
+            assert {step: texts[way] for step, texts in found[ranks][case]["rollouts"].items()} == \
+                   {step: texts["fast"] for step, texts in expected.items()}, (ranks, way)
