@@ -16,10 +16,10 @@ The three steps in a row, and a summary of what they reached, how long they took
 --divide_batches  the recipes' batches are those of all GPUs together: the number of GPUs changes no step
 --sft_flags ...   flags for one step; they win over its recipe"
 
-number() {
-    case $2 in
-        "" | 0* | *[!0-9]*) echo "error: $1 $2: a whole number above 0 is needed" >&2; exit 2 ;;
-    esac
+price() {
+    if [[ ! $2 =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ ]]; then
+        echo "error: $1 $2: dollars are needed, such as 1.13" >&2; exit 2
+    fi
     echo "$2"
 }
 
@@ -43,7 +43,7 @@ while [ $# -gt 0 ]; do
                 --recipes=*) recipes=$value ;;
                 --num_gpus=*) gpus=$(number "$name" "$value") ;;
                 --output_dir=*) output=${value%/} ;;
-                --price_per_hour=*) price=("$name" "$value") ;;
+                --price_per_hour=*) price=("$name" "$(price "$name" "$value")") ;;
                 --sft_flags=*) sft_flags=$value ;;
                 --reward_flags=*) reward_flags=$value ;;
                 --ppo_flags=*) ppo_flags=$value ;;
@@ -51,6 +51,7 @@ while [ $# -gt 0 ]; do
         --reward_from_sft | --divide_batches)
             case $1 in *=*) echo "error: $name takes no value" >&2; exit 2 ;; esac
             if [ "$name" = --reward_from_sft ]; then reward_from_sft=1; else divide_batches=1; fi ;;
+        --) ;;  # the steps' flags need no mark
         *) every+=("$1") ;;
     esac
     shift
@@ -59,28 +60,37 @@ done
 # batches NAME: the flags that give each GPU its share of the batches of the recipe NAME.
 batches() {
     local option rows
-    if [ -z "$divide_batches" ]; then return; fi
+    if [ -z "$divide_batches" ] || [ ! -r "$recipes/$1.yaml" ]; then return; fi
     sed -nE 's/^(per_device_(train|generation|training)_batch_size): *([0-9]+).*/\1 \3/p' "$recipes/$1.yaml" |
         while read -r option rows; do echo "--$option $(((rows + gpus - 1) / gpus))"; done
 }
 
+data=(--data_output_path "$output/data")
+# Flags kept in one string are split into words on purpose.
+sft=(--config "$recipes/sft.yaml" --output_dir "$output/sft" "${data[@]}" $(batches sft)
+     $sft_flags ${every[@]+"${every[@]}"})
+reward=(--config "$recipes/reward.yaml" --output_dir "$output/reward" "${data[@]}" $(batches reward)
+        ${reward_from_sft:+--model_name_or_path "$output/sft"} $reward_flags ${every[@]+"${every[@]}"})
+# Step 3 insists that its default models exist already; with the slash they are not its defaults.
+ppo=(--config "$recipes/ppo.yaml" --output_dir "$output/ppo" "${data[@]}" $(batches ppo)
+     --actor_model_name_or_path "$output/sft/" --critic_model_name_or_path "$output/reward/"
+     $ppo_flags ${every[@]+"${every[@]}"})
+use_environment
+python "$root/launch/check_flags.py" "$usage" sft "${sft[@]}" -- reward "${reward[@]}" -- ppo "${ppo[@]}"
+
 seconds=()
-# step TITLE PROGRAM NAME FLAGS...: runs one step into OUTPUT/NAME and notes how long it took.
+# step TITLE PROGRAM FLAGS...: runs one step and notes how long it took.
 step() {
-    local title=$1 program=$2 name=$3 start=$SECONDS
-    shift 3
+    local title=$1 program=$2 start=$SECONDS
+    shift 2
     echo
     echo "== $title"
-    launch_step "$program" "$gpus" --config "$recipes/$name.yaml" --output_dir "$output/$name" \
-        --data_output_path "$output/data" $(batches "$name") "$@" ${every[@]+"${every[@]}"}
+    launch_step "$program" "$gpus" "$@"
     seconds+=("$((SECONDS - start))")
 }
-# Flags kept in one string are split into words on purpose.
-step "Step 1 of 3: supervised fine-tuning" step1_sft sft $sft_flags
-step "Step 2 of 3: reward model" step2_reward reward \
-    ${reward_from_sft:+--model_name_or_path "$output/sft"} $reward_flags
-step "Step 3 of 3: PPO" step3_ppo ppo --actor_model_name_or_path "$output/sft" \
-    --critic_model_name_or_path "$output/reward" $ppo_flags
+step "Step 1 of 3: supervised fine-tuning" step1_sft "${sft[@]}"
+step "Step 2 of 3: reward model" step2_reward "${reward[@]}"
+step "Step 3 of 3: PPO" step3_ppo "${ppo[@]}"
 
 echo
 python "$root/launch/summary.py" "$output" --seconds "${seconds[@]}" ${price[@]+"${price[@]}"}

@@ -3,6 +3,7 @@
 # The environment variable NUM_GPUS wins over GPUS. Without a GPU there are as many ranks on the CPU.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launcher.sh"
-program=$1 recipe=$2 gpus=${NUM_GPUS:-$3}
+program=$1 recipe=$2
+gpus=$(number NUM_GPUS "${NUM_GPUS:-$3}")
 shift 3
 launch_step "$program" "$gpus" --config "$root/launch/recipes/$recipe" "$@"
