@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -143,11 +143,17 @@ def check_output_dir(output_dir: str, **models: str) -> None:
 
     Raises UserError.
     """
-    existing = next(path for path in (Path(output_dir), *Path(output_dir).absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--output_dir {output_dir}: {existing} is a file; name a directory")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {output_dir}: {existing} cannot be written to; name another directory")
+    place = Path(output_dir)
+    try:
+        existing = next(path for path in (place, *place.absolute().parents) if path.is_symlink() or path.exists())
+        if not existing.is_dir():
+            raise UserError(f"--output_dir {output_dir}: {existing} is a file; name a directory")
+        # Permissions say too little: root may write, and yet not to /proc or a read-only disk.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: cannot be written to: {error.strerror}; "
+                        "name another directory") from None
     for flag, model in models.items():
         if Path(model).resolve() == Path(output_dir).resolve():
             raise UserError(f"--output_dir {output_dir}: would overwrite --{flag}; name another directory")

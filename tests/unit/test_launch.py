@@ -15,10 +15,13 @@ from common.config import Config, parse
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
+from tests.launching import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch/recipes").rglob("*.yaml"))
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"])
+PROGRAMS = sorted([*ROOT.glob("step*/main.py"), *(path for path in ROOT.glob("inference/*.py")
+                                                  if "__main__" in path.read_text())])
 CONFIGS: dict[str, type[Config]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
 
@@ -75,25 +78,64 @@ def test_every_requirement_is_pinned_within_its_bounds(monkeypatch):
     (["--num_gpus=two"], "error: --num_gpus two: a whole number above 0 is needed"),
     (["--output-dir"], "error: --output_dir needs a value"),
     (["--output_dir="], "error: --output_dir needs a value"),
+    (["--price_per_hour", "$1"], "error: --price_per_hour $1: dollars are needed, such as 1.13"),
+    (["--price_per_hour=nan"], "error: --price_per_hour nan: dollars are needed, such as 1.13"),
     (["--divide-batches=yes"], "error: --divide_batches takes no value")])
 def test_the_pipeline_knows_its_flags_however_they_are_written(flags, told):
     done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), *flags], capture_output=True, text=True)
     assert (done.returncode, done.stderr.splitlines()) == (2, [told])
 
 
+@pytest.mark.parametrize("flags, told", [
+    (["--ppo_flags", "--kl_coeff 0.2"], "step 3 (ppo): unknown flag --kl_coeff: did you mean --kl_coef?"),
+    (["--reward_flags", "--zero_stage 7"], "step 2 (reward): --zero_stage: expected one of 0, 1, 2, 3"),
+    (["--ppo_flags=--deepspeed_config none.json"], "step 3 (ppo): --deepspeed_config none.json: cannot be read"),
+    (["--max_seq_len", "128"],
+     "step 3 (ppo): it has no flag --max_seq_len: give that in --sft_flags and --reward_flags"),
+    (["--num_gpu", "2"], "step 1 (sft): unknown flag --num_gpu: did you mean --num_gpus?"),
+    (["--recipes", "mine", "--divide_batches"], "step 1 (sft): --config mine/sft.yaml: cannot be read"),
+    (["--output_dir", "/proc/mine"], "step 1 (sft): --output_dir /proc/mine/sft: cannot be written to")])
+def test_the_pipeline_refuses_any_steps_flags_before_the_first_step(flags, told, tmp_path):
+    done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), *flags], cwd=tmp_path, env=environment(),
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"error: {told}")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", ["two", "0", "-1", "1.5"])
+def test_a_step_script_says_what_is_wrong_with_num_gpus(number):
+    done = subprocess.run(["bash", str(ROOT / "launch/sft_1gpu.sh")], env={**environment(), "NUM_GPUS": number},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [f"error: NUM_GPUS {number}: a whole number above 0 is needed"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_program_outside_the_environment_says_how_to_enter_it(program):
+    # -S leaves out the installed packages.
+    done = subprocess.run([sys.executable, "-S", str(program), "--help"], cwd=ROOT, env=environment(),
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and "source launch/environment.sh" in done.stderr
+
+
 @pytest.mark.parametrize("flags", [
-    ["--recipes", "mine", "--num_gpus", "2", "--output_dir", "out/", "--sft_flags", "--seed 1", "--lr=3", "a=b"],
-    ["--recipes=mine", "--num-gpus=2", "--output-dir=out", "--sft-flags=--seed 1", "--lr=3", "a=b"]])
+    ["--recipes", "mine", "--num_gpus", "2", "--output_dir", "out/", "--sft_flags", "--seed 1",
+     "--columns", "prompt=a", "chosen=b"],
+    ["--recipes=mine", "--num-gpus=2", "--output-dir=out", "--sft-flags=--seed 1", "--columns", "prompt=a",
+     "chosen=b"]])
 def test_the_pipeline_hands_each_step_its_flags(flags, tmp_path):
+    shutil.copytree(ROOT / "launch/recipes/1gpu", tmp_path / "mine")
     said = tmp_path / "deepspeed"  # stands for the launcher: says what it was started with, and fails
     said.write_text('#!/bin/sh\nshift 5\necho "$*"\nexit 3\n')
     said.chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env = {**os.environ, "PATH": f"{tmp_path}:{environment()['PATH']}"}
     done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), *flags], env=env, cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     assert done.stdout.splitlines()[-1].split("main.py ")[-1] == (
-        "--config mine/sft.yaml --output_dir out/sft --data_output_path out/data --seed 1 --lr=3 a=b")
+        "--config mine/sft.yaml --output_dir out/sft --data_output_path out/data --seed 1 --columns prompt=a chosen=b")
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--num_gpus=2", "-h"]])
