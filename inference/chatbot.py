@@ -8,6 +8,8 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.environment import require_environment
+    require_environment()
 
 import torch
 
