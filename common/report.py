@@ -20,6 +20,7 @@ STEPS = ("sft", "reward", "ppo")
 TEXT_TEMPLATES = [get_template(name) for name in TEMPLATE_NAMES if name != ChatTemplate.name]
 SHOWN_ANSWERS = 6
 COLUMN = 36  # characters of each column of answers
+QUESTION_LINES = 3  # of a longer question the end is shown, where it mostly asks
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,19 @@ def _side_by_side(answers: Sequence[Answers]) -> Iterator[str]:
     yield columns("answers before PPO", "answers after PPO")
     for item in answers:
         yield ""
-        yield from wrap(" ".join(item.question.split()), 2 * COLUMN + 5)
+        yield from _end_of(item.question)
         left, right = (wrap(text, COLUMN) or ["(nothing)"] for text in (item.before, item.after))
         yield from (columns(*lines) for lines in zip_longest(left, right, fillvalue=""))
+
+
+def _end_of(question: str) -> list[str]:
+    words = " ".join(question.split())
+    lines = wrap(words, 2 * COLUMN + 5)
+    if len(lines) <= QUESTION_LINES:
+        return lines
+    # From the end backwards, so that the last line is a full one too.
+    lines = [line[::-1] for line in reversed(wrap(words[::-1], 2 * COLUMN + 1)[:QUESTION_LINES])]
+    return [f"... {lines[0]}", *lines[1:]]
 
 
 def _finished(step: str, directory: Path) -> list[dict]:

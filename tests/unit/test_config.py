@@ -263,6 +263,11 @@ def test_an_output_directory_that_is_a_file(tmp_path):
     assert "is a file" in message(SFTConfig, f"--output_dir {path}")
 
 
+@pytest.mark.parametrize("path", ["/proc/result", "n" * 300])
+def test_an_output_directory_that_cannot_be_made(path):
+    assert "cannot be written to" in message(SFTConfig, f"--output_dir {path}")
+
+
 def test_options_without_effect_are_told_once_and_change_nothing(tmp_path):
     old = recipe(tmp_path / "r.yaml", "enable_hybrid_engine: true\ninference_tp_size: 2\n")
     config = read(PPOConfig, MODELS + old + "--inference_tp_size 4 --deepspeed --local_rank=1")

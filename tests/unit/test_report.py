@@ -82,6 +82,18 @@ def test_the_text_shows_each_answer_beside_the_one_before(outputs):
         assert item.question in text and f" | {item.after.split()[0]}" in text
 
 
+def test_of_a_long_question_the_end_is_shown(outputs):
+    turns = "".join(f"\n\nHuman: question {n}?\n\nAssistant: answer {n}." for n in range(4))
+    last = "The story so far: " + "and then it rained again " * 40 + "so what should I pack?"
+    prompt = f"{turns}\n\nHuman: {last}\n\nAssistant:"
+    for cut in (prompt, prompt[30:], prompt[-400:]):  # whole; cut within an earlier turn; cut within the last
+        for name in ("before", "after"):
+            write_rows(outputs / f"ppo/samples/{name}.jsonl", [{"prompt": cut, "response": "Boots."}])
+        shown = render(report_of(outputs)).split("answers after PPO\n\n")[1].split("  Boots.")[0].splitlines()
+        assert len(shown) == 3 and shown[0].startswith("... ") and shown[-1].endswith("so what should I pack?")
+        assert max(map(len, shown)) <= 77
+
+
 def test_the_summary_is_json_with_the_same_figures(outputs):
     write_summary(report_of(outputs), outputs / "summary.json")
     assert json.loads((outputs / "summary.json").read_text())["perplexity"] == {"before": 900.0, "after": 1.5}
