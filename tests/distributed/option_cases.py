@@ -12,6 +12,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
@@ -21,6 +22,7 @@ from common.distributed import run_program
 from common.errors import UserError
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
+from step3_ppo import decoding
 from step3_ppo.main import main as step3
 from tests.distributed.option_rows import STEPS, runs
 
@@ -52,6 +54,7 @@ def fingerprint(program, argv: list[str], places: dict[str, str]) -> dict:
         elsewhere: names of the files outside of the output directory and the cache.
         printed: lines on the terminal. error: what the user is told, where the run refuses.
         engines: the DeepSpeed configuration of each. passes: how often the start of each ran forward.
+        caches: how often memory for keys and values was taken.
         timeout: seconds, of the process group.
         crash: a traceback; only in a run that failed as no run should.
     """
@@ -89,10 +92,10 @@ def records(path: Path) -> list[dict]:
 
 @contextlib.contextmanager
 def watched():
-    """What DeepSpeed is asked for within the context, and what its engines do; it does all as it would without."""
+    """What DeepSpeed is asked for within the context, and what engines and rollouts do; all is done as without."""
     import deepspeed
-    seen: dict = {"engines": [], "passes": [], "timeout": None}
-    initialize, init_distributed = deepspeed.initialize, deepspeed.init_distributed
+    initialize, init_distributed, cache = deepspeed.initialize, deepspeed.init_distributed, decoding.SlotCache
+    seen: dict = {"engines": [], "passes": [], "caches": 0, "timeout": None}
 
     def initialize_watched(model, config, **arguments):
         number = len(seen["engines"])
@@ -109,11 +112,14 @@ def watched():
         seen["timeout"] = timeout.total_seconds()
         init_distributed(timeout=timeout, **arguments)
 
-    deepspeed.initialize, deepspeed.init_distributed = initialize_watched, init_distributed_watched
-    try:
+    def cache_watched(*arguments):
+        seen["caches"] += 1
+        return cache(*arguments)
+
+    with (mock.patch("deepspeed.initialize", initialize_watched),
+          mock.patch("deepspeed.init_distributed", init_distributed_watched),
+          mock.patch("step3_ppo.decoding.SlotCache", cache_watched)):
         yield seen
-    finally:
-        deepspeed.initialize, deepspeed.init_distributed = initialize, init_distributed
 
 
 def first_linear(model: torch.nn.Module) -> torch.nn.Module:
