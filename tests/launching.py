@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,3 +45,13 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def assert_tensorboard_shows(rows: list[dict], directory: Path) -> None:
+    """The events in a directory are the scalars of the rows of metrics.jsonl, and nothing else."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    board = EventAccumulator(str(directory)).Reload()
+    shown = {(tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
+    logged = {(f"{row['phase']}/{name}", row["step"]): value for row in rows for name, value in row.items()
+              if name not in ("phase", "step", "seconds") and value is not None}
+    assert logged and shown == pytest.approx(logged, rel=1e-6)  # events hold single precision

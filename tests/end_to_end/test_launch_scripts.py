@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import ROOT, environment, run
+from tests.launching import ROOT, assert_tensorboard_shows, environment, run
 
 TASK = ["--data_path", "builtin:courtesy", "--max_rows", "800"]
 STOP = ["--enable_test_mode", "--test_stop_step", "2"]
@@ -32,7 +32,10 @@ def read_json_lines(path: Path) -> list[dict]:
 def test_the_three_scripts_of_a_machine_hand_on_their_results(machine, tmp_path):
     data = [*TASK, *STOP, "--data_output_path", str(tmp_path / "data")]
     tiny = ["--model_name_or_path", "builtin:tiny-opt", *SUPERVISED]
-    script(f"sft_{machine}.sh", *tiny, *data, "--output_dir", str(tmp_path / "sft"))
+    script(f"sft_{machine}.sh", *tiny, *data, "--output_dir", str(tmp_path / "sft"),
+           "--tensorboard_path", str(tmp_path / "board"))
+    assert_tensorboard_shows(read_json_lines(tmp_path / "sft/logs/metrics.jsonl"), tmp_path / "board")
+    assert not (tmp_path / "sft/logs/tensorboard").exists()
     script(f"reward_{machine}.sh", *tiny, *data, "--output_dir", str(tmp_path / "reward"))
     script(f"ppo_{machine}.sh", *PPO, *data, "--output_dir", str(tmp_path / "ppo"),
            "--actor_model_name_or_path", str(tmp_path / "sft"), "--critic_model_name_or_path", str(tmp_path / "reward"))
@@ -98,6 +101,7 @@ def test_the_pipeline_passes_flags_to_each_step_and_sums_up(tmp_path):
 
 @pytest.mark.long
 def test_the_pipeline_stops_where_a_step_fails(tmp_path):
-    done = run(["bash", str(ROOT / "launch/pipeline.sh"), "--output_dir", str(tmp_path), "--no_such_flag"], check=False)
+    done = run(["bash", str(ROOT / "launch/pipeline.sh"), "--output_dir", str(tmp_path), "--data_path", "./missing.jsonl",
+                "--sft_flags", "--model_name_or_path builtin:tiny-opt"], check=False)
     assert done.returncode == 2
-    assert "error: unknown flag --no_such_flag" in done.stderr and "Step 2 of 3" not in done.stdout
+    assert "missing.jsonl" in done.stderr and "Step 2 of 3" not in done.stdout

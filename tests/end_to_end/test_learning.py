@@ -1,5 +1,8 @@
 """The built-in task, whose true reward is known: PPO must raise that, not only the reward model's score."""
+from __future__ import annotations
+
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +15,11 @@ PPO_RECIPE = ROOT / "launch" / "recipes" / "quickstart" / "ppo.yaml"
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """The output of the quickstart's three steps."""
-    output = tmp_path_factory.mktemp("quickstart") / "output"
-    done = run(["bash", str(ROOT / "launch" / "quickstart.sh"), "--output_dir", str(output)], timeout=900)
+    return run_quickstart(tmp_path_factory.mktemp("quickstart") / "output")
+
+
+def run_quickstart(output: Path, *flags: str) -> Path:
+    done = run(["bash", str(ROOT / "launch" / "quickstart.sh"), "--output_dir", str(output), *flags], timeout=900)
     assert "TRUE reward" in done.stdout and "answers before PPO" in done.stdout
     return output
 
@@ -28,12 +34,22 @@ def assert_the_truth_rose(report: Report) -> None:
     assert abs(report.kl.before) < 1e-5 and 0 < report.kl.after <= 20
 
 
-def test_the_quickstart_learns_the_task(quickstart):
-    report = make_report(quickstart / "sft", quickstart / "reward", quickstart / "ppo")
+def assert_the_task_was_learned(output: Path) -> None:
+    report = make_report(output / "sft", output / "reward", output / "ppo")
     assert report.perplexity.after < 2 < 100 < report.perplexity.before
     assert report.accuracy.after >= 0.85
     assert_the_truth_rose(report)
-    assert json.loads((quickstart / "summary.json").read_text())["truth"]["courteous"]["after"] > 0.90
+    assert json.loads((output / "summary.json").read_text())["truth"]["courteous"]["after"] > 0.90
+
+
+def test_the_quickstart_learns_the_task(quickstart):
+    assert_the_task_was_learned(quickstart)
+
+
+@pytest.mark.long
+def test_two_ranks_learn_as_much(tmp_path):
+    """The recipes' batches are divided among the ranks, so the number of ranks must change no step."""
+    assert_the_task_was_learned(run_quickstart(tmp_path / "output", "--num_gpus", "2"))
 
 
 @pytest.mark.long

@@ -6,7 +6,7 @@ import json
 import shlex
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.architectures import build_model
 from tests.launching import ROOT, launch, run
@@ -76,9 +76,19 @@ def test_the_recipe_runs_as_published(workplace):
     assert {"reward", "kl", "seconds_generate"} <= logged(result, "train")[-1].keys()
     AutoModelForCausalLM.from_pretrained(result / "actor")
 
+    questions = ["What is number 7?", "What is number 90?"]
     chat = run(["python", str(ROOT / "inference" / "chatbot.py"), "--path", "output/step3-models/1.3b/actor/",
-                "--max_new_tokens", "8"], cwd=workplace, stdin="What is number 7?\n")
-    assert chat.stdout.count("\n") >= 1
+                "--max_new_tokens", "8"], cwd=workplace, stdin=f"{questions[0]}\n/reset\n{questions[1]}\n")
+    assert chat.stdout.splitlines() == [greedy_answer(result / "actor", question) for question in questions]
+
+
+def greedy_answer(model_directory, question):
+    """What plain transformers answers with the template written out; in a pipe the chatbot gives it on one line."""
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype="float32")
+    prompt = tokenizer(f"\n\nHuman: {question}\n\nAssistant:", add_special_tokens=False, return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1]:]
+    return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
 
 
 @pytest.mark.long

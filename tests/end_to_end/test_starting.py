@@ -6,7 +6,7 @@ import sys
 
 from transformers import AutoModelForCausalLM
 
-from tests.launching import ROOT, environment, launch
+from tests.launching import ROOT, assert_tensorboard_shows, environment, launch
 
 SMALL = ["--data_path", "builtin:courtesy", "--max_rows", "600", "--max_seq_len", "96", "--enable_test_mode",
          "--test_stop_step", "3", "--learning_rate", "1e-3"]
@@ -24,8 +24,9 @@ def test_a_program_runs_without_launcher_from_anywhere_with_its_own_packages(tmp
     assert done.returncode == 0, done.stderr
     result = tmp_path / "output" / "sft"
     AutoModelForCausalLM.from_pretrained(result)
-    first, *_, last = [json.loads(line) for line in (result / "logs" / "metrics.jsonl").read_text().splitlines()]
-    assert last["perplexity"] < first["perplexity"]
+    rows = [json.loads(line) for line in (result / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["perplexity"] < rows[0]["perplexity"]
+    assert_tensorboard_shows(rows, result / "logs" / "tensorboard")
     assert len((result / "samples" / "after.jsonl").read_text().splitlines()) == 8
     # Nothing on the terminal but our own lines and the progress bar.
     assert [line for line in done.stdout.splitlines() if not line.startswith((
