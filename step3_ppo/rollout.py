@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from deepspeed.runtime.rollout.base import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from common.data.collate import PromptBatch
-from common.distributed import device, is_main, say
+from common.distributed import device, is_main, on_every_rank, say
 from step3_ppo.decoding import Decoder, Request, SlotCache, can_decode
 from step3_ppo.experience import Rollout
 from step3_ppo.generation_mode import generation_mode, whole_model_fits
@@ -25,8 +24,8 @@ from step3_ppo.sampling import Sampling, response_limits, sample_tokens, uniform
 SECONDS_BEFORE_BAR = 15  # a rollout that takes longer shows how far it is
 
 
-class ActorRollouts(RolloutEngine):
-    """Responses of the actor, by its weights as they are when asked; a rollout engine in DeepSpeed's sense.
+class ActorRollouts:
+    """Responses of the actor, by its weights as they are when asked.
 
     Args:
         engine: the actor's DeepSpeed engine.
@@ -36,14 +35,11 @@ class ActorRollouts(RolloutEngine):
         keep_cache: keep the memory of keys and values from one rollout to the next.
     """
 
-    name = "generation_mode"
-
     def __init__(self, engine, *, slots: int, seed: int, end_id: int, pad_id: int, gather: bool = True,
                  keep_cache: bool = True):
         self.engine, self.slots, self.seed, self.end_id, self.pad_id = engine, slots, seed, end_id, pad_id
         self.gather, self.keep_cache = gather, keep_cache
         self.cache: SlotCache | None = None
-        self.iteration = 0
         self._said = ""
 
     def roll_out(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout:
@@ -66,37 +62,8 @@ class ActorRollouts(RolloutEngine):
             return Rollout.concat(parts)
         return self._in_generation_mode(prompts.select(prompts.real), sampling, iteration)
 
-    def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
-        """As DeepSpeed's interface has it; the random numbers are keyed by the row of the request and the step of
-        `sync_weights`."""
-        lengths = request.prompt_attention_mask.sum(1)
-        prompts = PromptBatch(request.prompt_ids, request.prompt_attention_mask, lengths,
-                              torch.arange(len(lengths)), torch.ones(len(lengths), dtype=torch.bool))
-        ours = Sampling(sampling.temperature, sampling.top_p, max(sampling.top_k, 0), 0, sampling.max_new_tokens,
-                        samples_per_prompt=sampling.n_samples_per_prompt)
-        rollout = self.roll_out(prompts, ours, self.iteration)
-        width, samples = request.prompt_ids.shape[1], sampling.n_samples_per_prompt
-        responses = [rollout.tokens[row, start:end] for row, (start, end)
-                     in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist()))]
-        padded = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=self.pad_id)
-        present = torch.arange(padded.shape[1]) < rollout.response_lengths[:, None]
-        repeated = [tensor.cpu().repeat_interleave(samples, 0)
-                    for tensor in (request.prompt_ids, request.prompt_attention_mask)]
-        there = request.prompt_ids.device
-        return RolloutBatch(torch.cat([repeated[0], padded], 1).to(there),
-                            torch.cat([repeated[1], present.to(repeated[1])], 1).to(there),
-                            torch.full((len(padded),), width, device=there))
-
-    def sync_weights(self, step: int) -> None:
-        """The weights are the training engine's own; only the number of the iteration is noted."""
-        self.iteration = step
-
-    def shutdown(self) -> None:
-        """Give back the memory of keys and values."""
-        self.cache = None
-
     def _why_plain(self, longest: int) -> str:
-        if not can_decode(self.engine.module.config, longest):
+        if not on_every_rank(can_decode(self.engine.module.config, longest)):
             return "this model does not attend to whole sequences"
         if self.engine.zero_optimization_partition_weights():
             if not self.gather:
