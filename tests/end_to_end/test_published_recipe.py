@@ -86,7 +86,7 @@ def greedy_answer(model_directory, question):
     """What plain transformers answers with the template written out; in a pipe the chatbot gives it on one line."""
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype="float32")
-    prompt = tokenizer(f"\n\nHuman: {question}\n\nAssistant:", add_special_tokens=False, return_tensors="pt")
+    prompt = tokenizer(f"\n\nHuman: {question}\n\nAssistant:", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1]:]
     return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
 
