@@ -66,7 +66,8 @@ def _check_name(step: str, name: str, own: set[str]) -> None:
     if others:
         raise UserError(f"it has no flag --{name}: give that in {' and '.join(others)}")
     near = difflib.get_close_matches(name, known | own, n=1)
-    raise UserError(f"unknown flag --{name}: " + (f"did you mean --{near[0]}?" if near else "--help lists what there is"))
+    hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
+    raise UserError(f"unknown flag --{name}: {hint}")
 
 
 def _flags(config: type[Config]) -> set[str]:
