@@ -1,0 +1,208 @@
+"""Variants of the same work in turns, and what each of them takes."""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from common.distributed import barrier, device, gather_objects, is_main, on_gpu, world_size
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of a variant did on this rank.
+
+    Attributes:
+        samples: rows, pairs or responses.
+        real_tokens, padded_tokens: positions of the model's passes that hold data, and all of them.
+        result: what the variants must agree on.
+        new_tokens: tokens written, in a rollout.
+        phases: seconds of the parts of the run; what they leave over is reported as `other`.
+        extra: further figures of this variant.
+    """
+    samples: int
+    real_tokens: int
+    padded_tokens: int
+    result: object
+    new_tokens: int = 0
+    phases: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Run:
+    outcome: Outcome
+    seconds: float
+    device_bytes: int
+    resident_bytes: int
+
+
+def compare(variants: Mapping[str, Callable[[], Outcome]], agree: Callable[[object, object], dict], *, rounds: int,
+            steps: int, about: Mapping[str, object]) -> None:
+    """Run the variants in turns and print a JSON line for each: A B B A in every round, after a run of each unmeasured.
+
+    Args:
+        variants: by name; the first is the one that the others are compared with.
+        agree: given the first variant's result and another's, raises AssertionError unless they agree; returns figures
+            of how well they do.
+        steps: optimizer steps (iterations, rollouts) in a run, that its time is divided by.
+        about: what was asked for; part of every line.
+    """
+    runs: dict[str, list[_Run]] = {name: [] for name in variants}
+    agreement: dict[str, dict] = {name: {} for name in variants}
+    first, *others = variants
+    results = {name: _measured(variant).outcome.result for name, variant in variants.items()}
+    for name in others:
+        agreement[name] = agree(results[first], results[name])
+    for _ in range(rounds):
+        for name in (*variants, *reversed(variants)):
+            run = _measured(variants[name])
+            agree(results[first], run.outcome.result)
+            runs[name].append(run)
+    base = median(run.seconds for run in runs[first])
+    for name in variants:
+        figures = _figures(runs[name], steps)
+        if name != first:
+            figures |= {f"times_faster_than_{first}": round(base / median(run.seconds for run in runs[name]), 3)}
+        say_line({**about, "variant": name, **figures, **agreement[name]})
+
+
+def say_line(line: Mapping[str, object]) -> None:
+    """Print a JSON line on rank 0, on a line of its own."""
+    if is_main():
+        print(json.dumps({**line, **machine()}), flush=True)
+
+
+def machine() -> dict[str, object]:
+    """What the figures were taken on."""
+    if on_gpu():
+        name = torch.cuda.get_device_name()
+    else:
+        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")]
+        name = models[0] if models else platform.machine()
+    return {"device": name, "ranks": world_size(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "load_at_start": LOAD_AT_START}
+
+
+LOAD_AT_START = round(os.getloadavg()[0], 2)  # what else kept the machine busy; figures need a quiet one
+
+
+class Clock:
+    """Seconds by phase, kernels of a GPU included."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = _now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + _now() - start
+
+
+@contextlib.contextmanager
+def counted_positions(module: nn.Module, *, training: bool) -> Iterator[list[int]]:
+    """A list that gets the size of every batch of ids that `module` is given with gradients on, or with them off."""
+    sizes: list[int] = []
+
+    def count(_, args, kwargs) -> None:
+        if torch.is_grad_enabled() == training:
+            sizes.append((kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel())
+
+    hook = module.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield sizes
+    finally:
+        hook.remove()
+
+
+def assert_close(first: Mapping[str, float | None], other: Mapping[str, float | None], tolerance: float) -> None:
+    """Raises AssertionError where figures differ by more than `tolerance` of 1 or, if that is more, of the figure."""
+    for name, value in first.items():
+        found = other[name]
+        if value is not None and found is not None and not abs(value - found) <= tolerance * max(1.0, abs(value)):
+            raise AssertionError(f"the variants disagree: {name} is {value:.6g} and {found:.6g}")
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """By how much losses and gradient norms may differ that are summed in another order."""
+    return 1e-4 if dtype == torch.float32 else 5e-2
+
+
+def _measured(variant: Callable[[], Outcome]) -> _Run:
+    _forget_peaks()
+    barrier()
+    start = _now()
+    outcome = variant()
+    stop = _now()
+    barrier()
+    resident = _resident_peak()
+    held = torch.cuda.max_memory_allocated() if on_gpu() else 0
+    ranks = gather_objects((outcome.samples, outcome.real_tokens, outcome.padded_tokens, outcome.new_tokens,
+                            stop - start, held, resident))
+    totals = [sum(rank[column] for rank in ranks) for column in range(4)]
+    seconds, held, resident = (max(rank[column] for rank in ranks) for column in (4, 5, 6))
+    samples, real_tokens, padded_tokens, new_tokens = totals
+    return _Run(replace(outcome, samples=samples, real_tokens=real_tokens, padded_tokens=padded_tokens,
+                        new_tokens=new_tokens), seconds, held, resident)
+
+
+def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
+    seconds = median(run.seconds for run in runs)
+    outcome = runs[0].outcome
+    figures: dict[str, object] = {
+        "runs": len(runs), "step_seconds": seconds / steps,
+        "fastest_step_seconds": min(run.seconds for run in runs) / steps,
+        "samples_per_second": outcome.samples / seconds,
+        "real_tokens_per_second": outcome.real_tokens / seconds,
+        "padded_tokens_per_second": outcome.padded_tokens / seconds,
+        "padding_share": 1 - outcome.real_tokens / outcome.padded_tokens,
+        "peak_resident_mib": max(run.resident_bytes for run in runs) / MIB, **outcome.extra,
+    }
+    if outcome.new_tokens:
+        figures["new_tokens_per_second"] = outcome.new_tokens / seconds
+    if on_gpu():
+        figures["peak_device_mib"] = max(run.device_bytes for run in runs) / MIB
+    rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
+    if outcome.phases:
+        phases = [{**run.outcome.phases, "other": run.seconds - sum(run.outcome.phases.values())} for run in runs]
+        rounded["phase_seconds"] = {name: float(f"{median(run[name] for run in phases) / steps:.4g}")
+                                    for name in phases[0]}
+    return rounded
+
+
+def _now() -> float:
+    if on_gpu():
+        torch.cuda.synchronize(device())
+    return time.perf_counter()
+
+
+def _forget_peaks() -> None:
+    """So that a run's peaks are its own: what the last one freed goes back, and the counters start again."""
+    gc.collect()
+    if on_gpu():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError, AttributeError):  # another libc than GNU's; a kernel that forbids it
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident_peak() -> int:
+    """Bytes of memory that this process held at its peak since `_forget_peaks`."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))

@@ -1,0 +1,96 @@
+"""The standard way, that the product is compared with: batches of a fixed size in the order given, padded."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from common.data.collate import PromptBatch
+from common.data.sampler import MicroBatch
+from common.distributed import gather_objects, rank, world_size
+from step3_ppo.sampling import Sampling, sample_tokens
+
+
+def fixed_micro_batches(micro_batches: Iterable[MicroBatch], rows_per_batch: int) -> list[MicroBatch]:
+    """The same rows over all ranks in micro-batches of `rows_per_batch`, as many on every rank; the order is that of
+    the data."""
+    mine = [index for batch in micro_batches for index, real in zip(batch.indices, batch.real) if real]
+    rows = sorted(index for part in gather_objects(mine) for index in part)
+    return dealt(rows, rows_per_batch)
+
+
+def dealt(rows: Sequence[int], rows_per_batch: int) -> list[MicroBatch]:
+    """This rank's share of the rows, in turns; the last batch is filled with rows that count nothing."""
+    mine = list(rows[rank()::world_size()])
+    count = -(-len(rows) // (rows_per_batch * world_size()))
+    fillers = count * rows_per_batch - len(mine)
+    real = [True] * len(mine) + [False] * fillers
+    mine += [rows[-1]] * fillers
+    return [MicroBatch(tuple(mine[start:start + rows_per_batch]), tuple(real[start:start + rows_per_batch]))
+            for start in range(0, len(mine), rows_per_batch)]
+
+
+def padded_to(tensor: Tensor, width: int, value: int | bool) -> Tensor:
+    """(B, L) -> (B, width), filled on the right."""
+    return F.pad(tensor, (0, width - tensor.shape[1]), value=value)
+
+
+def cached_generate(engine, prompts: PromptBatch, sampling: Sampling, uniform: Tensor, lengths: Tensor, *, end_id: int,
+                    pad_id: int) -> list[list[int]]:
+    """Responses of the imposed lengths by transformers' `generate` with a cache, stopping when all have ended.
+
+    Under ZeRO-3 the ranks stay in step, and DeepSpeed gathers the weights for every token.
+
+    Args:
+        prompts: padded on the left.
+        uniform: (B, T) the random number behind each token.
+        lengths: (B,) tokens of each response; the last one is the end token.
+    """
+    width = prompts.input_ids.shape[1]
+    there = prompts.input_ids.device
+    chosen = _Chosen(width, uniform.to(there), lengths.to(there), sampling, end_id)
+    engine.eval()
+    sequences = engine.module.generate(
+        input_ids=prompts.input_ids, attention_mask=prompts.attention_mask,
+        generation_config=GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, use_cache=True,
+                                           eos_token_id=end_id, pad_token_id=pad_id),
+        logits_processor=LogitsProcessorList([chosen]),
+        synced_gpus=engine.zero_optimization_partition_weights() and world_size() > 1)
+    engine.train()
+    return [row[width:width + length].tolist() for row, length in zip(sequences.cpu(), lengths.tolist())]
+
+
+class _Chosen(LogitsProcessor):
+    """Draws each token with the random number that the product draws it with, and ends each response at its length."""
+
+    def __init__(self, width: int, uniform: Tensor, lengths: Tensor, sampling: Sampling, end_id: int):
+        self.width, self.uniform, self.lengths = width, uniform, lengths
+        self.sampling, self.end_id = sampling, end_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = input_ids.shape[1] - self.width
+        scores = scores.clone()
+        scores[:, self.end_id] = -torch.inf
+        tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
+        tokens = tokens.masked_fill(position + 1 >= self.lengths, self.end_id)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
+def same_responses(first: Sequence[list[int]], other: Sequence[list[int]], exact: bool) -> dict[str, float]:
+    """Compare responses of this rank but for their last tokens, the ends.
+
+    Raises AssertionError where lengths differ, or with `exact` any token.
+
+    Returns:
+        The share of all ranks' responses that are equal to the last token.
+    """
+    if [len(row) for row in first] != [len(row) for row in other]:
+        raise AssertionError("the variants disagree: responses have other lengths")
+    same = [row[:-1] == twin[:-1] for row, twin in zip(first, other)]
+    if exact and not all(same):
+        raise AssertionError(f"the variants disagree: {same.count(False)} of {len(same)} responses differ")
+    whole = [found for part in gather_objects(same) for found in part]
+    return {"equal_responses": whole.count(True) / len(whole)}

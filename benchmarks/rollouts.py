@@ -1,0 +1,138 @@
+"""Rollouts: continuous batching in generation mode against `generate` with a cache. --help says all."""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.environment import require_environment
+    require_environment()
+
+import numpy as np
+import torch
+
+from benchmarks.inputs import BenchmarkOptions, random_model, with_data
+from benchmarks.measure import Outcome, compare, counted_positions
+from benchmarks.plain import cached_generate, same_responses
+from common.config import option, parse
+from common.data.collate import collate_prompts
+from common.data.prepare import prepare
+from common.data.sampler import MicroBatch
+from common.distributed import device, rank, run_program, start, world_size
+from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
+from common.errors import UserError
+from common.lora import add_lora
+from common.models.factory import load_causal_lm
+from common.run import data_request, open_codec
+from common.tracking import quiet_libraries
+from step3_ppo.config import PPOConfig
+from step3_ppo.decoding import Decoder, Request
+from step3_ppo.generation_mode import generation_mode
+from step3_ppo.sampling import Sampling, uniforms
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBenchmark(BenchmarkOptions, PPOConfig):
+    """Rollouts of one model, by the options of step 3"""
+
+    actor_model_name_or_path: str = option("random:opt-4x256", "the model that writes")
+    actor_zero_stage: int = option(0, "ZeRO stage", choices=(0, 1, 2, 3))
+    per_device_generation_batch_size: int = option(64, "responses per rank at a time", low=1)
+    max_answer_seq_len: int = option(128, "longest response; the mean is a third of it", unit="tokens", low=1)
+    prompts: int = option(256, "prompts over all ranks", low=1)
+    greedy: bool = option(False, "take the likeliest token, in place of a sampled one")
+    critic_model_name_or_path: str = option("none", "", ignored="no reward model takes part")
+
+
+def main(argv=None) -> None:
+    """Both ways answer the same prompts with the same random numbers and the same imposed lengths."""
+    config = with_data(parse(RolloutBenchmark, argv, prog="benchmarks/rollouts.py"))
+    if config.prompts % world_size():
+        raise UserError(f"--prompts {config.prompts}: must be a multiple of the {world_size()} ranks")
+    source = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
+    codec = open_codec(config, source, "--actor_model_name_or_path")
+    data = prepare(data_request(config, "prompt", config.max_prompt_seq_len, "--max_prompt_seq_len"), codec).train
+    if len(data) < config.prompts:
+        raise UserError(f"--prompts {config.prompts}: the data have only {len(data)} for step 3")
+    quiet_libraries(config.output_dir)
+    start(config.timeout, config.seed)
+    engine = build_engine(config, source, codec)
+
+    rows = tuple(range(config.prompts))[rank()::world_size()]
+    prompts = collate_prompts(data, MicroBatch(rows, (True,) * len(rows)), codec.pad_id)
+    sampling = Sampling(0.0 if config.greedy else config.temperature, config.top_p, config.top_k, 1,
+                        config.max_answer_seq_len)
+    lengths = imposed_lengths(config)[list(rows)]
+    uniform = uniforms(config.seed, 0, prompts.prompt_index, config.max_answer_seq_len)
+    requests = [Request(tuple(ids), *rest) for ids, *rest in
+                zip(data[list(rows)]["prompt_ids"], uniform, lengths.tolist(), lengths.tolist())]
+    cache = None
+
+    def plain() -> list[list[int]]:
+        responses = []
+        for start_row, batch in zip(range(0, len(rows), config.per_device_generation_batch_size),
+                                    prompts.to(device()).split(config.per_device_generation_batch_size)):
+            these = slice(start_row, start_row + len(batch.lengths))
+            responses += cached_generate(engine, batch, sampling, uniform[these], lengths[these],
+                                         end_id=codec.end_id, pad_id=codec.pad_id)
+        return responses
+
+    def product() -> list[list[int]]:
+        nonlocal cache
+        with generation_mode(engine) as model:
+            decoder = Decoder(model, sampling, slots=config.per_device_generation_batch_size, end_id=codec.end_id,
+                              cache=cache)
+            responses = decoder.run(requests)
+        cache = decoder.cache
+        return responses
+
+    def counted(way):
+        def run() -> Outcome:
+            with counted_positions(engine.module, training=False) as positions:
+                responses = way()
+            # The last token of a response is never fed back.
+            real = int(prompts.lengths.sum()) + int(lengths.sum()) - len(rows)
+            return Outcome(len(rows), real, sum(positions), responses, new_tokens=int(lengths.sum()))
+        return run
+
+    exact = config.greedy and engine.module.dtype == torch.float32
+    compare(config.chosen({"plain": counted(plain), "product": counted(product)}),
+            lambda first, other: same_responses(first, other, exact), rounds=config.rounds, steps=1,
+            about={"benchmark": "rollouts", "model": config.actor_model_name_or_path,
+                   "zero_stage": config.actor_zero_stage, "dtype": str(engine.module.dtype).removeprefix("torch."),
+                   "lora_dim": config.actor_lora_dim, "greedy": config.greedy, "prompts": config.prompts,
+                   "longest_response": config.max_answer_seq_len, "at_a_time": config.per_device_generation_batch_size,
+                   "parameters": parameter_count(engine)})
+    engine.destroy()
+
+
+def build_engine(config: RolloutBenchmark, source: str, codec):
+    """The actor in a training engine, as in step 3."""
+    settings = EngineSettings(config.actor_zero_stage, resolve_dtype(config.dtype),
+                              config.per_device_training_batch_size, config.offload, config.max_grad_norm,
+                              config.deepspeed_config)
+    model = load_causal_lm(source, "--actor_model_name_or_path", codec, dtype=settings.dtype, dropout=0.0,
+                           ds_config=deepspeed_config(settings))
+    if config.actor_lora_dim:
+        add_lora(model, dim=config.actor_lora_dim, alpha=config.actor_lora_alpha, dropout=0.0,
+                 modules=config.actor_lora_module_name, flag="--actor_lora_module_name", base_name=source,
+                 seed=config.seed)
+    return training_engine(model, settings, OptimizerSettings(0.0, 0.0, 0.0, "constant", 0, 1))
+
+
+def imposed_lengths(config: RolloutBenchmark) -> torch.Tensor:
+    """(prompts,) tokens of each response: exponential with a long tail, as real ones are, cut at the limit."""
+    limit = config.max_answer_seq_len
+    drawn = np.random.default_rng(config.seed).exponential(limit / 3, config.prompts)
+    return torch.from_numpy(np.clip(drawn.astype(int) + 1, 1, limit))
+
+
+def parameter_count(engine) -> int:
+    """Parameters of the whole model, partitioned or not."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
