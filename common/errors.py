@@ -20,6 +20,10 @@ class TrainingFailure(Exception):
     """
 
 
+# Ends the message of a TrainingFailure.
+DIVERGED = "training stopped before anything was saved; lower the learning rate, or look for extreme rows in the data"
+
+
 def did_you_mean(word: str, known: Iterable[str], lead: str = "; ", before: str = "") -> str:
     """`; did you mean NAME?` for the known name that is most like `word`, or '' if none is like it.
 

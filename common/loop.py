@@ -9,7 +9,7 @@ from itertools import islice
 
 from common.data.sampler import MicroBatch, StepSampler
 from common.distributed import say
-from common.errors import TrainingFailure
+from common.errors import DIVERGED, TrainingFailure
 from common.tracking import Tracker
 
 Metrics = dict[str, float]
@@ -87,15 +87,17 @@ class SupervisedLoop:
         if not metrics:
             return {}
         self.tracker.log("eval", step, metrics)
-        say(f"evaluation after {step} of {self.total_steps} steps: " + describe(metrics))
+        when = f"evaluation after {step} of {self.total_steps} steps"
+        for name, value in metrics.items():
+            check_finite(value, name.replace("_", " "), f"the {when}")
+        say(f"{when}: " + describe(metrics))
         return metrics
 
 
-def check_finite(loss: float, name: str, when: str) -> None:
-    """Raises TrainingFailure if a loss, summed over all ranks, is not a number: nothing after it could be used."""
-    if not math.isfinite(loss):
-        raise TrainingFailure(f"the {name} of {when} is {loss}: training stopped before anything was saved; lower the "
-                              "learning rate, or look for extreme rows in the data")
+def check_finite(value: float, name: str, when: str) -> None:
+    """Raises TrainingFailure if a value that is the same on all ranks is not finite: nothing after it could be used."""
+    if not math.isfinite(value):
+        raise TrainingFailure(f"the {name} of {when} is {value}: {DIVERGED}")
 
 
 def describe(metrics: Metrics) -> str:

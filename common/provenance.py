@@ -62,7 +62,7 @@ class Provenance:
     def write(self, directory: str | Path) -> None:
         """Write provenance.json into `directory`."""
         values = {**asdict(self), "base": from_anywhere(self.base)}
-        (Path(directory) / FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (Path(directory) / FILE).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_provenance(model: str | Path) -> Provenance | None:
@@ -78,7 +78,11 @@ def read_provenance(model: str | Path) -> Provenance | None:
         if not path.is_file():
             continue
         try:
-            return Provenance(**json.loads(path.read_text(encoding="utf-8")))
+            return Provenance(**json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): train the model again or remove the file") from None
     return None
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no number")

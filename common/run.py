@@ -6,13 +6,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from common.config import save_config
 from common.data.blend import parse_data_path
 from common.data.prepare import DataRequest, PreparedData
 from common.data.sampler import StepSampler
 from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
-from common.distributed import barrier, is_main, rank, say, world_size
-from common.errors import UserError
+from common.distributed import barrier, device, is_main, on_every_rank, rank, say, world_size
+from common.errors import DIVERGED, TrainingFailure, UserError
 from common.options import DataOptions
 from common.models.factory import load_config
 from common.models.scalar import is_scalar_config
@@ -74,7 +76,10 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration:
         _check_split(provenance, config, flag)
     if not config.normalize_scores:
         return RAW
-    if provenance is None or not provenance.score_std:
+    if provenance is not None and provenance.score_std is not None and provenance.score_std <= 0:
+        raise UserError(f"{flag} has scores with the standard deviation {provenance.score_std:g}, which nothing can be "
+                        "measured in: train the reward model again, or add --no_normalize_scores")
+    if provenance is None or provenance.score_std is None:
         say(f"note: {flag} does not say the mean and spread of its scores, so they are used as they are")
         return RAW
     return Calibration(provenance.score_mean, provenance.score_std)
@@ -125,16 +130,22 @@ def say_data(data: PreparedData) -> None:
 
 
 @contextlib.contextmanager
-def publishing(config: DataOptions, codec: Codec, step: str, base: str, parts: Sequence[str] = (),
-               **calibration: float):
+def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], step: str, base: str,
+               parts: Sequence[str] = (), **calibration: float):
     """Export within this context: provenance.json is gone while it lasts, and written when it ends well.
 
     So an output directory that has one is whole, also when it is used again. The resolved configuration goes with it;
     what an earlier run left that this one may not write (adapters, a moving average) is removed.
 
     Args:
+        engines: what is to be exported, by names for the user.
         parts: model directories inside the output directory; each gets the provenance too, so that it can be moved.
+
+    Raises:
+        TrainingFailure: an engine gives no finite numbers any more; before anything is touched.
     """
+    for name, engine in engines.items():
+        _check_usable(engine, name, codec)
     output = Path(config.output_dir)
     if is_main():
         (output / PROVENANCE_FILE).unlink(missing_ok=True)
@@ -148,6 +159,18 @@ def publishing(config: DataOptions, codec: Codec, step: str, base: str, parts: S
         for directory in (*(output / part for part in parts), output):
             provenance.write(directory)
     barrier()
+
+
+@torch.no_grad()
+def _check_usable(engine, name: str, codec: Codec) -> None:
+    """One small forward pass: no loss has been computed since the last update where nothing is held out."""
+    tokens = torch.full((1, 2), codec.end_id, device=device())
+    engine.eval()
+    output = engine(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    engine.train()
+    numbers = output if isinstance(output, torch.Tensor) else output.logits
+    if not on_every_rank(bool(numbers.isfinite().all())):
+        raise TrainingFailure(f"what the trained {name} computes is not finite: {DIVERGED}")
 
 
 def step_sampler(config, train) -> StepSampler:

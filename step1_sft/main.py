@@ -46,7 +46,7 @@ def main(argv=None) -> None:
 
     metrics = loop.run(trainer.train_step, trainer.evaluate)
 
-    with publishing(config, codec, step="sft", base=config.model_name_or_path):
+    with publishing(config, codec, {"model": engine}, step="sft", base=config.model_name_or_path):
         export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
     tracker.samples("after", trainer.samples(codec))
     report_done(tracker, loop.total_steps, metrics, config.output_dir)

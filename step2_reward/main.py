@@ -47,7 +47,7 @@ def main(argv=None) -> None:
 
     metrics = loop.run(trainer.train_step, trainer.evaluate)
 
-    with publishing(config, codec, step="reward", base=config.model_name_or_path,
+    with publishing(config, codec, {"model": engine}, step="reward", base=config.model_name_or_path,
                     score_mean=metrics["score_mean"], score_std=metrics["score_std"]):
         export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
     tracker.samples("after", trainer.samples(codec))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from step3_ppo.sampling import Sampling, sample_tokens
+from step3_ppo.sampling import NO_TOKEN, Sampling, sample_tokens
 
 PREFILL_TOKENS = 8192  # of one prefill pass, padding included: bounds its memory
 
@@ -129,7 +129,7 @@ class Decoder:
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[list[int]]:
-        """The response to each request: its tokens, the end token included.
+        """The response to each request: its tokens, the end token included; `NO_TOKEN` comes last where it broke off.
 
         Args:
             progress: called with the number of responses finished since the last call.
@@ -162,7 +162,7 @@ class Decoder:
             for request, token in zip(index.tolist(), fed.tolist()):
                 responses[request].append(token)
             length, written = length + 1, written + 1
-            going = (fed != self.end_id) & (written < limits[index])
+            going = (fed != self.end_id) & (fed != NO_TOKEN) & (written < limits[index])
             if not going.all():
                 if progress is not None:
                     progress(int((~going).sum()))

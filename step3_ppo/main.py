@@ -60,8 +60,8 @@ def main(argv=None) -> None:
 
     run_iterations(trainer, sampler, iterations, tracker)
 
-    save(config, models, codec, calibration)
     metrics = evaluate(trainer, iterations, iterations, tracker)
+    save(config, models, codec, calibration)
     report_done(tracker, iterations, metrics, config.output_dir)
     models.destroy()
 
@@ -125,7 +125,8 @@ def save(config: PPOConfig, models: PPOModels, codec: Codec, calibration: Calibr
     """actor/, critic/ and, if it was kept, ema/, each a directory that transformers loads."""
     output = Path(config.output_dir)
     parts = ["actor", "critic"] + (["ema"] if models.ema is not None else [])
-    with publishing(config, codec, step="ppo", base=config.actor_model_name_or_path, parts=parts,
+    engines = {"actor": models.actor, "critic": models.critic}
+    with publishing(config, codec, engines, step="ppo", base=config.actor_model_name_or_path, parts=parts,
                     score_mean=calibration.mean, score_std=calibration.std):
         export_model(models.actor, codec, output / "actor", output / "adapter" / "actor")
         export_model(models.critic, codec, output / "critic", output / "adapter" / "critic")

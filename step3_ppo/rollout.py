@@ -19,7 +19,7 @@ from common.distributed import device, is_main, on_every_rank, say
 from step3_ppo.decoding import Decoder, Request, SlotCache, can_decode
 from step3_ppo.experience import Rollout
 from step3_ppo.generation_mode import generation_mode, whole_model_fits
-from step3_ppo.sampling import Sampling, response_limits, sample_tokens, uniforms
+from step3_ppo.sampling import NO_TOKEN, Sampling, response_limits, sample_tokens, uniforms
 
 SECONDS_BEFORE_BAR = 15  # a rollout that takes longer shows how far it is
 
@@ -52,7 +52,8 @@ class ActorRollouts:
             iteration: of the training run; part of the key of the random numbers.
 
         Returns:
-            The responses, in the order of the prompts, those of one prompt together.
+            The responses, in the order of the prompts, those of one prompt together. `NO_TOKEN` is in those that the
+            actor had no numbers for; no error yet, since other ranks may know nothing of it.
         """
         longest = prompts.input_ids.shape[1] + sampling.max_new_tokens
         reason = self._why_plain(longest)
@@ -123,6 +124,7 @@ class _ForcedChoice(LogitsProcessor):
     def __init__(self, prompt_width: int, uniform: Tensor, limits: Tensor, sampling: Sampling, end_id: int):
         self.prompt_width, self.uniform, self.limits = prompt_width, uniform, limits
         self.sampling, self.end_id = sampling, end_id
+        self.broken = torch.zeros(len(limits), dtype=torch.bool, device=limits.device)  # rows that had no token to take
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.prompt_width
@@ -130,7 +132,8 @@ class _ForcedChoice(LogitsProcessor):
         scores[position < self.limits[:, 0], self.end_id] = -torch.inf
         tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
         # What follows a response that has come to its own limit is cut off; ending it saves the time.
-        tokens = tokens.masked_fill(position >= self.limits[:, 1], self.end_id)
+        self.broken |= tokens == NO_TOKEN
+        tokens = tokens.masked_fill(self.broken | (position >= self.limits[:, 1]), self.end_id)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
 
 
@@ -149,14 +152,16 @@ def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_id: int, p
     uniform = uniforms(seed, iteration, prompts.prompt_index, sampling.max_new_tokens, sample).to(there)
     limits = response_limits(seed, iteration, prompts.prompt_index, sampling, sample).to(there)
     width = prompts.input_ids.shape[1]
+    choice = _ForcedChoice(width, uniform, limits, sampling, end_id)
     engine.eval()
     sequences = engine.module.generate(
         input_ids=prompts.input_ids, attention_mask=prompts.attention_mask,
         generation_config=GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, use_cache=True,
                                            eos_token_id=end_id, pad_token_id=pad_id),
-        logits_processor=LogitsProcessorList([_ForcedChoice(width, uniform, limits, sampling, end_id)]),
+        logits_processor=LogitsProcessorList([choice]),
         synced_gpus=engine.zero_optimization_partition_weights() and engine.dp_world_size > 1)
     engine.train()
+    sequences[:, width].masked_fill_(choice.broken, NO_TOKEN)
     return to_rollout(sequences, prompts, end_id, pad_id, limits[:, 1])
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from step3_ppo.config import PPOConfig
 
+NO_TOKEN = -1  # drawn where the logits are not numbers; it ends a response
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -92,7 +94,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor
         uniform: (B,) in [0, 1).
 
     Returns:
-        (B,) long.
+        (B,) long; `NO_TOKEN` where the logits are not numbers.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -100,7 +102,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor
     cumulative = probabilities.double().cumsum(-1)
     # Scaling by the last entry, not by 1, keeps rounding of the sum from ever pointing past the last token.
     target = uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return tokens.masked_fill(~cumulative[:, -1].isfinite(), NO_TOKEN)
 
 
 def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from math import ceil
 
 import torch
@@ -15,6 +16,8 @@ from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
 from common.data.tokenization import Codec
 from common.distributed import device, global_sum, on_gpu, rank, world_size
 from common.engine import gradient_norm, optimizer_step
+from common.errors import DIVERGED, TrainingFailure
+from common.loop import check_finite
 from common.models.logprobs import next_token_loss_sum, response_log_probs
 from common.provenance import Calibration
 from common.sums import Sums, add_sums, means
@@ -27,7 +30,7 @@ from step3_ppo.loss import explained_variance, explained_variance_sums, policy_l
 from step3_ppo.models import PPOModels, logits_of, response_values
 from step3_ppo.rewards import ShapedScores, kl_estimate, shape_scores, token_rewards
 from step3_ppo.rollout import ActorRollouts
-from step3_ppo.sampling import Sampling
+from step3_ppo.sampling import NO_TOKEN, Sampling
 
 EVALUATION = 2**31  # takes the place of the iteration in the random numbers: every evaluation draws the same ones
 
@@ -70,7 +73,7 @@ class PPOTrainer:
         with self._phase("generate"):
             rollout = self.rollout(self.prompts, prompts, index)
         with self._phase("score"):
-            assessment = assess(self.models, rollout, self.config.per_device_training_batch_size)
+            assessment = self.assess(rollout, index)
         with self._phase("advantages"):
             shaped, rewards = self.rewards(rollout, assessment)
             experience = self.advantages(rollout, assessment, rewards)
@@ -82,11 +85,27 @@ class PPOTrainer:
         return metrics
 
     def rollout(self, dataset: Dataset, micro_batches: Sequence[MicroBatch], stream: int) -> Rollout:
-        """Responses of all ranks to the prompts of `micro_batches`, on every rank."""
+        """Responses of all ranks to the prompts of `micro_batches`, on every rank.
+
+        Raises:
+            TrainingFailure: on all ranks alike, if on one of them the actor's logits are not numbers.
+        """
         rows = MicroBatch(tuple(index for batch in micro_batches for index in batch.indices),
                           tuple(real for batch in micro_batches for real in batch.real))
         prompts = collate_prompts(dataset, rows, self.codec.pad_id)
-        return share_rollout(self.rollouts.roll_out(prompts, self.sampling, stream))
+        rollout = share_rollout(self.rollouts.roll_out(prompts, self.sampling, stream))
+        if (rollout.tokens == NO_TOKEN).any():
+            raise TrainingFailure(f"the actor's logits in the rollout of {_occasion(stream)} are not numbers: "
+                                  f"{DIVERGED}")
+        return rollout
+
+    def assess(self, rollout: Rollout, stream: int) -> Assessment:
+        """What the models say of a rollout; raises TrainingFailure on all ranks alike if some of it is not finite."""
+        assessment = assess(self.models, rollout, self.config.per_device_training_batch_size)
+        for field in fields(assessment):
+            total = float(getattr(assessment, field.name).sum())
+            check_finite(total, f"sum of all {field.name.replace('_', ' ')}", _occasion(stream))
+        return assessment
 
     def rewards(self, rollout: Rollout, assessment: Assessment) -> tuple[ShapedScores, Tensor]:
         """Shaped scores (B,) and token rewards (B, R)."""
@@ -165,7 +184,7 @@ class PPOTrainer:
         rows_per_batch = min(self.config.per_device_generation_batch_size, ceil(rows / world_size()))
         batches = evaluation_batches(lengths, rows_per_batch, world_size(), rank())
         rollout = self.rollout(self.held_out, batches, EVALUATION)
-        assessment = assess(self.models, rollout, self.config.per_device_training_batch_size)
+        assessment = self.assess(rollout, EVALUATION)
         shaped = self.rewards(rollout, assessment)[0]
         metrics = {**_response_metrics(rollout, shaped), "kl": float(assessment.response_kl().mean())}
         return metrics, self._samples(rollout, assessment, len(rollout.tokens))
@@ -230,6 +249,10 @@ class PPOTrainer:
         if on_gpu():
             torch.cuda.synchronize()  # kernels run behind; their time belongs to the phase that launched them
         self.seconds[name] = time.perf_counter() - start
+def _occasion(stream: int) -> str:
+    return "the evaluation" if stream == EVALUATION else f"iteration {stream + 1}"
+
+
 
 
 def _update_metrics(steps: Sequence[Sums]) -> dict[str, float]:

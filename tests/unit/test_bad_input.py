@@ -126,6 +126,34 @@ def test_step_3_refuses_models_trained_on_other_text(good, tmp_path, builtin_cac
         assert said in message and str(actor) in message
 
 
+@pytest.mark.parametrize("mean, std, said", [(0.5, 0.0, "standard deviation 0"), (0.5, -1.0, "standard deviation -1"),
+                                             ("NaN", 1.0, "NaN"), (0.5, "NaN", "NaN"), (0.5, "Infinity", "Infinity")])
+def test_step_3_refuses_a_scale_that_nothing_can_be_measured_in(good, tmp_path, mean, std, said):
+    import shutil
+    from common.data.tokenization import load_tokenizer, make_codec
+    from common.provenance import FILE, Provenance
+    from common.run import text_of
+    model = good.pop("--model_name_or_path")
+    scorer = tmp_path / "scorer"
+    shutil.copytree(model, scorer)
+    config = json.loads((scorer / "config.json").read_text())
+    (scorer / "config.json").write_text(json.dumps({**config, "architectures": ["OPTForSequenceClassification"]}))
+    text = text_of(make_codec(load_tokenizer(model), "human_assistant"))
+    Provenance(step="reward", base="x", data_split="2,4,4", eval_fraction=0.05, score_mean=0.25, score_std=0.125,
+               **text).write(scorer)
+    written = (scorer / FILE).read_text()
+    (scorer / FILE).write_text(written.replace("0.25", str(mean)).replace("0.125", str(std)))
+    message = refusal(step3, {**good, "--actor_model_name_or_path": model, "--critic_model_name_or_path": str(scorer)})
+    assert str(scorer) in message and said in message
+
+
+def test_provenance_is_strict_json(tmp_path):
+    from common.provenance import Provenance
+    with pytest.raises(ValueError):
+        Provenance("reward", "x", "t", "h", "e", "p", "2,4,4", 0.05, score_mean=float("nan")).write(tmp_path)
+    assert not (tmp_path / "provenance.json").exists()
+
+
 def test_two_split_rules_for_the_same_data_are_refused(good, tmp_path):
     """Else step 3 would train on prompts that step 1 was trained on."""
     import shutil
