@@ -27,7 +27,8 @@ from typing import Any
 
 from common.data.dialogues import BadRow, clean_text, make_prompt
 from common.data.layouts import (COMPARISONS, DEMONSTRATIONS, DIALOGUE_PAIR, INSTRUCTION, LAYOUTS,
-                                 PROMPT_PAIR, QUESTION_RESPONSE, Example, Layout)
+                                 PROMPT_PAIR, QUESTION_RESPONSE, Example, Layout,
+                                 as_question)
 from common.data.records import Message
 from common.errors import UserError, did_you_mean
 
@@ -69,9 +70,22 @@ def _webgpt(row: dict[str, Any]) -> Example:
     return Example(prompt, chosen=chosen, rejected=rejected, tied=first == second)
 
 
-ORCA_CHAT = Layout(("instruction", "conversation"), DEMONSTRATIONS, _orca_chat)
-SHP = Layout(("history", "human_ref_A", "human_ref_B", "labels"), COMPARISONS, _shp)
-WEBGPT = Layout(("question", "answer_0", "answer_1", "score_0", "score_1"), COMPARISONS, _webgpt)
+def _orca_asked(row: dict[str, Any]) -> list[Any]:
+    turns = row.get("conversation")
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return [[message for turn in turns for message in as_question(turn.get("input"))]]
+
+
+def _webgpt_asked(row: dict[str, Any]) -> list[Any]:
+    question = row.get("question")
+    return [as_question(question.get("full_text"))] if isinstance(question, dict) else []
+
+
+ORCA_CHAT = Layout(("instruction", "conversation"), DEMONSTRATIONS, _orca_chat, asked=_orca_asked)
+SHP = Layout(("history", "human_ref_A", "human_ref_B", "labels"), COMPARISONS, _shp,
+             asked=lambda row: [as_question(row.get("history"))])
+WEBGPT = Layout(("question", "answer_0", "answer_1", "score_0", "score_1"), COMPARISONS, _webgpt,
+                asked=_webgpt_asked)
 
 NAMED = {
     "dahoas/rm-static": PROMPT_PAIR,

@@ -2,6 +2,7 @@
 role/content."""
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -89,6 +90,22 @@ def read_prompt(value: Any, column: str, system: str = "") -> Prompt:
     else:
         messages = [Message("user", clean_text(value, column))]
     return make_prompt(messages, column, system)
+
+
+def opening(value: Any) -> str:
+    """The user's first message in a plain question, a transcript or a list of messages, as `make_prompt` keeps
+    it, whatever is wrong with the rest; '' if there is none to be read."""
+    if isinstance(value, str):
+        text = value.encode("utf-8", "replace").decode().replace("\0", "?")
+        if not is_transcript(text):
+            return text.strip()
+        value = [{"role": message.role, "content": message.content} for message in read_dialogue(text, "")]
+    for item in value if isinstance(value, list) else ():
+        with contextlib.suppress(BadRow):
+            message = _message(item, "")
+            if message.role == "user" and message.content:
+                return message.content
+    return ""
 
 
 def read_answered(value: Any, column: str) -> tuple[list[Message], str]:

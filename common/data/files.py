@@ -91,9 +91,8 @@ def _parsed(line: bytes | None) -> tuple[dict | None, str | None]:
     if b"\0" in line:
         return None, "NUL bytes"
     try:
-        return _row_object(json.loads(line.decode("utf-8")))
-    except UnicodeDecodeError:
-        return None, "invalid UTF-8"
+        # Undecodable bytes become lone surrogates, which spoil only the columns that hold them.
+        return _row_object(json.loads(line.decode("utf-8", "surrogateescape")))
     except (ValueError, RecursionError):
         return None, "broken JSON"
 

@@ -18,11 +18,11 @@ A comparison also serves as a demonstration, and all but plain text as prompts.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.data.dialogues import (BadRow, clean_text, is_transcript, is_whole_dialogue, make_prompt,
+from common.data.dialogues import (BadRow, clean_text, is_transcript, is_whole_dialogue, make_prompt, opening,
                                    read_answered, read_dialogue, read_prompt)
 from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record
 
@@ -42,12 +42,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Layout:
-    """``read`` turns a row's columns into an Example or raises BadRow. ``kinds``: the records it can give."""
+    """``read`` turns a row's columns into an Example or raises BadRow. ``kinds``: the records it can give.
+    ``asked``: the values of a row that begin with the user's first message, see `dialogues.opening`."""
 
     required: tuple[str, ...]
     kinds: tuple[str, ...]
     read: Callable[[dict[str, Any]], Example]
     optional: tuple[str, ...] = ()
+    asked: Callable[[dict[str, Any]], Sequence[Any]] = lambda row: ()
 
     def __str__(self) -> str:
         return "/".join(self.required)
@@ -55,6 +57,15 @@ class Layout:
 
 COMPARISONS = ("comparison", "demonstration", "prompt")
 DEMONSTRATIONS = ("demonstration", "prompt")
+
+
+def openings(layout: Layout, row: dict[str, Any]) -> set[str]:
+    """The user's first message, whatever is wrong with the rest of the row; more than one where the columns
+    differ about it."""
+    try:
+        return {found for value in layout.asked(row) if (found := opening(value))}
+    except BadRow:
+        return set()
 
 
 def to_record(layout: Layout, row: dict[str, Any], kind: str) -> Record | None:
@@ -119,10 +130,13 @@ def _dialogues(row: dict[str, Any]) -> Example:
 
 
 def _instruction(row: dict[str, Any]) -> Example:
-    parts = [clean_text(row.get(column), column) for column in ("instruction", "input")]
-    question = "\n\n".join(part for part in parts if part)
-    prompt = make_prompt([Message("user", question)], "instruction")
+    prompt = make_prompt([Message("user", _instructed(row))], "instruction")
     return Example(prompt, response=clean_text(row["output"], "output"))
+
+
+def _instructed(row: dict[str, Any]) -> str:
+    parts = [clean_text(row.get(column), column) for column in ("instruction", "input")]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _answered(question: str) -> Callable[[dict[str, Any]], Example]:
@@ -152,16 +166,32 @@ def _text(row: dict[str, Any]) -> Example:
     return Example(text=clean_text(row["text"], "text"))
 
 
+def _in(*columns: str) -> Callable[[dict[str, Any]], list[Any]]:
+    return lambda row: [row.get(column) for column in columns]
+
+
+def _in_pair(row: dict[str, Any]) -> list[Any]:
+    dialogues = [row.get(column) for column in ("chosen", "rejected")]
+    return [row.get("prompt"), *(value for value in dialogues if isinstance(value, list) or is_transcript(value))]
+
+
+def as_question(text: Any) -> list[dict[str, Any]]:
+    """A user's message whose text is no transcript, whatever it looks like."""
+    return [{"role": "user", "content": text}]
+
+
 PROMPT_PAIR = Layout(("prompt", "chosen", "rejected"), COMPARISONS, _comparison,
-                     ("response", "system_prompt"))
-DIALOGUE_PAIR = Layout(("chosen", "rejected"), COMPARISONS, _dialogues, ("system_prompt",))
-PROMPT_RESPONSE = Layout(("prompt", "response"), DEMONSTRATIONS, _answered("prompt"), ("system_prompt",))
-INSTRUCTION = Layout(("instruction", "output"), DEMONSTRATIONS, _instruction, ("input",))
+                     ("response", "system_prompt"), _in_pair)
+DIALOGUE_PAIR = Layout(("chosen", "rejected"), COMPARISONS, _dialogues, ("system_prompt",), _in_pair)
+PROMPT_RESPONSE = Layout(("prompt", "response"), DEMONSTRATIONS, _answered("prompt"), ("system_prompt",),
+                         _in("prompt"))
+INSTRUCTION = Layout(("instruction", "output"), DEMONSTRATIONS, _instruction, ("input",),
+                     lambda row: [as_question(_instructed(row))])
 QUESTION_RESPONSE = Layout(("question", "response"), DEMONSTRATIONS, _answered("question"),
-                           ("system_prompt",))
-MESSAGES = Layout(("messages",), DEMONSTRATIONS, _messages("messages"))
-CONVERSATIONS = Layout(("conversations",), DEMONSTRATIONS, _messages("conversations"))
-PROMPT = Layout(("prompt",), ("prompt",), _prompt, ("system_prompt",))
+                           ("system_prompt",), _in("question"))
+MESSAGES = Layout(("messages",), DEMONSTRATIONS, _messages("messages"), asked=_in("messages"))
+CONVERSATIONS = Layout(("conversations",), DEMONSTRATIONS, _messages("conversations"), asked=_in("conversations"))
+PROMPT = Layout(("prompt",), ("prompt",), _prompt, ("system_prompt",), _in("prompt"))
 TEXT = Layout(("text",), ("text",), _text)
 
 # In the order in which they are tried: the first that fits the columns and gives the kind asked for.

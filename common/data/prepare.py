@@ -26,7 +26,7 @@ from common.data.blend import SourceSpec
 from common.data.preparation_report import PreparationReport
 from common.data.reading import fingerprint, read_records
 from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record, identity
-from common.data.split import assignment, normalised
+from common.data.split import assignment
 from common.data.tokenization import Codec, tokenizer_fingerprint
 from common.errors import UserError
 
@@ -37,6 +37,7 @@ _COLUMNS = {
     "text": ("input_ids",),
 }
 _READY = "READY"
+_TESTED = "tested.npy"
 _PATIENCE = 10      # seconds until a rank says what it waits for
 _SETTLED = 2        # seconds after which a further change of a file shows in its time
 
@@ -77,11 +78,13 @@ class PreparedData:
 
     Columns, by kind: `prompt_ids` and `response_ids` | `prompt_ids`, `chosen_ids` and `rejected_ids` |
     `prompt_ids` | `input_ids`. Always `length`, the tokens of the row's longest sequence, and `dialogue`, a
-    64-bit hash of the normalised first user turn.
+    64-bit hash of the normalised first user turn. `tested`: these hashes of all prompts of the sources' own
+    test data, whatever became of their rows.
     """
 
     train: Dataset
     eval: Dataset
+    tested: np.ndarray
     report: PreparationReport
 
 
@@ -138,11 +141,12 @@ def _locked(path: Path, awaited: str) -> Iterator[None]:
 def _joined(parts: Sequence[PreparedData]) -> PreparedData:
     held_out = concatenate_datasets([part.eval for part in parts])
     train = concatenate_datasets([part.train for part in parts])
-    seen = np.isin(_dialogues(train), _dialogues(held_out))
+    tested = np.concatenate([part.tested for part in parts])
+    seen = np.isin(_dialogues(train), np.concatenate([_dialogues(held_out), tested]))
     if seen.any():
         train = train.select(np.flatnonzero(~seen))
     report = functools.reduce(PreparationReport.joined, (part.report for part in parts))
-    return PreparedData(train, held_out, replace(report, train_rows=len(train)))
+    return PreparedData(train, held_out, tested, replace(report, train_rows=len(train)))
 
 
 def _dialogues(dataset: Dataset) -> np.ndarray:
@@ -189,10 +193,11 @@ def _load(directory: Path) -> PreparedData | None:
     try:
         report = PreparationReport.from_json((directory / _READY).read_text(encoding="utf-8"))
         train, held_out = (Dataset.from_file(str(directory / f"{side}.arrow")) for side in ("train", "eval"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # broken JSON or Arrow: a ValueError
+        tested = np.load(directory / _TESTED)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):  # broken JSON or Arrow: a ValueError
         return None
     whole = len(train) == report.train_rows and len(held_out) == report.eval_rows
-    return PreparedData(train, held_out, report) if whole else None
+    return PreparedData(train, held_out, tested, report) if whole else None
 
 
 def _build(request: DataRequest, codec: Codec, target: Path) -> None:
@@ -201,16 +206,17 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
         shutil.rmtree(left_over, ignore_errors=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp", dir=target.parent))
     try:
-        report = PreparationReport()
+        report, tested = PreparationReport(), set()
         columns = {name: [Value("int32")] for name in _COLUMNS[request.kind]}
         features = Features({**columns, "length": Value("int32"), "dialogue": Value("int64")})
         write = functools.partial(ArrowWriter, features=features, writer_batch_size=1000)
         with (write(path=str(directory / "train.arrow")) as train,
               write(path=str(directory / "eval.arrow")) as held_out):
-            for is_eval, row in _rows(request, codec, report):
+            for is_eval, row in _rows(request, codec, report, tested):
                 (held_out if is_eval else train).write(row)
             report.train_rows, _ = train.finalize()
             report.eval_rows, _ = held_out.finalize()
+        np.save(directory / _TESTED, np.fromiter(tested, np.int64))
         (directory / _READY).write_text(report.to_json(), encoding="utf-8")
         directory.rename(target)
     except BaseException:
@@ -218,10 +224,11 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
         raise
 
 
-def _rows(request: DataRequest, codec: Codec, report: PreparationReport) -> Iterator[tuple[bool, dict]]:
+def _rows(request: DataRequest, codec: Codec, report: PreparationReport,
+          tested: set[int]) -> Iterator[tuple[bool, dict]]:
     """(is for evaluation, row of ids) for each record of this step."""
     records = read_records(request.data_path, request.kind, columns=request.columns,
-                           max_rows=request.max_rows, report=report.read)
+                           max_rows=request.max_rows, report=report.read, tested=tested)
     prompts_seen: set[tuple[int, int]] = set()
     for sourced in records:
         place = assignment(identity(sourced.record), request.data_split, request.eval_fraction)
@@ -238,10 +245,9 @@ def _rows(request: DataRequest, codec: Codec, report: PreparationReport) -> Iter
                 report.repeated_prompts += 1
                 continue
             prompts_seen.add(prompt)
-        dialogue = _hash(normalised(identity(sourced.record)))
         try:
             for columns in _encoded(sourced.record, request, codec, report):
-                yield is_eval, {**columns, "dialogue": dialogue}
+                yield is_eval, {**columns, "dialogue": sourced.dialogue}
         except UserError as error:
             report.refuse(sourced.where, str(error))
 

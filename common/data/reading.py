@@ -11,10 +11,10 @@ from common.data.adapters import ColumnMap, choose_layout, named_layout
 from common.data.blend import SourceSpec
 from common.data.dialogues import BadRow
 from common.data.files import Row
-from common.data.layouts import to_record
+from common.data.layouts import openings, to_record
 from common.data.records import RECORD_KINDS, Record, identity
 from common.data.sources import Part, open_source
-from common.data.split import normalised
+from common.data.split import dialogue_hash
 from common.errors import UserError
 
 _SHOWN = 5      # bad rows shown with their place
@@ -24,12 +24,14 @@ _SAMPLE = 20    # rows whose columns decide the layout of a file: in JSON lines 
 @dataclass(frozen=True)
 class SourcedRecord:
     """``where``: file and line. ``split``: 'test' if the first user turn occurs in the test data of any
-    source of the blend, so that it must never be trained on. ``copy``: 0, or the number of the repetition
-    that the source's weight asks for; evaluation wants copy 0 alone."""
+    source of the blend, so that it must never be trained on. ``dialogue``: `split.dialogue_hash` of that turn.
+    ``copy``: 0, or the number of the repetition that the source's weight asks for; evaluation wants copy 0
+    alone."""
 
     record: Record
     where: str
     split: str
+    dialogue: int
     copy: int = 0
 
 
@@ -75,14 +77,16 @@ class ReadReport:
 
 
 def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str, str] | None = None,
-                 max_rows: int | None = None, report: ReadReport) -> Iterator[SourcedRecord]:
+                 max_rows: int | None = None, report: ReadReport,
+                 tested: set[int] | None = None) -> Iterator[SourcedRecord]:
     """The records of ``kind`` (one of ``RECORD_KINDS``) of all sources: first their own test data, then the
     rest.
 
     ``columns``: see `adapters.ColumnMap`; ``max_rows``: rows read at most of each source's training data,
     and given and counted of its test data, which are read whole, so that no test prompt is trained on.
-    Bad rows are counted in ``report`` and skipped. Streams: what is kept in memory is a hash of each test
-    prompt. Raises UserError for a source that cannot be read or cannot give records of that kind.
+    ``tested``: a set to be filled with the `split.dialogue_hash` of every test prompt, also of those whose row
+    gives no record of the kind. Bad rows are counted in ``report`` and skipped. Streams: what is kept in memory
+    is ``tested``. Raises UserError for a source that cannot be read or cannot give records of that kind.
     """
     if kind not in RECORD_KINDS:
         raise ValueError(f"{kind!r} is none of {RECORD_KINDS}")
@@ -95,17 +99,17 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
         report.sources.setdefault(spec.name, Counts())
         if source.left_out:
             report.notes.append(f"{spec.name}: left out, belonging to no split: {', '.join(source.left_out)}")
-    tested: set[bytes] = set()
+    tested = set() if tested is None else tested
     for split in ("test", "train"):
         for spec, source in sources:
             counts = report.sources[spec.name]
             parts = [part for part in source.parts if part.split == split]
             records = chain.from_iterable(_part_records(spec, part, kind, column_map) for part in parts)
             limit = None if split == "test" else max_rows
-            for number, (row, record, problem) in enumerate(islice(records, limit)):
+            for number, (row, record, problem, asked) in enumerate(islice(records, limit)):
+                if split == "test":
+                    tested.update(map(dialogue_hash, asked))
                 if max_rows is not None and number >= max_rows:
-                    if record is not None:
-                        tested.add(_key(record))
                     continue
                 counts.total += 1
                 if problem:
@@ -113,34 +117,34 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
                 if record is None:
                     continue
                 counts.usable += 1
-                key = _key(record)
-                if split == "test":
-                    tested.add(key)
-                side = "test" if key in tested else "train"
+                dialogue = dialogue_hash(identity(record))
+                side = "test" if dialogue in tested else "train"
                 for copy in range(spec.copies(identity(record))):
-                    yield SourcedRecord(record, row.where, side, copy)
+                    yield SourcedRecord(record, row.where, side, dialogue, copy)
 
 
 def _part_records(spec: SourceSpec, part: Part, kind: str,
-                  column_map: ColumnMap) -> Iterator[tuple[Row, Record | None, str | None]]:
-    """(row, its record if it has one, what is wrong with it if something is)."""
+                  column_map: ColumnMap) -> Iterator[tuple[Row, Record | None, str | None, set[str]]]:
+    """(row, its record if it has one, what is wrong with it if something is, what the user first asks in it)."""
     rows, layout = part.rows(), None
     for sample, found in _samples(rows):
         if found:
             names = column_map.within(found)
             layout = choose_layout(spec.name, names.columns(found), kind, part.label)
         else:
-            yield from ((row, None, row.problem or "no columns") for row in sample)
+            yield from ((row, None, row.problem or "no columns", set()) for row in sample)
     if layout is None:
         return
     for row in chain(sample, rows):
-        record, problem = None, row.problem
+        record, problem, asked = None, row.problem, set()
         if row.values is not None:
+            values = names.rename(row.values)
             try:
-                record = to_record(layout, names.rename(row.values), kind)
+                record = to_record(layout, values, kind)
             except BadRow as error:
                 problem = str(error)
-        yield row, record, problem
+            asked = openings(layout, values) if record is None else {identity(record)}
+        yield row, record, problem, asked
 
 
 def _samples(rows: Iterator[Row]) -> Iterator[tuple[list[Row], set[str]]]:
@@ -153,11 +157,6 @@ def _samples(rows: Iterator[Row]) -> Iterator[tuple[list[Row], set[str]]]:
 
 def _columns(part: Part) -> set[str]:
     return set().union(*(found for _, found in _samples(part.rows())))
-
-
-def _key(record: Record) -> bytes:
-    text = normalised(identity(record)).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def fingerprint(spec: SourceSpec, columns: Mapping[str, str] | None, max_rows: int | None) -> str:

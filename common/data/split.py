@@ -55,6 +55,12 @@ def normalised(text: str) -> str:
     return " ".join(folded.split())
 
 
+def dialogue_hash(first_user_turn: str) -> int:
+    """64 bits, signed: equal for near-identical first user turns."""
+    text = normalised(first_user_turn).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
+
+
 def fractions(text: str, purpose: str, count: int) -> tuple[float, ...]:
     """``count`` (at most 4) independent numbers in [0, 1) that depend on the normalised text and the purpose
     alone."""

@@ -3,8 +3,8 @@ import pytest
 
 from common.data.adapters import NAMED, ColumnMap, choose_layout, named_layout
 from common.data.dialogues import BadRow
-from common.data.layouts import to_record
-from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt
+from common.data.layouts import openings, to_record
+from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, identity
 from common.errors import UserError
 
 
@@ -88,6 +88,18 @@ def test_demonstrations_serve_as_prompts(row, prompt):
     assert record(row, "prompt") == prompt
     with pytest.raises(UserError, match="give demonstrations and prompts, not comparisons, which need"):
         record(row, "comparison")
+
+
+@pytest.mark.parametrize("row", [row for row, _ in (*COMPARISONS.values(), *DEMONSTRATIONS.values())],
+                         ids=[*COMPARISONS, *DEMONSTRATIONS])
+def test_what_a_row_asks_is_known_without_its_answers(row):
+    """So that a test prompt is recognised by what it asks, even in a row that can be used for nothing else."""
+    layout = choose_layout("somewhere/data.jsonl", row.keys(), "prompt", "data.jsonl")
+    expected = {identity(to_record(layout, row, "prompt"))}
+    assert openings(layout, row) == expected
+    for column in {"chosen", "rejected", "response", "output"} & row.keys():
+        spoilt = {**row, column: row[column] + "\0" if isinstance(row[column], str) else [*row[column], 7]}
+        assert openings(layout, spoilt) == expected
 
 
 def test_a_response_beside_a_comparison_is_the_demonstration():

@@ -122,6 +122,17 @@ def test_what_one_request_holds_out_no_other_trains_on(tmp_path, codec):
     assert rows_read(data) == 120
 
 
+def test_a_test_prompt_that_is_not_evaluated_is_not_trained_on_either(tmp_path, codec):
+    """Its own answer may be too long, or bad; another source's answer to it is not for training."""
+    write(tmp_path / "set" / "train.jsonl", pairs(10))
+    write(tmp_path / "set" / "test.jsonl", [{**row, "chosen": "so " * 300} for row in pairs(5, start=40)])
+    split = request(tmp_path, str(tmp_path / "set"), eval_fraction=0.0)
+    whole = request(tmp_path, write(tmp_path / "further.jsonl", pairs(10, start=40)), eval_fraction=0.0)
+    for _ in range(2):  # prepared, and read from the cache
+        data = prepare_many([split, whole], codec)
+        assert (len(data.train), len(data.eval), data.report.too_long) == (10 + 5, 0, 5)
+
+
 def test_a_phase_may_live_on_unsplit_data_alone(tmp_path, codec):
     path = write(tmp_path / "d.jsonl", pairs(20))
     nothing = request(tmp_path, path, phase=0, data_split="0,1,1")
@@ -189,6 +200,7 @@ def test_other_content_tokenizer_template_or_limits_are_other_data(tmp_path, cod
     lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
     lambda path: path.write_bytes(b""),
     lambda path: path.with_name("eval.arrow").unlink(),
+    lambda path: path.with_name("tested.npy").write_bytes(b""),
 ])
 def test_damaged_data_is_prepared_again(tmp_path, codec, damage):
     path = write(tmp_path / "d.jsonl", pairs(30))

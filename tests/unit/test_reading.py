@@ -123,6 +123,56 @@ def test_a_test_prompt_is_never_for_training_in_whichever_source_it_lies(tmp_pat
         assert len(found) == 6
 
 
+@pytest.mark.parametrize("kind", ["comparison", "demonstration", "prompt"])
+@pytest.mark.parametrize("faulty", [
+    {"prompt": "Q  0?", "chosen": "a", "rejected": "a"},
+    {"prompt": "Q 0?", "chosen": "", "rejected": "b"},
+    {"prompt": "Q 0?", "chosen": "a"},
+    {"prompt": "Q 0?", "chosen": "a\0", "rejected": 5},
+    {"prompt": "Q 0?", "chosen": "a", "rejected": "\udc80"},
+    {"prompt": [{"role": "user", "content": "Q 0?"}, {"role": "assistant"}], "chosen": "a", "rejected": "b"},
+    {"prompt": "Human: Q 0?\n\nAssistant: a", "chosen": "a", "rejected": "b"},
+    {"chosen": "Human: Q 0?\n\nAssistant: a", "rejected": "Human: Q 0?\n\nAssistant: a"},
+    {"chosen": "Human: Q 0?\n\nAssistant: a\0", "rejected": None},
+    {"chosen": None, "rejected": [{"role": "user", "content": "Q 0?"}]},
+    {"history": "Q 0?", "human_ref_A": "a", "human_ref_B": "b", "labels": 2},
+    {"question": {"full_text": "Q 0?"}, "answer_0": "a", "answer_1": "b", "score_0": 0, "score_1": 0},
+    {"question": {"full_text": "Q 0?"}, "answer_0": "a", "answer_1": "b", "score_0": "x", "score_1": 0},
+])
+def test_the_prompt_of_a_faulty_test_row_is_never_for_training(tmp_path, faulty, kind):
+    """A row may be bad, or a tie, for one kind alone: what it asks is test data for all."""
+    good = {"prompt": "q 1", "chosen": "a", "rejected": "b"}
+    lines(tmp_path / "train.jsonl", good, {**good, "prompt": "q 0?"})
+    lines(tmp_path / "test.jsonl", *[{**good, "prompt": "q 2"}] * ("prompt" in faulty), faulty)
+    for max_rows in (None, 1):
+        found = prompts(read([str(tmp_path)], kind, max_rows=max_rows)[0])
+        assert ("train", "q 1") in found and ("train", "q 0?") not in found
+
+
+@pytest.mark.parametrize("kind", ["demonstration", "prompt"])
+@pytest.mark.parametrize("faulty", [
+    {"prompt": "Q 0?", "response": ""},
+    {"instruction": "Q", "input": "0?", "output": 7},
+    {"question": "Q 0?", "response": None},
+    {"messages": [{"role": "user", "content": "q 0?"}, {"role": "assistant", "content": 7}]},
+    {"conversations": [{"from": "human", "value": "q 0?"}, {"from": "robot", "value": "a"}]},
+    {"instruction": "Be kind.", "conversation": [{"input": "q 0?", "output": None}, "a"]},
+])
+def test_the_prompt_of_a_faulty_demonstration_is_never_for_training(tmp_path, faulty, kind):
+    lines(tmp_path / "train.jsonl", {"prompt": "q 1", "response": "a"}, {"prompt": "q 0?", "response": "b"})
+    lines(tmp_path / "test.jsonl", faulty)
+    assert ("train", "q 0?") not in prompts(read([str(tmp_path)], kind)[0])
+
+
+def test_a_byte_that_is_no_utf_8_spoils_its_own_column_alone(tmp_path):
+    lines(tmp_path / "train.jsonl", {"prompt": "q 1", "chosen": "a", "rejected": "b"},
+          {"prompt": "q 0", "chosen": "a", "rejected": "b"})
+    (tmp_path / "test.jsonl").write_bytes(b'{"prompt": "q 0", "chosen": "a", "rejected": "\xff"}\n')
+    found, report = read([str(tmp_path)], "comparison")
+    assert prompts(found) == [("train", "q 1"), ("test", "q 0")]
+    assert report.first_bad == [(f"{tmp_path}/test.jsonl:1", "'rejected' is invalid UTF-8")]
+
+
 def test_max_rows_is_per_source_and_split(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for name in ("train-1", "train-2", "test"):
