@@ -165,7 +165,7 @@ def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
     seconds = median(run.seconds for run in runs)
     outcome = runs[0].outcome
     figures: dict[str, object] = {
-        "runs": len(runs), "step_seconds": seconds / steps,
+        "step_seconds": seconds / steps,
         "fastest_step_seconds": min(run.seconds for run in runs) / steps,
         "samples_per_second": outcome.samples / seconds,
         "real_tokens_per_second": outcome.real_tokens / seconds,
@@ -177,7 +177,7 @@ def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
         figures["new_tokens_per_second"] = outcome.new_tokens / seconds
     if on_gpu():
         figures["peak_device_mib"] = max(run.device_bytes for run in runs) / MIB
-    rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
+    rounded = {"runs": len(runs)} | {name: float(f"{value:.4g}") for name, value in figures.items()}
     if outcome.phases:
         phases = [{**run.outcome.phases, "other": run.seconds - sum(run.outcome.phases.values())} for run in runs]
         rounded["phase_seconds"] = {name: float(f"{median(run[name] for run in phases) / steps:.4g}")

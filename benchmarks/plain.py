@@ -47,7 +47,7 @@ def cached_generate(engine, prompts: PromptBatch, sampling: Sampling, uniform: T
     Args:
         prompts: padded on the left.
         uniform: (B, T) the random number behind each token.
-        lengths: (B,) tokens of each response; the last one is the end token.
+        lengths: (B,) tokens of each response.
     """
     width = prompts.input_ids.shape[1]
     there = prompts.input_ids.device
@@ -60,27 +60,31 @@ def cached_generate(engine, prompts: PromptBatch, sampling: Sampling, uniform: T
         logits_processor=LogitsProcessorList([chosen]),
         synced_gpus=engine.zero_optimization_partition_weights() and world_size() > 1)
     engine.train()
-    return [row[width:width + length].tolist() for row, length in zip(sequences.cpu(), lengths.tolist())]
+    return [[*row[width:width + length - 1].tolist(), last] for row, length, last in
+            zip(sequences.cpu(), lengths.tolist(), chosen.last.tolist())]
 
 
 class _Chosen(LogitsProcessor):
-    """Draws each token with the random number that the product draws it with, and ends each response at its length."""
+    """Draws each token with the random number that the product draws it with, and ends each response at its length:
+    there `generate` gets the end token, and the token drawn is kept as `last`."""
 
     def __init__(self, width: int, uniform: Tensor, lengths: Tensor, sampling: Sampling, end_id: int):
         self.width, self.uniform, self.lengths = width, uniform, lengths
         self.sampling, self.end_id = sampling, end_id
+        self.last = torch.full_like(self.lengths, end_id)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.width
         scores = scores.clone()
         scores[:, self.end_id] = -torch.inf
         tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
+        self.last = torch.where(position + 1 == self.lengths, tokens, self.last)
         tokens = tokens.masked_fill(position + 1 >= self.lengths, self.end_id)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 def same_responses(first: Sequence[list[int]], other: Sequence[list[int]], exact: bool) -> dict[str, float]:
-    """Compare responses of this rank but for their last tokens, the ends.
+    """Compare responses of this rank.
 
     Raises AssertionError where lengths differ, or with `exact` any token.
 
@@ -89,7 +93,7 @@ def same_responses(first: Sequence[list[int]], other: Sequence[list[int]], exact
     """
     if [len(row) for row in first] != [len(row) for row in other]:
         raise AssertionError("the variants disagree: responses have other lengths")
-    same = [row[:-1] == twin[:-1] for row, twin in zip(first, other)]
+    same = [row == twin for row, twin in zip(first, other)]
     if exact and not all(same):
         raise AssertionError(f"the variants disagree: {same.count(False)} of {len(same)} responses differ")
     whole = [found for part in gather_objects(same) for found in part]

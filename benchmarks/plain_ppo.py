@@ -1,0 +1,131 @@
+"""A PPO iteration the standard way: cached generation, fixed micro-batches, log-probs over the whole vocabulary."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.measure import Clock
+from benchmarks.plain import cached_generate, dealt
+from common.data.collate import collate_prompts
+from common.data.sampler import MicroBatch
+from common.distributed import device, gather_objects, global_sum
+from common.engine import gradient_norm, optimizer_step
+from common.models.logprobs import gather_response
+from common.sums import add_sums, means
+from step3_ppo.assessment import Assessment, share_rollout
+from step3_ppo.decoding import Request
+from step3_ppo.experience import Experience, Rollout
+from step3_ppo.loss import policy_loss_sum, value_loss_sum
+from step3_ppo.rollout import joined
+from step3_ppo.sampling import response_limits, uniforms
+from step3_ppo.trainer import PPOTrainer
+
+
+@dataclass
+class PlainPPO:
+    """The product's mathematics and engines without its batching.
+
+    Attributes:
+        trainer: the product's; its actor and critic are trained, its rewards and advantages used.
+        reference, scorer: engines of their own, as four models in memory are the standard.
+    """
+    trainer: PPOTrainer
+    reference: object
+    scorer: object
+
+    def iteration(self, index: int, prompts: Sequence[MicroBatch], clock: Clock) -> tuple[dict, Rollout]:
+        """As `PPOTrainer.iteration`; returns the metrics that can be compared, and the rollout."""
+        trainer, models = self.trainer, self.trainer.models
+        with clock.phase("generate"):
+            rollout = share_rollout(Rollout.concat([self._generate(batch, index) for batch in prompts]))
+        models.actor.eval(), models.critic.eval()
+        with torch.no_grad():
+            with clock.phase("score"):
+                scores = self._over(rollout, lambda part: last_numbers(self.scorer, part))
+                values = self._over(rollout, lambda part: response_numbers(models.critic, part))
+            with clock.phase("log-probs"):
+                old = self._over(rollout, lambda part: self._log_probs(models.actor, part))
+                reference = self._over(rollout, lambda part: self._log_probs(self.reference, part))
+        models.actor.train(), models.critic.train()
+        with clock.phase("advantages"):
+            assessment = Assessment(old, reference, torch.zeros_like(old), values, scores)
+            experience = trainer.advantages(rollout, assessment, trainer.rewards(rollout, assessment)[1])
+        metrics = self._update(experience, clock)
+        return {"reward": float(scores.mean()), "kl": float(assessment.response_kl().mean()), **metrics}, rollout
+
+    def _generate(self, micro_batch: MicroBatch, index: int) -> Rollout:
+        trainer = self.trainer
+        batch = collate_prompts(trainer.prompts, micro_batch, trainer.codec.pad_id)
+        uniform = uniforms(trainer.config.seed, index, batch.prompt_index, trainer.sampling.max_new_tokens)
+        lengths = response_limits(trainer.config.seed, index, batch.prompt_index, trainer.sampling)[:, 1]
+        responses = cached_generate(trainer.models.actor, batch.to(device()), trainer.sampling, uniform, lengths,
+                                    end_id=trainer.codec.end_id, pad_id=trainer.codec.pad_id)
+        width = batch.input_ids.shape[1]
+        requests = [Request(tuple(ids[width - length:].tolist()), *rest) for ids, length, *rest in
+                    zip(batch.input_ids, batch.lengths.tolist(), uniform, lengths.tolist(), lengths.tolist())]
+        rollout = joined(requests, responses, batch.prompt_index, trainer.codec.end_id, trainer.codec.pad_id)
+        return rollout.select(range(len(requests)), micro_batch.real)
+
+    def _over(self, rollout: Rollout, numbers: Callable[[Rollout], Tensor]) -> Tensor:
+        """Numbers (B,) or (B, R) of all rows, computed in micro-batches in the order given; on the CPU of every
+        rank."""
+        mine = []
+        for batch in dealt(range(len(rollout.tokens)), self.trainer.config.per_device_training_batch_size):
+            found = numbers(rollout.select(batch.indices).to(device())).float().cpu()
+            mine += [(row, part) for row, part, real in zip(batch.indices, found, batch.real) if real]
+        whole = sorted((item for items in gather_objects(mine) for item in items), key=lambda item: item[0])
+        width = rollout.response_mask.shape[1]
+        return torch.stack([part if part.dim() == 0 else F.pad(part, (0, width - len(part))) for _, part in whole])
+
+    def _log_probs(self, engine, rollout: Rollout) -> Tensor:
+        """(B, R) from log-probs in fp32 at all positions."""
+        logits = engine(input_ids=rollout.tokens, attention_mask=rollout.attention_mask, use_cache=False).logits
+        log_probs = F.log_softmax(logits[:, :-1].float() / self.trainer.config.temperature, -1)
+        chosen = log_probs.gather(-1, rollout.tokens[:, 1:, None]).squeeze(-1)
+        return gather_response(chosen, rollout.prompt_lengths, rollout.response_lengths)
+
+    def _update(self, experience: Experience, clock: Clock) -> dict:
+        """One optimizer step of each model over all rows."""
+        models, config = self.trainer.models, self.trainer.config
+        batches = [experience.select(batch.indices, batch.real).to(device()) for batch in
+                   dealt(range(len(experience.values)), config.per_device_training_batch_size)]
+        tokens = global_sum(sum(batch.response_mask.sum() for batch in batches))
+        sums: dict[str, list] = {"actor": [], "critic": []}
+
+        def actor_loss(batch: Experience) -> Tensor:
+            loss, parts = policy_loss_sum(self._log_probs(models.actor, batch.rollout), batch.old_log_probs,
+                                          batch.advantages, batch.response_mask, config.clip_range)
+            sums["actor"].append(parts)
+            return loss / tokens
+
+        def critic_loss(batch: Experience) -> Tensor:
+            loss, parts = value_loss_sum(response_numbers(models.critic, batch.rollout), batch.values, batch.returns,
+                                         batch.response_mask, config.value_clip_range)
+            sums["critic"].append(parts)
+            return loss / tokens
+
+        with clock.phase("actor update"):
+            optimizer_step(models.actor, batches, actor_loss)
+        with clock.phase("critic update"):
+            optimizer_step(models.critic, batches, critic_loss)
+        totals = {name: value for parts in sums.values() for name, value in add_sums(parts, global_sum).items()}
+        averages = means(totals, "tokens")
+        return {"policy_loss": averages["policy_loss"], "value_loss": averages["value_loss"],
+                "actor_gradient_norm": gradient_norm(models.actor),
+                "critic_gradient_norm": gradient_norm(models.critic)}
+
+
+def response_numbers(engine, rollout: Rollout) -> Tensor:
+    """(B, R) numbers of a scalar model where response tokens are predicted."""
+    numbers = engine(input_ids=rollout.tokens, attention_mask=rollout.attention_mask)
+    return gather_response(numbers, rollout.prompt_lengths, rollout.response_lengths)
+
+
+def last_numbers(engine, rollout: Rollout) -> Tensor:
+    """(B,) numbers of a scalar model at the last tokens."""
+    numbers = engine(input_ids=rollout.tokens, attention_mask=rollout.attention_mask)
+    return numbers.gather(1, (rollout.lengths - 1)[:, None]).squeeze(1)

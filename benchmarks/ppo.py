@@ -1,0 +1,158 @@
+"""Step 3: a whole PPO iteration against the same iteration done the standard way. --help says all."""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.environment import require_environment
+    require_environment()
+
+import torch
+
+from benchmarks.inputs import BenchmarkOptions, random_model, with_data
+from benchmarks.measure import MIB, Clock, Outcome, assert_close, compare, counted_positions, tolerance
+from benchmarks.plain import same_responses
+from benchmarks.plain_ppo import PlainPPO
+from common.config import option, parse
+from common.data.prepare import prepare
+from common.distributed import is_main, run_program, start, world_size
+from common.engine import EngineSettings, deepspeed_config, frozen_engine, resolve_dtype
+from common.errors import UserError
+from common.models.factory import load_causal_lm, load_scalar_model
+from common.provenance import RAW
+from common.run import data_request, open_codec
+from common.tracking import quiet_libraries
+from step3_ppo.config import PPOConfig
+from step3_ppo.experience import Rollout
+from step3_ppo.main import optimizer_steps_per_iteration, prompt_sampler
+from step3_ppo.models import build_models
+from step3_ppo.trainer import PPOTrainer
+
+COMPARED = ("reward", "kl", "policy_loss", "value_loss", "actor_gradient_norm", "critic_gradient_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOBenchmark(BenchmarkOptions, PPOConfig):
+    """Step 3, by its own options"""
+
+    actor_model_name_or_path: str = option("random:opt-4x256", "the actor")
+    critic_model_name_or_path: str = option("random:opt-2x128", "the reward model; the critic's start")
+    actor_zero_stage: int = option(0, "ZeRO stage; 3 also partitions the reference", choices=(0, 1, 2, 3))
+    critic_zero_stage: int = option(0, "ZeRO stage; 3 also partitions the reward model", choices=(0, 1, 2, 3))
+    max_prompt_seq_len: int = option(128, "longest prompt; others are cut on the left", unit="tokens", low=1)
+    max_answer_seq_len: int = option(128, "longest answer", unit="tokens", low=1)
+    min_answer_seq_len: int = option(1, "shortest answer", unit="tokens", low=1)
+    draw_answer_lengths: bool = option(True, "random weights do not end their answers, so lengths are drawn")
+    prompts: int = option(32, "prompts of an iteration, over all ranks", low=1)
+
+
+def main(argv=None) -> None:
+    """Both ways start from the same weights, and the learning rates are 0, so every run starts alike."""
+    config = with_data(parse(PPOBenchmark, argv, prog="benchmarks/ppo.py"))
+    config = one_step_per_iteration(config)
+    actor = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
+    critic = random_model(config.critic_model_name_or_path, "--critic_model_name_or_path", config, scores=True)
+    codec = open_codec(config, actor, "--actor_model_name_or_path")
+    data = prepare(data_request(config, "prompt", config.max_prompt_seq_len, "--max_prompt_seq_len"), codec).train
+    quiet_libraries(config.output_dir)
+    start(config.timeout, config.seed)
+    prompts = prompt_sampler(config, data).epoch(0)[0]
+    models = build_models(config, codec, actor, critic, RAW, optimizer_steps_per_iteration(config, len(data)))
+    trainer = PPOTrainer(models, config, codec, data, data, None, RAW)
+    frozen = {} if config.only == "product" else standard_frozen_models(config, codec, actor, critic)
+    own = {"plain": [models.actor, models.critic, *frozen.values()],
+           "product": [models.actor, models.critic, models.scorer, models.reference]}
+
+    def plain() -> tuple[dict, Rollout, dict]:
+        clock = Clock()
+        metrics, rollout = PlainPPO(trainer, **frozen).iteration(0, prompts, clock)
+        return metrics, rollout, clock.seconds
+
+    def product() -> tuple[dict, Rollout, dict]:
+        metrics = trainer.iteration(0, prompts)
+        return metrics, trainer.latest[0], dict(trainer.seconds)
+
+    def counted(name, way):
+        weights = weights_mib(own[name])
+
+        def run() -> Outcome:
+            with counted_positions(models.actor.module, training=True) as positions:
+                metrics, rollout, seconds = way()
+            # Every rank holds the whole rollout; it is counted once.
+            rows = len(rollout.tokens) if is_main() else 0
+            lengths = rollout.lengths[:rows], rollout.response_lengths[:rows]
+            return Outcome(rows, int(lengths[0].sum()) * config.ppo_epochs, sum(positions), (metrics, rollout),
+                           int(lengths[1].sum()), seconds, {"weights_mib": weights})
+        return run
+
+    dtype = resolve_dtype(config.dtype)
+    exact = dtype == torch.float32
+
+    def agree(first: tuple, other: tuple) -> dict:
+        found = same_responses(responses(first[1]), responses(other[1]), exact)
+        if exact:  # else a token that differs by rounding changes all after it
+            assert_close({name: first[0][name] for name in COMPARED}, other[0], tolerance(dtype))
+        return found | {"reward": other[0]["reward"]}
+
+    compare(config.chosen({"plain": counted("plain", plain), "product": counted("product", product)}), agree,
+            rounds=config.rounds, steps=1,
+            about={"benchmark": "ppo", "actor": config.actor_model_name_or_path,
+                   "critic": config.critic_model_name_or_path, "zero_stage": config.actor_zero_stage,
+                   "critic_zero_stage": config.critic_zero_stage, "dtype": str(dtype).removeprefix("torch."),
+                   "lora_dim": config.actor_lora_dim, "critic_lora_dim": config.critic_lora_dim,
+                   "prompts": config.prompts, "longest_prompt": config.max_prompt_seq_len,
+                   "longest_response": config.max_answer_seq_len,
+                   "rows_per_micro_batch": config.per_device_training_batch_size})
+    models.destroy()
+    for engine in frozen.values():
+        engine.destroy()
+
+
+def one_step_per_iteration(config: PPOBenchmark) -> PPOBenchmark:
+    """All prompts in one rollout batch and one optimizer step, whose gradient can be compared; learning rates of 0."""
+    if config.prompts % world_size():
+        raise UserError(f"--prompts {config.prompts}: must be a multiple of the {world_size()} ranks")
+    rows = config.prompts // world_size()
+    return replace(config, per_device_generation_batch_size=rows, generation_batches=1,
+                   per_device_training_batch_size=min(rows, config.per_device_training_batch_size),
+                   gradient_accumulation_steps=-(-rows // config.per_device_training_batch_size), ppo_epochs=1,
+                   actor_learning_rate=0.0, actor_lora_learning_rate=0.0, critic_learning_rate=0.0,
+                   critic_lora_learning_rate=0.0)
+
+
+def standard_frozen_models(config: PPOBenchmark, codec, actor: str, critic: str) -> dict:
+    """A reference and a reward model of their own."""
+    dtype = resolve_dtype(config.dtype)
+
+    def settings(stage: int) -> EngineSettings:
+        return EngineSettings(3 if stage == 3 else 0, dtype, config.per_device_training_batch_size)
+
+    of_actor, of_critic = settings(config.actor_zero_stage), settings(config.critic_zero_stage)
+    reference = load_causal_lm(actor, "--actor_model_name_or_path", codec, dtype=dtype, dropout=0.0,
+                               ds_config=deepspeed_config(of_actor, trainable=False))
+    scorer = load_scalar_model(critic, "--critic_model_name_or_path", codec, dtype=dtype, dropout=0.0, seed=config.seed,
+                               ds_config=deepspeed_config(of_critic, trainable=False))
+    return {"reference": frozen_engine(reference, of_actor), "scorer": frozen_engine(scorer, of_critic)}
+
+
+def weights_mib(engines) -> float:
+    """What the engines' weights take on this rank, those that several share counted once."""
+    sizes = {}
+    for engine in engines:
+        for parameter in engine.module.parameters() if engine is not None else ():
+            held = getattr(parameter, "ds_tensor", parameter)
+            sizes[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+    return sum(sizes.values()) / MIB
+
+
+def responses(rollout: Rollout) -> list[list[int]]:
+    """The tokens of every response."""
+    return [row[start:end].tolist() for row, start, end in
+            zip(rollout.tokens, rollout.prompt_lengths.tolist(), rollout.lengths.tolist())]
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,85 @@
+"""Step 2: the product's batching against pairs padded to --max_seq_len. --help says all."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.environment import require_environment
+    require_environment()
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.inputs import BenchmarkOptions, random_model, with_data
+from benchmarks.plain import padded_to
+from benchmarks.supervised import compare_training
+from common.config import option, parse
+from common.data.collate import PairBatch, collate_comparisons
+from common.data.prepare import prepare
+from common.data.sampler import MicroBatch
+from common.distributed import device, global_sum, run_program, seed_rank, start
+from common.engine import gradient_norm, optimizer_step
+from common.run import data_request, open_codec
+from common.tracking import quiet_libraries
+from step2_reward.config import RewardConfig
+from step2_reward.main import build_engine
+from step2_reward.trainer import RewardTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardBenchmark(BenchmarkOptions, RewardConfig):
+    """Step 2, by its own options"""
+
+    model_name_or_path: str = option("random:opt-2x128", "the model to train")
+    max_seq_len: int = option(256, "longest row; the plain way pads to it", unit="tokens", low=2)
+    steps: int = option(8, "optimizer steps in a run", low=1)
+
+
+def main(argv=None) -> None:
+    """Parse, prepare, build, compare."""
+    config = with_data(parse(RewardBenchmark, argv, prog="benchmarks/reward.py"))
+    config = replace(config, learning_rate=0.0, lora_learning_rate=0.0, dropout=0.0, margin=0.0, centring_coef=0.0)
+    source = random_model(config.model_name_or_path, "--model_name_or_path", config)
+    codec = open_codec(config, source, "--model_name_or_path")
+    data = prepare(data_request(config, "comparison", config.max_seq_len, "--max_seq_len"), codec).train
+    quiet_libraries(config.output_dir)
+    start(config.timeout, config.seed)
+    engine = build_engine(config, source, codec, total_steps=config.steps)
+    seed_rank(config.seed)
+
+    def plain_step(micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """Scores are read at the last token of each row."""
+        batches = [padded(collate_comparisons(data, batch, codec.pad_id)) for batch in micro_batches]
+        pairs = global_sum(sum(batch.real.sum() for batch in batches))
+        losses = []
+
+        def loss_of(batch: PairBatch) -> torch.Tensor:
+            numbers = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            chosen, rejected = numbers.gather(1, (batch.lengths - 1)[:, None]).squeeze(1).chunk(2)
+            loss = -(F.logsigmoid(chosen - rejected) * batch.real).sum() / pairs
+            losses.append(loss.detach())
+            return loss
+
+        optimizer_step(engine, batches, loss_of)
+        return {"loss": float(global_sum(sum(losses))), "gradient_norm": gradient_norm(engine)}
+
+    def padded(batch: PairBatch) -> PairBatch:
+        return replace(batch, input_ids=padded_to(batch.input_ids, config.max_seq_len, codec.pad_id),
+                       attention_mask=padded_to(batch.attention_mask, config.max_seq_len, 0)).to(device())
+
+    def real_tokens(rows: list[int]) -> int:
+        pairs = data[rows]
+        return sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected
+                   in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]))
+
+    trainer = RewardTrainer(engine, data, data, [], codec.pad_id, config.margin, config.centring_coef)
+    compare_training("reward", config, trainer, plain_step, real_tokens)
+    engine.destroy()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

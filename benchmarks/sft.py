@@ -1,0 +1,80 @@
+"""Step 1: the product's batching against rows padded to --max_seq_len. --help says all."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from common.environment import require_environment
+    require_environment()
+
+import torch
+
+from benchmarks.inputs import BenchmarkOptions, random_model, with_data
+from benchmarks.plain import padded_to
+from benchmarks.supervised import compare_training
+from common.config import option, parse
+from common.data.collate import TokenBatch, collate_demonstrations
+from common.data.sampler import MicroBatch
+from common.distributed import device, global_sum, run_program, seed_rank, start
+from common.engine import gradient_norm, optimizer_step
+from common.run import open_codec
+from common.tracking import quiet_libraries
+from step1_sft.config import SFTConfig
+from step1_sft.main import build_engine, prepare_demonstrations
+from step1_sft.trainer import SFTTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTBenchmark(BenchmarkOptions, SFTConfig):
+    """Step 1, by its own options"""
+
+    model_name_or_path: str = option("random:opt-4x256", "the model to train")
+    max_seq_len: int = option(256, "longest row; the plain way pads to it", unit="tokens", low=2)
+    steps: int = option(8, "optimizer steps in a run", low=1)
+
+
+def main(argv=None) -> None:
+    """Parse, prepare, build, compare."""
+    config = with_data(parse(SFTBenchmark, argv, prog="benchmarks/sft.py"))
+    config = replace(config, learning_rate=0.0, lora_learning_rate=0.0, dropout=0.0)
+    source = random_model(config.model_name_or_path, "--model_name_or_path", config)
+    codec = open_codec(config, source, "--model_name_or_path")
+    data = prepare_demonstrations(config, codec).train
+    quiet_libraries(config.output_dir)
+    start(config.timeout, config.seed)
+    engine = build_engine(config, source, codec, total_steps=config.steps)
+    seed_rank(config.seed)
+
+    def plain_step(micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """With transformers' own loss over all positions."""
+        batches = [padded(collate_demonstrations(data, batch, codec.pad_id, config.train_on_prompt))
+                   for batch in micro_batches]
+        tokens = global_sum(sum(batch.loss_mask[:, 1:].sum() for batch in batches))
+        losses = []
+
+        def loss_of(batch: TokenBatch) -> torch.Tensor:
+            labels = batch.input_ids.masked_fill(~batch.loss_mask, -100)
+            loss = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels,
+                          use_cache=False, num_items_in_batch=tokens).loss
+            losses.append(loss.detach())
+            return loss
+
+        optimizer_step(engine, batches, loss_of)
+        return {"loss": float(global_sum(sum(losses))), "gradient_norm": gradient_norm(engine)}
+
+    def padded(batch: TokenBatch) -> TokenBatch:
+        width = config.max_seq_len
+        return TokenBatch(padded_to(batch.input_ids, width, codec.pad_id), padded_to(batch.attention_mask, width, 0),
+                          padded_to(batch.loss_mask, width, False), batch.lengths).to(device())
+
+    trainer = SFTTrainer(engine, data, data, [], codec.pad_id, config.train_on_prompt)
+    compare_training("sft", config, trainer, plain_step, lambda rows: sum(data[rows]["length"]))
+    engine.destroy()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,49 @@
+"""What the benchmarks of steps 1 and 2 share: the product's training steps and plain ones over the same rows."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from benchmarks.measure import Outcome, assert_close, compare, counted_positions, tolerance
+from benchmarks.plain import fixed_micro_batches
+from common.data.sampler import MicroBatch
+from common.run import step_sampler
+
+Step = Callable[[Sequence[MicroBatch]], dict]
+
+
+def compare_training(benchmark: str, config, trainer, plain_step: Step,
+                     real_tokens: Callable[[list[int]], int]) -> None:
+    """Train the same rows in the same optimizer steps both ways; the learning rate must be 0, so that every run starts
+    alike.
+
+    Args:
+        trainer: the product's.
+        plain_step: an optimizer step over micro-batches of a fixed size; returns its loss and gradient norm.
+        real_tokens: of the rows with these numbers.
+    """
+    engine = trainer.engine
+    steps = step_sampler(config, trainer.train).epoch(0)[:config.steps]
+    fixed = [fixed_micro_batches(step, config.per_device_train_batch_size) for step in steps]
+    rows = [index for step in fixed for batch in step for index, real in zip(batch.indices, batch.real) if real]
+    tokens = real_tokens(rows)
+    dtype = next(engine.module.parameters()).dtype
+
+    def counted(train_step: Step, micro_batches: Sequence[Sequence[MicroBatch]]) -> Callable[[], Outcome]:
+        def run() -> Outcome:
+            with counted_positions(engine.module, training=True) as positions:
+                metrics = [train_step(step) for step in micro_batches]
+            return Outcome(len(rows), tokens, sum(positions), metrics)
+        return run
+
+    def agree(first: list[dict], other: list[dict]) -> dict[str, float]:
+        for metrics, found in zip(first, other, strict=True):
+            names = ("loss", "gradient_norm")
+            assert_close({name: metrics[name] for name in names}, found, tolerance(dtype))
+        return {"loss": other[0]["loss"]}
+
+    compare(config.chosen({"plain": counted(plain_step, fixed), "product": counted(trainer.train_step, steps)}), agree,
+            rounds=config.rounds, steps=len(steps),
+            about={"benchmark": benchmark, "model": config.model_name_or_path, "zero_stage": config.zero_stage,
+                   "dtype": str(dtype).removeprefix("torch."), "lora_dim": config.lora_dim,
+                   "max_seq_len": config.max_seq_len, "rows_per_micro_batch": config.per_device_train_batch_size,
+                   "micro_batches_per_step": config.gradient_accumulation_steps})
