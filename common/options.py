@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from common.config import Config, option
-from common.data.blend import parse_data_path
+from common.data.blend import SourceSpec, parse_data_path
 from common.data.split import parse_data_split
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
@@ -37,14 +37,15 @@ class DataOptions(Config):
     def validate(self) -> None:
         super().validate()
         parse_data_path(self.data_path)
-        if not parse_data_split(self.data_split)[self.phase] and not self.has_unsplit_data():
+        unsplit = self.unsplit_sources()
+        if not parse_data_split(self.data_split)[self.phase] and not unsplit:
             raise UserError(f"--data_split {self.data_split} leaves nothing for step {self.phase + 1}: "
                             f"make part {self.phase + 1} greater than 0")
         self.only_with("--add_eot_token", self.add_eot_token, "eot_token")
 
-    def has_unsplit_data(self) -> bool:
-        """Whether some source is given to this step whole, whatever --data_split says."""
-        return False
+    def unsplit_sources(self) -> list[SourceSpec]:
+        """Sources that are given to this step whole, whatever --data_split says."""
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

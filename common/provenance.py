@@ -41,8 +41,9 @@ class Provenance:
         tokenizer: fingerprint of the tokenizer, see `common.data.tokenization.tokenizer_fingerprint`.
         template: name of the template.
         end_token, pad_token: the tokens' texts.
-        data_path: names of the data sources.
-        data_split, eval_fraction: the rule that kept the steps' prompts apart.
+        data_path: the data sources; files and directories by their resolved paths.
+        unsplit_data_path: those that were given to this step whole.
+        data_split, eval_fraction: the rule that kept the steps' prompts apart, see `common.split_rule`.
         score_mean, score_std: of a reward model's raw scores over held-out answers.
         versions: of the libraries that trained it.
     """
@@ -55,6 +56,7 @@ class Provenance:
     data_split: str
     eval_fraction: float
     data_path: tuple[str, ...] = ()
+    unsplit_data_path: tuple[str, ...] = ()
     score_mean: float | None = None
     score_std: float | None = None
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})

@@ -20,6 +20,7 @@ from common.models.factory import load_config
 from common.models.scalar import is_scalar_config
 from common.provenance import FILE as PROVENANCE_FILE
 from common.provenance import RAW, Calibration, Provenance, read_provenance
+from common.split_rule import check_split_rule, split_rule_of
 from common.tracking import Tracker, quiet_libraries
 
 CONFIG_FILE = "run_config.yaml"
@@ -53,7 +54,7 @@ def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
     provenance = read_provenance(source)
     if provenance is not None:
         _check_text(provenance, codec, f"{flag} {source}", "this run")
-        _check_split(provenance, config, f"{flag} {source}")
+        check_split_rule(provenance, config, f"{flag} {source}")
     return codec
 
 
@@ -73,7 +74,7 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration:
             raise UserError(f"{flag} has another tokenizer than the actor: train a reward model on the actor's tokens")
     else:
         _check_text(provenance, codec, flag, f"--actor_model_name_or_path {config.actor_model_name_or_path}")
-        _check_split(provenance, config, flag)
+        check_split_rule(provenance, config, flag)
     if not config.normalize_scores:
         return RAW
     if provenance is not None and provenance.score_std is not None and provenance.score_std <= 0:
@@ -92,20 +93,6 @@ def _check_text(provenance: Provenance, codec: Codec, made: str, used: str) -> N
         if was != now[what]:
             raise UserError(f"{made} was trained with {what.replace('_', ' ')} {was[:24]!r}, but {used} has "
                             f"{now[what][:24]!r}: use the same in every step")
-
-
-def _check_split(provenance: Provenance, config: DataOptions, made: str) -> None:
-    """Two rules for the same data would let a step train on, or evaluate on, what another has trained on."""
-    shared = set(provenance.data_path) & set(_source_names(config))
-    rules = [(provenance.data_split, provenance.eval_fraction), (config.data_split, config.eval_fraction)]
-    if shared and rules[0] != rules[1]:
-        raise UserError(f"{made} was trained on {sorted(shared)[0]} with --data_split {rules[0][0]} and "
-                        f"--eval_fraction {rules[0][1]:g}; now they are {rules[1][0]} and {rules[1][1]:g}, so prompts "
-                        "would be in two steps: use the same in every step")
-
-
-def _source_names(config: DataOptions) -> tuple[str, ...]:
-    return tuple(spec.name for spec in parse_data_path(config.data_path))
 
 
 def text_of(codec: Codec) -> dict[str, str]:
@@ -154,8 +141,7 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
     yield
     if is_main():
         save_config(config, output / CONFIG_FILE)
-        provenance = Provenance(step=step, base=base, data_path=_source_names(config), data_split=config.data_split,
-                                eval_fraction=config.eval_fraction, **text_of(codec), **calibration)
+        provenance = Provenance(step=step, base=base, **split_rule_of(config), **text_of(codec), **calibration)
         for directory in (*(output / part for part in parts), output):
             provenance.write(directory)
     barrier()

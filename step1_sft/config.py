@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.config import option
-from common.data.blend import parse_data_path
+from common.data.blend import SourceSpec, parse_data_path
 from common.options import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
 
 
@@ -27,9 +27,9 @@ class SFTConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
 
     def validate(self) -> None:
         super().validate()
-        if self.sft_only_data_path:
-            parse_data_path(self.sft_only_data_path, flag="--sft_only_data_path")
         check_output_dir(self.output_dir, model_name_or_path=self.model_name_or_path)
 
-    def has_unsplit_data(self) -> bool:
-        return bool(self.sft_only_data_path)
+    def unsplit_sources(self) -> list[SourceSpec]:
+        if not self.sft_only_data_path:
+            return []
+        return parse_data_path(self.sft_only_data_path, flag="--sft_only_data_path")

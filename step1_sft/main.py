@@ -10,7 +10,6 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 from common.checkpoint import export_model
 from common.config import parse
-from common.data.blend import parse_data_path
 from common.data.prepare import PreparedData, prepare_many
 from common.data.sampler import evaluation_batches
 from common.data.tokenization import Codec
@@ -57,8 +56,7 @@ def prepare_demonstrations(config: SFTConfig, codec: Codec) -> PreparedData:
     """This step's part of the data, and all of the data that is given to it alone."""
     request = data_request(config, "demonstration", config.max_seq_len, "--max_seq_len")
     requests = [request]
-    if config.sft_only_data_path:
-        whole = parse_data_path(config.sft_only_data_path, flag="--sft_only_data_path")
+    if whole := config.unsplit_sources():
         requests.append(replace(request, data_path=whole, phase=None))
     return prepare_many(requests, codec)
 

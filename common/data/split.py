@@ -41,6 +41,12 @@ def parse_data_split(value: str | Sequence[float]) -> tuple[float, float, float]
     return shares
 
 
+def proportions(data_split: str | Sequence[float]) -> tuple[float, ...]:
+    """The phases' parts of one: equal for two ways of writing the same split. Raises as `parse_data_split`."""
+    shares = parse_data_split(data_split)
+    return tuple(round(share / sum(shares), 9) for share in shares)
+
+
 def check_eval_fraction(value: float) -> float:
     """The share of every phase's prompts held out for evaluation, in [0, 1). Raises UserError outside it."""
     if not 0 <= value < 1:

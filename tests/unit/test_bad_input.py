@@ -154,20 +154,58 @@ def test_provenance_is_strict_json(tmp_path):
     assert not (tmp_path / "provenance.json").exists()
 
 
-def test_two_split_rules_for_the_same_data_are_refused(good, tmp_path):
-    """Else step 3 would train on prompts that step 1 was trained on."""
+@pytest.fixture
+def step_1_made(good, tmp_path, monkeypatch):
+    """An actor as step 1 leaves it, but for the training, from the given options; the working directory is its own."""
     import shutil
+    from common.config import parse
     from common.data.tokenization import load_tokenizer, make_codec
-    from common.provenance import Provenance
-    from common.run import text_of
+    from common.run import publishing
+    from step1_sft.config import SFTConfig
+    monkeypatch.chdir(tmp_path)
     actor = tmp_path / "actor"
     shutil.copytree(good["--model_name_or_path"], actor)
-    text = text_of(make_codec(load_tokenizer(str(actor)), "human_assistant"))
-    for data_path, refused in ((good["--data_path"], True), ("another.jsonl", False)):
-        Provenance(step="sft", base="x", data_split="1,1,1", eval_fraction=0.05, data_path=(data_path,),
-                   **text).write(actor)
-        message = refusal(step2, {**good, "--model_name_or_path": str(actor), "--eval_fraction": "0"})
-        assert ("--data_split 1,1,1" in message and "2,4,4" in message) == refused
+
+    def made(**options: str) -> str:
+        given = {**good, **{f"--{name}": value for name, value in options.items()}, "--output_dir": str(actor)}
+        config = parse(SFTConfig, [word for pair in given.items() for word in pair])
+        with publishing(config, make_codec(load_tokenizer(str(actor)), "human_assistant"), {}, step="sft", base="x"):
+            pass
+        return str(actor)
+
+    (tmp_path / "linked").symlink_to(tmp_path / "rows.jsonl")
+    return made
+
+
+@pytest.mark.parametrize("then", ["rows.jsonl", ".", "linked"])
+@pytest.mark.parametrize("now", ["./rows.jsonl", "{absolute}", "../{directory}", "linked"])
+def test_two_split_rules_for_the_same_data_are_refused_however_it_is_spelt(good, tmp_path, step_1_made, then, now):
+    """Else step 3 would train on prompts that step 1 was trained on."""
+    actor = step_1_made(data_path=then, data_split="1,1,1")
+    now = now.format(absolute=tmp_path / "rows.jsonl", directory=tmp_path.name)
+    message = refusal(step2, {**good, "--model_name_or_path": actor, "--data_path": now, "--eval_fraction": "0.05"})
+    assert "--data_split 1,1,1" in message and "2,4,4" in message and actor in message
+
+
+@pytest.mark.parametrize("then, now", [
+    ({"data_path": "elsewhere.jsonl", "data_split": "1,1,1"}, {}),
+    ({"data_split": "1, 1, 1"}, {"--data_split": "1,1,1"}),
+    ({"data_split": "0.2,0.4,0.4"}, {"--data_split": "2,4,4"}),
+])
+def test_other_data_or_the_same_rule_otherwise_written_is_no_matter(good, step_1_made, then, now):
+    actor = step_1_made(**then, eval_fraction="0")
+    message = refusal(step2, {**good, "--model_name_or_path": actor, **now, "--eval_fraction": "0"})
+    assert "no pair is held out" in message  # the next thing that is wrong
+
+
+@pytest.mark.parametrize("whole", ["./rows.jsonl", "."])
+def test_what_step_1_had_whole_is_for_no_other_step(good, step_1_made, whole):
+    actor = step_1_made(data_path="elsewhere.jsonl", sft_only_data_path=whole)
+    message = refusal(step2, {**good, "--model_name_or_path": actor})
+    assert "--sft_only_data_path" in message and "--data_split 2,4,4" in message and "rows.jsonl" in message
+    again = {"--model_name_or_path": actor, "--output_dir": "again", "--eval_fraction": "0"}
+    message = refusal(step1, {**good, **again, "--data_path": "builtin:courtesy", "--sft_only_data_path": "rows.jsonl"})
+    assert "--eval_fraction 0.05" in message and "--eval_fraction 0," in message
 
 
 def test_nothing_of_an_earlier_result_is_touched(good, tmp_path):
