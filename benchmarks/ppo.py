@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, Clock, Outcome, assert_close, compare, counted_positions, tolerance
-from benchmarks.plain import same_responses
+from benchmarks.plain import fixed_micro_batches, same_responses
 from benchmarks.plain_ppo import PlainPPO
 from common.config import option, parse
 from common.data.prepare import prepare
@@ -60,6 +60,7 @@ def main(argv=None) -> None:
     quiet_libraries(config.output_dir)
     start(config.timeout, config.seed)
     prompts = prompt_sampler(config, data).epoch(0)[0]
+    fixed = fixed_micro_batches(prompts, config.per_device_generation_batch_size)
     models = build_models(config, codec, actor, critic, RAW, optimizer_steps_per_iteration(config, len(data)))
     trainer = PPOTrainer(models, config, codec, data, data, None, RAW)
     frozen = {} if config.only == "product" else standard_frozen_models(config, codec, actor, critic)
@@ -68,7 +69,7 @@ def main(argv=None) -> None:
 
     def plain() -> tuple[dict, Rollout, dict]:
         clock = Clock()
-        metrics, rollout = PlainPPO(trainer, **frozen).iteration(0, prompts, clock)
+        metrics, rollout = PlainPPO(trainer, **frozen).iteration(0, fixed, clock)
         return metrics, rollout, clock.seconds
 
     def product() -> tuple[dict, Rollout, dict]:
@@ -105,7 +106,8 @@ def main(argv=None) -> None:
                    "lora_dim": config.actor_lora_dim, "critic_lora_dim": config.critic_lora_dim,
                    "prompts": config.prompts, "longest_prompt": config.max_prompt_seq_len,
                    "longest_response": config.max_answer_seq_len,
-                   "rows_per_micro_batch": config.per_device_training_batch_size})
+                   "rows_per_micro_batch": config.per_device_training_batch_size,
+                   "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch})
     models.destroy()
     for engine in frozen.values():
         engine.destroy()

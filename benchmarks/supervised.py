@@ -46,4 +46,5 @@ def compare_training(benchmark: str, config, trainer, plain_step: Step,
             about={"benchmark": benchmark, "model": config.model_name_or_path, "zero_stage": config.zero_stage,
                    "dtype": str(dtype).removeprefix("torch."), "lora_dim": config.lora_dim,
                    "max_seq_len": config.max_seq_len, "rows_per_micro_batch": config.per_device_train_batch_size,
-                   "micro_batches_per_step": config.gradient_accumulation_steps})
+                   "micro_batches_per_step": config.gradient_accumulation_steps,
+                   "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch})
