@@ -54,6 +54,9 @@ class ScheduleOptions(Config):
 
     num_train_epochs: int = option(1, "passes over the training data", low=1)
     gradient_accumulation_steps: int = option(1, "micro-batches per rank in one optimizer step", low=1)
+    max_tokens_per_micro_batch: int = option(
+        0, "cut each optimizer step's rows, the same ones, into micro-batches of so many tokens with padding, alike on "
+        "every rank; a longer row goes alone; 0: into equal numbers of rows", unit="tokens", low=0)
     lr_scheduler_type: str = option("cosine", "schedule of the learning rate", choices=SCHEDULES)
     max_grad_norm: float = option(1.0, "clip gradients to this global norm; 0 turns it off", low=0)
 

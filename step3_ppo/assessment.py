@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from common.data.sampler import evaluation_batches
+from common.data.sampler import evaluation_batches, token_budget_batches
 from common.distributed import device, gather_objects, rank, world_size
 from step3_ppo.experience import Rollout
 from step3_ppo.models import PPOModels, evaluating
@@ -38,14 +38,17 @@ def share_rollout(mine: Rollout) -> Rollout:
 
 
 @torch.no_grad()
-def assess(models: PPOModels, rollout: Rollout, rows_per_batch: int) -> Assessment:
+def assess(models: PPOModels, rollout: Rollout, rows_per_batch: int, max_tokens: int = 0) -> Assessment:
     """Run actor, reference, critic and reward model over a shared rollout.
 
     Args:
         rollout: B responses, the same on every rank.
         rows_per_batch: rows of one forward pass.
+        max_tokens: if not 0, its padded tokens, of any number of rows.
     """
-    batches = evaluation_batches(rollout.lengths.tolist(), rows_per_batch, world_size(), rank())
+    lengths = rollout.lengths.tolist()
+    batches = (token_budget_batches(lengths, max_tokens, world_size(), rank()) if max_tokens else
+               evaluation_batches(lengths, rows_per_batch, world_size(), rank()))
     mine = []
     with evaluating(models):
         for batch in batches:

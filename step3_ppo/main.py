@@ -105,10 +105,10 @@ def text_request(config: PPOConfig) -> DataRequest:
 
 
 def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[list[TokenBatch]]:
-    """Endless plain text: for every optimizer step as many micro-batches as it has of answers."""
+    """Endless plain text: for every optimizer step as many rows as it has answers."""
     sampler = StepSampler(texts["length"], rows_per_micro_batch=config.per_device_training_batch_size,
                           micro_batches_per_step=config.gradient_accumulation_steps, world_size=world_size(),
-                          rank=rank(), seed=config.seed)
+                          rank=rank(), seed=config.seed, max_tokens=config.max_tokens_per_micro_batch)
     for epoch in count():
         for micro_batches in sampler.epoch(epoch):
             yield [collate_texts(texts, micro_batch, codec.pad_id) for micro_batch in micro_batches]

@@ -101,7 +101,8 @@ class PPOTrainer:
 
     def assess(self, rollout: Rollout, stream: int) -> Assessment:
         """What the models say of a rollout; raises TrainingFailure on all ranks alike if some of it is not finite."""
-        assessment = assess(self.models, rollout, self.config.per_device_training_batch_size)
+        assessment = assess(self.models, rollout, self.config.per_device_training_batch_size,
+                            self.config.max_tokens_per_micro_batch)
         for field in fields(assessment):
             total = float(getattr(assessment, field.name).sum())
             check_finite(total, f"sum of all {field.name.replace('_', ' ')}", _occasion(stream))
@@ -130,7 +131,8 @@ class PPOTrainer:
         sampler = StepSampler(experience.rollout.lengths.tolist(),
                               rows_per_micro_batch=self.config.per_device_training_batch_size,
                               micro_batches_per_step=self.config.gradient_accumulation_steps,
-                              world_size=world_size(), rank=rank(), seed=self.config.seed + index)
+                              world_size=world_size(), rank=rank(), seed=self.config.seed + index,
+                              max_tokens=self.config.max_tokens_per_micro_batch)
         steps: list[Sums] = []
         rates = {"actor_learning_rate": self.models.actor.get_lr()[0],
                  "critic_learning_rate": self.models.critic.get_lr()[0]}
@@ -150,21 +152,19 @@ class PPOTrainer:
         actor_sums: list[Sums] = []
         critic_sums: list[Sums] = []
 
-        def actor_loss(micro_batch: tuple[Experience, TokenBatch | None]) -> Tensor:
-            batch, text = micro_batch
+        def actor_loss(batch: Experience | TokenBatch) -> Tensor:
+            if isinstance(batch, TokenBatch):
+                return self.config.unsup_coef * self._text_loss(batch) / text_tokens
             loss, sums = self._policy_loss(batch)
             actor_sums.append(sums)
-            loss = loss / tokens
-            if text is not None:
-                loss = loss + self.config.unsup_coef * self._text_loss(text) / text_tokens
-            return loss
+            return loss / tokens
 
         def critic_loss(batch: Experience) -> Tensor:
             loss, sums = self._value_loss(batch)
             critic_sums.append(sums)
             return loss / tokens
 
-        optimizer_step(self.models.actor, zip(batches, texts or [None] * len(batches)), actor_loss)
+        optimizer_step(self.models.actor, [*batches, *texts], actor_loss)
         optimizer_step(self.models.critic, batches, critic_loss)
         if self.models.ema is not None:
             self.models.ema.update()

@@ -2,7 +2,7 @@
 
 Rows of like length go together, so that little is padded, and every rank gets the same number of batches with
 about the same number of tokens. What an optimizer step consists of depends on the seed, the epoch and its
-size only: the same run on another number of ranks sees the same steps.
+size only: the same run on another number of ranks, or cut into micro-batches in another way, sees the same steps.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from common.data.packing import balanced
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class StepSampler:
     Every row occurs once in an epoch, over all ranks; fillers make the last rows a whole step.
 
     Args:
-        lengths: tokens of each row.
+        lengths: tokens of each row; of a pair those of both sequences, padded to the longer one.
         rows_per_micro_batch: rows of one forward pass on one rank.
         micro_batches_per_step: gradient accumulation.
         world_size, rank: the steps are dealt out over the ranks.
         seed: of the order; each epoch has its own.
+        max_tokens: if not 0, the same steps are cut otherwise: into as few micro-batches as hold so many padded
+            tokens each, of any number of rows; see `token_budget_batches`.
     """
 
     # Rows are sorted by length among so many steps' worth of rows, and at most among a quarter of the epoch:
@@ -39,7 +43,7 @@ class StepSampler:
     _STEPS_SORTED_TOGETHER = 50
 
     def __init__(self, lengths: Sequence[int], *, rows_per_micro_batch: int, micro_batches_per_step: int,
-                 world_size: int, rank: int, seed: int):
+                 world_size: int, rank: int, seed: int, max_tokens: int = 0):
         if not 0 <= rank < world_size or min(rows_per_micro_batch, micro_batches_per_step, len(lengths)) < 1:
             raise ValueError("a sampler needs rows, positive batch sizes and a rank below the world size")
         self._lengths = np.asarray(lengths, dtype=np.int64)
@@ -48,6 +52,7 @@ class StepSampler:
         self._world_size = world_size
         self._rank = rank
         self._seed = seed
+        self._max_tokens = max_tokens
         self._global_rows = rows_per_micro_batch * micro_batches_per_step * world_size
 
     @property
@@ -72,6 +77,8 @@ class StepSampler:
     def _dealt(self, rows: np.ndarray) -> list[MicroBatch]:
         """This rank's share of a step. Neighbours in length are on all ranks at the same time; the rank that
         has the longest of one round has the shortest of the next."""
+        if self._max_tokens:
+            return _within_budget(rows, self._lengths, self._max_tokens, self._world_size, self._rank)
         batches = _batches(rows, self._rows, count=self._micro_batches * self._world_size)
         rounds = [batches[i:i + self._world_size] for i in range(0, len(batches), self._world_size)]
         return [dealt[self._rank if number % 2 == 0 else -1 - self._rank]
@@ -93,6 +100,40 @@ def evaluation_batches(lengths: Sequence[int], rows_per_batch: int, world_size: 
         batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
     filler = MicroBatch(batches[-1].indices, (False,) * rows_per_batch)
     return (batches + [filler] * (-len(batches) % world_size))[rank::world_size]
+
+
+def token_budget_batches(lengths: Sequence[int], max_tokens: int, world_size: int, rank: int) -> list[MicroBatch]:
+    """This rank's batches, of at most `max_tokens` padded tokens each, or of one longer row.
+
+    Every row occurs once over all ranks. Each rank has about as many tokens, and exactly as many batches: what ZeRO-3
+    gathers for a batch, it gathers on all ranks together. Longest rows first.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    rows = _longest_first(np.arange(len(lengths)), lengths)
+    return _within_budget(rows, lengths, max_tokens, world_size, rank) if len(rows) else []
+
+
+def _within_budget(rows: np.ndarray, lengths: np.ndarray, max_tokens: int, world_size: int,
+                   rank: int) -> list[MicroBatch]:
+    shares = [_cut(rows[share], lengths, max_tokens) for share in balanced(lengths[rows].tolist(), world_size)]
+    count = max(map(len, shares))
+    groups = shares[rank]
+    while len(groups) < count and (divisible := [number for number, group in enumerate(groups) if len(group) > 1]):
+        number = max(divisible, key=lambda number: len(groups[number]) * lengths[groups[number][0]])
+        half = len(groups[number]) // 2
+        groups[number:number + 1] = groups[number][:half], groups[number][half:]
+    batches = [MicroBatch(tuple(group.tolist()), (True,) * len(group)) for group in groups]
+    return batches + [MicroBatch((int(rows[-1]),), (False,))] * (count - len(batches))
+
+
+def _cut(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Rows, longest first, in as few consecutive groups as keep to `max_tokens` padded tokens."""
+    groups = []
+    while len(rows):
+        taken = max(max_tokens // int(lengths[rows[0]]), 1)
+        groups.append(rows[:taken])
+        rows = rows[taken:]
+    return groups
 
 
 def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:

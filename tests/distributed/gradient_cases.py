@@ -20,6 +20,7 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.distributed import is_main, rank, run_program, start, world_size
 from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from common.lora import add_lora
+from common.models import logprobs
 from common.models.factory import load_causal_lm, load_scalar_model
 from common.optim import BETAS
 from common.provenance import RAW
@@ -31,8 +32,9 @@ from step3_ppo.main import text_batches
 from step3_ppo.models import PPOModels
 from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
-from tests.distributed.variants import VARIANTS
+from tests.distributed.variants import VARIANTS, Tokens
 
+WHOLE = logprobs.CHUNK_NUMBERS
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
 
 
@@ -44,6 +46,8 @@ def main(argv) -> None:
     start(120, seed=0)
     codec = make_codec(load_tokenizer(str(model_dir)), "human_assistant")
     for name, variant in VARIANTS.items():
+        # The others are compared with these two: what one chunk of the output head says, many must say.
+        logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
         for step in (sft_step, reward_step, ppo_step):
             engines = step(str(model_dir), codec, *variant)
             gradients = {f"{number}.{parameter}": gradient for number, engine in enumerate(engines)
@@ -100,13 +104,14 @@ def reward_step(model: str, codec, stage: int, micro_batch: int, *held: bool) ->
     trainer = RewardTrainer(critic(model, codec, stage, *held),
                             rows(["prompt_ids", "chosen_ids", "rejected_ids"]), None, [], codec.pad_id,
                             margin=0.5, centring=0.1)
-    trainer.train_step(one_step(trainer.train["length"], micro_batch))
+    trainer.train_step(one_step([2 * length for length in trainer.train["length"]], micro_batch))
     return [trainer.engine]
 
 
 def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
-    config = PPOConfig(per_device_training_batch_size=micro_batch // world_size(), unsup_coef=0.5,
-                       gradient_accumulation_steps=ROWS // micro_batch)
+    rows_per_rank, accumulation, max_tokens = cut(micro_batch)
+    config = PPOConfig(per_device_training_batch_size=rows_per_rank, unsup_coef=0.5,
+                       gradient_accumulation_steps=accumulation, max_tokens_per_micro_batch=max_tokens)
     models = PPOModels(actor(model, codec, stage, *held), critic(model, codec, stage, *held),
                        None, None, None, temperature=0.9)
     texts = text_batches(config, rows(["input_ids"]), codec)
@@ -130,13 +135,19 @@ def critic(model: str, codec, stage: int, checkpointing: bool, lora: bool, offlo
     return training_engine(network, engine_settings, optimizer)
 
 
-def one_step(lengths: list[int], global_micro_batch: int) -> list:
+def one_step(lengths: list[int], micro_batch: int) -> list:
     """This rank's micro-batches of a step over all rows."""
-    sampler = StepSampler(lengths, rows_per_micro_batch=global_micro_batch // world_size(),
-                          micro_batches_per_step=ROWS // global_micro_batch, world_size=world_size(), rank=rank(),
-                          seed=0)
+    rows_per_rank, accumulation, max_tokens = cut(micro_batch)
+    sampler = StepSampler(lengths, rows_per_micro_batch=rows_per_rank, micro_batches_per_step=accumulation,
+                          world_size=world_size(), rank=rank(), seed=0, max_tokens=max_tokens)
     (micro_batches,) = sampler.epoch(0)
     return micro_batches
+
+
+def cut(micro_batch: int) -> tuple[int, int, int]:
+    """Rows of a micro-batch on one rank, micro-batches and, for a variant that counts them, tokens."""
+    rows_, max_tokens = (ROWS, int(micro_batch)) if isinstance(micro_batch, Tokens) else (micro_batch, 0)
+    return rows_ // world_size(), ROWS // rows_, max_tokens
 
 
 def experience() -> Experience:

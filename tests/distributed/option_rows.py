@@ -52,6 +52,7 @@ SCHEDULE = {
     "num_warmup_steps": Row("weights", "2"),
     "num_train_epochs": Row("metrics", "2"),
     "gradient_accumulation_steps": Row("weights", "2"),
+    "max_tokens_per_micro_batch": Row("passes", "40"),
     "lr_scheduler_type": Row("weights", "constant"),
     "max_grad_norm": Row("weights", "0.01"),
 }

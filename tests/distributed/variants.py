@@ -1,6 +1,12 @@
 """The ways in which `gradient_cases.py` cuts up one optimizer step."""
 
-# name -> ZeRO stage, rows per micro-batch over all ranks, gradient checkpointing, LoRA, offload
+
+
+class Tokens(int):
+    """So many tokens, with padding, in a micro-batch of each rank, in place of a number of rows."""
+
+
+# name -> ZeRO stage, rows per micro-batch over all ranks or tokens, gradient checkpointing, LoRA, offload
 VARIANTS = {
     "whole": (0, 8, False, False, False), "accumulated": (0, 2, False, False, False),
     "checkpointed": (0, 8, True, False, False), "zero1": (1, 4, False, False, False),
@@ -8,6 +14,8 @@ VARIANTS = {
     "zero3-checkpointed": (3, 8, True, False, False), "zero2-offloaded": (2, 4, False, False, True),
     "zero3-offloaded": (3, 4, False, False, True), "lora": (0, 8, False, True, False),
     "lora-zero2": (2, 4, True, True, False), "lora-zero3": (3, 4, False, True, False),
+    "tokens": (0, Tokens(40), False, False, False), "tokens-zero2": (2, Tokens(40), False, False, False),
+    "tokens-zero3": (3, Tokens(40), True, False, False),
 }
 
 # Name: ZeRO stage, LoRA, dtype of the actor that rollouts are made with.

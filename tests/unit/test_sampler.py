@@ -1,7 +1,9 @@
 from collections import Counter
 
 import pytest
-from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
+from common.data.blend import parse_data_path
+from common.data.reading import ReadReport, read_records
+from common.data.sampler import MicroBatch, StepSampler, evaluation_batches, token_budget_batches
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,10 +11,11 @@ some_lengths = st.lists(st.integers(1, 500), min_size=1, max_size=150)
 small = st.integers(1, 4)
 
 
-def ranks(lengths, rows, micro_batches, world_size, seed=0, epoch=0) -> list[list[list[MicroBatch]]]:
+def ranks(lengths, rows, micro_batches, world_size, seed=0, epoch=0, max_tokens=0) -> list[list[list[MicroBatch]]]:
     """An epoch as every rank sees it: [rank][step][micro-batch]."""
     samplers = [StepSampler(lengths, rows_per_micro_batch=rows, micro_batches_per_step=micro_batches,
-                            world_size=world_size, rank=rank, seed=seed) for rank in range(world_size)]
+                            world_size=world_size, rank=rank, seed=seed, max_tokens=max_tokens)
+                for rank in range(world_size)]
     return [sampler.epoch(epoch) for sampler in samplers]
 
 
@@ -108,3 +111,73 @@ def test_nothing_to_evaluate_is_no_batches_and_nothing_to_train_on_is_an_error()
     assert evaluation_batches([], 4, 2, 1) == []
     with pytest.raises(ValueError):
         StepSampler([], rows_per_micro_batch=1, micro_batches_per_step=1, world_size=1, rank=0, seed=0)
+
+
+some_tokens = st.integers(1, 2000)
+
+
+@given(some_lengths, small, small, small, some_tokens, st.integers(0, 5))
+def test_a_token_budget_changes_how_a_step_is_cut_and_not_its_rows(lengths, rows, micro_batches, world_size, tokens,
+                                                                  epoch):
+    by_rows = ranks(lengths, rows, micro_batches, world_size, epoch=epoch)
+    by_tokens = ranks(lengths, rows, micro_batches, world_size, epoch=epoch, max_tokens=tokens)
+    assert step_rows(by_tokens) == step_rows(by_rows)
+
+
+@given(some_lengths, small, small, small, some_tokens)
+def test_a_token_budget_is_kept_by_equally_many_micro_batches_on_every_rank(lengths, rows, micro_batches, world_size,
+                                                                           tokens):
+    seen = ranks(lengths, rows, micro_batches, world_size, max_tokens=tokens)
+    assert len({tuple(len(step) for step in steps) for steps in seen}) == 1
+    for batch in (batch for steps in seen for step in steps for batch in step):
+        assert len(batch.indices) == len(batch.real) > 0
+        assert padded_tokens([batch], lengths) <= tokens or len(batch.indices) == 1
+
+
+@given(some_lengths, small, small, some_tokens)
+def test_fillers_within_a_token_budget_are_rows_of_their_own_step(lengths, rows, world_size, tokens):
+    for steps in zip(*ranks(lengths, rows, 2, world_size, max_tokens=tokens)):
+        known = {row for step in steps for row in real_rows(step)}
+        assert {row for step in steps for batch in step for row in batch.indices} == known
+
+
+@given(some_lengths, some_tokens)
+def test_a_token_budget_takes_no_more_micro_batches_than_rows_of_one_size_would(lengths, tokens):
+    """As many of the longest as the budget holds: what a user would have to choose who counts rows."""
+    ((step,),) = ranks(lengths, len(lengths), 1, 1, max_tokens=tokens)
+    assert len(step) <= -(-len(lengths) // max(tokens // max(lengths), 1))
+    assert padded_tokens(step, lengths) <= max(lengths) * len(lengths)
+
+
+@pytest.fixture(scope="module")
+def real_lengths(hh_data) -> list[int]:
+    """About the tokens of real demonstrations, cut to 512."""
+    records = read_records(parse_data_path([str(hh_data)]), "demonstration", max_rows=4000, report=ReadReport())
+    texts = ("".join(message.content for message in sourced.record.prompt.messages) + sourced.record.response
+             for sourced in records)
+    return [min(2 + len(text) // 4, 512) for text in texts]
+
+
+@pytest.mark.parametrize("world_size, rows, micro_batches", [(2, 16, 1), (2, 4, 4), (4, 16, 1), (8, 16, 1), (8, 8, 8)])
+def test_ranks_carry_alike_in_every_step_of_real_rows(real_lengths, world_size, rows, micro_batches):
+    seen = ranks(real_lengths, rows, micro_batches, world_size, max_tokens=2048)
+    for steps in list(zip(*seen)):
+        if sum(step_rows([[step] for step in steps])[0].values()) == world_size * rows * micro_batches:
+            carried = [sum(real_lengths[row] for row in real_rows(step)) for step in steps]
+            assert max(carried) <= 1.05 * sum(carried) / world_size
+
+
+def test_little_is_padded_within_a_token_budget(real_lengths):
+    """Where one step is all there is to choose from, as in an iteration of PPO."""
+    seen = ranks(real_lengths[:128], 64, 1, 2, max_tokens=1024)
+    padded = sum(padded_tokens(step, real_lengths) for steps in seen for step in steps)
+    assert padded < 1.15 * sum(real_lengths[:128])
+
+
+@given(st.lists(st.integers(1, 500), max_size=100), small, some_tokens)
+def test_passes_within_a_token_budget_see_every_row_once(lengths, world_size, tokens):
+    seen = [token_budget_batches(lengths, tokens, world_size, rank) for rank in range(world_size)]
+    assert sorted(row for batches in seen for row in real_rows(batches)) == list(range(len(lengths)))
+    assert len({len(batches) for batches in seen}) == 1
+    assert all(padded_tokens([batch], lengths) <= tokens or len(batch.indices) == 1
+               for batches in seen for batch in batches)
