@@ -89,5 +89,5 @@ class SFTTrainer:
             yield collate_demonstrations(dataset, micro_batch, self.pad_id, self.train_on_prompt).to(device())
 
     def _loss_sum(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        return next_token_loss_sum(logits, batch.input_ids, batch.loss_mask)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return next_token_loss_sum(self.engine, inputs, batch.loss_mask)

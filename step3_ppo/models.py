@@ -43,7 +43,7 @@ class PPOModels:
     @torch.no_grad()
     def log_probs_and_entropy(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(B, R) log-probs of the response tokens under the actor, and its entropy where they stand, in nats."""
-        return response_log_probs_and_entropy(logits_of(self.actor, rollout), rollout.tokens, rollout.prompt_lengths,
+        return response_log_probs_and_entropy(self.actor, inputs_of(rollout), rollout.prompt_lengths,
                                               rollout.response_lengths, self.temperature)
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class PPOModels:
     @torch.no_grad()
     def scores(self, rollout: Rollout) -> Tensor:
         """(B,) raw scores of the reward model at the last token."""
-        numbers = self.scorer(input_ids=rollout.tokens, attention_mask=rollout.attention_mask)
+        numbers = self.scorer(**inputs_of(rollout))
         return score_at_last_token(numbers, rollout.lengths)
 
     def destroy(self) -> None:
@@ -72,19 +72,18 @@ class PPOModels:
                 engine.destroy()
 
     def _log_probs(self, engine, rollout: Rollout) -> Tensor:
-        return response_log_probs(logits_of(engine, rollout), rollout.tokens, rollout.prompt_lengths,
-                                  rollout.response_lengths, self.temperature)
+        return response_log_probs(engine, inputs_of(rollout), rollout.prompt_lengths, rollout.response_lengths,
+                                  self.temperature)
 
 
-def logits_of(engine, rollout: Rollout) -> Tensor:
-    """(B, L, V) next-token logits of prompts and responses."""
-    return engine(input_ids=rollout.tokens, attention_mask=rollout.attention_mask, use_cache=False).logits
+def inputs_of(rollout: Rollout) -> dict[str, Tensor]:
+    """What every model reads of a rollout: prompts and responses."""
+    return {"input_ids": rollout.tokens, "attention_mask": rollout.attention_mask}
 
 
 def response_values(critic, rollout: Rollout) -> Tensor:
     """(B, R) the critic's values at the response tokens."""
-    numbers = critic(input_ids=rollout.tokens, attention_mask=rollout.attention_mask)
-    return gather_response(numbers, rollout.prompt_lengths, rollout.response_lengths)
+    return gather_response(critic(**inputs_of(rollout)), rollout.prompt_lengths, rollout.response_lengths)
 
 
 def build_models(config: PPOConfig, codec: Codec, actor_source: str, critic_source: str,

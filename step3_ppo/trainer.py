@@ -27,7 +27,7 @@ from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience, Rollout
 from step3_ppo.kl_controller import AdaptiveKL, FixedKL
 from step3_ppo.loss import explained_variance, explained_variance_sums, policy_loss_sum, value_loss_sum
-from step3_ppo.models import PPOModels, logits_of, response_values
+from step3_ppo.models import PPOModels, inputs_of, response_values
 from step3_ppo.rewards import ShapedScores, kl_estimate, shape_scores, token_rewards
 from step3_ppo.rollout import ActorRollouts
 from step3_ppo.sampling import NO_TOKEN, Sampling
@@ -212,7 +212,7 @@ class PPOTrainer:
 
     def _policy_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
         rollout = batch.rollout
-        log_probs = response_log_probs(logits_of(self.models.actor, rollout), rollout.tokens, rollout.prompt_lengths,
+        log_probs = response_log_probs(self.models.actor, inputs_of(rollout), rollout.prompt_lengths,
                                        rollout.response_lengths, self.config.temperature)
         return policy_loss_sum(log_probs, batch.old_log_probs, batch.advantages, batch.response_mask,
                                self.config.clip_range)
@@ -222,9 +222,8 @@ class PPOTrainer:
                               batch.response_mask, self.config.value_clip_range)
 
     def _text_loss(self, text: TokenBatch) -> Tensor:
-        logits = self.models.actor(input_ids=text.input_ids, attention_mask=text.attention_mask,
-                                   use_cache=False).logits
-        return next_token_loss_sum(logits, text.input_ids, text.loss_mask)[0]
+        inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+        return next_token_loss_sum(self.models.actor, inputs, text.loss_mask)[0]
 
     def _moved_too_far(self, step: Sums) -> bool:
         limit = self.config.target_kl

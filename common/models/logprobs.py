@@ -1,16 +1,27 @@
-"""Log-probabilities of tokens, from the logits of a causal language model.
+"""Log-probabilities of tokens under a causal language model, without the logits of a whole batch.
 
 The logits at position p say which token comes at p + 1. So response token t (0-based), which lies at position
 `prompt_length + t`, is read at position `prompt_length - 1 + t`: its log-probability and its value alike.
-Sequences are right-padded and a prompt has at least one token. Only the positions that count are ever
-touched, hence nothing in the padding can reach a result or a gradient, and only they are raised to float32.
-R stands for the longest response of the batch.
+Sequences are right-padded and a prompt has at least one token. Only the positions that count are ever touched, hence
+nothing in the padding can reach a result or a gradient. The output head runs on them alone, and in float32 there is
+never more of its output than one chunk. R stands for the longest response of the batch.
+
+A `model` is a causal language model of transformers or a DeepSpeed engine around one; `inputs` are the arguments of its
+forward, `input_ids` (B, L) long among them.
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_NUMBERS = 2**25  # logits of one chunk: 128 MiB in float32, and enough rows to keep a matrix product busy
+
+Head = Callable[[Tensor], Tensor]  # hidden states (N, H) -> logits (N, V)
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
@@ -18,30 +29,26 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def response_log_probs(
-    logits: Tensor, tokens: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, temperature: float = 1.0
-) -> Tensor:
+def response_log_probs(model, inputs: Mapping[str, Tensor], prompt_lengths: Tensor, response_lengths: Tensor,
+                       temperature: float = 1.0) -> Tensor:
     """Log-probability of every response token under log softmax(z / T), in nats.
 
-    logits (B, L, V) of any float type; tokens (B, L), prompt_lengths and response_lengths (B,) long.
-    Returns (B, R), float32 for half-precision logits; 0 after the end of a response.
+    prompt_lengths and response_lengths (B,) long. Returns (B, R), float32 for a half-precision model; 0 after the end
+    of a response.
     """
     window = _ResponseWindow(prompt_lengths, response_lengths)
-    log_probs = _log_softmax(window.pick(logits), temperature)
-    return window.spread(_chosen(log_probs, window.pick(tokens, ahead=1)))
+    return window.spread(_read_tokens(model, inputs, window.row, window.position, temperature)[:, 0])
 
 
-def response_log_probs_and_entropy(
-    logits: Tensor, tokens: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def response_log_probs_and_entropy(model, inputs: Mapping[str, Tensor], prompt_lengths: Tensor,
+                                   response_lengths: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`response_log_probs` and, for monitoring, the entropy (nats) of the distribution at each token.
 
     Both (B, R), 0 after the end of a response; the entropy carries no gradient.
     """
     window = _ResponseWindow(prompt_lengths, response_lengths)
-    log_probs = _log_softmax(window.pick(logits), temperature)
-    entropy = torch.special.entr(log_probs.detach().exp()).sum(-1)
-    return window.spread(_chosen(log_probs, window.pick(tokens, ahead=1))), window.spread(entropy)
+    numbers = _read_tokens(model, inputs, window.row, window.position, temperature, entropy=True)
+    return window.spread(numbers[:, 0]), window.spread(numbers[:, 1])
 
 
 def gather_response(values: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
@@ -50,23 +57,22 @@ def gather_response(values: Tensor, prompt_lengths: Tensor, response_lengths: Te
     Half precision is raised to float32; 0 after the end of a response.
     """
     window = _ResponseWindow(prompt_lengths, response_lengths)
-    return window.spread(_at_least_float32(window.pick(values)))
+    return window.spread(_at_least_float32(values[window.row, window.position]))
 
 
-def next_token_loss_sum(logits: Tensor, input_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss_sum(model, inputs: Mapping[str, Tensor], loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of -log p over the tokens marked in `loss_mask`, and how many they are.
 
-    logits (B, L, V); input_ids (B, L) long; loss_mask (B, L) bool, true where the TOKEN at that position is
-    a target. The first token of a row has nothing before it to predict it, so it never counts.
-    Returns two scalars: nats (float32 for half-precision logits) and a count (long).
+    loss_mask (B, L) bool, true where the TOKEN at that position is a target. The first token of a row has nothing
+    before it to predict it, so it never counts. Returns two scalars: nats (float32 for a half-precision model) and a
+    count (long).
     """
     row, position = loss_mask[:, 1:].nonzero(as_tuple=True)
-    picked = _at_least_float32(logits[row, position])
-    return F.cross_entropy(picked, input_ids[row, position + 1], reduction="sum"), loss_mask[:, 1:].sum()
+    return -_read_tokens(model, inputs, row, position).sum(), loss_mask[:, 1:].sum()
 
 
 class _ResponseWindow:
-    """The N positions that predict response tokens: picks them, and spreads N results over (B, R)."""
+    """The N positions that predict response tokens, and how N results spread over (B, R)."""
 
     def __init__(self, prompt_lengths: Tensor, response_lengths: Tensor) -> None:
         mask = length_mask(response_lengths, int(response_lengths.max()))
@@ -74,21 +80,71 @@ class _ResponseWindow:
         self.row, self.column = mask.nonzero(as_tuple=True)
         self.position = prompt_lengths[self.row] - 1 + self.column
 
-    def pick(self, tensor: Tensor, ahead: int = 0) -> Tensor:
-        """(B, L, ...) -> (N, ...), `ahead` positions after the predicting one."""
-        return tensor[self.row, self.position + ahead]
-
     def spread(self, picked: Tensor) -> Tensor:
         """(N,) -> (B, R)."""
         return picked.new_zeros(self.shape).index_put((self.row, self.column), picked)
 
 
-def _log_softmax(picked_logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(_at_least_float32(picked_logits) / temperature, dim=-1)
+def _read_tokens(model, inputs: Mapping[str, Tensor], row: Tensor, position: Tensor, temperature: float = 1.0,
+                 entropy: bool = False) -> Tensor:
+    """What the model says at N predicting positions: the log-probability of the token after each, and the entropy.
+
+    row, position (N,) long. Returns (N, 2), or (N, 1) without the entropy.
+    """
+    tokens = inputs["input_ids"][row, position + 1]
+    # Calling the head outside the model's forward would bypass ZeRO-3's hooks, so what it does changes inside.
+    causal_lm = getattr(model, "module", model)
+    if _changes_logits(causal_lm):
+        with _head_replaced(causal_lm, lambda head, hidden: head(hidden[row, position])[None]):
+            logits = model(**inputs, use_cache=False).logits
+        return _numbers(logits[0], tokens, temperature, entropy)
+
+    def read(head: Head, hidden: Tensor) -> Tensor:
+        rows = max(1, CHUNK_NUMBERS // causal_lm.config.get_text_config().vocab_size)
+        return _chunk_by_chunk(head, hidden[row, position], tokens, temperature, entropy, rows)
+
+    with _head_replaced(causal_lm, read):
+        return model(**inputs, use_cache=False).logits
 
 
-def _chosen(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    return log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+def _changes_logits(causal_lm: nn.Module) -> bool:
+    """Whether the model may scale or cap what its head puts out; its configuration tells, and only of known code."""
+    config = vars(causal_lm.config.get_text_config())
+    return (not type(causal_lm).__module__.startswith("transformers.")
+            or any(value and ("logit" in name or "lm_head" in name) for name, value in config.items()))
+
+
+@contextmanager
+def _head_replaced(causal_lm: nn.Module, forward: Callable[[Head, Tensor], Tensor]):
+    """Within the context the output head's forward is `forward(head, hidden states (B, L, H))`."""
+    module = causal_lm.get_output_embeddings()
+    head = module.forward
+    module.forward = lambda hidden: forward(head, hidden)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _chunk_by_chunk(head: Head, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool,
+                    rows: int) -> Tensor:
+    """`_numbers` of head(hidden (N, H)), `rows` at a time; of many chunks, the backward pass computes each one again."""
+    def numbers(hidden: Tensor, tokens: Tensor) -> Tensor:
+        return _numbers(head(hidden), tokens, temperature, entropy)
+
+    if len(tokens) <= rows:
+        return numbers(hidden, tokens)
+    return torch.cat([checkpoint(numbers, *chunk, use_reentrant=False, preserve_rng_state=False)
+                      for chunk in zip(hidden.split(rows), tokens.split(rows))])
+
+
+def _numbers(logits: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> Tensor:
+    """Log-probabilities of tokens (N,) under log softmax(z / T), z (N, V), and the entropy: (N, 2), or (N, 1)."""
+    log_probs = F.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
+    numbers = log_probs.gather(-1, tokens[:, None])
+    if not entropy:
+        return numbers
+    return torch.cat([numbers, torch.special.entr(log_probs.detach().exp()).sum(-1, keepdim=True)], -1)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

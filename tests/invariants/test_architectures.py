@@ -1,4 +1,6 @@
 """What must hold for a model of every supported architecture, whatever stands beside a row in its batch."""
+import inspect
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +13,7 @@ from common.models.factory import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs
 from common.models.scorer import score_at_last_token
 from tests.architectures import CONFIGS, build_model
+from tests.given_logits import GivenLogits
 
 PROMPTS, RESPONSES = torch.tensor([3, 9, 1]), torch.tensor([5, 2, 7])
 
@@ -44,25 +47,33 @@ def scalar(directory, codec):
     return load_scalar_model(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0, seed=7).eval()
 
 
+def positions(model, mask):
+    """Counted from the first real token, as in generation; GPT-2 would count the padding before it too."""
+    takes_them = "position_ids" in inspect.signature(model.forward).parameters
+    return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if takes_them else {}
+
+
 @torch.no_grad()
 def test_padding_changes_no_log_prob_and_no_value(directory, codec, batch):
     tokens, mask = batch
     policy, critic = causal(directory, codec), scalar(directory, codec)
-    together = response_log_probs(policy(input_ids=tokens, attention_mask=mask).logits, tokens, PROMPTS, RESPONSES)
+    together = response_log_probs(policy, {"input_ids": tokens, "attention_mask": mask}, PROMPTS, RESPONSES)
     values = gather_response(critic(tokens, mask), PROMPTS, RESPONSES)
     for row in range(3):
         length, prompt, response = int(PROMPTS[row] + RESPONSES[row]), PROMPTS[row:row + 1], RESPONSES[row:row + 1]
         alone, ones = tokens[row:row + 1, :length], torch.ones(1, length, dtype=torch.long)
-        log_probs = response_log_probs(policy(input_ids=alone, attention_mask=ones).logits, alone, prompt, response)
+        log_probs = response_log_probs(policy, {"input_ids": alone, "attention_mask": ones}, prompt, response)
         torch.testing.assert_close(together[row, :int(response)], log_probs[0], atol=1e-5, rtol=1e-5)
         value = gather_response(critic(alone, ones), prompt, response)
         torch.testing.assert_close(values[row, :int(response)], value[0], atol=1e-5, rtol=1e-5)
-        # Left padding, as prompts have it in generation, with positions counted from the first real token.
+        # Left padding, as prompts have it in generation.
         padded = torch.cat([torch.full((1, 4), codec.pad_id), alone], 1)
         left_mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), ones], 1)
         logits = policy(**policy.prepare_inputs_for_generation(
-            padded, attention_mask=left_mask, use_cache=False, is_first_iteration=True)).logits[:, 4:]
-        torch.testing.assert_close(response_log_probs(logits, alone, prompt, response), log_probs, atol=1e-5, rtol=1e-5)
+            padded, attention_mask=left_mask, use_cache=False, is_first_iteration=True,
+            **positions(policy, left_mask))).logits[:, 4:]
+        left_padded = response_log_probs(GivenLogits(logits), {"input_ids": alone}, prompt, response)
+        torch.testing.assert_close(left_padded, log_probs, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -80,7 +91,7 @@ def test_reward_model_scores_alike_in_plain_transformers(directory, codec, batch
     for side in ("right", "left"):
         tokenizer.padding_side = side
         padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-        scores = plain(**padded).logits.squeeze(-1)
+        scores = plain(**padded, **positions(plain, padded.attention_mask)).logits.squeeze(-1)
         torch.testing.assert_close(scores, ours, atol=1e-4, rtol=1e-4)
 
 

@@ -3,12 +3,9 @@ import math
 import pytest
 import torch
 
-from common.models.logprobs import (
-    gather_response,
-    next_token_loss_sum,
-    response_log_probs,
-    response_log_probs_and_entropy,
-)
+from common.models import logprobs
+from common.models.logprobs import gather_response
+from tests.given_logits import GivenLogits
 
 VOCABULARY = 11
 PROMPTS, RESPONSES = torch.tensor([4, 1, 2, 3]), torch.tensor([3, 6, 1, 0])
@@ -21,6 +18,18 @@ def batch(dtype=torch.float32):
     tokens = torch.randint(1, VOCABULARY, (4, 8), generator=generator)
     tokens[torch.arange(8) >= (PROMPTS + RESPONSES)[:, None]] = 0
     return logits.to(dtype), tokens
+
+
+def response_log_probs(logits, tokens, *rest):
+    return logprobs.response_log_probs(GivenLogits(logits), {"input_ids": tokens}, *rest)
+
+
+def response_log_probs_and_entropy(logits, tokens, *rest):
+    return logprobs.response_log_probs_and_entropy(GivenLogits(logits), {"input_ids": tokens}, *rest)
+
+
+def next_token_loss_sum(logits, tokens, loss_mask):
+    return logprobs.next_token_loss_sum(GivenLogits(logits), {"input_ids": tokens}, loss_mask)
 
 
 def row_by_row(logits, tokens, temperature=1.0):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from common.models.logprobs import length_mask, response_log_probs
 from common.sums import add_sums, means
 from step3_ppo.loss import explained_variance, explained_variance_sums, policy_loss_sum, value_loss_sum
+from tests.given_logits import GivenLogits
 
 
 def aligned_batch(rows=8, width=6, seed=0):
@@ -38,7 +39,8 @@ def test_at_equal_policies_the_gradient_is_that_of_reinforce():
             log_p = (embedding[tokens[row, position - 1]] @ weights).log_softmax(-1)[tokens[row, position]]
             reinforce -= advantages[row, t] * torch.autograd.grad(log_p, weights)[0]
 
-    log_probs = response_log_probs(embedding[tokens] @ weights, tokens, prompt_lengths, response_lengths)
+    policy = GivenLogits(embedding[tokens] @ weights)
+    log_probs = response_log_probs(policy, {"input_ids": tokens}, prompt_lengths, response_lengths)
     mask = length_mask(response_lengths, 4)
     loss, sums = policy_loss_sum(log_probs, log_probs.detach(), advantages, mask, 0.2)
     loss.backward()
