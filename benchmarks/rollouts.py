@@ -103,8 +103,9 @@ def main(argv=None) -> None:
             about={"benchmark": "rollouts", "model": config.actor_model_name_or_path,
                    "zero_stage": config.actor_zero_stage, "dtype": str(engine.module.dtype).removeprefix("torch."),
                    "lora_dim": config.actor_lora_dim, "greedy": config.greedy, "prompts": config.prompts,
-                   "longest_response": config.max_answer_seq_len, "at_a_time": config.per_device_generation_batch_size,
-                   "parameters": parameter_count(engine)})
+                   "longest_response": config.max_answer_seq_len,
+                   "mean_response": float(imposed_lengths(config).float().mean()),
+                   "at_a_time": config.per_device_generation_batch_size, "parameters": parameter_count(engine)})
     engine.destroy()
 
 
@@ -123,9 +124,12 @@ def build_engine(config: RolloutBenchmark, source: str, codec):
 
 
 def imposed_lengths(config: RolloutBenchmark) -> torch.Tensor:
-    """(prompts,) tokens of each response: exponential with a long tail, as real ones are, cut at the limit."""
+    """(prompts,) tokens of each response: exponential with a long tail, as real ones are, cut at the limit.
+
+    Cut so, the mean is a third of the limit.
+    """
     limit = config.max_answer_seq_len
-    drawn = np.random.default_rng(config.seed).exponential(limit / 3, config.prompts)
+    drawn = np.random.default_rng(config.seed).exponential(0.354 * limit, config.prompts)
     return torch.from_numpy(np.clip(drawn.astype(int) + 1, 1, limit))
 
 

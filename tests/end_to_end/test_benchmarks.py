@@ -7,7 +7,7 @@ from tests.launching import ROOT, launch
 
 ALWAYS = {"benchmark", "variant", "dtype", "ranks", "device", "step_seconds", "samples_per_second",
           "real_tokens_per_second", "padded_tokens_per_second", "padding_share", "peak_resident_mib"}
-TRAINED = ("--max_seq_len", "64", "--steps", "2", "--rounds", "1", "--per_device_train_batch_size", "4")
+TRAINED = ("--max_seq_len", "256", "--steps", "2", "--rounds", "1", "--per_device_train_batch_size", "4")
 MODEL = ("--model_name_or_path", "random:opt-2x32")
 SMALL = ("--actor_model_name_or_path", "random:opt-2x32", "--prompts", "8", "--max_answer_seq_len", "8", "--rounds", "1",
          "--max_prompt_seq_len", "32")
