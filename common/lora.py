@@ -7,23 +7,26 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from common.errors import UserError
+from common.models.new_token import NewRow, fold_row, train_new_row
 from common.paths import from_anywhere
 
 ADAPTER = "default"
+LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's linear layer, its weight (in, out)
 
 
 def linear_modules(model: nn.Module) -> list[str]:
     """Names of the linear layers of any architecture, without the output embeddings and the score head."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [name for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not output and not name.endswith("score")]
+            if isinstance(module, LINEAR) and module is not output and not name.endswith("score")]
 
 
 def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, modules: str, flag: str,
              base_name: str, seed: int) -> nn.Module:
-    """Freeze `model` and give it trainable adapters; a `score` head stays trainable.
+    """Freeze `model` and give it trainable adapters; a `score` head stays trainable, and the row of a new end token.
 
     Args:
         dim: rank r; alpha: the adapters' product is scaled by alpha / r; 0 stands for 2 r.
@@ -44,13 +47,15 @@ def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, module
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise UserError(f"{flag} {modules}: matches no linear layer; the model's are {', '.join(kinds)}")
     model.requires_grad_(False)
+    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     config = LoraConfig(r=dim, lora_alpha=alpha or 2 * dim, lora_dropout=dropout, target_modules=targets, bias="none",
-                        base_model_name_or_path=from_anywhere(base_name))
+                        fan_in_fan_out=transposed, base_model_name_or_path=from_anywhere(base_name))
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
         config.modules_to_save = ["score"]
+    train_new_row(model, flag)
     model.lora_config = config
     return model
 
@@ -64,7 +69,7 @@ def has_lora(model: nn.Module) -> bool:
 def adapters_disabled(model: nn.Module):
     """Within the context the model computes exactly what its base model does."""
     from peft.tuners.lora import LoraLayer
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in model.modules() if isinstance(module, (LoraLayer, NewRow))]
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -88,7 +93,11 @@ def folded_adapters(model: nn.Module):
             weight = layer.base_layer.weight
             kept.append((weight, weight.data))
             weight.data = fold(weight.data, layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data,
-                               layer.scaling[ADAPTER])
+                               layer.scaling[ADAPTER], layer.fan_in_fan_out)
+        # Tied embeddings have one weight, which changes once.
+        for layer in {id(module.weight): module for module in model.modules() if isinstance(module, NewRow)}.values():
+            kept.append((layer.weight, layer.weight.data))
+            layer.weight.data = fold_row(layer.weight.data, layer.new_token, layer.lora_new_row.data)
         with adapters_disabled(model):
             yield
     finally:
@@ -96,9 +105,11 @@ def folded_adapters(model: nn.Module):
             weight.data = data
 
 
-def fold(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
-    """W + scaling B A, added in fp32. base (out, in), down A (r, in), up B (out, r); returns (out, in)."""
-    return (base.float() + scaling * (up.float() @ down.float())).to(base.dtype)
+def fold(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float, transposed: bool) -> torch.Tensor:
+    """W + scaling B A, added in fp32. base (out, in), or (in, out) if `transposed`, as is what is returned; down A
+    (r, in), up B (out, r)."""
+    product = up.float() @ down.float()
+    return (base.float() + scaling * (product.T if transposed else product)).to(base.dtype)
 
 
 def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -120,9 +131,18 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
         name = key.removesuffix(".base_layer.weight")
         if name != key and name in layers:
             down, up = state[f"{name}.lora_A.{ADAPTER}.weight"], state[f"{name}.lora_B.{ADAPTER}.weight"]
-            value = fold(value, down, up, layers[name].scaling[ADAPTER])
+            value = fold(value, down, up, layers[name].scaling[ADAPTER], layers[name].fan_in_fan_out)
         merged[key.replace(".base_layer.", ".")] = value
+    folded: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+    for name, module in _new_rows(model).items():
+        weight = state[f"{name}.weight"]
+        merged[f"{name}.weight"] = folded.setdefault(
+            id(weight), fold_row(weight, module.new_token, state[f"{name}.lora_new_row"]))
     return merged
+
+
+def _new_rows(model: nn.Module) -> dict[str, NewRow]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, NewRow)}
 
 
 def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], directory: Path) -> None:
@@ -130,8 +150,15 @@ def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], directory: Pa
     from safetensors.torch import save_file
     directory.mkdir(parents=True, exist_ok=True)
     weights = {f"base_model.model.{key.replace(f'.{ADAPTER}.', '.')}": value.contiguous()
-               for key, value in state.items() if ".lora_" in key or key.startswith("score.")}
-    save_file(weights, directory / "adapter_model.safetensors")
+               for key, value in state.items()
+               if (".lora_" in key and not key.endswith(".lora_new_row")) or key.startswith("score.")}
     config = model.lora_config.to_dict()
+    # peft keeps a trained row whole, and once for tied embeddings.
+    rows = {id(state[f"{name}.weight"]): (name, module.new_token) for name, module in reversed(_new_rows(model).items())}
+    for name, token in rows.values():
+        row = fold_row(state[f"{name}.weight"], token, state[f"{name}.lora_new_row"])[token:token + 1]
+        weights[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"] = row.clone()
+    config["trainable_token_indices"] = {name: [token] for name, token in rows.values()} or None
+    save_file(weights, directory / "adapter_model.safetensors")
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")

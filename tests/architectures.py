@@ -21,6 +21,7 @@ CONFIGS = {
     "qwen2": (hf.Qwen2Config, _GATED),
     "gpt-neox": (hf.GPTNeoXConfig, {**_SMALL, "intermediate_size": 64}),
     "bloom": (hf.BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "gpt2": (hf.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),  # Conv1D for nn.Linear
 }
 
 

@@ -14,6 +14,7 @@ from common.data.files import is_data_file
 from common.data.tokenization import Codec
 from common.errors import UserError
 from common.models.builtin import BUILTIN_MODELS, materialise
+from common.models.new_token import start_row
 from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
 from common.paths import OUTPUT, announce_lookup, may_be_on_hub, similar_path
 from common.provenance import RAW, Calibration
@@ -170,7 +171,10 @@ def set_dropout(config, probability: float) -> None:
 def _fit(model, codec: Codec, gradient_checkpointing: bool):
     vocabulary = len(codec.tokenizer)
     if vocabulary > model.config.get_text_config().vocab_size:
+        rows, old_end = model.get_input_embeddings().num_embeddings, model.config.eos_token_id
         model.resize_token_embeddings(vocabulary)
+        if codec.end_id >= rows:  # the old end token's row has learnt where answers end
+            start_row(model, codec.end_id, old_end[0] if isinstance(old_end, list) else old_end)
     model.config.pad_token_id, model.config.eos_token_id = codec.pad_id, codec.end_id
     if model.can_generate():
         # A fresh one: what a model's publisher thinks of sampling (penalties, suppressed tokens) would alter rollouts.

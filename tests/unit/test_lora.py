@@ -1,6 +1,7 @@
 """Which layers get adapters, and what happens when none does."""
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
@@ -51,5 +52,5 @@ def test_auto_finds_every_linear_layer_but_the_outputs(name, tmp_path, builtin_c
                            dtype=torch.float32)
     found = {name.rsplit(".", 1)[-1] for name in linear_modules(model)}
     assert found and not found & {"lm_head", "embed_out", "score"}
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     assert len(linear_modules(model)) == len(layers) - (model.get_output_embeddings() in layers)
