@@ -1,7 +1,7 @@
 """Step 3: PPO of the actor against the reward model. `deepspeed --num_gpus N step3_ppo/main.py --help` says all."""
 import sys
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count, islice
 from math import ceil
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def main(argv=None) -> None:
     iterations = min(sampler.steps_per_epoch * config.num_train_epochs,
                      config.max_iterations or sys.maxsize, config.stop_after or sys.maxsize)
     models = build_models(config, codec, actor, critic, calibration,
-                          iterations * optimizer_steps_per_iteration(config, len(data.train)))
+                          optimizer_steps(config, data.train, iterations))
     trainer = PPOTrainer(models, config, codec, data.train, data.eval,
                          text_batches(config, texts, codec) if texts is not None else None, calibration)
 
@@ -85,6 +85,18 @@ def rollout_batches_per_iteration(config: PPOConfig) -> int:
     needed = config.per_device_training_batch_size * config.gradient_accumulation_steps
     return max(config.generation_batches,
                ceil(needed / (config.per_device_generation_batch_size * config.answers_per_prompt)))
+
+
+def optimizer_steps(config: PPOConfig, prompts: Dataset, iterations: int) -> int:
+    """How often each engine steps in so many iterations.
+
+    One iteration of an epoch, and not always its last, has what is left of the prompts, and so perhaps fewer steps.
+    """
+    rows = config.per_device_generation_batch_size * rollout_batches_per_iteration(config) * world_size()
+    on_one_rank = StepSampler(prompts["length"], rows_per_micro_batch=rows, micro_batches_per_step=1, world_size=1,
+                              rank=0, seed=config.seed)
+    steps = chain.from_iterable(map(on_one_rank.epoch, count()))
+    return sum(optimizer_steps_per_iteration(config, sum(batch.real)) for (batch,) in islice(steps, iterations))
 
 
 def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
