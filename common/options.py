@@ -74,7 +74,8 @@ class RunOptions(Config):
     enable_tensorboard: bool = option(True, "write TensorBoard events")
     tensorboard_path: str | None = option(None, "directory of TensorBoard events; none: in OUTPUT_DIR/logs")
     enable_test_mode: bool = option(False, "stop after --test_stop_step")
-    test_stop_step: int = option(0, "where --enable_test_mode stops", unit="optimizer steps", low=0)
+    test_stop_step: int = option(0, "where --enable_test_mode stops", unit="optimizer steps, in step 3 iterations",
+                                 low=0)
     deepspeed: bool = option(False, "", ignored="DeepSpeed is always on", quiet=True)
     local_rank: int = option(-1, "", ignored="the launcher's environment says it too", quiet=True)
     num_padding_at_beginning: int = option(0, "", ignored="the attention mask makes it needless")

@@ -64,8 +64,8 @@ class SFTTrainer:
 
     @torch.no_grad()
     def samples(self, codec: Codec, rows: int = 8, max_new_tokens: int = 64) -> list[dict[str, str]]:
-        """Greedy answers to the first held-out prompts beside the demonstrations. All ranks must call it."""
-        chosen = self.evaluation.select(range(min(rows, len(self.evaluation))))
+        """Greedy answers to the first distinct held-out prompts beside the demonstrations. All ranks must call it."""
+        chosen = self.evaluation.select(first_distinct(self.evaluation, rows))
         if not len(chosen):
             return []
         self.engine.eval()
@@ -91,3 +91,13 @@ class SFTTrainer:
     def _loss_sum(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         return next_token_loss_sum(self.engine, inputs, batch.loss_mask)
+
+
+def first_distinct(demonstrations: Dataset, count: int) -> list[int]:
+    """The first rows with different prompts, `count` at most: data may ask the same thing several times."""
+    found: dict[tuple[int, ...], int] = {}
+    for index, row in enumerate(demonstrations):
+        if len(found) == count:
+            break
+        found.setdefault(tuple(row["prompt_ids"]), index)
+    return list(found.values())

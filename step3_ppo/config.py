@@ -12,6 +12,8 @@ from common.options import DataOptions, RunOptions, ScheduleOptions, check_outpu
 
 _NO_DROPOUT = "dropout is off in every model of PPO"
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
+KL_ESTIMATORS = ("k1", "k2", "k3")  # see rewards.kl_estimate
+_FIRST_KL_COEF = {"fixed": 0.1, "adaptive": 0.2}  # by --kl_controller
 _NO_TENSOR_PARALLEL = "every rank generates for its own prompts with the whole model"
 
 
@@ -45,10 +47,11 @@ class RolloutOptions(Config):
 class RewardOptions(Config):
     """Rewards"""
 
-    kl_coef: float = option(0.1, "weight of the KL to the reference; if adaptive, at the start", low=0)
+    kl_coef: float | None = option(None, "weight of the KL to the reference; if adaptive, at the start; none: 0.1 if "
+                                         "fixed, 0.2 if adaptive", low=0)
     kl_controller: str = option("fixed", "whether the weight is steered to --kl_target",
-                                choices=("fixed", "adaptive"))
-    kl_estimator: str = option("k1", "estimator of the KL per token", choices=("k1", "k2", "k3"))
+                                choices=tuple(_FIRST_KL_COEF))
+    kl_estimator: str = option("k1", "estimator of the KL per token", choices=KL_ESTIMATORS)
     kl_target: float = option(6.0, "KL per answer that the adaptive controller aims at", unit="nats", above=0)
     kl_horizon: float = option(10_000.0, "slowness of the adaptive controller", unit="answers", above=0)
     normalize_scores: bool = option(True, "measure scores in the reward model's standard deviations")
@@ -57,6 +60,11 @@ class RewardOptions(Config):
         1.0, "taken off the score of an answer cut by length", unit="normalised score", low=0)
     missing_eos_score: float | None = option(
         None, "score of an answer cut by length, in place of the penalty", unit="normalised score")
+
+    @property
+    def first_kl_coef(self) -> float:
+        """--kl_coef, or the controller's own where that is not given."""
+        return _FIRST_KL_COEF[self.kl_controller] if self.kl_coef is None else self.kl_coef
 
     def validate(self) -> None:
         super().validate()

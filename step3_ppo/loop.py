@@ -30,8 +30,8 @@ def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, t
         for index, micro_batches in enumerate(islice(prompts, iterations)):
             step = index + 1
             training = trainer.iteration(index, micro_batches)
-            for loss in ("policy_loss", "value_loss"):
-                check_finite(training[loss], loss.replace("_", " "), f"iteration {step}")
+            for name in ("policy_loss", "value_loss", "text_loss"):
+                check_finite(training.get(name, 0.0), name.replace("_", " "), f"iteration {step}")
             bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN}, refresh=False)
             bar.update()
             if step % config.log_interval == 0:

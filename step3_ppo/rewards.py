@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from common.sums import Sums, masked_sum
+from step3_ppo.config import KL_ESTIMATORS
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
 LOG_RATIO_LIMIT = 20.0  # nats; beyond it a ratio of probabilities is clamped, before exp can overflow
 
 

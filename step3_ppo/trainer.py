@@ -57,8 +57,8 @@ class PPOTrainer:
                                       end_id=codec.end_id, pad_id=codec.pad_id,
                                       gather=not config.unpin_actor_parameters,
                                       keep_cache=not config.release_inference_cache)
-        self.kl = (AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
-                   if config.kl_controller == "adaptive" else FixedKL(config.kl_coef))
+        self.kl = (AdaptiveKL(config.first_kl_coef, config.kl_target, config.kl_horizon)
+                   if config.kl_controller == "adaptive" else FixedKL(config.first_kl_coef))
         self.seconds: dict[str, float] = {}
         self.latest: tuple[Rollout, Assessment] | None = None
 
@@ -151,10 +151,13 @@ class PPOTrainer:
         text_tokens = global_sum(sum(text.loss_mask[:, 1:].sum() for text in texts)) if texts else None
         actor_sums: list[Sums] = []
         critic_sums: list[Sums] = []
+        text_sums: list[Sums] = []
 
         def actor_loss(batch: Experience | TokenBatch) -> Tensor:
             if isinstance(batch, TokenBatch):
-                return self.config.unsup_coef * self._text_loss(batch) / text_tokens
+                loss, sums = self._text_loss(batch)
+                text_sums.append(sums)
+                return self.config.unsup_coef * loss / text_tokens
             loss, sums = self._policy_loss(batch)
             actor_sums.append(sums)
             return loss / tokens
@@ -168,7 +171,8 @@ class PPOTrainer:
         optimizer_step(self.models.critic, batches, critic_loss)
         if self.models.ema is not None:
             self.models.ema.update()
-        return {**add_sums(critic_sums, global_sum), **add_sums(actor_sums, global_sum)}
+        return {**add_sums(critic_sums, global_sum), **add_sums(actor_sums, global_sum),
+                **(add_sums(text_sums, global_sum) if text_sums else {})}
 
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], list[dict]]:
@@ -221,9 +225,10 @@ class PPOTrainer:
         return value_loss_sum(response_values(self.models.critic, batch.rollout), batch.values, batch.returns,
                               batch.response_mask, self.config.value_clip_range)
 
-    def _text_loss(self, text: TokenBatch) -> Tensor:
+    def _text_loss(self, text: TokenBatch) -> tuple[Tensor, Sums]:
         inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
-        return next_token_loss_sum(self.models.actor, inputs, text.loss_mask)[0]
+        loss, tokens = next_token_loss_sum(self.models.actor, inputs, text.loss_mask)
+        return loss, {"text_loss": loss.detach().double(), "text_tokens": tokens.double()}
 
     def _moved_too_far(self, step: Sums) -> bool:
         limit = self.config.target_kl
@@ -255,7 +260,9 @@ def _occasion(stream: int) -> str:
 
 
 def _update_metrics(steps: Sequence[Sums]) -> dict[str, float]:
-    return {**means(add_sums(steps), "tokens"), "optimizer_steps": len(steps)}
+    sums = add_sums(steps)
+    texts = {name: sums.pop(name) for name in ("text_loss", "text_tokens") if name in sums}  # of the pre-training mix
+    return {**means(sums, "tokens"), **(means(texts, "text_tokens") if texts else {}), "optimizer_steps": len(steps)}
 
 
 def _response_metrics(rollout: Rollout, shaped: ShapedScores) -> dict[str, float]:

@@ -117,6 +117,7 @@ def test_step_3_starts_at_the_reference_and_moves(results, combination, ranks):
             assert record["optimizer_steps"] == 2
         else:  # one step: at its start the new policy is the old one
             assert record["optimizer_steps"] == 1 and record["approx_kl"] < tolerance ** 2
+        assert 0 < record["text_loss"] < 2 * math.log(2000)
             assert record["clip_fraction"] == 0 or combination.dtype != "fp32"
     beta, later = (record["kl_coef"] for record in iterations)
     assert iterations[0]["responses"] <= ROWS_PER_STEP  # far below its target, the penalty gives way

@@ -27,7 +27,8 @@ def test_a_program_runs_without_launcher_from_anywhere_with_its_own_packages(tmp
     rows = [json.loads(line) for line in (result / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["perplexity"] < rows[0]["perplexity"]
     assert_tensorboard_shows(rows, result / "logs" / "tensorboard")
-    assert len((result / "samples" / "after.jsonl").read_text().splitlines()) == 8
+    samples = [json.loads(line) for line in (result / "samples" / "after.jsonl").read_text().splitlines()]
+    assert len({row["prompt"] for row in samples}) == len(samples) == 8
     # Nothing on the terminal but our own lines and the progress bar.
     assert [line for line in done.stdout.splitlines() if not line.startswith((
         "builtin:courtesy: 600 rows read", "evaluation after", "saved to")) and "rows to train on" not in line] == []

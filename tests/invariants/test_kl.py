@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step3_ppo.rewards import KL_ESTIMATORS, kl_estimate
+from step3_ppo.config import KL_ESTIMATORS
+from step3_ppo.rewards import kl_estimate
 
 log_probabilities = st.floats(min_value=-200.0, max_value=0.0, width=32)
 

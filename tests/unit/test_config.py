@@ -242,6 +242,13 @@ def test_values_that_do_not_go_together(cls, line, part):
     assert part in message(cls, line)
 
 
+@pytest.mark.parametrize("line, coefficient", [
+    ("", 0.1), ("--kl_controller adaptive", 0.2), ("--kl_controller adaptive --kl_coef 0.1", 0.1), ("--kl_coef 0", 0.0),
+])
+def test_the_first_kl_coefficient_depends_on_the_controller(line, coefficient):
+    assert read(PPOConfig, MODELS + line).first_kl_coef == coefficient
+
+
 def test_checks_hold_for_configs_made_in_python():
     with pytest.raises(UserError, match="--seed"):
         SFTConfig(seed=-1).validate()
