@@ -28,7 +28,7 @@ def test_a_program_runs_without_launcher_from_anywhere_with_its_own_packages(tmp
     assert rows[-1]["perplexity"] < rows[0]["perplexity"]
     assert_tensorboard_shows(rows, result / "logs" / "tensorboard")
     samples = [json.loads(line) for line in (result / "samples" / "after.jsonl").read_text().splitlines()]
-    assert len({row["prompt"] for row in samples}) == len(samples) == 8
+    assert len({row["prompt"] for row in samples}) == len(samples) > 2
     # Nothing on the terminal but our own lines and the progress bar.
     assert [line for line in done.stdout.splitlines() if not line.startswith((
         "builtin:courtesy: 600 rows read", "evaluation after", "saved to")) and "rows to train on" not in line] == []
