@@ -1,0 +1,84 @@
+"""What the models of step 3 are at its start: the critic the normalised reward model, all of them without dropout, and
+log-probs at the temperature of sampling."""
+import pytest
+import torch
+
+from common.checkpoint import write_model
+from common.data.tokenization import load_tokenizer, make_codec
+from common.models.factory import load_causal_lm, load_scalar_model
+from common.provenance import Calibration
+from step3_ppo import models as ppo_models
+from step3_ppo.config import PPOConfig
+from step3_ppo.experience import Rollout
+from step3_ppo.models import build_models
+from tests.architectures import build_model
+
+TEMPERATURE, MEAN, STD = 0.7, 0.5, 4.0
+PROMPTS, RESPONSES = torch.tensor([3, 6]), torch.tensor([5, 2])
+
+
+class WholeEngine:
+    """An engine as it is on one rank at ZeRO 0, without a process group."""
+
+    def __init__(self, module, *settings):
+        self.module = module
+
+    def __call__(self, *arguments, **inputs):
+        return self.module(*arguments, **inputs)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory, builtin_cache):
+    """A language model and a reward model of it, both with dropout."""
+    actor = build_model("opt", tmp_path_factory.mktemp("actor"), builtin_cache, dropout=0.5, attention_dropout=0.5)
+    codec = make_codec(load_tokenizer(str(actor)), "human_assistant")
+    scorer = load_scalar_model(str(actor), "--model", codec, dtype=torch.float32, seed=7)
+    reward = tmp_path_factory.mktemp("reward")
+    write_model(scorer, dict(scorer.state_dict()), codec, reward)
+    return str(actor), str(reward), codec
+
+
+@pytest.fixture(params=["full", "lora"])
+def models(request, directories, monkeypatch):
+    actor, reward, codec = directories
+    for name in ("training_engine", "frozen_engine"):
+        monkeypatch.setattr(ppo_models, name, WholeEngine)
+    lora = {"actor_lora_dim": 2, "critic_lora_dim": 2} if request.param == "lora" else {}
+    config = PPOConfig(temperature=TEMPERATURE, dtype="fp32", actor_zero_stage=0, critic_zero_stage=0, **lora)
+    return build_models(config, codec, actor, reward, Calibration(MEAN, STD), optimizer_steps=10)
+
+
+@pytest.fixture
+def rollout():
+    tokens = torch.randint(10, 300, (2, 8), generator=torch.Generator().manual_seed(1))
+    return Rollout(tokens, PROMPTS, RESPONSES, torch.zeros(2, dtype=torch.bool), torch.arange(2),
+                   torch.ones(2, dtype=torch.bool))
+
+
+def test_the_critic_starts_as_the_normalised_reward_model(models, rollout):
+    """A value is read one token before its token: that of a response's next token at the token that is scored."""
+    longer = Rollout(torch.nn.functional.pad(rollout.tokens, (0, 1), value=5), PROMPTS, RESPONSES + 1, rollout.finished,
+                     rollout.prompt_index, rollout.real)
+    values = models.values(longer)[torch.arange(2), RESPONSES]
+    torch.testing.assert_close(values, (models.scores(rollout) - MEAN) / STD)
+
+
+def test_no_model_drops_out_even_in_training_mode(models, rollout):
+    for engine in (models.actor, models.critic):
+        engine.module.train()
+    for numbers in (lambda: models.values(rollout), lambda: models.log_probs_and_entropy(rollout)[0],
+                    lambda: models.scores(rollout), lambda: models.reference_log_probs(rollout)):
+        torch.testing.assert_close(numbers(), numbers(), atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_log_probs_are_those_of_the_policy_that_is_sampled_from(models, rollout, directories):
+    actor, _, codec = directories
+    plain = load_causal_lm(actor, "--model", codec, dtype=torch.float32, dropout=0.0).eval()
+    logits = plain(input_ids=rollout.tokens, attention_mask=rollout.attention_mask).logits
+    for found in (models.log_probs_and_entropy(rollout)[0], models.reference_log_probs(rollout)):
+        for row, (prompt, response) in enumerate(zip(PROMPTS.tolist(), RESPONSES.tolist())):
+            for token in range(response):
+                at = prompt + token
+                expected = (logits[row, at - 1] / TEMPERATURE).log_softmax(-1)[rollout.tokens[row, at]]
+                torch.testing.assert_close(found[row, token], expected, atol=1e-5, rtol=1e-5)
