@@ -1,4 +1,8 @@
-"""The four models of PPO, each in its own engine with its own ZeRO stage: actor, reference, critic, scorer."""
+"""The four models of PPO: actor, reference, critic, scorer.
+
+Each has its own engine with its own ZeRO stage; but a LoRA actor is its own reference, and a LoRA critic its own
+scorer, with the adapters off. So with LoRA there are two base models in memory, not four.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.data.tokenization import Codec
+from common.distributed import say
 from common.engine import (EngineSettings, OptimizerSettings, deepspeed_config, frozen_engine, resolve_dtype,
                            training_engine)
 from common.lora import adapters_disabled, add_lora
@@ -29,13 +34,13 @@ class PPOModels:
     Attributes:
         actor, critic: trained.
         reference: the actor as it was at the start; None where that is the actor with its adapters off.
-        scorer: the frozen reward model.
+        scorer: the frozen reward model; None where that is the critic with its adapters off and the head it kept.
         ema: moving average of the actor's weights, if wanted.
         temperature: that responses are sampled at.
     """
     actor: object
     critic: object
-    scorer: object
+    scorer: object | None
     reference: object | None
     ema: EMA | None
     temperature: float
@@ -62,7 +67,11 @@ class PPOModels:
     @torch.no_grad()
     def scores(self, rollout: Rollout) -> Tensor:
         """(B,) raw scores of the reward model at the last token."""
-        numbers = self.scorer(**inputs_of(rollout))
+        if self.scorer is not None:
+            numbers = self.scorer(**inputs_of(rollout))
+        else:
+            with adapters_disabled(self.critic.module):
+                numbers = self.critic(**inputs_of(rollout), reward=True)
         return score_at_last_token(numbers, rollout.lengths)
 
     def destroy(self) -> None:
@@ -96,6 +105,7 @@ def build_models(config: PPOConfig, codec: Codec, actor_source: str, critic_sour
         optimizer_steps: of the whole run, for the learning-rate schedules.
     """
     dtype = resolve_dtype(config.dtype)
+    _say_what_is_shared(config)
 
     def engine_settings(stage: int, offload: bool) -> EngineSettings:
         return EngineSettings(stage, dtype, config.per_device_training_batch_size, offload, config.max_grad_norm,
@@ -127,6 +137,7 @@ def build_models(config: PPOConfig, codec: Codec, actor_source: str, critic_sour
                  seed=config.seed)
     critic = load_critic(critic_settings, trainable=True, calibration=calibration)
     if config.critic_lora_dim:
+        critic.keep_reward_head()
         add_lora(critic.classifier, dim=config.critic_lora_dim, alpha=config.critic_lora_alpha, dropout=NO_DROPOUT,
                  modules=config.critic_lora_module_name, flag="--critic_lora_module_name", base_name=critic_source,
                  seed=config.seed)
@@ -140,11 +151,22 @@ def build_models(config: PPOConfig, codec: Codec, actor_source: str, critic_sour
         settings = engine_settings(_frozen_stage(config.actor_zero_stage, config.offload_reference_model),
                                    config.offload_reference_model)
         reference = frozen_engine(load_actor(settings, trainable=False), settings)
-    settings = engine_settings(_frozen_stage(config.critic_zero_stage, config.offload_reward_model),
-                               config.offload_reward_model)
-    scorer = frozen_engine(load_critic(settings, trainable=False, calibration=RAW), settings)
+    scorer = None
+    if not config.critic_lora_dim:
+        settings = engine_settings(_frozen_stage(config.critic_zero_stage, config.offload_reward_model),
+                                   config.offload_reward_model)
+        scorer = frozen_engine(load_critic(settings, trainable=False, calibration=RAW), settings)
     ema = EMA(actor_engine.module, config.ema_decay) if config.enable_ema else None
     return PPOModels(actor_engine, critic_engine, scorer, reference, ema, config.temperature)
+
+
+def _say_what_is_shared(config: PPOConfig) -> None:
+    if config.actor_lora_dim and config.offload_reference_model:
+        say("note: --offload_reference_model has nothing to move: with --actor_lora_dim the reference is the actor "
+            "with its adapters off")
+    if config.critic_lora_dim and config.offload_reward_model:
+        say("note: --offload_reward_model has nothing to move: with --critic_lora_dim the reward model is the critic "
+            "with its adapters off")
 
 
 def _frozen_stage(trained_stage: int, offload: bool) -> int:

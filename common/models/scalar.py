@@ -16,8 +16,11 @@ class ScoreHead(nn.Linear):
     """A linear head that computes in fp32: bf16 near a score of 10 has steps of 0.06, coarser than most margins."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(hidden.float(), self.weight.float(), bias)
+        return _scores(hidden, self.weight, self.bias)
+
+
+def _scores(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
 class ScalarModel(nn.Module):
@@ -34,18 +37,34 @@ class ScalarModel(nn.Module):
         self.classifier = classifier
         self.calibration = calibration
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def keep_reward_head(self) -> None:
+        """Remember the head as it is now, so that `forward(..., reward=True)` reads it whatever the head learns.
+
+        It is a buffer that no checkpoint holds: nothing trains it, partitions it or exports it.
+        """
+        import deepspeed
+        head = self.classifier.score
+        with deepspeed.zero.GatheredParameters(list(head.parameters())):
+            bias = None if head.bias is None else head.bias.detach().clone()
+            self.register_buffer("reward_weight", head.weight.detach().clone(), persistent=False)
+            self.register_buffer("reward_bias", bias, persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, reward: bool = False) -> torch.Tensor:
         """Numbers at every position.
 
         Args:
             input_ids: (B, L) right-padded.
             attention_mask: (B, L), 1 on real tokens.
+            reward: read the head that `keep_reward_head` has kept, without calibration. With the adapters off these
+                are the raw scores of the reward model that this model started from.
 
         Returns:
             (B, L) fp32; what stands on padding means nothing.
         """
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
         hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        if reward:
+            return _scores(hidden, self.reward_weight, self.reward_bias).squeeze(-1)
         return self.calibration.normalise(self.classifier.score(hidden).squeeze(-1))
 
 

@@ -1,7 +1,8 @@
 """Rollouts between training steps, at every ZeRO stage, full and LoRA: what they write and what they leave behind.
 
 Run under the launcher: generation_cases.py CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the rollout of
-all ranks, the plain way's tokens, and whether weights and training came through bit for bit.
+all ranks, the plain way's tokens, and whether weights and training came through bit for bit; and `shared`, what
+`shared_models` found at each stage.
 """
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ from step3_ppo.rollout import ActorRollouts
 from step3_ppo.sampling import Sampling
 from tests.architectures import build_model
 from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
+from tests.distributed.shared_models import shared_models
 from tests.distributed.variants import GENERATION
 
 PROMPTS = 10  # not a multiple of ranks and slots
@@ -43,6 +45,7 @@ def main(argv) -> None:
     start(120, seed=0)
     codec = make_codec(load_tokenizer(str(model_dir)), "human_assistant")
     found = {name: case(str(model_dir), codec, str(override), *settings) for name, settings in GENERATION.items()}
+    found["shared"] = {stage: shared_models(str(model_dir), codec, stage) for stage in (0, 1, 2, 3)}
     if is_main():
         (output_dir / f"{world_size()}.json").write_text(json.dumps(found))
 

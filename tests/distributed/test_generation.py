@@ -32,3 +32,14 @@ def test_rollouts_do_not_depend_on_ranks_stage_or_way(found, case):
         for way in ("fast", "plain"):
             assert {step: texts[way] for step, texts in found[ranks][case]["rollouts"].items()} == \
                    {step: texts["fast"] for step, texts in expected.items()}, (ranks, way)
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("stage", ("0", "1", "2", "3"))
+def test_a_lora_critic_scores_as_the_reward_model_whatever_it_learns(found, stage, ranks):
+    result = found[ranks]["shared"][stage]
+    assert result["shared"] and len(set(result["scores"])) == len(result["scores"])
+    values = [update["values"] for update in result["found"]]
+    assert values[0] != values[1] != values[2]
+    assert all(update["equal"] for update in result["found"])
+    assert not any("reward" in name for name in result["names"])

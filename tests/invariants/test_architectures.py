@@ -12,6 +12,7 @@ from common.lora import adapters_disabled, add_lora, linear_modules, merged_stat
 from common.models.factory import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs
 from common.models.scorer import score_at_last_token
+from common.provenance import Calibration
 from tests.architectures import CONFIGS, build_model
 from tests.given_logits import GivenLogits
 
@@ -137,6 +138,30 @@ def test_lora_keeps_a_score_head_trainable_and_saves_it(directory, codec, tmp_pa
     write_model(model, dict(model.state_dict()), codec, tmp_path / "merged", tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert torch.equal(saved["base_model.model.score.weight"], model.classifier.score.weight)
+
+
+@torch.no_grad()
+def test_a_lora_critic_keeps_the_reward_model_it_started_from(directory, codec, batch, tmp_path):
+    tokens, mask = batch
+    real = mask.bool()
+    expected = scalar(directory, codec)(tokens, mask)
+    critic = load_scalar_model(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0, seed=7,
+                               calibration=Calibration(2.0, 3.0)).eval()
+    names = set(critic.classifier.state_dict())
+    critic.keep_reward_head()
+    add_lora(critic.classifier, dim=2, alpha=0, dropout=0.0, modules="auto", flag="--lora_module_name",
+             base_name="base", seed=0)
+    randomise_adapters(critic)
+    critic.classifier.score.weight.add_(0.5)
+    learnt = critic(tokens, mask)
+    with adapters_disabled(critic):
+        assert torch.equal(critic(tokens, mask, reward=True)[real], expected[real])
+    assert torch.equal(critic(tokens, mask)[real], learnt[real])
+    assert (learnt * 3 + 2 - expected)[real].abs().min() > 1e-3
+    write_model(critic, dict(critic.state_dict()), codec, tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == names
+    saved = score_at_last_token(scalar(tmp_path, codec)(tokens, mask), mask.sum(1))
+    torch.testing.assert_close(saved, score_at_last_token(learnt * 3 + 2, mask.sum(1)), atol=1e-4, rtol=1e-4)
 
 
 def randomise_adapters(model):
