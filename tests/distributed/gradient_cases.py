@@ -21,7 +21,6 @@ from common.distributed import is_main, rank, run_program, start, world_size
 from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from common.lora import add_lora
 from common.models import logprobs
-from common.models import logprobs
 from common.models.factory import load_causal_lm, load_scalar_model
 from common.optim import BETAS
 from common.provenance import RAW
@@ -36,7 +35,6 @@ from tests.architectures import build_model
 from tests.distributed.variants import VARIANTS, Tokens
 
 WHOLE = logprobs.CHUNK_NUMBERS
-WHOLE = logprobs.CHUNK_NUMBERS
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
 
 
@@ -48,8 +46,6 @@ def main(argv) -> None:
     start(120, seed=0)
     codec = make_codec(load_tokenizer(str(model_dir)), "human_assistant")
     for name, variant in VARIANTS.items():
-        # The others are compared with these two: what one chunk of the output head says, many must say.
-        logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
         # The others are compared with these two: what one chunk of the output head says, many must say.
         logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
         for step in (sft_step, reward_step, ppo_step):
