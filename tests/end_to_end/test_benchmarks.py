@@ -9,8 +9,8 @@ ALWAYS = {"benchmark", "variant", "dtype", "ranks", "device", "step_seconds", "s
           "real_tokens_per_second", "padded_tokens_per_second", "padding_share", "peak_resident_mib"}
 TRAINED = ("--max_seq_len", "256", "--steps", "2", "--rounds", "1", "--per_device_train_batch_size", "4")
 MODEL = ("--model_name_or_path", "random:opt-2x32")
-SMALL = ("--actor_model_name_or_path", "random:opt-2x32", "--prompts", "8", "--max_answer_seq_len", "8", "--rounds", "1",
-         "--max_prompt_seq_len", "32")
+SMALL = ("--actor_model_name_or_path", "random:opt-2x32", "--prompts", "8", "--max_answer_seq_len", "8",
+         "--max_prompt_seq_len", "32", "--rounds", "1")
 PPO = (*SMALL, "--critic_model_name_or_path", "random:opt-2x32", "--per_device_training_batch_size", "4")
 
 
