@@ -72,9 +72,8 @@ def prepare_environment() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if not on_gpu() or ranks_here() > 1:
-            torch.set_num_threads(max(1, cores // ranks_here()))
+            torch.set_num_threads(max(1, cores() // ranks_here()))
 
 
 def start(timeout_seconds: int, seed: int) -> None:
@@ -132,6 +131,11 @@ def memory_available() -> int:
     if on_gpu():
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return psutil.virtual_memory().available // ranks_here()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ranks_here() -> int:

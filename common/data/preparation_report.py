@@ -40,6 +40,13 @@ class PreparationReport:
         if len(self.first_refused) < _SHOWN:
             self.first_refused.append((where, why))
 
+    def add(self, encoded: PreparationReport) -> None:
+        """Count what became of further records on their way from record to ids."""
+        self.refused += encoded.refused
+        self.first_refused = (self.first_refused + encoded.first_refused)[:_SHOWN]
+        self.too_long += encoded.too_long
+        self.prompts_cut += encoded.prompts_cut
+
     def joined(self, other: PreparationReport) -> PreparationReport:
         """The sums of both."""
         read = ReadReport(dict(self.read.sources), self.read.notes + other.read.notes)

@@ -18,24 +18,20 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import transformers
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock, Timeout
 
 from common.data.blend import SourceSpec
+from common.data.encoding import Encoder, chunks, features
+from common.data.parallel import in_order
 from common.data.preparation_report import PreparationReport
-from common.data.reading import fingerprint, read_records
-from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record, identity
+from common.data.reading import SourcedRecord, fingerprint, read_records
+from common.data.records import Prompt, identity
 from common.data.split import assignment
 from common.data.tokenization import Codec, tokenizer_fingerprint
 from common.errors import UserError
 
-_COLUMNS = {
-    "demonstration": ("prompt_ids", "response_ids"),
-    "comparison": ("prompt_ids", "chosen_ids", "rejected_ids"),
-    "prompt": ("prompt_ids",),
-    "text": ("input_ids",),
-}
 _READY = "READY"
 _TESTED = "tested.npy"
 _PATIENCE = 10      # seconds until a rank says what it waits for
@@ -207,13 +203,15 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
     directory = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp", dir=target.parent))
     try:
         report, tested = PreparationReport(), set()
-        columns = {name: [Value("int32")] for name in _COLUMNS[request.kind]}
-        features = Features({**columns, "length": Value("int32"), "dialogue": Value("int64")})
-        write = functools.partial(ArrowWriter, features=features, writer_batch_size=1000)
+        encode = Encoder(request.kind, request.max_tokens, codec)
+        write = functools.partial(ArrowWriter, features=features(request.kind))
         with (write(path=str(directory / "train.arrow")) as train,
               write(path=str(directory / "eval.arrow")) as held_out):
-            for is_eval, row in _rows(request, codec, report, tested):
-                (held_out if is_eval else train).write(row)
+            for *sides, outcome in in_order(encode, chunks(_taken(request, report, tested))):
+                for writer, rows in zip((train, held_out), sides):
+                    if len(rows):
+                        writer.write_table(rows)
+                report.add(outcome)
             report.train_rows, _ = train.finalize()
             report.eval_rows, _ = held_out.finalize()
         np.save(directory / _TESTED, np.fromiter(tested, np.int64))
@@ -224,9 +222,9 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
         raise
 
 
-def _rows(request: DataRequest, codec: Codec, report: PreparationReport,
-          tested: set[int]) -> Iterator[tuple[bool, dict]]:
-    """(is for evaluation, row of ids) for each record of this step."""
+def _taken(request: DataRequest, report: PreparationReport,
+           tested: set[int]) -> Iterator[tuple[bool, SourcedRecord]]:
+    """(is for evaluation, record) for each record of this step."""
     records = read_records(request.data_path, request.kind, columns=request.columns,
                            max_rows=request.max_rows, report=report.read, tested=tested)
     prompts_seen: set[tuple[int, int]] = set()
@@ -245,37 +243,7 @@ def _rows(request: DataRequest, codec: Codec, report: PreparationReport,
                 report.repeated_prompts += 1
                 continue
             prompts_seen.add(prompt)
-        try:
-            for columns in _encoded(sourced.record, request, codec, report):
-                yield is_eval, {**columns, "dialogue": sourced.dialogue}
-        except UserError as error:
-            report.refuse(sourced.where, str(error))
-
-
-def _encoded(record: Record, request: DataRequest, codec: Codec, report: PreparationReport) -> Iterator[dict]:
-    """The row of ids of a record, none if it does not fit, or as many as a plain text needs."""
-    if isinstance(record, PlainText):
-        ids = codec.encode_text(record.text)
-        for start in range(0, len(ids), request.max_tokens):
-            piece = ids[start:start + request.max_tokens]
-            if len(piece) > 1:  # a single token has nothing it could be predicted from
-                yield {"input_ids": piece, "length": len(piece)}
-        return
-    responses: dict[str, list[int]] = {}
-    if isinstance(record, Demonstration):
-        responses = {"response_ids": codec.encode_response(record.response)}
-    elif isinstance(record, Comparison):
-        responses = {"chosen_ids": codec.encode_response(record.chosen),
-                     "rejected_ids": codec.encode_response(record.rejected)}
-    longest = max(map(len, responses.values()), default=0)
-    room = request.max_tokens - longest
-    if room < codec.shortest_prompt:
-        report.too_long += 1
-        return
-    whole = codec.encode_prompt(record if isinstance(record, Prompt) else record.prompt)
-    prompt_ids = codec.cut_prompt(whole, room)
-    report.prompts_cut += len(prompt_ids) < len(whole)
-    yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest}
+        yield is_eval, sourced
 
 
 def _hash(text: str) -> int:

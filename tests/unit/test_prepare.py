@@ -6,7 +6,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
+from common.data import encoding, parallel
 from common.data.blend import parse_data_path
 from common.data.prepare import DataRequest, prepare, prepare_many
 from common.data.tokenization import load_tokenizer, make_codec
@@ -169,6 +171,51 @@ def test_plain_text_is_cut_into_pieces_without_loss(tmp_path, codec):
     assert max(data.train["length"]) == 50
     together = [token for ids in data.train["input_ids"] for token in ids]
     assert together == [token for text in texts for token in codec.encode_text(text.strip())]
+
+
+def test_several_processes_prepare_what_one_does(tmp_path, codec, monkeypatch):
+    """Chunks of a few rows by three processes, whose results come back in order; one chunk all refused or cut."""
+    rows = pairs(60) + [{**row, "prompt": "so " * 200 + row["prompt"]} for row in pairs(20, start=60)]
+    rows += [{**row, "chosen": "so " * 200} for row in pairs(10, start=80)]
+    path = write(tmp_path / "d.jsonl", rows)
+    alone = prepare(request(tmp_path, path, kind="comparison"), codec)
+    monkeypatch.setattr(parallel, "cores", lambda: 3)
+    monkeypatch.setattr(parallel, "_ALONE", 1)
+    monkeypatch.setattr(encoding, "_CHUNK", 4)
+    together = prepare(request(tmp_path, path, kind="comparison", cache_dir=tmp_path / "other"), codec)
+    assert together.train.to_list() == alone.train.to_list()
+    assert together.eval.to_list() == alone.eval.to_list()
+    assert together.report == alone.report and (alone.report.too_long, alone.report.prompts_cut) == (10, 20)
+
+
+def test_a_failure_in_another_process_ends_the_preparation(tmp_path, codec, monkeypatch):
+    """Of the code, it passes through; of the machine, such as a want of memory, it is one line."""
+    monkeypatch.setattr(parallel, "cores", lambda: 2)
+    monkeypatch.setattr(parallel, "_ALONE", 1)
+    with pytest.raises(ZeroDivisionError):
+        list(parallel.in_order(lambda number: 1 // (3 - number), range(100)))
+    killed = parallel.in_order(lambda number: os.kill(os.getpid(), 9) if number == 3 else number, range(100))
+    with pytest.raises(UserError, match="want of memory"):
+        list(killed)
+
+
+def test_processes_end_with_a_program_that_is_killed(tmp_path):
+    program = ("import os, sys, time; sys.path.insert(0, sys.argv[1])\n"
+               "from common.data import parallel\n"
+               "parallel.cores = lambda: 3\n"
+               "for number in parallel.in_order(lambda number: os.getpid(), range(100)):\n"
+               "    print(number, flush=True)\n"
+               "    time.sleep(0.1)\n")
+    process = subprocess.Popen([sys.executable, "-c", program, str(Path(__file__).resolve().parents[2])],
+                               stdout=subprocess.PIPE, text=True)
+    numbers = [int(next(process.stdout)) for _ in range(20)]
+    process.kill()
+    process.wait()
+    others = set(numbers) - {process.pid}
+    assert others
+    running = [psutil.Process(number) for number in others if psutil.pid_exists(number)]
+    _, alive = psutil.wait_procs(running, timeout=30)
+    assert all(left.status() == psutil.STATUS_ZOMBIE for left in alive)
 
 
 def test_a_second_start_reads_what_the_first_has_written(tmp_path, codec):

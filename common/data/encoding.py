@@ -1,0 +1,103 @@
+"""Records to rows of ids, a chunk at a time."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow
+from datasets import Features, Value
+
+from common.data.preparation_report import PreparationReport
+from common.data.reading import SourcedRecord
+from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record
+from common.data.tokenization import Codec
+from common.errors import UserError
+
+_COLUMNS = {
+    "demonstration": ("prompt_ids", "response_ids"),
+    "comparison": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "prompt": ("prompt_ids",),
+    "text": ("input_ids",),
+}
+_CHUNK = 1000               # records of a chunk at most,
+_CHUNK_CHARACTERS = 2**22   # and the characters at which it is full
+
+Chunk = list[tuple[bool, SourcedRecord]]  # whether a record is for evaluation, and the record
+
+
+def features(kind: str) -> Features:
+    """The columns of prepared rows."""
+    columns = {name: [Value("int32")] for name in _COLUMNS[kind]}
+    return Features({**columns, "length": Value("int32"), "dialogue": Value("int64")})
+
+
+def chunks(records: Iterable[tuple[bool, SourcedRecord]]) -> Iterator[Chunk]:
+    """The records in order, as many together as are worth sending to another process."""
+    chunk, characters = [], 0
+    for item in records:
+        chunk.append(item)
+        characters += _characters(item[1].record)
+        if len(chunk) == _CHUNK or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns a chunk into (rows to train on, rows to evaluate on, what became of the records).
+
+    ``max_tokens``: of a whole sequence, prompt and response with its end token; of a piece of plain text.
+    """
+
+    kind: str
+    max_tokens: int
+    codec: Codec
+
+    def __call__(self, chunk: Chunk) -> tuple[pyarrow.Table, pyarrow.Table, PreparationReport]:
+        rows: tuple[list[dict], list[dict]] = ([], [])
+        report = PreparationReport()
+        for is_eval, sourced in chunk:
+            try:
+                rows[is_eval].extend({**columns, "dialogue": sourced.dialogue}
+                                     for columns in self._encoded(sourced.record, report))
+            except UserError as error:
+                report.refuse(sourced.where, str(error))
+        schema = features(self.kind).arrow_schema
+        train, held_out = (pyarrow.Table.from_pylist(side, schema) for side in rows)
+        return train, held_out, report
+
+    def _encoded(self, record: Record, report: PreparationReport) -> Iterator[dict]:
+        """The row of ids of a record, none if it does not fit, or as many as a plain text needs."""
+        codec = self.codec
+        if isinstance(record, PlainText):
+            ids = codec.encode_text(record.text)
+            for start in range(0, len(ids), self.max_tokens):
+                piece = ids[start:start + self.max_tokens]
+                if len(piece) > 1:  # a single token has nothing it could be predicted from
+                    yield {"input_ids": piece, "length": len(piece)}
+            return
+        responses: dict[str, list[int]] = {}
+        if isinstance(record, Demonstration):
+            responses = {"response_ids": codec.encode_response(record.response)}
+        elif isinstance(record, Comparison):
+            responses = {"chosen_ids": codec.encode_response(record.chosen),
+                         "rejected_ids": codec.encode_response(record.rejected)}
+        longest = max(map(len, responses.values()), default=0)
+        room = self.max_tokens - longest
+        if room < codec.shortest_prompt:
+            report.too_long += 1
+            return
+        whole = codec.encode_prompt(record if isinstance(record, Prompt) else record.prompt)
+        prompt_ids = codec.cut_prompt(whole, room)
+        report.prompts_cut += len(prompt_ids) < len(whole)
+        yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest}
+
+
+def _characters(record: Record) -> int:
+    if isinstance(record, PlainText):
+        return len(record.text)
+    prompt = record if isinstance(record, Prompt) else record.prompt
+    answers = [text for name, text in vars(record).items() if name in ("response", "chosen", "rejected")]
+    return sum(len(message.content) for message in prompt.messages) + sum(map(len, answers))

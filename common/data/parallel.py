@@ -1,0 +1,73 @@
+"""A function over many items, by all cores, with the results in order and few items in memory at a time."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from common.distributed import cores
+from common.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_ALONE = 4          # items done before any process is started: what is small is ready by then
+_MOST_PROCESSES = 8     # reading the items, which one process does, keeps no more of them busy
+
+_function: Callable | None = None
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map`, by several processes where there are cores and items enough; each holds two items at a time.
+
+    Raises:
+        UserError: a process was ended from outside. What the function raises passes through.
+    """
+    items = iter(items)
+    processes = min(cores(), _MOST_PROCESSES)
+    yield from map(function, items if processes == 1 else islice(items, _ALONE))
+    for further in items:
+        yield from _by_processes(function, chain([further], items), processes)
+
+
+def _by_processes(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
+    # Forked, since the function (a tokenizer, mostly) need not be copied then, nor the program imported again.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin, (function,))
+    waiting: deque[Future] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(_call, item))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a process that prepared data was ended from outside, mostly for want of memory: free some, "
+                        "and start again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(function: Callable) -> None:
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which then ends its processes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A program that is killed has no time to end its processes, and they would wait for items for ever."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _call(item):
+    return _function(item)
