@@ -18,6 +18,10 @@ FP32 = pytest.mark.parametrize("combination", [
     case for case in [*SHORT, *LONG]
     if (case.values[0] if isinstance(case, type(pytest.param())) else case).dtype == "fp32"],
     ids=lambda combination: combination.name)
+# Sums in another order differ by some 1e-7 of themselves; a policy that starts at its reference has a KL near 0.
+COMPARED = [("sft", "loss", {"rel": 1e-3}), ("reward", "loss", {"rel": 1e-3}), ("ppo", "shaped_score", {"rel": 1e-4}),
+            ("ppo", "kl", {"abs": 1e-5}), ("ppo", "value_loss", {"rel": 1e-4}),
+            ("ppo", "explained_variance", {"rel": 1e-4})]
 RANKS = pytest.mark.parametrize("ranks", (1, 2))
 
 
@@ -113,11 +117,12 @@ def test_step_3_starts_at_the_reference_and_moves(results, combination, ranks):
     assert len(iterations) == 2 and abs(iterations[0]["kl"]) < tolerance and abs(iterations[1]["kl"]) > 0
     for record in iterations:
         assert 0 < record["entropy"] < math.log(2000) and record["explained_variance"] <= 1
+        assert 0 < record["text_loss"] < 2 * math.log(2000)
         if combination.lora:  # three epochs of one step, left by target_kl once the policy has moved
-            assert record["optimizer_steps"] == 2
+            # In bf16 the rounding of two like forward passes may be above the target before the first step.
+            assert record["optimizer_steps"] == 2 or combination.dtype == "bf16" and record["optimizer_steps"] == 1
         else:  # one step: at its start the new policy is the old one
             assert record["optimizer_steps"] == 1 and record["approx_kl"] < tolerance ** 2
-        assert 0 < record["text_loss"] < 2 * math.log(2000)
             assert record["clip_fraction"] == 0 or combination.dtype != "fp32"
     beta, later = (record["kl_coef"] for record in iterations)
     assert iterations[0]["responses"] <= ROWS_PER_STEP  # far below its target, the penalty gives way
@@ -136,9 +141,9 @@ def test_ranks_and_stages_give_the_same_run(results, combination):
     ours = results / "2" / combination.name
     twins = [results / "1" / combination.name, results / "1" / combination._replace(zero_stage=0).name]
     for twin in (twin for twin in twins if twin.is_dir()):
-        for step, metric in (("sft", "loss"), ("reward", "loss"), ("ppo", "shaped_score")):
+        for step, metric, tolerance in COMPARED:
             found = [record[metric] for record in logged(ours / step, "train")]
             expected = [record[metric] for record in logged(twin / step, "train")]
-            assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), (step, twin)
+            assert found == pytest.approx(expected, **tolerance), (step, metric, twin)
         assert [row["response"] for row in samples(ours / "ppo", "before")] == \
                [row["response"] for row in samples(twin / "ppo", "before")]
