@@ -47,7 +47,7 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
            "--max_answer_seq_len", "12", "--eval_prompts", str(EVAL_PROMPTS), "--enable_ema", "--ema_decay", "0",
            *(["--ppo_epochs", "3", "--target_kl", "1e-9"] if combination.lora else []),
            "--unsupervised_dataset_name", texts, "--unsup_coef", "0.1", "--actor_gradient_checkpointing",
-           "--num_warmup_steps", "0", "--actor_learning_rate", "1e-4", "--max_iterations", "2"])
+           "--num_warmup_steps", "0", "--actor_learning_rate", "1e-4", "--max_iterations", "2", "--temperature", "0.8"])
 
 
 if __name__ == "__main__":
