@@ -10,7 +10,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 from common.checkpoint import export_model
 from common.config import parse
-from common.data.prepare import PreparedData, prepare_many
+from common.data.prepare import PreparedData, agree_on, prepare_many
 from common.data.sampler import evaluation_batches
 from common.data.tokenization import Codec
 from common.distributed import rank, run_program, seed_rank, start, world_size
@@ -36,6 +36,7 @@ def main(argv=None) -> None:
 
     tracker = open_run(config)
     start(config.timeout, config.seed)
+    agree_on(data)
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
     engine = build_engine(config, source, codec, loop.total_steps)
     seed_rank(config.seed)

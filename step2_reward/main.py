@@ -9,7 +9,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 from common.checkpoint import export_model
 from common.config import parse
-from common.data.prepare import prepare
+from common.data.prepare import agree_on, prepare
 from common.data.sampler import evaluation_batches
 from common.data.tokenization import Codec
 from common.distributed import rank, run_program, seed_rank, start, world_size
@@ -38,6 +38,7 @@ def main(argv=None) -> None:
 
     tracker = open_run(config)
     start(config.timeout, config.seed)
+    agree_on(data)
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
     engine = build_engine(config, source, codec, loop.total_steps)
     seed_rank(config.seed)

@@ -16,7 +16,7 @@ from common.checkpoint import export_model
 from common.config import parse
 from common.data.blend import parse_data_path
 from common.data.collate import TokenBatch, collate_texts
-from common.data.prepare import DataRequest, prepare
+from common.data.prepare import DataRequest, agree_on, prepare
 from common.data.sampler import StepSampler
 from common.data.tokenization import Codec
 from common.distributed import rank, run_program, say, start, world_size
@@ -45,18 +45,19 @@ def main(argv=None) -> None:
     calibration = read_calibration(config, codec, critic)
     data = prepare(data_request(config, "prompt", config.max_prompt_seq_len, "--max_prompt_seq_len"), codec)
     say_data(data)
-    texts = prepare(text_request(config), codec).train if config.unsupervised_dataset_name else None
+    texts = prepare(text_request(config), codec) if config.unsupervised_dataset_name else None
     warn(config)
 
     tracker = open_run(config)
     start(config.timeout, config.seed)
+    agree_on(data, *([texts] if texts else []))
     sampler = prompt_sampler(config, data.train)
     iterations = min(sampler.steps_per_epoch * config.num_train_epochs,
                      config.max_iterations or sys.maxsize, config.stop_after or sys.maxsize)
     models = build_models(config, codec, actor, critic, calibration,
                           optimizer_steps(config, data.train, iterations))
     trainer = PPOTrainer(models, config, codec, data.train, data.eval,
-                         text_batches(config, texts, codec) if texts is not None else None, calibration)
+                         text_batches(config, texts.train, codec) if texts else None, calibration)
 
     run_iterations(trainer, sampler, iterations, tracker)
 

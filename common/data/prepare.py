@@ -30,6 +30,7 @@ from common.data.reading import SourcedRecord, fingerprint, read_records
 from common.data.records import Prompt, identity
 from common.data.split import assignment
 from common.data.tokenization import Codec, tokenizer_fingerprint
+from common.distributed import gather_objects
 from common.errors import UserError
 
 _READY = "READY"
@@ -75,13 +76,14 @@ class PreparedData:
     Columns, by kind: `prompt_ids` and `response_ids` | `prompt_ids`, `chosen_ids` and `rejected_ids` |
     `prompt_ids` | `input_ids`. Always `length`, the tokens of the row's longest sequence, and `dialogue`, a
     64-bit hash of the normalised first user turn. `tested`: these hashes of all prompts of the sources' own
-    test data, whatever became of their rows.
+    test data, whatever became of their rows. `key`: a hash of all that decided the content.
     """
 
     train: Dataset
     eval: Dataset
     tested: np.ndarray
     report: PreparationReport
+    key: str
 
 
 def prepare(request: DataRequest, codec: Codec) -> PreparedData:
@@ -89,7 +91,7 @@ def prepare(request: DataRequest, codec: Codec) -> PreparedData:
 
     One of the ranks that share the cache prepares while the others wait for the result; no process group is
     needed, so a wait may last as long as it takes. The result is the same on every rank, unless a source
-    changes meanwhile. A local file is hashed again only when its place, size or time of change differs.
+    changes meanwhile, see `agree_on`. A local file is hashed again only when its place, size or time of change differs.
 
     Raises:
         UserError: a source cannot be read, too many rows are unusable, or none is left to train on.
@@ -106,6 +108,19 @@ def prepare_many(requests: Sequence[DataRequest], codec: Codec) -> PreparedData:
     data.report.check(max(request.max_bad_fraction for request in requests),
                       length_flag=requests[0].length_flag, data_flag=" and ".join(flags))
     return data
+
+
+def agree_on(*data: PreparedData) -> None:
+    """Make sure that all ranks of the process group have prepared the same.
+
+    Raises:
+        UserError: on every rank alike, if they have not.
+    """
+    keys = gather_objects([part.key for part in data])
+    for rank, theirs in enumerate(keys):
+        if theirs != keys[0]:
+            raise UserError(f"rank {rank} has read other data than rank 0: a data source has changed meanwhile, or is "
+                            "not the same on each machine; start again when it no longer changes")
 
 
 def _from_cache(request: DataRequest, codec: Codec) -> PreparedData:
@@ -142,7 +157,8 @@ def _joined(parts: Sequence[PreparedData]) -> PreparedData:
     if seen.any():
         train = train.select(np.flatnonzero(~seen))
     report = functools.reduce(PreparationReport.joined, (part.report for part in parts))
-    return PreparedData(train, held_out, tested, replace(report, train_rows=len(train)))
+    return PreparedData(train, held_out, tested, replace(report, train_rows=len(train)),
+                        " ".join(part.key for part in parts))
 
 
 def _dialogues(dataset: Dataset) -> np.ndarray:
@@ -193,7 +209,7 @@ def _load(directory: Path) -> PreparedData | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):  # broken JSON or Arrow: a ValueError
         return None
     whole = len(train) == report.train_rows and len(held_out) == report.eval_rows
-    return PreparedData(train, held_out, tested, report) if whole else None
+    return PreparedData(train, held_out, tested, report, directory.name) if whole else None
 
 
 def _build(request: DataRequest, codec: Codec, target: Path) -> None:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from common.data import encoding, parallel
 from common.data.blend import parse_data_path
-from common.data.prepare import DataRequest, prepare, prepare_many
+from common.data.prepare import DataRequest, agree_on, prepare, prepare_many
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from tokenizers_built import byte_level_bpe, llama_sentencepiece
@@ -275,6 +275,32 @@ def test_processes_that_start_together_agree(tmp_path, codec, tokenizer_director
     data = prepare(request(tmp_path, path), codec)
     assert printed == {f"{len(data.train)} {len(data.eval)} {sum(data.train['length'])}\n"}
     assert len(list((tmp_path / "cache").glob("*/train.arrow"))) == 1
+
+
+def test_ranks_that_read_different_data_say_so(tmp_path, tokenizer_directory):
+    """Each in a directory of its own, with a file of the same name: as if the file had changed in between."""
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from pathlib import Path\n"
+        "import torch.distributed as dist\n"
+        "from unit.test_prepare import UserError, agree_on, load_tokenizer, make_codec, prepare, request\n"
+        "codec = make_codec(load_tokenizer(sys.argv[3]), 'human_assistant')\n"
+        "same, other = (prepare(request(Path('.'), name), codec) for name in ('same.jsonl', 'other.jsonl'))\n"
+        "dist.init_process_group('gloo', init_method=f'file://{sys.argv[4]}', rank=int(sys.argv[5]), world_size=2)\n"
+        "agree_on(same)\n"
+        "try:\n"
+        "    agree_on(same, other)\n"
+        "except UserError as error:\n"
+        "    print(error)\n")
+    root, processes = Path(__file__).resolve().parents[2], []
+    for rank in (0, 1):
+        write(tmp_path / str(rank) / "same.jsonl", pairs(30))
+        write(tmp_path / str(rank) / "other.jsonl", pairs(30, start=rank))
+        arguments = map(str, (root, root / "tests", tokenizer_directory, tmp_path / "meeting", rank))
+        processes.append(subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE,
+                                          text=True, cwd=tmp_path / str(rank), env={**os.environ, "WORLD_SIZE": "2"}))
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert said[0] == said[1] and "rank 1 has read other data than rank 0" in said[0]
 
 
 def test_no_rank_depends_on_another(tmp_path, tokenizer_directory):
