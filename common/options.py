@@ -23,7 +23,8 @@ class DataOptions(Config):
     phase: ClassVar[int]  # 0 SFT, 1 reward model, 2 PPO: which part of --data_split is this step's
 
     data_path: tuple[str, ...] = option(
-        ("Dahoas/rm-static",), "builtin:*, files, directories or hub names; name:0.3 takes a share")
+        ("Dahoas/rm-static",), "builtin:*, files, directories or hub names; name:0.3 takes 30 percent of its prompts, "
+        "name:1.3 all of them and 30 percent a second time")
     data_split: str = option("2,4,4", "parts of the prompts for the steps 1, 2 and 3")
     eval_fraction: float = option(0.05, "share of the prompts held out for evaluation", low=0, below=1)
     columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question chosen=good")

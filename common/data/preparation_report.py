@@ -9,6 +9,7 @@ from common.data.reading import Counts, ReadReport
 from common.errors import UserError
 
 _SHOWN = 5  # refused rows shown with their place
+_FEW = 20   # with fewer rows to evaluate on, chance moves a metric as much as training does
 
 
 @dataclass
@@ -72,17 +73,23 @@ class PreparationReport:
 
     def lines(self) -> list[str]:
         """A summary for the log."""
-        summary = [f"{source}: {counts.total:,} rows read, {counts.bad:,} of them unusable"
+        summary = [f"{source}: {_counted(counts.total, 'row')} read, {counts.bad:,} unusable"
                    for source, counts in self.read.sources.items()]
         summary += self.read.notes
         summary += [f"unusable: {where}: {why}" for where, why in [*self.read.first_bad, *self.first_refused]]
-        others = ((self.other_phases, "rows belong to other steps"),
-                  (self.repeated_prompts, "repeated prompts left out"),
-                  (self.too_long, "rows dropped as too long"),
-                  (self.refused, "rows refused by the template"),
-                  (self.prompts_cut, "prompts cut on the left"))
-        left = [f"{self.train_rows:,} rows to train on", f"{self.eval_rows:,} to evaluate on"]
-        summary.append(", ".join(left + [f"{count:,} {what}" for count, what in others if count]))
+        others = ((self.other_phases, "row", "for other steps"),
+                  (self.repeated_prompts, "repeated prompt", "left out"),
+                  (self.too_long, "row", "dropped as too long"),
+                  (self.refused, "row", "refused by the template"),
+                  (self.prompts_cut, "prompt", "cut on the left"))
+        left = [f"{_counted(self.train_rows, 'row')} to train on", f"{self.eval_rows:,} to evaluate on"]
+        summary.append(", ".join(left + [f"{_counted(count, noun)} {what}" for count, noun, what in others if count]))
+        mend = "raise --eval_fraction or give more data"
+        if not self.eval_rows:
+            summary.append(f"note: no row is held out, so nothing is evaluated: {mend}")
+        elif self.eval_rows < _FEW:
+            are = "is" if self.eval_rows == 1 else "are"
+            summary.append(f"note: {_counted(self.eval_rows, 'row')} {are} held out, too few to measure much by: {mend}")
         return summary
 
     def check(self, max_bad_fraction: float, *, length_flag: str = "--max_seq_len",
@@ -102,3 +109,7 @@ class PreparationReport:
             raise UserError(f"no row of {data_flag} is left to train on: "
                             f"{self.other_phases:,} belong to other steps (--data_split) and "
                             f"{self.eval_rows:,} are held out (--eval_fraction)")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

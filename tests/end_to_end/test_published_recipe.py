@@ -63,7 +63,7 @@ def test_the_recipe_runs_as_published(workplace):
     actor = workplace / "output" / "actor-models" / "1.3b"
     assert logged(actor, "eval")[-1]["perplexity"] < logged(actor, "eval")[0]["perplexity"]
     assert (actor / "adapter" / "adapter_model.safetensors").is_file()
-    assert "yitingxie/rlhf-reward-datasets: 80 rows read, 0 of them unusable" in step1.stdout
+    assert "yitingxie/rlhf-reward-datasets: 80 rows read, 0 unusable" in step1.stdout
 
     step2 = launch(ROOT / "step2_reward" / "main.py", *shlex.split(REWARD), "--max_rows", "80", cwd=workplace)
     reward = workplace / "output" / "reward-models" / "350m"

@@ -350,6 +350,28 @@ def test_unusable_rows_are_shown_with_their_place_and_too_many_are_an_error(tmp_
             prepare(replace(asked, max_bad_fraction=0.01), codec)
 
 
+@pytest.mark.parametrize("held_out, said", [
+    (0, "note: no row is held out, so nothing is evaluated: raise --eval_fraction or give more data"),
+    (1, "note: 1 row is held out, too few to measure much by: raise --eval_fraction or give more data"),
+    (19, "note: 19 rows are held out, too few to measure much by: raise --eval_fraction or give more data"),
+    (20, None)])
+def test_too_few_rows_to_evaluate_on_are_remarked_on_once(tmp_path, codec, held_out, said):
+    write(tmp_path / "set" / "train.jsonl", pairs(5))
+    write(tmp_path / "set" / "test.jsonl", pairs(held_out, start=5))
+    lines = prepare(request(tmp_path, str(tmp_path / "set"), eval_fraction=0.0), codec).report.lines()
+    assert [line for line in lines if line.startswith("note")] == [said] * (said is not None)
+
+
+def test_one_row_is_one_row(tmp_path, codec):
+    rows = [{"prompt": "so " * 100 + "what?", "response": "Short."}, {"prompt": "Why?", "response": "so " * 100}]
+    path = write(tmp_path / "d.jsonl", rows)
+    lines = prepare(request(tmp_path, path, max_tokens=40, eval_fraction=0.0), codec).report.lines()
+    assert "1 row to train on, 0 to evaluate on, 1 row dropped as too long, 1 prompt cut on the left" in lines
+    path = write(tmp_path / "e.jsonl", pairs(1))
+    lines = prepare(request(tmp_path, path, eval_fraction=0.0), codec).report.lines()
+    assert f"{path}: 1 row read, 0 unusable" in lines
+
+
 def test_rows_a_chat_template_refuses_are_counted(tmp_path, tokenizer_directory):
     tokenizer = load_tokenizer(str(tokenizer_directory))
     tokenizer.chat_template = (
