@@ -50,9 +50,9 @@ def check_split_rule(provenance: Provenance, config: DataOptions, made: str) -> 
     for source, use in now:
         for trained_on, used in before:
             if _overlap(source, _place(trained_on)) and not use.agrees(used):
-                raise UserError(f"{made} was trained on {trained_on} {used}; now {source} would be taken {use}, so that "
-                                "prompts would be in two steps or on both sides: use the same in every step, or other "
-                                "data")
+                raise UserError(f"{made} was trained on {trained_on} {used}; now {source} would be taken {use}, so "
+                                "prompts would be in two steps or on both sides: use the same in every step, or "
+                                "other data")
 
 
 def _uses(data_path: Sequence[str], unsplit_data_path: Sequence[str], data_split: str,

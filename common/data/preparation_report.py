@@ -88,8 +88,8 @@ class PreparationReport:
         if not self.eval_rows:
             summary.append(f"note: no row is held out, so nothing is evaluated: {mend}")
         elif self.eval_rows < _FEW:
-            are = "is" if self.eval_rows == 1 else "are"
-            summary.append(f"note: {_counted(self.eval_rows, 'row')} {are} held out, too few to measure much by: {mend}")
+            rows = _counted(self.eval_rows, "row") + (" is" if self.eval_rows == 1 else " are")
+            summary.append(f"note: {rows} held out, too few to measure much by: {mend}")
         return summary
 
     def check(self, max_bad_fraction: float, *, length_flag: str = "--max_seq_len",
