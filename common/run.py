@@ -159,13 +159,14 @@ def _check_usable(engine, name: str, codec: Codec) -> None:
         raise TrainingFailure(f"what the trained {name} computes is not finite: {DIVERGED}")
 
 
-def step_sampler(config, train) -> StepSampler:
-    """The optimizer steps of step 1 and step 2 over prepared rows."""
+def step_sampler(config, train, pack_to: int = 0) -> StepSampler:
+    """The optimizer steps of step 1 and step 2 over prepared rows; see `StepSampler` on `pack_to`."""
     sequences = 2 if "chosen_ids" in train.column_names else 1  # a pair is padded to its longer one
     return StepSampler([sequences * length for length in train["length"]],
                        rows_per_micro_batch=config.per_device_train_batch_size,
                        micro_batches_per_step=config.gradient_accumulation_steps, world_size=world_size(),
-                       rank=rank(), seed=config.seed, max_tokens=config.max_tokens_per_micro_batch)
+                       rank=rank(), seed=config.seed, max_tokens=config.max_tokens_per_micro_batch,
+                       pack_to=pack_to)
 
 
 def report_done(tracker: Tracker, steps: int, metrics: dict[str, float], output_dir: str) -> None:

@@ -23,6 +23,9 @@ class SFTConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
     num_warmup_steps: int = option(0, "the learning rate rises this long", unit="optimizer steps", low=0)
     sft_only_data_path: tuple[str, ...] = option((), "further data sources, given to this step whole")
     train_on_prompt: bool = option(False, "train on the tokens of prompts too")
+    packing: bool = option(
+        False, "let whole rows share sequences of --max_seq_len tokens, each blind to the others: the same steps, loss "
+        "and gradients from fewer, fuller micro-batches; a model that cannot gets rows of like length together")
     eval_iters: int = option(0, "evaluation batches over all ranks at most; 0: all", low=0)
 
     def validate(self) -> None:

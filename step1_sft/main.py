@@ -8,18 +8,21 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
     from common.environment import require_environment
     require_environment()
 
+from datasets import Dataset
+
 from common.checkpoint import export_model
 from common.config import parse
 from common.data.prepare import PreparedData, agree_on, prepare_many
-from common.data.sampler import evaluation_batches
+from common.data.sampler import StepSampler, evaluation_batches
 from common.data.tokenization import Codec
-from common.distributed import rank, run_program, seed_rank, start, world_size
+from common.distributed import rank, run_program, say, seed_rank, start, world_size
 from common.engine import EngineSettings, OptimizerSettings, check_engine_options, deepspeed_config, training_engine
 from common.lora import add_lora
 from common.loop import SupervisedLoop
 from common.models.factory import check_language_model, check_room, load_causal_lm, resolve_model
 from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from step1_sft.config import SFTConfig
+from step1_sft.packing_probe import keeps_rows_apart
 from step1_sft.trainer import SFTTrainer
 
 
@@ -39,6 +42,8 @@ def main(argv=None) -> None:
     agree_on(data)
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
     engine = build_engine(config, source, codec, loop.total_steps)
+    if config.packing:
+        loop.sampler = packing_sampler(config, engine, data.train)
     seed_rank(config.seed)
     trainer = SFTTrainer(engine, data.train, data.eval, evaluation_batches(
         data.eval["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None),
@@ -60,6 +65,16 @@ def prepare_demonstrations(config: SFTConfig, codec: Codec) -> PreparedData:
     if whole := config.unsplit_sources():
         requests.append(replace(request, data_path=whole, phase=None))
     return prepare_many(requests, codec)
+
+
+def packing_sampler(config: SFTConfig, engine, train: Dataset) -> StepSampler:
+    """Steps of packed rows; where the model does not compute the same for them, of rows of like length."""
+    if keeps_rows_apart(engine, config.max_seq_len):
+        return step_sampler(config, train, pack_to=config.max_seq_len)
+    tokens = config.max_tokens_per_micro_batch or config.per_device_train_batch_size * config.max_seq_len
+    say(f"note: {type(engine.module).__name__} does not keep packed rows apart, so rows of like length make "
+        f"micro-batches of up to {tokens} tokens instead")
+    return step_sampler(replace(config, max_tokens_per_micro_batch=tokens), train)
 
 
 def build_engine(config: SFTConfig, source: str, codec: Codec, total_steps: int):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from datasets import Dataset
 
-from common.data.collate import TokenBatch, collate_demonstrations, collate_prompts
+from common.data.collate import PackedBatch, TokenBatch, collate_demonstrations, collate_prompts
 from common.data.sampler import MicroBatch
 from common.data.tokenization import Codec
 from common.distributed import device, global_sum, world_size
@@ -38,7 +38,7 @@ class SFTTrainer:
         tokens = global_sum(sum(batch.loss_mask[:, 1:].sum() for batch in batches))
         local_loss = torch.zeros((), device=device())
 
-        def loss_of(batch: TokenBatch) -> torch.Tensor:
+        def loss_of(batch: TokenBatch | PackedBatch) -> torch.Tensor:
             loss = self._loss_sum(batch)[0] / tokens
             local_loss.add_(loss.detach())
             return loss
@@ -84,13 +84,12 @@ class SFTTrainer:
                  "response": codec.decode_response(answer), "demonstration": codec.decode_response(row["response_ids"])}
                 for row, answer in zip(chosen, tokens[:, width:].tolist())]
 
-    def _batches(self, dataset: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterable[TokenBatch]:
+    def _batches(self, dataset: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterable[TokenBatch | PackedBatch]:
         for micro_batch in micro_batches:
             yield collate_demonstrations(dataset, micro_batch, self.pad_id, self.train_on_prompt).to(device())
 
-    def _loss_sum(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        return next_token_loss_sum(self.engine, inputs, batch.loss_mask)
+    def _loss_sum(self, batch: TokenBatch | PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        return next_token_loss_sum(self.engine, batch.inputs(self.engine.module.dtype), batch.loss_mask)
 
 
 def first_distinct(demonstrations: Dataset, count: int) -> list[int]:

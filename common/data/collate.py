@@ -7,13 +7,15 @@ token like others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain, islice
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from common.data.packing import block_causal_mask
 from common.data.sampler import MicroBatch
 
 
@@ -41,6 +43,33 @@ class TokenBatch(_Batch):
     attention_mask: Tensor
     loss_mask: Tensor
     lengths: Tensor
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a causal language model that computes in `dtype` is given."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+@dataclass(frozen=True)
+class PackedBatch(_Batch):
+    """B sequences of up to L tokens, each of several rows one after another, padded on the right.
+
+    Attributes:
+        input_ids: (B, L) long.
+        position_ids: (B, L) long, counted from each row's first token.
+        rows: (B, L) long, a number for every row; 0 in the padding.
+        loss_mask: as in `TokenBatch`; no row's first token is a target.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    rows: Tensor
+    loss_mask: Tensor
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a causal language model is given: both a mask and positions, as OPT would count through from the mask,
+        and others would derive no mask from positions."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids,
+                "attention_mask": block_causal_mask(self.rows, dtype)}
 
 
 @dataclass(frozen=True)
@@ -89,12 +118,14 @@ class PromptBatch(_Batch):
 
 
 def collate_demonstrations(dataset: Dataset, micro_batch: MicroBatch, pad_id: int,
-                           train_on_prompt: bool = False) -> TokenBatch:
-    """Prompt and response of each row; the targets are the response with its end token, or with
-    `train_on_prompt` the prompt too."""
+                           train_on_prompt: bool = False) -> TokenBatch | PackedBatch:
+    """Prompt and response of each row, packed if the micro-batch is; the targets are the response with its end token,
+    or with `train_on_prompt` the prompt too."""
     rows = dataset[list(micro_batch.indices)]
     prompts = [0 if train_on_prompt else len(prompt) for prompt in rows["prompt_ids"]]
     joined = [prompt + response for prompt, response in zip(rows["prompt_ids"], rows["response_ids"])]
+    if micro_batch.packs:
+        return _packed_batch(joined, prompts, micro_batch, pad_id)
     return _token_batch(joined, prompts, micro_batch.real, pad_id)
 
 
@@ -126,6 +157,19 @@ def _token_batch(rows: Sequence[list[int]], prompt_lengths: Sequence[int], real:
     first_target = torch.tensor(prompt_lengths).clamp(min=1)[:, None]
     loss_mask = (position >= first_target) & (position < lengths[:, None]) & torch.tensor(real)[:, None]
     return TokenBatch(input_ids, attention_mask, loss_mask, lengths)
+
+
+def _packed_batch(rows: Sequence[list[int]], prompt_lengths: Sequence[int], micro_batch: MicroBatch,
+                  pad_id: int) -> PackedBatch:
+    def joined(of_rows: Iterable[Sequence], padding) -> Tensor:
+        remaining = iter(of_rows)
+        return _padded([list(chain.from_iterable(islice(remaining, pack))) for pack in micro_batch.packs], padding)[0]
+
+    targets = [[real and position >= max(prompt, 1) for position in range(len(row))]
+               for row, prompt, real in zip(rows, prompt_lengths, micro_batch.real)]
+    numbers = [[number] * len(row) for number, row in enumerate(rows, start=1)]
+    return PackedBatch(joined(rows, pad_id), joined([range(len(row)) for row in rows], 0), joined(numbers, 0),
+                       joined(targets, False))
 
 
 def _padded(rows: Sequence[list[int]], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor, Tensor]:

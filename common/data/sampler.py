@@ -12,15 +12,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.packing import balanced
+from common.data.packing import balanced, packed
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass. Where `real` is False the row is a repeated one that must count nothing."""
+    """Rows of one forward pass. Where `real` is False the row is a repeated one that must count nothing.
+
+    Attributes:
+        packs: how many rows share each sequence, one after another; empty where every row has its own.
+    """
 
     indices: tuple[int, ...]
     real: tuple[bool, ...]
+    packs: tuple[int, ...] = ()
 
 
 class StepSampler:
@@ -36,6 +41,8 @@ class StepSampler:
         seed: of the order; each epoch has its own.
         max_tokens: if not 0, the same steps are cut otherwise: into as few micro-batches as hold so many padded
             tokens each, of any number of rows; see `token_budget_batches`.
+        pack_to: if not 0, rows share sequences of so many tokens; `rows_per_micro_batch` (or what `max_tokens` have
+            room for) is then the number of sequences at most.
     """
 
     # Rows are sorted by length among so many steps' worth of rows, and at most among a quarter of the epoch:
@@ -43,7 +50,7 @@ class StepSampler:
     _STEPS_SORTED_TOGETHER = 50
 
     def __init__(self, lengths: Sequence[int], *, rows_per_micro_batch: int, micro_batches_per_step: int,
-                 world_size: int, rank: int, seed: int, max_tokens: int = 0):
+                 world_size: int, rank: int, seed: int, max_tokens: int = 0, pack_to: int = 0):
         if not 0 <= rank < world_size or min(rows_per_micro_batch, micro_batches_per_step, len(lengths)) < 1:
             raise ValueError("a sampler needs rows, positive batch sizes and a rank below the world size")
         self._lengths = np.asarray(lengths, dtype=np.int64)
@@ -53,6 +60,7 @@ class StepSampler:
         self._rank = rank
         self._seed = seed
         self._max_tokens = max_tokens
+        self._pack_to = min(pack_to, max_tokens) if max_tokens else pack_to
         self._global_rows = rows_per_micro_batch * micro_batches_per_step * world_size
 
     @property
@@ -77,6 +85,9 @@ class StepSampler:
     def _dealt(self, rows: np.ndarray) -> list[MicroBatch]:
         """This rank's share of a step. Neighbours in length are on all ranks at the same time; the rank that
         has the longest of one round has the shortest of the next."""
+        if self._pack_to:
+            sequences = self._max_tokens // self._pack_to if self._max_tokens else self._rows
+            return _packed_batches(rows, self._lengths, self._pack_to, sequences, self._world_size, self._rank)
         if self._max_tokens:
             return _within_budget(rows, self._lengths, self._max_tokens, self._world_size, self._rank)
         batches = _batches(rows, self._rows, count=self._micro_batches * self._world_size)
@@ -124,6 +135,20 @@ def _within_budget(rows: np.ndarray, lengths: np.ndarray, max_tokens: int, world
         groups[number:number + 1] = groups[number][:half], groups[number][half:]
     batches = [MicroBatch(tuple(group.tolist()), (True,) * len(group)) for group in groups]
     return batches + [MicroBatch((int(rows[-1]),), (False,))] * (count - len(batches))
+
+
+def _packed_batches(rows: np.ndarray, lengths: np.ndarray, pack_to: int, sequences_per_batch: int, world_size: int,
+                    rank: int) -> list[MicroBatch]:
+    shares = [rows[share] for share in balanced(lengths[rows].tolist(), world_size)]
+    sequences = [packed(lengths[share].tolist(), pack_to) for share in shares]
+    count = max(-(-len(bins) // sequences_per_batch) for bins in sequences)
+    batches = []
+    for numbers in np.array_split(np.arange(len(sequences[rank])), count):
+        packs = [shares[rank][sequences[rank][number]] for number in numbers]
+        indices = tuple(int(row) for pack in packs for row in pack)
+        batches.append(MicroBatch(indices, (True,) * len(indices), tuple(map(len, packs))) if packs else
+                       MicroBatch((int(rows[-1]),), (False,), (1,)))
+    return batches
 
 
 def _cut(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:

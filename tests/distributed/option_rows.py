@@ -87,6 +87,7 @@ SFT = {
     **SUPERVISED,
     "sft_only_data_path": Row("metrics", "{inputs}/other.jsonl"),
     "train_on_prompt": Row("metrics"),
+    "packing": Row("weights"),
 }
 
 REWARD = {

@@ -1,0 +1,47 @@
+"""Whether a model computes the same for rows that share a sequence as for rows on their own."""
+from __future__ import annotations
+
+import inspect
+
+import torch
+from datasets import Dataset
+
+from common.data.collate import collate_demonstrations
+from common.data.sampler import MicroBatch
+from common.distributed import device
+from common.models.logprobs import response_log_probs
+
+_SHORT = 16
+
+
+@torch.no_grad()
+def keeps_rows_apart(engine, width: int) -> bool:
+    """Compare the log-probabilities of two rows, packed into a sequence of `width` tokens and on their own.
+
+    A mask or positions that the model ignores show in the second row, a window of attention that the block-diagonal
+    mask overrides in the first, long one. All ranks must call it.
+    """
+    causal_lm = engine.module
+    if "position_ids" not in inspect.signature(causal_lm.forward).parameters:
+        return False  # BLOOM and others, whose positions come from a (B, L) mask; they refuse one of four dimensions
+    lengths = [max(width, 2 * _SHORT) - _SHORT, _SHORT]
+    random = torch.Generator().manual_seed(0)
+    ids = [torch.randint(causal_lm.config.get_text_config().vocab_size, (length,), generator=random).tolist()
+           for length in lengths]
+    rows = Dataset.from_dict({"prompt_ids": [row[:1] for row in ids], "response_ids": [row[1:] for row in ids]})
+
+    def log_probs(micro_batch: MicroBatch, lengths: list[int]) -> torch.Tensor:
+        batch = collate_demonstrations(rows, micro_batch, pad_id=0).to(device())
+        responses = torch.tensor(lengths, device=device()) - 1
+        return response_log_probs(engine, batch.inputs(causal_lm.dtype), torch.ones_like(responses), responses)
+
+    engine.eval()
+    apart = log_probs(MicroBatch((0, 1), (True, True)), lengths)
+    (packed,) = log_probs(MicroBatch((0, 1), (True, True), packs=(2,)), [sum(lengths)])
+    engine.train()
+    # Rounding moves results by about the type's epsilon, a row that sees another by a good part of their spread.
+    tolerance = torch.finfo(causal_lm.dtype).eps ** 0.5
+    first, second = lengths
+    pairs = (apart[0, :first - 1], packed[:first - 1]), (apart[1, :second - 1], packed[first:])
+    return all(bool((found - expected).square().mean().sqrt() <= tolerance * expected.std())
+               for expected, found in pairs)

@@ -1,0 +1,112 @@
+"""Rows that share a sequence train a model exactly as rows on their own do."""
+import pytest
+import torch
+from common.data.collate import collate_demonstrations
+from common.data.sampler import MicroBatch
+from common.data.tokenization import load_tokenizer, make_codec
+from common.models.factory import load_causal_lm
+from common.models.logprobs import next_token_loss_sum
+from datasets import Dataset
+from step1_sft.packing_probe import keeps_rows_apart
+
+from tests.architectures import CONFIGS, build_model
+
+LENGTHS = [(3, 5), (9, 2), (1, 7), (4, 4), (6, 1)]
+APART = MicroBatch((0, 1, 2, 3, 4), (True,) * 5)
+PACKED = MicroBatch((1, 0, 2, 4, 3), (True,) * 5, packs=(3, 2))
+PACKABLE = [name for name in CONFIGS if name != "bloom"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(4)
+    ids = lambda length: torch.randint(10, 300, (length,), generator=generator).tolist()
+    return Dataset.from_dict({"prompt_ids": [ids(prompt) for prompt, _ in LENGTHS],
+                              "response_ids": [ids(response) for _, response in LENGTHS]})
+
+
+def load(name, tmp_path, builtin_cache, dtype=torch.float32, **changes):
+    directory = str(build_model(name, tmp_path / name, builtin_cache, **changes))
+    codec = make_codec(load_tokenizer(directory), "human_assistant")
+    return load_causal_lm(directory, "--model", codec, dtype=dtype, dropout=0.0)
+
+
+def engine_around(model):
+    """As much of an engine as the probe needs."""
+    class Engine:
+        module, eval, train = model, model.eval, model.train
+
+        def __call__(self, **inputs):
+            return model(**inputs)
+    return Engine()
+
+
+def loss_and_gradients(model, rows, micro_batch, train_on_prompt):
+    batch = collate_demonstrations(rows, micro_batch, 1, train_on_prompt)
+    loss, count = next_token_loss_sum(model, batch.inputs(model.dtype), batch.loss_mask)
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), count, {name: parameter.grad.clone() for name, parameter in model.named_parameters()
+                                  if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+@pytest.mark.parametrize("name", PACKABLE)
+def test_loss_and_gradients_are_those_of_rows_on_their_own(name, train_on_prompt, rows, tmp_path, builtin_cache):
+    model = load(name, tmp_path, builtin_cache)
+    expected, count, gradients = loss_and_gradients(model, rows, APART, train_on_prompt)
+    found, packed_count, packed_gradients = loss_and_gradients(model, rows, PACKED, train_on_prompt)
+    assert packed_count == count and expected > 10
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert packed_gradients.keys() == gradients.keys()
+    for parameter, gradient in gradients.items():
+        assert (packed_gradients[parameter] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, parameter
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PACKABLE)
+def test_no_position_sees_another_row(name, rows, tmp_path, builtin_cache):
+    """Other tokens in one row change its own logits and, bit for bit, no others."""
+    model = load(name, tmp_path, builtin_cache).eval()
+    batch = collate_demonstrations(rows, PACKED, 1)
+    changed = batch.input_ids.clone()
+    within = batch.rows == 1
+    changed[within] = (changed[within] + 7) % 300
+    before = model(**batch.inputs(model.dtype)).logits
+    after = model(**{**batch.inputs(model.dtype), "input_ids": changed}).logits
+    assert (after[within] != before[within]).any()
+    assert torch.equal(after[~within], before[~within])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_probe_finds_what_can_be_packed(name, dtype, tmp_path, builtin_cache):
+    assert keeps_rows_apart(engine_around(load(name, tmp_path, builtin_cache, dtype)), 128) == (name != "bloom")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_finds_a_window_that_the_mask_would_override(dtype, tmp_path, builtin_cache):
+    model = load("mistral", tmp_path, builtin_cache, dtype, sliding_window=32)
+    assert keeps_rows_apart(engine_around(model), 32)
+    assert not keeps_rows_apart(engine_around(model), 128)
+
+
+# Rotary positions are relative, so that those models need no positions to start again.
+IGNORED = [(name, "attention_mask") for name in PACKABLE] + [("opt", "position_ids"), ("opt-350m", "position_ids")]
+
+
+@pytest.mark.parametrize("name, ignored", IGNORED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_finds_a_model_that_ignores_half_of_what_it_is_told(name, dtype, ignored, tmp_path, builtin_cache):
+    model = load(name, tmp_path, builtin_cache, dtype)
+    forward = model.forward
+
+    def forgetful(input_ids, attention_mask, position_ids=None, **others):
+        if ignored == "attention_mask" and attention_mask.dim() == 4:
+            attention_mask = torch.ones_like(input_ids)
+        if ignored == "position_ids" and position_ids is not None:
+            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        return forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **others)
+
+    model.forward = forgetful
+    assert not keeps_rows_apart(engine_around(model), 64)
