@@ -253,10 +253,10 @@ class PPOTrainer:
         if on_gpu():
             torch.cuda.synchronize()  # kernels run behind; their time belongs to the phase that launched them
         self.seconds[name] = time.perf_counter() - start
+
+
 def _occasion(stream: int) -> str:
     return "the evaluation" if stream == EVALUATION else f"iteration {stream + 1}"
-
-
 
 
 def _update_metrics(steps: Sequence[Sums]) -> dict[str, float]:
