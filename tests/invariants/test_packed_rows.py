@@ -1,6 +1,7 @@
 """Rows that share a sequence train a model exactly as rows on their own do."""
 import pytest
 import torch
+import transformers as hf
 from common.data.collate import collate_demonstrations
 from common.data.sampler import MicroBatch
 from common.data.tokenization import load_tokenizer, make_codec
@@ -82,6 +83,14 @@ def test_no_position_sees_another_row(name, rows, tmp_path, builtin_cache):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_probe_finds_what_can_be_packed(name, dtype, tmp_path, builtin_cache):
     assert keeps_rows_apart(engine_around(load(name, tmp_path, builtin_cache, dtype)), 128) == (name != "bloom")
+
+
+def test_a_model_that_refuses_the_mask_fails_the_probe_and_nothing_else():
+    falcon = hf.FalconForCausalLM(hf.FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1,
+                                                  num_attention_heads=4, alibi=True))
+    engine = engine_around(falcon)
+    assert not keeps_rows_apart(engine, 128)
+    assert falcon.training and falcon(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 300)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
