@@ -154,7 +154,8 @@ def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], directory: Pa
                if (".lora_" in key and not key.endswith(".lora_new_row")) or key.startswith("score.")}
     config = model.lora_config.to_dict()
     # peft keeps a trained row whole, and once for tied embeddings.
-    rows = {id(state[f"{name}.weight"]): (name, module.new_token) for name, module in reversed(_new_rows(model).items())}
+    rows = {id(state[f"{name}.weight"]): (name, module.new_token)
+            for name, module in reversed(_new_rows(model).items())}
     for name, token in rows.values():
         row = fold_row(state[f"{name}.weight"], token, state[f"{name}.lora_new_row"])[token:token + 1]
         weights[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"] = row.clone()

@@ -207,8 +207,8 @@ class Decoder:
 
     def _call(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         inputs = {"position_ids": positions.to(self.device)} if self.takes_positions else {}
-        return self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device), past_key_values=cache,
-                          use_cache=True, logits_to_keep=1, **inputs).logits
+        return self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device),
+                          past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits
 
     def _close_gaps(self, going: Tensor, lengths: Tensor) -> Tensor:
         """Move the last slots in use into those that have ended; returns which slot is now in each place."""

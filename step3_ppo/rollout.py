@@ -70,7 +70,7 @@ class ActorRollouts:
             if not self.gather:
                 return "--unpin_actor_parameters asks for weights that are gathered layer by layer"
             if not whole_model_fits(self.engine):
-                return "the whole actor does not fit on a rank: its weights are gathered layer by layer, for every token"
+                return "the whole actor does not fit on a rank: its layers are gathered one by one, for every token"
         return ""
 
     def _say_once(self, message: str) -> None:
@@ -91,8 +91,8 @@ class ActorRollouts:
             requests += [Request(*request) for request in zip(ids, uniform, *limits.T.tolist())]
         # Those of one prompt next to each other.
         requests = [request for row in range(len(ids)) for request in requests[row::len(ids)]]
-        with generation_mode(self.engine) as model, tqdm(
-                total=len(requests), desc="rollout", leave=False, delay=SECONDS_BEFORE_BAR, disable=not is_main()) as bar:
+        bar = tqdm(total=len(requests), desc="rollout", leave=False, delay=SECONDS_BEFORE_BAR, disable=not is_main())
+        with bar, generation_mode(self.engine) as model:
             decoder = Decoder(model, sampling, slots=self.slots, end_id=self.end_id, cache=self.cache)
             responses = decoder.run(requests, progress=bar.update)
         self.cache = decoder.cache if self.keep_cache else None

@@ -101,7 +101,8 @@ def test_the_pipeline_passes_flags_to_each_step_and_sums_up(tmp_path):
 
 @pytest.mark.long
 def test_the_pipeline_stops_where_a_step_fails(tmp_path):
-    done = run(["bash", str(ROOT / "launch/pipeline.sh"), "--output_dir", str(tmp_path), "--data_path", "./missing.jsonl",
+    done = run(["bash", str(ROOT / "launch/pipeline.sh"), "--output_dir", str(tmp_path),
+                "--data_path", "./missing.jsonl",
                 "--sft_flags", "--model_name_or_path builtin:tiny-opt"], check=False)
     assert done.returncode == 2
     assert "missing.jsonl" in done.stderr and "Step 2 of 3" not in done.stdout

@@ -137,7 +137,8 @@ def test_fillers_are_not_answered(actor):
     engine, codec = actor
     batch = prompts([0, 1, 1], codec.pad_id)
     batch.real[2] = False
-    rollout = ActorRollouts(engine, slots=2, seed=5, end_id=codec.end_id, pad_id=codec.pad_id).roll_out(batch, GREEDY, 0)
+    rollouts = ActorRollouts(engine, slots=2, seed=5, end_id=codec.end_id, pad_id=codec.pad_id)
+    rollout = rollouts.roll_out(batch, GREEDY, 0)
     assert rollout.prompt_index.tolist() == [0, 1]
 
 

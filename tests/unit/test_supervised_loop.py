@@ -35,8 +35,9 @@ def evaluated_after(directory, *, epochs=2, eval_interval=0, stop_after=0, losse
 
 
 @pytest.mark.parametrize("choices, steps", [
-    ({}, [0, 3, 6]), ({"epochs": 1}, [0, 3]), ({"eval_interval": 2}, [0, 2, 3, 4, 6]), ({"eval_interval": 1}, [*range(7)]),
-    ({"eval_interval": 3}, [0, 3, 6]), ({"stop_after": 4}, [0, 3, 4]), ({"stop_after": 2, "eval_interval": 1}, [0, 1, 2]),
+    ({}, [0, 3, 6]), ({"epochs": 1}, [0, 3]),
+    ({"eval_interval": 1}, [*range(7)]), ({"eval_interval": 2}, [0, 2, 3, 4, 6]), ({"eval_interval": 3}, [0, 3, 6]),
+    ({"stop_after": 4}, [0, 3, 4]), ({"stop_after": 2, "eval_interval": 1}, [0, 1, 2]),
     ({"stop_after": 100}, [0, 3, 6]),
 ])
 def test_evaluates_before_after_every_epoch_and_every_interval(tmp_path, capsys, choices, steps):
