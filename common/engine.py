@@ -184,6 +184,7 @@ def training_engine(model: nn.Module, settings: EngineSettings, optimizer: Optim
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, lr_scheduler=schedule,
                                       config=deepspeed_config(settings))
     _forget_start_up_step(adamw)
+    engine.train()  # transformers loads models in evaluation mode, without dropout
     return engine
 
 

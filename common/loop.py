@@ -47,23 +47,28 @@ class SupervisedLoop:
         steps = self.epochs * self.sampler.steps_per_epoch
         return min(steps, self.stop_after) if self.stop_after else steps
 
-    def run(self, train_step: Callable[[Sequence[MicroBatch]], Metrics], evaluate: Callable[[], Metrics]) -> Metrics:
+    def run(self, train_step: Callable[[Sequence[MicroBatch]], Metrics], evaluate: Callable[[], Metrics],
+            done: int = 0, after_step: Callable[[int], None] = lambda step: None) -> Metrics:
         """Train to the end.
 
         Args:
             train_step: takes this rank's micro-batches of one optimizer step; returns what to log of it.
             evaluate: returns metrics over the held-out data; none where nothing is held out.
+            done: steps that an interrupted run has made already.
+            after_step: called after each step and its evaluation, but not after the last.
 
         Returns:
             The metrics of the last evaluation.
         """
-        metrics = self._evaluate(evaluate, 0)
+        metrics = self._evaluate(evaluate, 0) if not done else {}
         steps = (micro_batches for epoch in range(self.epochs) for micro_batches in self.sampler.epoch(epoch))
-        with self.tracker.progress(self.total_steps, "training") as bar:
-            for step, micro_batches in enumerate(islice(steps, self.total_steps), start=1):
+        with self.tracker.progress(self.total_steps, "training", done) as bar:
+            for step, micro_batches in enumerate(islice(steps, done, self.total_steps), start=done + 1):
                 self._train(train_step, micro_batches, step, bar)
                 if self._evaluation_is_due(step):
                     metrics = self._evaluate(evaluate, step)
+                if step < self.total_steps:
+                    after_step(step)
         return metrics
 
     def _evaluation_is_due(self, step: int) -> bool:

@@ -72,6 +72,12 @@ class RunOptions(Config):
     deepspeed_config: str | None = option(None, "JSON file laid over the generated DeepSpeed configuration")
     timeout: int = option(1800, "longest wait for other ranks", unit="seconds", low=1)
     trust_remote_code: bool = option(False, "allow models to bring and run their own Python code")
+    save_interval: int = option(500, "save a checkpoint every N; in step 3 when the iteration ends; 0: never",
+                                unit="optimizer steps", low=0)
+    keep_checkpoints: int = option(2, "how many checkpoints stay; all go when the result is saved", low=1)
+    resume: str = option("auto", "auto: go on from the newest whole checkpoint in the output directory, if there is "
+                         "one; never: start anew; or the path of a checkpoint")
+    resume_anyway: bool = option(False, "resume even though settings have changed")
     enable_tensorboard: bool = option(True, "write TensorBoard events")
     tensorboard_path: str | None = option(None, "directory of TensorBoard events; none: in OUTPUT_DIR/logs")
     enable_test_mode: bool = option(False, "stop after --test_stop_step")

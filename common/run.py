@@ -29,14 +29,11 @@ CONFIG_FILE = "run_config.yaml"
 def open_run(config) -> Tracker:
     """Make the output directory and send libraries' chatter to its logs.
 
-    Not before everything is checked: logs and samples of an earlier run there are replaced from here on; its models
-    stay until `publishing`.
+    Not before everything is checked: the libraries' logs of an earlier run there are replaced from here on, its metrics
+    and samples when the tracker begins; its models stay until `publishing`.
     """
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    if is_main():
-        for old in (output / "samples", output / "logs" / "tensorboard"):
-            shutil.rmtree(old, ignore_errors=True)
     quiet_libraries(output)
     for note in config.notes:
         say(f"note: {note}")

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ from common.distributed import is_main, rank
 
 
 class Tracker:
-    """Metrics and samples of one run, under its output directory.
+    """Metrics and samples of one run, under its output directory; nothing is written before `begin`.
 
     Files:
         logs/metrics.jsonl: one object per `log` call: step, phase, seconds since the start, and the metrics.
@@ -32,14 +34,33 @@ class Tracker:
         self.directory = Path(output_dir)
         self._start = time.monotonic()
         self._file = self._board = None
+        self._events = Path(tensorboard_path or self.directory / "logs" / "tensorboard") if tensorboard else None
+
+    def begin(self, place: Mapping | None = None) -> None:
+        """Open the files: empty ones, or those of a run that is resumed, cut off where its checkpoint was taken.
+
+        Args:
+            place: what `place` returned at the checkpoint.
+        """
         if not is_main():
             return
         logs = self.directory / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        self._file = open(logs / "metrics.jsonl", "w", encoding="utf-8")
-        if tensorboard:
+        if place is None:
+            for old in (self.directory / "samples", logs / "tensorboard"):
+                shutil.rmtree(old, ignore_errors=True)
+        self._file = open(logs / "metrics.jsonl", "a" if place else "w", encoding="utf-8")
+        if place is not None:
+            self._file.truncate(min(place["bytes"], os.path.getsize(logs / "metrics.jsonl")))
+            self._start = time.monotonic() - place["seconds"]
+        if self._events is not None:
             from torch.utils.tensorboard import SummaryWriter
-            self._board = SummaryWriter(tensorboard_path or str(logs / "tensorboard"))
+            self._board = SummaryWriter(str(self._events), purge_step=place["step"] + 1 if place else None)
+
+    def place(self, step: int) -> dict[str, float]:
+        """Where the files are after `step`, for `begin`."""
+        size = os.path.getsize(self.directory / "logs" / "metrics.jsonl") if self._file is not None else 0
+        return {"step": step, "bytes": size, "seconds": time.monotonic() - self._start}
 
     def log(self, phase: str, step: int, metrics: Mapping[str, float | None]) -> None:
         """Record metrics of a phase ("train", "eval", "done", ...) at a step.
@@ -68,10 +89,10 @@ class Tracker:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def progress(self, total: int, what: str):
-        """A tqdm bar on rank 0; elsewhere one that shows nothing."""
+    def progress(self, total: int, what: str, done: int = 0):
+        """A tqdm bar on rank 0, `done` of `total` filled; elsewhere one that shows nothing."""
         from tqdm import tqdm
-        return tqdm(total=total, desc=what, disable=not is_main(), mininterval=1.0, dynamic_ncols=True)
+        return tqdm(total=total, initial=done, desc=what, disable=not is_main(), mininterval=1.0, dynamic_ncols=True)
 
     def close(self) -> None:
         """Flush and close the files."""

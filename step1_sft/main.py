@@ -20,6 +20,7 @@ from common.engine import EngineSettings, OptimizerSettings, check_engine_option
 from common.lora import add_lora
 from common.loop import SupervisedLoop
 from common.models.factory import check_language_model, check_room, load_causal_lm, resolve_model
+from common.resume import Checkpoints, TrainingState
 from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from step1_sft.config import SFTConfig
 from step1_sft.packing_probe import keeps_rows_apart
@@ -40,6 +41,8 @@ def main(argv=None) -> None:
     tracker = open_run(config)
     start(config.timeout, config.seed)
     agree_on(data)
+    checkpoints = Checkpoints(config, [data.key])
+    found = checkpoints.find()
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
     engine = build_engine(config, source, codec, loop.total_steps)
     if config.packing:
@@ -49,10 +52,12 @@ def main(argv=None) -> None:
         data.eval["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None),
         codec.pad_id, config.train_on_prompt)
 
-    metrics = loop.run(trainer.train_step, trainer.evaluate)
+    done = checkpoints.restore(found, TrainingState({"model": engine}), tracker)
+    metrics = loop.run(trainer.train_step, trainer.evaluate, done, checkpoints.after)
 
     with publishing(config, codec, {"model": engine}, step="sft", base=config.model_name_or_path):
         export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
+    checkpoints.discard()
     tracker.samples("after", trainer.samples(codec))
     report_done(tracker, loop.total_steps, metrics, config.output_dir)
     engine.destroy()

@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.lora import add_lora
 from common.loop import SupervisedLoop
 from common.models.factory import check_room, load_scalar_model, resolve_model
+from common.resume import Checkpoints, TrainingState
 from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from step2_reward.config import RewardConfig
 from step2_reward.trainer import RewardTrainer
@@ -39,6 +40,8 @@ def main(argv=None) -> None:
     tracker = open_run(config)
     start(config.timeout, config.seed)
     agree_on(data)
+    checkpoints = Checkpoints(config, [data.key])
+    found = checkpoints.find()
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
     engine = build_engine(config, source, codec, loop.total_steps)
     seed_rank(config.seed)
@@ -46,11 +49,13 @@ def main(argv=None) -> None:
         data.eval["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None),
         codec.pad_id, config.margin, config.centring_coef)
 
-    metrics = loop.run(trainer.train_step, trainer.evaluate)
+    done = checkpoints.restore(found, TrainingState({"model": engine}), tracker)
+    metrics = loop.run(trainer.train_step, trainer.evaluate, done, checkpoints.after)
 
     with publishing(config, codec, {"model": engine}, step="reward", base=config.model_name_or_path,
                     score_mean=metrics["score_mean"], score_std=metrics["score_std"]):
         export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
+    checkpoints.discard()
     tracker.samples("after", trainer.samples(codec))
     report_done(tracker, loop.total_steps, metrics, config.output_dir)
     engine.destroy()

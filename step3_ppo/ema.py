@@ -28,6 +28,10 @@ class EMA:
         for parameter, average in zip(self._parameters, self._average):
             average.lerp_(_held(parameter).float(), 1 - self.decay)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's share of the average, fp32; what is written into it counts."""
+        return {f"ema.{number}": average for number, average in enumerate(self._average)}
+
     @contextlib.contextmanager
     def swapped_in(self):
         """Within the context the module's weights are the average; afterwards they are exactly what they were."""

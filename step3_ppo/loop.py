@@ -1,6 +1,7 @@
 """The iterations of a PPO run, and the evaluations before, between and after them."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain, count, islice
 
 from common.data.sampler import StepSampler
@@ -13,21 +14,25 @@ SHOWN = ("reward", "kl", "response_length", "eos_fraction")
 PRINTED_ANSWERS = 3
 
 
-def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, tracker: Tracker) -> None:
+def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, tracker: Tracker, done: int = 0,
+                   after_iteration: Callable[[int, int], None] = lambda step, optimizer_steps: None) -> None:
     """Evaluate, then run all iterations, with evaluations between them. The last evaluation is the caller's.
 
     Args:
         sampler: one of its steps is the prompts of one iteration.
         iterations: how many, over as many epochs as that takes.
+        done: iterations that an interrupted run has made already.
+        after_iteration: called with the iterations and the optimizer steps made so far, but not after the last.
 
     Raises:
         TrainingFailure: a loss is not a number.
     """
     config = trainer.config
-    evaluate(trainer, 0, iterations, tracker)
+    if not done:
+        evaluate(trainer, 0, iterations, tracker)
     prompts = chain.from_iterable(sampler.epoch(epoch) for epoch in count())
-    with tracker.progress(iterations, "ppo") as bar:
-        for index, micro_batches in enumerate(islice(prompts, iterations)):
+    with tracker.progress(iterations, "ppo", done) as bar:
+        for index, micro_batches in enumerate(islice(prompts, done, iterations), start=done):
             step = index + 1
             training = trainer.iteration(index, micro_batches)
             for name in ("policy_loss", "value_loss", "text_loss"):
@@ -40,6 +45,8 @@ def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, t
                 print_answers(trainer)
             if config.eval_interval and step % config.eval_interval == 0 and step < iterations:
                 evaluate(trainer, step, iterations, tracker)
+            if step < iterations:
+                after_iteration(step, trainer.optimizer_steps_made)
 
 
 def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) -> dict[str, float]:

@@ -23,6 +23,7 @@ from common.distributed import rank, run_program, say, start, world_size
 from common.engine import check_engine_options
 from common.models.factory import check_language_model, check_room, resolve_model
 from common.provenance import Calibration
+from common.resume import Checkpoints, TrainingState
 from common.run import (data_request, open_codec, open_run, publishing, read_calibration, report_done, say_data)
 from step3_ppo.config import PPOConfig
 from step3_ppo.loop import evaluate, run_iterations
@@ -50,7 +51,10 @@ def main(argv=None) -> None:
 
     tracker = open_run(config)
     start(config.timeout, config.seed)
-    agree_on(data, *([texts] if texts else []))
+    sources = [data, *([texts] if texts else [])]
+    agree_on(*sources)
+    checkpoints = Checkpoints(config, [source.key for source in sources])
+    found = checkpoints.find()
     sampler = prompt_sampler(config, data.train)
     iterations = min(sampler.steps_per_epoch * config.num_train_epochs,
                      config.max_iterations or sys.maxsize, config.stop_after or sys.maxsize)
@@ -59,12 +63,21 @@ def main(argv=None) -> None:
     trainer = PPOTrainer(models, config, codec, data.train, data.eval,
                          text_batches(config, texts.train, codec) if texts else None, calibration)
 
-    run_iterations(trainer, sampler, iterations, tracker)
+    done = checkpoints.restore(found, training_state(models, trainer), tracker)
+    run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.after)
 
     metrics = evaluate(trainer, iterations, iterations, tracker)
     save(config, models, codec, calibration)
+    checkpoints.discard()
     report_done(tracker, iterations, metrics, config.output_dir)
     models.destroy()
+
+
+def training_state(models: PPOModels, trainer: PPOTrainer) -> TrainingState:
+    """All that must be as it was for a resumed run to go on exactly."""
+    return TrainingState({"actor": models.actor, "critic": models.critic},
+                         models.ema.tensors if models.ema is not None else dict, trainer.state_dict,
+                         trainer.load_state_dict)
 
 
 def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:

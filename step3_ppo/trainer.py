@@ -4,6 +4,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from dataclasses import fields
 from math import ceil
 
@@ -59,8 +60,20 @@ class PPOTrainer:
                                       keep_cache=not config.release_inference_cache)
         self.kl = (AdaptiveKL(config.first_kl_coef, config.kl_target, config.kl_horizon)
                    if config.kl_controller == "adaptive" else FixedKL(config.first_kl_coef))
+        self.optimizer_steps_made = 0
         self.seconds: dict[str, float] = {}
         self.latest: tuple[Rollout, Assessment] | None = None
+
+    def state_dict(self) -> dict:
+        """What the next iteration depends on besides the weights: the KL controller and how much text was read."""
+        return {"kl": self.kl.state_dict(), "optimizer_steps": self.optimizer_steps_made}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where a trainer with this `state_dict` was; this one has not begun yet."""
+        self.kl.load_state_dict(state["kl"])
+        self.optimizer_steps_made = state["optimizer_steps"]
+        if self.texts is not None:  # every optimizer step has read its share
+            self.texts = islice(self.texts, self.optimizer_steps_made, None)
 
     def iteration(self, index: int, prompts: Sequence[MicroBatch]) -> dict[str, float]:
         """Roll out, score, reward, estimate advantages, update; returns what to log.
@@ -171,6 +184,7 @@ class PPOTrainer:
         optimizer_step(self.models.critic, batches, critic_loss)
         if self.models.ema is not None:
             self.models.ema.update()
+        self.optimizer_steps_made += 1
         return {**add_sums(critic_sums, global_sum), **add_sums(actor_sums, global_sum),
                 **(add_sums(text_sums, global_sum) if text_sums else {})}
 

@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
+from common.checkpoint_store import CheckpointStore
 from common.distributed import run_program
 from common.errors import UserError
 from step1_sft.main import main as step1
@@ -54,7 +55,7 @@ def fingerprint(program, argv: list[str], places: dict[str, str]) -> dict:
         elsewhere: names of the files outside of the output directory and the cache.
         printed: lines on the terminal. error: what the user is told, where the run refuses.
         engines: the DeepSpeed configuration of each. passes: how often the start of each ran forward.
-        caches: how often memory for keys and values was taken.
+        caches: how often memory for keys and values was taken. checkpoints: what was there after each was saved.
         timeout: seconds, of the process group.
         crash: a traceback; only in a run that failed as no run should.
     """
@@ -95,7 +96,8 @@ def watched():
     """What DeepSpeed is asked for within the context, and what engines and rollouts do; all is done as without."""
     import deepspeed
     initialize, init_distributed, cache = deepspeed.initialize, deepspeed.init_distributed, decoding.SlotCache
-    seen: dict = {"engines": [], "passes": [], "caches": 0, "timeout": None}
+    save = CheckpointStore.save
+    seen: dict = {"engines": [], "passes": [], "caches": 0, "checkpoints": [], "timeout": None}
 
     def initialize_watched(model, config, **arguments):
         number = len(seen["engines"])
@@ -116,9 +118,15 @@ def watched():
         seen["caches"] += 1
         return cache(*arguments)
 
+    def save_watched(store, *arguments):
+        path = save(store, *arguments)
+        seen["checkpoints"].append(sorted(entry.name for entry in store.directory.glob("step-*")))
+        return path
+
     with (mock.patch("deepspeed.initialize", initialize_watched),
           mock.patch("deepspeed.init_distributed", init_distributed_watched),
-          mock.patch("step3_ppo.decoding.SlotCache", cache_watched)):
+          mock.patch("step3_ppo.decoding.SlotCache", cache_watched),
+          mock.patch.object(CheckpointStore, "save", save_watched)):
         yield seen
 
 

@@ -21,3 +21,17 @@ VARIANTS = {
 # Name: ZeRO stage, LoRA, dtype of the actor that rollouts are made with.
 GENERATION = {f"zero{stage}-{kind}-{dtype}": (stage, kind == "lora", dtype)
               for stage in (0, 1, 2, 3) for kind in ("full", "lora") for dtype in ("fp32", "bf16")}
+
+# Name: step, flags of a run that breaks off and is resumed.
+RESUMED = {
+    "sft-dropout": ("sft", ("--dropout", "0.1")),
+    "sft-zero1-bf16": ("sft", ("--zero_stage", "1", "--dtype", "bf16")),
+    "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--lora_dropout", "0.1")),
+    "reward-bf16": ("reward", ("--dtype", "bf16")),
+    "reward-zero2-lora": ("reward", ("--zero_stage", "2", "--lora_dim", "4")),
+    "ppo-ema": ("ppo", ("--actor_zero_stage", "0", "--critic_zero_stage", "0", "--enable_ema")),
+    "ppo-zero2-bf16-lora": ("ppo", ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--dtype", "bf16")),
+    "ppo-zero3-ema": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--enable_ema")),
+    "ppo-zero3-bf16-lora": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--dtype", "bf16",
+                                    "--actor_lora_dim", "4", "--critic_lora_dim", "4", "--enable_ema")),
+}

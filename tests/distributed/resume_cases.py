@@ -1,0 +1,100 @@
+"""Runs that break off after a checkpoint, and their continuation in a new process.
+
+Run under the launcher: resume_cases.py first|second DATA TEXTS MODEL OUTPUT_DIR. `first` makes every run whole, in
+whole/, and once more in broken/, where an exception ends it after its second checkpoint. `second` starts the latter
+again by the same command.
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from common.distributed import barrier, run_program, say, world_size
+from common.errors import UserError
+from common.resume import Checkpoints
+from step1_sft.main import main as step1
+from step2_reward.main import main as step2
+from step3_ppo.main import main as step3
+from tests.distributed.variants import RESUMED
+
+PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
+
+
+class Broken(Exception):
+    """Takes the place of whatever ends a run."""
+
+
+def main(argv) -> None:
+    part, data, texts, model, output = [word for word in sys.argv[1:] if not word.startswith("--")]
+    output = Path(output) / str(world_size())
+    made = output / "made"  # sft/ and reward/ for step 3 to begin with
+    if part == "first":
+        for step in ("sft", "reward"):
+            PROGRAMS[step]([*supervised(data, model, output), "--output_dir", str(made / step)])
+    for name, (step, flags) in RESUMED.items():
+        command = ppo(data, texts, made) if step == "ppo" else supervised(data, model, output)
+        run = lambda kind: PROGRAMS[step]([*command, *flags, "--output_dir", str(output / kind / name)])
+        if part == "first":
+            run("whole")
+            with breaking_off():
+                run("broken")
+        else:
+            run("broken")
+    changed(part, [*supervised(data, model, output), "--output_dir", str(output / "changed")])
+
+
+def changed(part: str, command: list[str]) -> None:
+    """A run that goes on with another learning rate, which it does only when told to."""
+    if part == "first":
+        with breaking_off():
+            step1(command)
+        return
+    other = [*command, "--learning_rate", "2e-3", "--log_interval", "2"]
+    try:
+        step1(other)
+    except UserError as error:
+        say(f"refused: {error}")
+    step1([*other, "--resume_anyway"])
+
+
+class breaking_off:
+    """Within the context a run ends with an exception right after its second checkpoint."""
+
+    def __enter__(self):
+        self.saves, self.save = 0, Checkpoints.save
+        def save(checkpoints, *args):
+            self.save(checkpoints, *args)
+            self.saves += 1
+            if self.saves == 2:
+                raise Broken
+        Checkpoints.save = save
+
+    def __exit__(self, kind, error, trace):
+        Checkpoints.save = self.save
+        barrier()
+        assert kind is Broken, "the run was not broken off"
+        return True
+
+
+def supervised(data: str, model: str, output: Path) -> list[str]:
+    return ["--data_path", data, "--model_name_or_path", model, "--data_output_path", str(output / "data"),
+            "--max_rows", "150", "--max_seq_len", "64", "--per_device_train_batch_size", str(8 // world_size()),
+            "--data_split", "1,1,1", "--num_train_epochs", "2", "--log_interval", "1", "--save_interval", "3",
+            "--learning_rate", "1e-3", "--no_enable_tensorboard"]
+
+
+def ppo(data: str, texts: str, made: Path) -> list[str]:
+    rows = str(8 // world_size())
+    return ["--data_path", data, "--data_output_path", str(made.parent / "data"), "--max_rows", "150",
+            "--actor_model_name_or_path", str(made / "sft"), "--critic_model_name_or_path", str(made / "reward"),
+            "--data_split", "1,1,1", "--per_device_generation_batch_size", rows, "--per_device_training_batch_size",
+            str(4 // world_size()), "--max_prompt_seq_len", "48", "--max_answer_seq_len", "8", "--eval_prompts", "4",
+            "--eval_interval", "3", "--kl_controller", "adaptive", "--kl_horizon", "50", "--max_iterations", "6",
+            "--save_interval", "4", "--num_warmup_steps", "2", "--actor_learning_rate", "1e-3",
+            "--unsupervised_dataset_name", texts, "--unsup_coef", "0.5", "--no_enable_tensorboard"]
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
