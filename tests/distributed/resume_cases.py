@@ -80,14 +80,14 @@ class breaking_off:
 
 def supervised(data: str, model: str, output: Path) -> list[str]:
     return ["--data_path", data, "--model_name_or_path", model, "--data_output_path", str(output / "data"),
-            "--max_rows", "150", "--max_seq_len", "64", "--per_device_train_batch_size", str(8 // world_size()),
+            "--max_rows", "300", "--max_seq_len", "64", "--per_device_train_batch_size", str(8 // world_size()),
             "--data_split", "1,1,1", "--num_train_epochs", "2", "--log_interval", "1", "--save_interval", "3",
             "--learning_rate", "1e-3", "--no_enable_tensorboard"]
 
 
 def ppo(data: str, texts: str, made: Path) -> list[str]:
     rows = str(8 // world_size())
-    return ["--data_path", data, "--data_output_path", str(made.parent / "data"), "--max_rows", "150",
+    return ["--data_path", data, "--data_output_path", str(made.parent / "data"), "--max_rows", "300",
             "--actor_model_name_or_path", str(made / "sft"), "--critic_model_name_or_path", str(made / "reward"),
             "--data_split", "1,1,1", "--per_device_generation_batch_size", rows, "--per_device_training_batch_size",
             str(4 // world_size()), "--max_prompt_seq_len", "48", "--max_answer_seq_len", "8", "--eval_prompts", "4",

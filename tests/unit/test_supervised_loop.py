@@ -13,6 +13,7 @@ def evaluated_after(directory, *, epochs=2, eval_interval=0, stop_after=0, losse
     """The optimizer steps after which a loop over 5 rows, 2 in a step, has evaluated: 3 steps are an epoch."""
     sampler = StepSampler([4] * 5, rows_per_micro_batch=2, micro_batches_per_step=1, world_size=1, rank=0, seed=0)
     tracker = Tracker(directory, tensorboard=False)
+    tracker.begin()
     loop = SupervisedLoop(sampler, tracker, epochs, eval_interval, stop_after, log_interval=1, print_steps=False)
     trained, counts = [], []
 
