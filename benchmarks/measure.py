@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from statistics import median
 import torch
 from torch import nn
 
-from common.distributed import barrier, device, gather_objects, is_main, on_gpu, world_size
+from common.distributed import barrier, gather_objects, is_main, on_gpu, world_size
+from common.phases import now
 
 MIB = 2**20
 
@@ -101,19 +101,6 @@ def machine() -> dict[str, object]:
 LOAD_AT_START = round(os.getloadavg()[0], 2)  # what else kept the machine busy; figures need a quiet one
 
 
-class Clock:
-    """Seconds by phase, kernels of a GPU included."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = _now()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + _now() - start
-
-
 @contextlib.contextmanager
 def counted_positions(module: nn.Module, *, training: bool) -> Iterator[list[int]]:
     """A list that gets the size of every batch of ids that `module` is given with gradients on, or with them off."""
@@ -146,9 +133,9 @@ def tolerance(dtype: torch.dtype) -> float:
 def _measured(variant: Callable[[], Outcome]) -> _Run:
     _forget_peaks()
     barrier()
-    start = _now()
+    start = now()
     outcome = variant()
-    stop = _now()
+    stop = now()
     barrier()
     resident = _resident_peak()
     held = torch.cuda.max_memory_allocated() if on_gpu() else 0
@@ -183,12 +170,6 @@ def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
         rounded["phase_seconds"] = {name: float(f"{median(run[name] for run in phases) / steps:.4g}")
                                     for name in phases[0]}
     return rounded
-
-
-def _now() -> float:
-    if on_gpu():
-        torch.cuda.synchronize(device())
-    return time.perf_counter()
 
 
 def _forget_peaks() -> None:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import Clock
 from benchmarks.plain import cached_generate, dealt
 from common.data.collate import collate_prompts
 from common.data.sampler import MicroBatch
 from common.distributed import device, gather_objects, global_sum
 from common.engine import gradient_norm, optimizer_step
 from common.models.logprobs import gather_response
+from common.phases import PhaseClock
 from common.sums import add_sums, means
 from step3_ppo.assessment import Assessment, share_rollout
 from step3_ppo.decoding import Request
@@ -37,7 +37,7 @@ class PlainPPO:
     reference: object
     scorer: object
 
-    def iteration(self, index: int, prompts: Sequence[MicroBatch], clock: Clock) -> tuple[dict, Rollout]:
+    def iteration(self, index: int, prompts: Sequence[MicroBatch], clock: PhaseClock) -> tuple[dict, Rollout]:
         """As `PPOTrainer.iteration`; returns the metrics that can be compared, and the rollout."""
         trainer, models = self.trainer, self.trainer.models
         with clock.phase("generate"):
@@ -47,7 +47,7 @@ class PlainPPO:
             with clock.phase("score"):
                 scores = self._over(rollout, lambda part: last_numbers(self.scorer, part))
                 values = self._over(rollout, lambda part: response_numbers(models.critic, part))
-            with clock.phase("log-probs"):
+            with clock.phase("log_probs"):
                 old = self._over(rollout, lambda part: self._log_probs(models.actor, part))
                 reference = self._over(rollout, lambda part: self._log_probs(self.reference, part))
         models.actor.train(), models.critic.train()
@@ -88,7 +88,7 @@ class PlainPPO:
         chosen = log_probs.gather(-1, rollout.tokens[:, 1:, None]).squeeze(-1)
         return gather_response(chosen, rollout.prompt_lengths, rollout.response_lengths)
 
-    def _update(self, experience: Experience, clock: Clock) -> dict:
+    def _update(self, experience: Experience, clock: PhaseClock) -> dict:
         """One optimizer step of each model over all rows."""
         models, config = self.trainer.models, self.trainer.config
         batches = [experience.select(batch.indices, batch.real).to(device()) for batch in
@@ -108,9 +108,9 @@ class PlainPPO:
             sums["critic"].append(parts)
             return loss / tokens
 
-        with clock.phase("actor update"):
+        with clock.phase("actor_update"):
             optimizer_step(models.actor, batches, actor_loss)
-        with clock.phase("critic update"):
+        with clock.phase("critic_update"):
             optimizer_step(models.critic, batches, critic_loss)
         totals = {name: value for parts in sums.values() for name, value in add_sums(parts, global_sum).items()}
         averages = means(totals, "tokens")

@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # run as a file
 import torch
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
-from benchmarks.measure import MIB, Clock, Outcome, assert_close, compare, counted_positions, tolerance
+from benchmarks.measure import MIB, Outcome, assert_close, compare, counted_positions, tolerance
 from benchmarks.plain import fixed_micro_batches, same_responses
 from benchmarks.plain_ppo import PlainPPO
 from common.config import option, parse
@@ -22,6 +22,7 @@ from common.distributed import is_main, run_program, start, world_size
 from common.engine import EngineSettings, deepspeed_config, frozen_engine, resolve_dtype
 from common.errors import UserError
 from common.models.factory import load_causal_lm, load_scalar_model
+from common.phases import PhaseClock
 from common.provenance import RAW
 from common.run import data_request, open_codec
 from common.tracking import quiet_libraries
@@ -68,13 +69,13 @@ def main(argv=None) -> None:
            "product": [models.actor, models.critic, models.scorer, models.reference]}
 
     def plain() -> tuple[dict, Rollout, dict]:
-        clock = Clock()
+        clock = PhaseClock()
         metrics, rollout = PlainPPO(trainer, **frozen).iteration(0, fixed, clock)
         return metrics, rollout, clock.seconds
 
     def product() -> tuple[dict, Rollout, dict]:
         metrics = trainer.iteration(0, prompts)
-        return metrics, trainer.latest[0], dict(trainer.seconds)
+        return metrics, trainer.latest[0], dict(trainer.clock.seconds)
 
     def counted(name, way):
         weights = weights_mib(own[name])

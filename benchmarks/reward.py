@@ -23,7 +23,7 @@ from common.data.prepare import prepare
 from common.data.sampler import MicroBatch
 from common.distributed import device, global_sum, run_program, seed_rank, start
 from common.engine import gradient_norm, optimizer_step
-from common.run import data_request, open_codec
+from common.run import data_request, open_codec, step_sampler
 from common.tracking import quiet_libraries
 from step2_reward.config import RewardConfig
 from step2_reward.main import build_engine
@@ -77,7 +77,7 @@ def main(argv=None) -> None:
                    in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]))
 
     trainer = RewardTrainer(engine, data, data, [], codec.pad_id, config.margin, config.centring_coef)
-    compare_training("reward", config, trainer, plain_step, real_tokens)
+    compare_training("reward", config, trainer, step_sampler(config, data), plain_step, real_tokens)
     engine.destroy()
 
 

@@ -21,10 +21,10 @@ from common.data.collate import TokenBatch, collate_demonstrations
 from common.data.sampler import MicroBatch
 from common.distributed import device, global_sum, run_program, seed_rank, start
 from common.engine import gradient_norm, optimizer_step
-from common.run import open_codec
+from common.run import open_codec, step_sampler
 from common.tracking import quiet_libraries
 from step1_sft.config import SFTConfig
-from step1_sft.main import build_engine, prepare_demonstrations
+from step1_sft.main import build_engine, packing_sampler, prepare_demonstrations
 from step1_sft.trainer import SFTTrainer
 
 
@@ -72,7 +72,8 @@ def main(argv=None) -> None:
                           padded_to(batch.loss_mask, width, False), batch.lengths).to(device())
 
     trainer = SFTTrainer(engine, data, data, [], codec.pad_id, config.train_on_prompt)
-    compare_training("sft", config, trainer, plain_step, lambda rows: sum(data[rows]["length"]))
+    sampler = packing_sampler(config, engine, data) if config.packing else step_sampler(config, data)
+    compare_training("sft", config, trainer, sampler, plain_step, lambda rows: sum(data[rows]["length"]))
     engine.destroy()
 
 

@@ -5,24 +5,23 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.measure import Outcome, assert_close, compare, counted_positions, tolerance
 from benchmarks.plain import fixed_micro_batches
-from common.data.sampler import MicroBatch
-from common.run import step_sampler
+from common.data.sampler import MicroBatch, StepSampler
 
 Step = Callable[[Sequence[MicroBatch]], dict]
 
 
-def compare_training(benchmark: str, config, trainer, plain_step: Step,
+def compare_training(benchmark: str, config, trainer, sampler: StepSampler, plain_step: Step,
                      real_tokens: Callable[[list[int]], int]) -> None:
     """Train the same rows in the same optimizer steps both ways; the learning rate must be 0, so that every run starts
     alike.
 
     Args:
-        trainer: the product's.
+        trainer, sampler: the product's.
         plain_step: an optimizer step over micro-batches of a fixed size; returns its loss and gradient norm.
         real_tokens: of the rows with these numbers.
     """
     engine = trainer.engine
-    steps = step_sampler(config, trainer.train).epoch(0)[:config.steps]
+    steps = sampler.epoch(0)[:config.steps]
     fixed = [fixed_micro_batches(step, config.per_device_train_batch_size) for step in steps]
     rows = [index for step in fixed for batch in step for index, real in zip(batch.indices, batch.real) if real]
     tokens = real_tokens(rows)
@@ -47,4 +46,5 @@ def compare_training(benchmark: str, config, trainer, plain_step: Step,
                    "dtype": str(dtype).removeprefix("torch."), "lora_dim": config.lora_dim,
                    "max_seq_len": config.max_seq_len, "rows_per_micro_batch": config.per_device_train_batch_size,
                    "micro_batches_per_step": config.gradient_accumulation_steps,
-                   "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch})
+                   "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch,
+                   "packing": getattr(config, "packing", False)})

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.data.sampler import evaluation_batches, token_budget_batches
 from common.distributed import device, gather_objects, rank, world_size
+from common.phases import PhaseClock
 from step3_ppo.experience import Rollout
 from step3_ppo.models import PPOModels, evaluating
 
@@ -38,11 +39,13 @@ def share_rollout(mine: Rollout) -> Rollout:
 
 
 @torch.no_grad()
-def assess(models: PPOModels, rollout: Rollout, rows_per_batch: int, max_tokens: int = 0) -> Assessment:
+def assess(models: PPOModels, rollout: Rollout, clock: PhaseClock, rows_per_batch: int,
+           max_tokens: int = 0) -> Assessment:
     """Run actor, reference, critic and reward model over a shared rollout.
 
     Args:
         rollout: B responses, the same on every rank.
+        clock: gets the phases log_probs (actor and reference) and score (critic and reward model).
         rows_per_batch: rows of one forward pass.
         max_tokens: if not 0, its padded tokens, of any number of rows.
     """
@@ -53,9 +56,11 @@ def assess(models: PPOModels, rollout: Rollout, rows_per_batch: int, max_tokens:
     with evaluating(models):
         for batch in batches:
             part = rollout.select(batch.indices).to(device())
-            log_probs, entropy = models.log_probs_and_entropy(part)
-            results = Assessment(log_probs, models.reference_log_probs(part), entropy, models.values(part),
-                                 models.scores(part))
+            with clock.phase("log_probs"):
+                log_probs, entropy = models.log_probs_and_entropy(part)
+                reference = models.reference_log_probs(part)
+            with clock.phase("score"):
+                results = Assessment(log_probs, reference, entropy, models.values(part), models.scores(part))
             mine.append((batch, [getattr(results, field.name).float().cpu() for field in fields(Assessment)]))
     whole = [torch.zeros(rollout.response_mask.shape) for _ in range(4)] + [torch.zeros(len(rollout.tokens))]
     for batch, tensors in (item for items in gather_objects(mine) for item in items):

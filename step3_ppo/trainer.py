@@ -1,11 +1,9 @@
 """Proximal policy optimisation of the actor against the reward model, one iteration at a time."""
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
 from dataclasses import fields
+from itertools import islice
 from math import ceil
 
 import torch
@@ -15,11 +13,12 @@ from torch import Tensor
 from common.data.collate import TokenBatch, collate_prompts
 from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
 from common.data.tokenization import Codec
-from common.distributed import device, global_sum, on_gpu, rank, world_size
+from common.distributed import device, global_sum, rank, world_size
 from common.engine import gradient_norm, optimizer_step
 from common.errors import DIVERGED, TrainingFailure
 from common.loop import check_finite
 from common.models.logprobs import next_token_loss_sum, response_log_probs
+from common.phases import PhaseClock
 from common.provenance import Calibration
 from common.sums import Sums, add_sums, means
 from step3_ppo.advantages import gae, whiten
@@ -61,7 +60,7 @@ class PPOTrainer:
         self.kl = (AdaptiveKL(config.first_kl_coef, config.kl_target, config.kl_horizon)
                    if config.kl_controller == "adaptive" else FixedKL(config.first_kl_coef))
         self.optimizer_steps_made = 0
-        self.seconds: dict[str, float] = {}
+        self.clock = PhaseClock()
         self.latest: tuple[Rollout, Assessment] | None = None
 
     def state_dict(self) -> dict:
@@ -82,17 +81,15 @@ class PPOTrainer:
             index: 0-based number of the iteration.
             prompts: this rank's micro-batches of prompt rows.
         """
-        self.seconds = {}
-        with self._phase("generate"):
+        self.clock.reset()
+        with self.clock.phase("generate"):
             rollout = self.rollout(self.prompts, prompts, index)
-        with self._phase("score"):
-            assessment = self.assess(rollout, index)
-        with self._phase("advantages"):
+        assessment = self.assess(rollout, index)
+        with self.clock.phase("advantages"):
             shaped, rewards = self.rewards(rollout, assessment)
             experience = self.advantages(rollout, assessment, rewards)
         self.latest = rollout, assessment
-        with self._phase("update"):
-            updates = self.update(experience, index)
+        updates = self.update(experience, index)
         metrics = self.report(experience, assessment, shaped, updates)
         self.kl.update(metrics["kl"], len(rollout.tokens))
         return metrics
@@ -114,7 +111,7 @@ class PPOTrainer:
 
     def assess(self, rollout: Rollout, stream: int) -> Assessment:
         """What the models say of a rollout; raises TrainingFailure on all ranks alike if some of it is not finite."""
-        assessment = assess(self.models, rollout, self.config.per_device_training_batch_size,
+        assessment = assess(self.models, rollout, self.clock, self.config.per_device_training_batch_size,
                             self.config.max_tokens_per_micro_batch)
         for field in fields(assessment):
             total = float(getattr(assessment, field.name).sum())
@@ -180,10 +177,12 @@ class PPOTrainer:
             critic_sums.append(sums)
             return loss / tokens
 
-        optimizer_step(self.models.actor, [*batches, *texts], actor_loss)
-        optimizer_step(self.models.critic, batches, critic_loss)
-        if self.models.ema is not None:
-            self.models.ema.update()
+        with self.clock.phase("actor_update"):
+            optimizer_step(self.models.actor, [*batches, *texts], actor_loss)
+            if self.models.ema is not None:
+                self.models.ema.update()
+        with self.clock.phase("critic_update"):
+            optimizer_step(self.models.critic, batches, critic_loss)
         self.optimizer_steps_made += 1
         return {**add_sums(critic_sums, global_sum), **add_sums(actor_sums, global_sum),
                 **(add_sums(text_sums, global_sum) if text_sums else {})}
@@ -216,6 +215,7 @@ class PPOTrainer:
                updates: dict[str, float]) -> dict[str, float]:
         """Metrics of an iteration."""
         rollout, mask = experience.rollout, experience.response_mask
+        seconds = self.clock.total()
         return {
             **_response_metrics(rollout, shaped), "kl": float(assessment.response_kl().mean()), "kl_coef": self.kl.beta,
             "entropy": float(assessment.entropy[mask].mean()),
@@ -224,8 +224,9 @@ class PPOTrainer:
             **updates,
             "actor_gradient_norm": gradient_norm(self.models.actor),
             "critic_gradient_norm": gradient_norm(self.models.critic),
-            **{f"seconds_{name}": seconds for name, seconds in self.seconds.items()},
-            "responses": len(rollout.tokens), "samples_per_second": len(rollout.tokens) / sum(self.seconds.values()),
+            **{f"seconds_{name}": seconds for name, seconds in self.clock.seconds.items()},
+            "seconds_other": seconds - sum(self.clock.seconds.values()),
+            "responses": len(rollout.tokens), "samples_per_second": len(rollout.tokens) / seconds,
         }
 
     def _policy_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
@@ -259,14 +260,6 @@ class PPOTrainer:
                             "reward": float(assessment.scores[row]), "kl": float(kl[row]),
                             "finished": bool(rollout.finished[row])})
         return samples
-
-    @contextmanager
-    def _phase(self, name: str):
-        start = time.perf_counter()
-        yield
-        if on_gpu():
-            torch.cuda.synchronize()  # kernels run behind; their time belongs to the phase that launched them
-        self.seconds[name] = time.perf_counter() - start
 
 
 def _occasion(stream: int) -> str:

@@ -73,7 +73,7 @@ def test_the_recipe_runs_as_published(workplace):
     step3 = launch(ROOT / "step3_ppo" / "main.py", *shlex.split(PPO), "--max_rows", "80", cwd=workplace)
     result = workplace / "output" / "step3-models" / "1.3b"
     assert "each iteration makes 2 rollout batches of 8, not 1" in step3.stdout
-    assert {"reward", "kl", "seconds_generate"} <= logged(result, "train")[-1].keys()
+    assert {"reward", "kl", "seconds_generate", "seconds_other"} <= logged(result, "train")[-1].keys()
     AutoModelForCausalLM.from_pretrained(result / "actor")
 
     questions = ["What is number 7?", "What is number 90?"]
