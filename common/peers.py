@@ -123,11 +123,11 @@ class Peers:
         """The thread's work. Any call may block for long, or fail, once rank 0 does not answer."""
         count = 0
         seen: dict[int, int] = {}
-        while not self._over.wait(INTERVAL):
+        while not (count and self._over.wait(INTERVAL)):
+            count += 1
             try:
-                if not count:
+                if not self._processes:
                     self._meet(store)
-                count += 1
                 store.set(f"message/{self.rank}", json.dumps([count, _phase, stopping.told()]))
                 if self.failing is not None:
                     store.compare_set(_FAILED, "", json.dumps([self.rank, self.failing]))
