@@ -45,7 +45,7 @@ class Peers:
         self.unanswered = 0  # looks since the store answered
         self.failed: tuple[int, int] | None = None  # the rank that failed first, and its exit code
         self.failing: int | None = None  # the exit code with which this rank is about to fail
-        self._processes: dict[int, psutil.Process | None] = {}  # those on this machine
+        self._processes: dict[int, psutil.Process | None] | None = None  # those on this machine, once known
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._exchange, args=(store.clone(),), daemon=True)
         self._thread.start()
@@ -68,7 +68,7 @@ class Peers:
     def lost(self) -> dict[int, str]:
         """Ranks whose process has ended, and what is to be said of it."""
         return {other: f"has ended without a word, in {self.phases[other]} (killed, perhaps for want of memory)"
-                for other, process in self._processes.items() if not lives(process)}
+                for other, process in (self._processes or {}).items() if not lives(process)}
 
     def hanging(self, looks: float) -> dict[int, str]:
         """Ranks of which nothing was heard for so many looks, and what is to be said of it."""
@@ -117,7 +117,8 @@ class Peers:
             time.sleep(2 * INTERVAL)
 
     def _all_gone(self) -> bool:
-        return len(self._processes) == len(self.others) and not any(map(lives, self._processes.values()))
+        processes = self._processes or {}
+        return len(processes) == len(self.others) and not any(map(lives, processes.values()))
 
     def _exchange(self, store) -> None:
         """The thread's work. Any call may block for long, or fail, once rank 0 does not answer."""
@@ -126,8 +127,8 @@ class Peers:
         while not (count and self._over.wait(INTERVAL)):
             count += 1
             try:
-                if not self._processes:
-                    self._meet(store)
+                if self._processes is None:
+                    self._processes = self._meet(store)
                 store.set(f"message/{self.rank}", json.dumps([count, _phase, stopping.told()]))
                 if self.failing is not None:
                     store.compare_set(_FAILED, "", json.dumps([self.rank, self.failing]))
@@ -139,12 +140,12 @@ class Peers:
                 number, self.phases[other], told = json.loads(messages[other])
                 if seen.get(other) != number:
                     seen[other], self.silent[other] = number, 0
-                if told and not stopping.told():
+                if told and stopping.training() and not stopping.told():
                     stopping.tell(told)
             if failed:
                 self.failed = tuple(json.loads(failed))
 
-    def _meet(self, store) -> None:
+    def _meet(self, store) -> dict[int, psutil.Process | None]:
         if self.rank == 0:
             store.set(_FAILED, "")
         ours = psutil.Process()
@@ -152,13 +153,15 @@ class Peers:
         # Ranks of one launcher are on one machine and see each other's processes.
         launcher = [socket.gethostname(), parent.pid, parent.create_time()] if parent else [socket.gethostname()]
         store.set(f"process/{self.rank}", json.dumps([launcher, ours.pid]))
+        processes: dict[int, psutil.Process | None] = {}
         for other, found in zip(self.others, store.multi_get([f"process/{other}" for other in self.others])):
             its_launcher, pid = json.loads(found)
             if its_launcher == launcher:
                 try:
-                    self._processes[other] = psutil.Process(pid)
+                    processes[other] = psutil.Process(pid)
                 except psutil.NoSuchProcess:
-                    self._processes[other] = None
+                    processes[other] = None
+        return processes
 
 
 def describe(trouble: dict[int, str]) -> str:

@@ -1,7 +1,7 @@
 """Being told to stop: by SIGTERM, by SIGINT (Ctrl-C), or because the launcher has gone.
 
 Before training begins that ends the program at once. From then on it is only noted; the training loop asks, saves a
-checkpoint with all ranks together, and ends by `Stopped`. Imports nothing slow, so that it serves from the first second.
+checkpoint with all ranks together, and ends by `Stopped`. Nothing slow is imported here: it serves from the first second.
 """
 from __future__ import annotations
 
@@ -70,6 +70,11 @@ def training_begins() -> None:
     """From here on there is something to save."""
     global _training
     _training = True
+
+
+def training() -> bool:
+    """Whether training has begun on this rank."""
+    return _training
 
 
 def told() -> str | None:

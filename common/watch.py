@@ -14,7 +14,7 @@ import psutil
 from common import stopping
 from common.peers import INTERVAL, Peers, lives
 
-GRACE = 20.0  # seconds that ranks whose launcher has gone have for a last checkpoint
+GRACE = 25.0  # seconds that ranks whose launcher has gone have for a last checkpoint
 
 _LAUNCHERS = {"deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
 

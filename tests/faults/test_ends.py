@@ -42,15 +42,13 @@ class Run:
         (launch,) = psutil.Process(self.outer.pid).children()
         self.processes = [launch, *sorted(launch.children(), key=lambda process: process.environ()["RANK"])]
 
-    def seconds_until_gone(self, limit: float) -> float:
-        start = time.monotonic()
+    def wait_until_gone(self, limit: float) -> None:
         processes = [process for process in self.processes if process.is_running()]
         _, alive = psutil.wait_procs(processes, timeout=limit)
         alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
         for process in alive:
             process.kill()
         assert not alive, f"{alive} are left after {limit} s: {self.said.read_text()}"
-        return time.monotonic() - start
 
     def lines(self) -> list[str]:
         return [line for line in self.said.read_text().replace("\r", "\n").splitlines() if line.strip()]
@@ -115,7 +113,7 @@ def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, inputs
         run = Run(tmp_path / "disturbed", "ppo", where, *again)
         run.wait_for_marks()
         disturb(run, how)
-        run.seconds_until_gone(25)
+        run.wait_until_gone(25)
         checkpoint = tmp_path / "disturbed" / "ppo" / "checkpoints" / f"step-{iterations}"
         assert (f"stopped by {teller} after {iterations} iterations: run the same command to go on from {checkpoint}"
                 in run.lines()), run.said.read_text()
@@ -127,40 +125,38 @@ def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, inputs
     assert metrics(tmp_path / "disturbed" / "ppo") == metrics(tmp_path / "whole" / "ppo")
 
 
+SILENT = f"has not been heard of for --timeout {TIMEOUT} seconds; it was in counting"
+# What happens, which of `end_cases` it happens to, and how the last line begins.
 ENDINGS = {
-    "SIGKILL to deepspeed": "steps", "SIGKILL to the launch process": "steps", "SIGSTOP of rank 1": "steps",
-    "an exception": "raises",
+    "SIGKILL to deepspeed": ("steps", "the launcher has gone"),
+    "SIGKILL to the launch process": ("steps", "the launcher has gone"),
+    "SIGSTOP of rank 1": ("steps", f"error: rank 1 {SILENT}"),
+    "an exception": ("raises", "error: rank 1, in counting: ValueError: row 3 is odd"),
 }
-MORE_ENDINGS = {"SIGSTOP of rank 0": "steps", "SIGKILL to rank 1": "steps", "a deadlock": "deadlocks"}
-SAID = {
-    "SIGKILL to deepspeed": "the launcher has gone",
-    "SIGKILL to the launch process": "the launcher has gone",
-    "SIGSTOP of rank 1": f"error: rank 1 has not been heard of for --timeout {TIMEOUT} seconds; it was in counting",
-    "SIGSTOP of rank 0": f"error: rank 0 has not been heard of for --timeout {TIMEOUT} seconds; it was in counting",
-    "SIGKILL to rank 1": "error: rank 1 has ended without a word, in counting",
-    "an exception": "error: rank 1, in counting: ValueError: row 3 is odd",
-    "a deadlock": "error: rank 0, in counting: RuntimeError",
+MORE_ENDINGS = {
+    "SIGSTOP of rank 0": ("steps", f"error: rank 0 {SILENT}"),
+    "SIGKILL to rank 1": ("steps", "error: rank 1 has ended without a word, in counting"),
+    "a deadlock": ("deadlocks", "error: rank 0, in counting: RuntimeError"),
 }
 
 
-@pytest.mark.parametrize("endings", [pytest.param(ENDINGS, id="ends"), pytest.param(MORE_ENDINGS, id="more", marks=LONG)])
-def test_nothing_is_left_and_one_line_says_why(endings, tmp_path):
-    runs = {how: Run(tmp_path / how, case) for how, case in endings.items()}  # at once: mostly they wait
+@pytest.mark.parametrize("endings", [ENDINGS, pytest.param(MORE_ENDINGS, marks=LONG)], ids=["some", "more"])
+def test_nothing_is_left_and_the_last_line_says_why(endings, tmp_path):
+    runs = {how: Run(tmp_path / how, case) for how, (case, _) in endings.items()}  # at once: mostly they wait
     for how, run in runs.items():
         run.wait_for_marks()
         disturb(run, how)
     for how, run in runs.items():
-        stopped = [process for process in run.processes if process.is_running() and
-                   process.status() == psutil.STATUS_STOPPED]
-        told = time.monotonic()
-        while not any(line.startswith(SAID[how]) for line in run.lines()):
-            assert time.monotonic() < told + 30, run.said.read_text()
+        _, says = endings[how]
+        deadline = time.monotonic() + 30
+        while not any(line.startswith(says) for line in run.lines()):
+            assert time.monotonic() < deadline, run.said.read_text()
             time.sleep(0.1)
-        for process in stopped:  # the launcher would do it 30 seconds later
-            process.kill()
-        run.seconds_until_gone(30)
-        errors = [line for line in run.lines() if line.startswith("error: ")]
-        assert len(errors) == ("SIGKILL to deepspeed" != how and "SIGKILL to the launch process" != how)
-        assert run.lines()[-1].startswith(SAID[how]), run.said.read_text()
-        assert run.outer.wait(timeout=40) not in (0,) or how == "SIGKILL to the launch process"
+        for process in run.processes:
+            if process.is_running() and process.status() == psutil.STATUS_STOPPED:
+                process.kill()  # the launcher would do it 30 seconds later
+        run.wait_until_gone(30)
+        assert run.lines()[-1].startswith(says), run.said.read_text()
+        assert sum(line.startswith("error: ") for line in run.lines()) == says.startswith("error: ")
         assert run.said.read_text().count("Traceback") == (how in ("an exception", "a deadlock"))
+        assert (run.outer.wait(timeout=40) == 0) == (how == "SIGKILL to the launch process")  # deepspeed says so
