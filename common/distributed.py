@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -17,8 +18,10 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed import distributed_c10d
 from tqdm import tqdm
 
+from common import peers, stopping, watch
 from common.errors import TrainingFailure, UserError
 
 
@@ -92,7 +95,13 @@ def start(timeout_seconds: int, seed: int) -> None:
     # in /dev/shm; gloo serves without either.
     if not on_gpu():
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    timeout = timedelta(seconds=timeout_seconds)
+    # Of the groups that DeepSpeed makes for its engines; what init_distributed is told holds for the first alone.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    watch.begin()
+    watch.join(distributed_c10d._get_default_store(), rank(), world_size(), timeout_seconds)
+    peers.enter("the loading of models")
 
 
 def seed_rank(seed: int) -> None:
@@ -102,6 +111,7 @@ def seed_rank(seed: int) -> None:
 
 def finish() -> None:
     """Leave the process group together; without it some exits abort."""
+    watch.leave()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -124,6 +134,13 @@ def global_sum(values: torch.Tensor) -> torch.Tensor:
 def on_every_rank(condition: bool) -> bool:
     """Whether it holds on all ranks; the same answer on each."""
     return int(global_sum(torch.tensor(int(not condition), device=device()))) == 0
+
+
+def stop_agreed() -> str:
+    """What told the run to stop, or ''; the same on every rank. All ranks must call it."""
+    if on_every_rank(stopping.told() is None):
+        return ""
+    return next(filter(None, gather_objects(stopping.told())))
 
 
 def memory_available() -> int:
@@ -156,22 +173,47 @@ def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[
     """Run a program's main function and turn what the user can mend into one line and exit code 2.
 
     Returns:
-        The exit code: 0, 2 for `UserError`, 1 for `TrainingFailure`, 130 for Ctrl-C. Other exceptions pass through.
+        The exit code: 0; 2 for `UserError`; 75 for a run that was told to stop and has saved its state; 130 for Ctrl-C
+        in a program that does not train; 1 for anything else, with a traceback if it is no `TrainingFailure`.
     """
     prepare_environment()
     try:
         program(argv)
         finish()
         return 0
-    except (UserError, TrainingFailure) as error:
-        if not is_main():
-            # Rank 0 mostly meets the same error and says it; the launcher then ends this rank while it sleeps.
-            time.sleep(5)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UserError) else 1
+    except stopping.Stopped as stop:
+        stopping.ignore_signals()
+        say(str(stop))
+        finish()
+        return stopping.STOPPED
     except KeyboardInterrupt:
         say("interrupted")
         return 130
+    except Exception as error:
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    """Say on one rank, and last of all, why the run ends; returns the exit code."""
+    code = 2 if isinstance(error, UserError) else 1
+    cause: str | None = ""
+    if (others := watch.peers()) is not None:
+        cause = others.fail(code)
+    elif not is_main():
+        # Rank 0 mostly meets the same error and says it; the launcher then ends this rank while it sleeps.
+        time.sleep(5)
+    if cause is not None:
+        if isinstance(error, (UserError, TrainingFailure)):
+            cause = cause or str(error)
+        elif not cause:
+            traceback.print_exception(error)
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            if others is not None:
+                cause = f"rank {rank()}, in {others.where()}: {cause}"
+        print(f"error: {cause}", file=sys.stderr, flush=True)
+    if others is not None:
+        os._exit(code)  # others may be gone, and what Python does at its end may wait for them
+    return code
 
 
 def _free_port() -> int:

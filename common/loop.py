@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from common.data.sampler import MicroBatch, StepSampler
+from common import peers
 from common.distributed import say
 from common.errors import DIVERGED, TrainingFailure
+from common.stopping import training_begins
 from common.tracking import Tracker
 
 Metrics = dict[str, float]
@@ -55,27 +57,28 @@ class SupervisedLoop:
             train_step: takes this rank's micro-batches of one optimizer step; returns what to log of it.
             evaluate: returns metrics over the held-out data; none where nothing is held out.
             done: steps that an interrupted run has made already.
-            after_step: called after each step and its evaluation, but not after the last.
+            after_step: called after each step but the last, with the steps made; to save, or to end a run that was
+                told to stop. The evaluation after that step comes later, and so again where a run is resumed.
 
         Returns:
             The metrics of the last evaluation.
         """
-        metrics = self._evaluate(evaluate, 0) if not done else {}
+        training_begins()
         steps = (micro_batches for epoch in range(self.epochs) for micro_batches in self.sampler.epoch(epoch))
         with self.tracker.progress(self.total_steps, "training", done) as bar:
-            for step, micro_batches in enumerate(islice(steps, done, self.total_steps), start=done + 1):
-                self._train(train_step, micro_batches, step, bar)
-                if self._evaluation_is_due(step):
-                    metrics = self._evaluate(evaluate, step)
-                if step < self.total_steps:
-                    after_step(step)
-        return metrics
+            for made, micro_batches in enumerate(islice(steps, done, self.total_steps), start=done):
+                if self._evaluation_is_due(made):
+                    self._evaluate(evaluate, made)
+                self._train(train_step, micro_batches, made + 1, bar)
+                if made + 1 < self.total_steps:
+                    after_step(made + 1)
+        return self._evaluate(evaluate, self.total_steps)
 
     def _evaluation_is_due(self, step: int) -> bool:
-        ends_epoch = step % self.sampler.steps_per_epoch == 0 or step == self.total_steps
-        return ends_epoch or (self.eval_interval > 0 and step % self.eval_interval == 0)
+        return step % self.sampler.steps_per_epoch == 0 or (self.eval_interval > 0 and step % self.eval_interval == 0)
 
     def _train(self, train_step, micro_batches: Sequence[MicroBatch], step: int, bar) -> None:
+        peers.enter("training")
         start = time.perf_counter()
         metrics = train_step(micro_batches)
         check_finite(metrics["loss"], "loss", f"step {step}")
@@ -88,6 +91,7 @@ class SupervisedLoop:
                 say(f"step {step}: " + describe(metrics))
 
     def _evaluate(self, evaluate, step: int) -> Metrics:
+        peers.enter("evaluation")
         metrics = evaluate()
         if not metrics:
             return {}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from common.distributed import on_gpu
+from common.peers import enter
 
 
 class PhaseClock:
@@ -24,6 +25,7 @@ class PhaseClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """The time within the context belongs to `name`, unless it ends with an exception."""
+        enter(name)
         start = now()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + now() - start

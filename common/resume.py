@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from common.checkpoint_store import CheckpointStore, NotSaved
 from common.config import Config, options
-from common.distributed import is_main, on_gpu, rank, say, world_size
+from common.distributed import is_main, on_gpu, rank, say, stop_agreed, world_size
 from common.errors import UserError
+from common.peers import enter
+from common.stopping import Stopped
 from common.tracking import Tracker
 
 STATE = "state.json"
@@ -60,6 +62,7 @@ class Checkpoints:
         self.state: TrainingState | None = None
         self.tracker: Tracker | None = None
         self.counted = 0  # optimizer steps at the last save
+        self.saved: tuple[int, Path | None] = (-1, None)  # the newest checkpoint, and the step that it was taken after
 
     def find(self) -> Path | None:
         """The checkpoint to go on from, if there is one; none of its state is loaded yet. All ranks must call it.
@@ -89,6 +92,7 @@ class Checkpoints:
             tracker.begin()
             return 0
         values = json.loads((path / STATE).read_text(encoding="utf-8"))
+        self.saved = values["step"], path
         for name, engine in state.engines.items():
             load_engine(engine, path / name)
         tensors = load_file(path / f"rank{rank()}.safetensors")
@@ -106,15 +110,24 @@ class Checkpoints:
 
         Args:
             optimizer_steps: done so far, where a step (an iteration of step 3) has several.
+
+        Raises:
+            Stopped: the run was told to stop; it is saved, where it may be.
         """
         interval, done = self.config.save_interval, step if optimizer_steps is None else optimizer_steps
-        if interval and done // interval > self.counted // interval:
+        reason = stop_agreed()
+        if interval and (done // interval > self.counted // interval or (reason and self.saved[0] != step)):
             self.save(step, done)
+        if reason:
+            raise Stopped(f"stopped by {reason} after {step} "
+                          f"{'steps' if optimizer_steps is None else 'iterations'}: {self._how_to_go_on()}")
 
     def save(self, step: int, optimizer_steps: int) -> None:
         """Save now."""
+        enter("saving")
         try:
             path = self.store.save(step, lambda directory: self._write(directory, step, optimizer_steps))
+            self.saved = step, path
             say(f"checkpoint saved to {path}")
         except NotSaved as failure:
             say(f"warning: {failure}; the run goes on and will try again")
@@ -124,6 +137,12 @@ class Checkpoints:
     def discard(self) -> None:
         """Delete all checkpoints: the result is published."""
         self.store.delete()
+
+    def _how_to_go_on(self) -> str:
+        if self.saved[1] is None:
+            return "there is no checkpoint; the same command starts anew"
+        return f"run the same command{' with --resume auto' if self.config.resume != 'auto' else ''} to go on from " \
+               f"{self.saved[1]}"
 
     def _write(self, directory: Path, step: int, optimizer_steps: int) -> None:
         refusals = [refusal for name, engine in self.state.engines.items()

@@ -17,6 +17,7 @@ from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenize
 from common.distributed import barrier, device, is_main, on_every_rank, rank, say, world_size
 from common.errors import DIVERGED, TrainingFailure, UserError
 from common.options import DataOptions
+from common.peers import enter
 from common.models.factory import load_config
 from common.models.scalar import is_scalar_config
 from common.provenance import FILE as PROVENANCE_FILE
@@ -129,6 +130,7 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
     Raises:
         TrainingFailure: an engine gives no finite numbers any more; before anything is touched.
     """
+    enter("saving the result")
     for name, engine in engines.items():
         _check_usable(engine, name, codec)
     output = Path(config.output_dir)

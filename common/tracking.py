@@ -34,6 +34,7 @@ class Tracker:
         self.directory = Path(output_dir)
         self._start = time.monotonic()
         self._file = self._board = None
+        self._evaluation: tuple[int, int] | None = None  # the step of the last one, and the size of the file before it
         self._events = Path(tensorboard_path or self.directory / "logs" / "tensorboard") if tensorboard else None
 
     def begin(self, place: Mapping | None = None) -> None:
@@ -58,8 +59,10 @@ class Tracker:
             self._board = SummaryWriter(str(self._events), purge_step=place["step"] + 1 if place else None)
 
     def place(self, step: int) -> dict[str, float]:
-        """Where the files are after `step`, for `begin`."""
-        size = os.path.getsize(self.directory / "logs" / "metrics.jsonl") if self._file is not None else 0
+        """Where the files are after `step`, for `begin`: before the evaluation that follows it, which is made again."""
+        size = self._size() if self._file is not None else 0
+        if self._evaluation is not None and self._evaluation[0] == step:
+            size = self._evaluation[1]
         return {"step": step, "bytes": size, "seconds": time.monotonic() - self._start}
 
     def log(self, phase: str, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -69,6 +72,8 @@ class Tracker:
         """
         if self._file is None:
             return
+        if phase == "eval":
+            self._evaluation = step, self._size()
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()
                   if value is not None}
         record = {"phase": phase, "step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
@@ -78,6 +83,9 @@ class Tracker:
             for name, value in values.items():
                 if value is not None:
                     self._board.add_scalar(f"{phase}/{name}", value, step)
+
+    def _size(self) -> int:
+        return os.path.getsize(self.directory / "logs" / "metrics.jsonl")
 
     def samples(self, name: str, rows: Iterable[Mapping]) -> None:
         """Write rows (prompts, answers, scores) to samples/NAME.jsonl."""

@@ -22,29 +22,39 @@ use_environment() {
     command -v deepspeed > /dev/null || source "$root/launch/environment.sh"
 }
 
-# launch_step PROGRAM GPUS FLAGS...: PROGRAM/main.py on GPUS ranks; returns its exit code.
-launch_step() {
-    local program=$1 gpus=$2 port status=0
+# step_command PROGRAM GPUS FLAGS...: puts into `command` what runs PROGRAM/main.py on GPUS ranks.
+step_command() {
+    local program=$1 gpus=$2 port
     shift 2
     use_environment
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    # The launcher's workers outlive it when only the launcher is killed. So it gets a process group of its own (-m),
-    # and a signal to this script, Ctrl-C too, ends the whole group.
+    command=(deepspeed --log_level critical --num_gpus "$gpus" --master_port "$port" "$root/$program/main.py" "$@")
+}
+
+# launch_step PROGRAM GPUS FLAGS...: runs it where there is more to do afterwards; returns its exit code.
+launch_step() {
+    local status=0
+    step_command "$@"
+    # A signal to this script, Ctrl-C too, is passed on to the launcher and its ranks, which have a process group of
+    # their own (-m). They save a checkpoint, and the script ends when they have ended.
     set -m
-    deepspeed --log_level critical --num_gpus "$gpus" --master_port "$port" "$root/$program/main.py" "$@" < /dev/null &
+    "${command[@]}" < /dev/null &
     launched=$!
     set +m
-    trap end_launched EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM HUP
+    trap 'end_launched; exit 130' INT
+    trap 'end_launched; exit 143' TERM HUP
     wait "$launched" || status=$?
-    end_launched
-    trap - EXIT INT TERM HUP
+    trap - INT TERM HUP
     return "$status"
 }
 
+# Ranks that have not ended 35 seconds after the signal are killed; the launcher does so after 30.
 end_launched() {
+    local waited=0
     kill -TERM -- "-$launched" 2> /dev/null || return 0
-    sleep 1
+    while [ "$waited" -lt 350 ] && kill -0 -- "-$launched" 2> /dev/null; do
+        sleep 0.1
+        waited=$((waited + 1))
+    done
     kill -KILL -- "-$launched" 2> /dev/null || true
 }

@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/launcher.sh"
 program=$1 recipe=$2
 gpus=$(number NUM_GPUS "${NUM_GPUS:-$3}")
 shift 3
-launch_step "$program" "$gpus" --config "$root/launch/recipes/$recipe" "$@"
+step_command "$program" "$gpus" --config "$root/launch/recipes/$recipe" "$@"
+exec "${command[@]}" < /dev/null

@@ -6,6 +6,8 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.environment import require_environment
     require_environment()
+    from common.watch import begin
+    begin()
 
 from common.checkpoint import export_model
 from common.config import parse

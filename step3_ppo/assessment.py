@@ -28,12 +28,22 @@ class Assessment:
         return (self.old_log_probs - self.ref_log_probs).sum(1)
 
 
-def share_rollout(mine: Rollout) -> Rollout:
+class RolloutAbandoned(Exception):
+    """A rank was told to stop during the rollout; raised on all ranks alike. No weight has changed."""
+
+
+def share_rollout(mine: Rollout | None) -> Rollout:
     """All ranks' responses on every rank, without fillers, in the order of their prompts in the data set.
 
     The result does not depend on how the prompts were dealt to ranks and batches.
+
+    Raises:
+        RolloutAbandoned: a rank gave None.
     """
-    rollout = Rollout.concat(gather_objects(mine.to("cpu")))
+    parts = gather_objects(mine and mine.to("cpu"))
+    if None in parts:
+        raise RolloutAbandoned
+    rollout = Rollout.concat(parts)
     real = rollout.real.nonzero().squeeze(1)
     return rollout.select(real[rollout.prompt_index[real].argsort(stable=True)])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from common.stopping import told
 from step3_ppo.sampling import NO_TOKEN, Sampling, sample_tokens
 
 PREFILL_TOKENS = 8192  # of one prefill pass, padding included: bounds its memory
@@ -131,6 +132,7 @@ class Decoder:
     @torch.no_grad()
     def run(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[list[int]]:
         """The response to each request: its tokens, the end token included; `NO_TOKEN` comes last where it broke off.
+        Once this rank is told to stop, what there is by then.
 
         Args:
             progress: called with the number of responses finished since the last call.
@@ -147,7 +149,7 @@ class Decoder:
         queue = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt))
         # Of each slot in use: its request, its next input, how many tokens the cache holds, how many are written.
         index = fed = length = written = torch.empty(0, dtype=torch.long)
-        while queue or len(index):
+        while (queue or len(index)) and not told():
             if queue and (self.slots - len(index) >= self.refill_at or not len(index)):
                 admitted, queue = queue[:self.slots - len(index)], queue[self.slots - len(index):]
                 self._prefill([requests[request].prompt for request in admitted], first_slot=len(index))

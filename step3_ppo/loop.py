@@ -1,13 +1,17 @@
 """The iterations of a PPO run, and the evaluations before, between and after them."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
 
-from common.data.sampler import StepSampler
+from common import peers
+from common.data.sampler import MicroBatch, StepSampler
 from common.distributed import say
 from common.loop import check_finite, describe
+from common.stopping import training_begins
 from common.tracking import Tracker
+from step3_ppo.assessment import RolloutAbandoned
+from step3_ppo.config import PPOConfig
 from step3_ppo.trainer import PPOTrainer
 
 SHOWN = ("reward", "kl", "response_length", "eos_fraction")
@@ -15,42 +19,62 @@ PRINTED_ANSWERS = 3
 
 
 def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, tracker: Tracker, done: int = 0,
-                   after_iteration: Callable[[int, int], None] = lambda step, optimizer_steps: None) -> None:
-    """Evaluate, then run all iterations, with evaluations between them. The last evaluation is the caller's.
+                   after_iteration: Callable[[int, int], None] = lambda step, optimizer_steps: None
+                   ) -> dict[str, float]:
+    """Evaluate, then run all iterations, with evaluations between them and after the last; returns its metrics.
 
     Args:
         sampler: one of its steps is the prompts of one iteration.
         iterations: how many, over as many epochs as that takes.
         done: iterations that an interrupted run has made already.
-        after_iteration: called with the iterations and the optimizer steps made so far, but not after the last.
+        after_iteration: called with the iterations and the optimizer steps made so far, but not after the last; to
+            save, or to end a run that was told to stop. Called also where a rollout was abandoned for that. The
+            evaluation after that iteration comes later, and so again where a run is resumed.
 
     Raises:
         TrainingFailure: a loss is not a number.
     """
-    config = trainer.config
-    if not done:
-        evaluate(trainer, 0, iterations, tracker)
+    training_begins()
     prompts = chain.from_iterable(sampler.epoch(epoch) for epoch in count())
-    with tracker.progress(iterations, "ppo", done) as bar:
-        for index, micro_batches in enumerate(islice(prompts, done, iterations), start=done):
-            step = index + 1
-            training = trainer.iteration(index, micro_batches)
-            for name in ("policy_loss", "value_loss", "text_loss"):
-                check_finite(training.get(name, 0.0), name.replace("_", " "), f"iteration {step}")
-            bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN}, refresh=False)
-            bar.update()
-            if step % config.log_interval == 0:
-                tracker.log("train", step, training)
-            if config.print_answers and step % config.print_answers_interval == 0:
-                print_answers(trainer)
-            if config.eval_interval and step % config.eval_interval == 0 and step < iterations:
-                evaluate(trainer, step, iterations, tracker)
-            if step < iterations:
-                after_iteration(step, trainer.optimizer_steps_made)
+    made = done
+    try:
+        with tracker.progress(iterations, "ppo", done) as bar:
+            for micro_batches in islice(prompts, done, iterations):
+                if evaluation_is_due(trainer.config, made):
+                    evaluate(trainer, made, iterations, tracker)
+                train(trainer, made, micro_batches, tracker, bar)
+                made += 1
+                if made < iterations:
+                    after_iteration(made, trainer.optimizer_steps_made)
+        return evaluate(trainer, iterations, iterations, tracker)
+    except RolloutAbandoned:
+        after_iteration(made, trainer.optimizer_steps_made)
+        raise
+
+
+def evaluation_is_due(config: PPOConfig, made: int) -> bool:
+    """Whether to evaluate after so many iterations, besides the last."""
+    return not made or (config.eval_interval > 0 and made % config.eval_interval == 0)
+
+
+def train(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], tracker: Tracker, bar) -> None:
+    """One iteration, checked and shown."""
+    config, step = trainer.config, index + 1
+    peers.enter("training")
+    training = trainer.iteration(index, micro_batches)
+    for name in ("policy_loss", "value_loss", "text_loss"):
+        check_finite(training.get(name, 0.0), name.replace("_", " "), f"iteration {step}")
+    bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN}, refresh=False)
+    bar.update()
+    if step % config.log_interval == 0:
+        tracker.log("train", step, training)
+    if config.print_answers and step % config.print_answers_interval == 0:
+        print_answers(trainer)
 
 
 def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) -> dict[str, float]:
     """Answer held-out prompts; log the metrics and write the answers to samples/. Nothing where none are held out."""
+    peers.enter("evaluation")
     metrics, rows = trainer.evaluate()
     if not rows:
         return {}

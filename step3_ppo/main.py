@@ -9,6 +9,8 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.environment import require_environment
     require_environment()
+    from common.watch import begin
+    begin()
 
 from datasets import Dataset
 
@@ -26,7 +28,7 @@ from common.provenance import Calibration
 from common.resume import Checkpoints, TrainingState
 from common.run import (data_request, open_codec, open_run, publishing, read_calibration, report_done, say_data)
 from step3_ppo.config import PPOConfig
-from step3_ppo.loop import evaluate, run_iterations
+from step3_ppo.loop import run_iterations
 from step3_ppo.models import PPOModels, build_models
 from step3_ppo.sampling import Sampling
 from step3_ppo.trainer import PPOTrainer
@@ -64,9 +66,8 @@ def main(argv=None) -> None:
                          text_batches(config, texts.train, codec) if texts else None, calibration)
 
     done = checkpoints.restore(found, training_state(models, trainer), tracker)
-    run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.after)
+    metrics = run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.after)
 
-    metrics = evaluate(trainer, iterations, iterations, tracker)
     save(config, models, codec, calibration)
     checkpoints.discard()
     report_done(tracker, iterations, metrics, config.output_dir)

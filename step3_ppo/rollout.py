@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from common.data.collate import PromptBatch
 from common.distributed import device, is_main, on_every_rank, say
+from common.stopping import told
 from step3_ppo.decoding import Decoder, Request, SlotCache, can_decode
 from step3_ppo.experience import Rollout
 from step3_ppo.generation_mode import generation_mode, whole_model_fits
@@ -42,7 +43,7 @@ class ActorRollouts:
         self.cache: SlotCache | None = None
         self._said = ""
 
-    def roll_out(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout:
+    def roll_out(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout | None:
         """A response to every prompt, or several.
 
         Under ZeRO-3 all ranks must call it together.
@@ -53,14 +54,15 @@ class ActorRollouts:
 
         Returns:
             The responses, in the order of the prompts, those of one prompt together. `NO_TOKEN` is in those that the
-            actor had no numbers for; no error yet, since other ranks may know nothing of it.
+            actor had no numbers for; no error yet, since other ranks may know nothing of it. None if this rank was
+            told to stop meanwhile.
         """
         longest = prompts.input_ids.shape[1] + sampling.max_new_tokens
         reason = self._why_plain(longest)
         if reason:
             self._say_once(f"note: rollouts in batches that stay together, since {reason}")
             parts = [self._plainly(part, sampling, iteration) for part in prompts.to(device()).split(self.slots)]
-            return Rollout.concat(parts)
+            return None if told() else Rollout.concat(parts)
         return self._in_generation_mode(prompts.select(prompts.real), sampling, iteration)
 
     def _why_plain(self, longest: int) -> str:
@@ -78,7 +80,7 @@ class ActorRollouts:
             say(message)
             self._said = message
 
-    def _in_generation_mode(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout:
+    def _in_generation_mode(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout | None:
         if self.engine.zero_optimization_partition_weights():
             self._say_once("note: for each rollout the whole actor is gathered on every rank")
         rows = prompts.to("cpu")
@@ -96,6 +98,8 @@ class ActorRollouts:
             decoder = Decoder(model, sampling, slots=self.slots, end_id=self.end_id, cache=self.cache)
             responses = decoder.run(requests, progress=bar.update)
         self.cache = decoder.cache if self.keep_cache else None
+        if told():
+            return None
         return joined(requests, responses, rows.prompt_index.repeat_interleave(sampling.samples_per_prompt),
                       self.end_id, self.pad_id)
 
@@ -131,9 +135,11 @@ class _ForcedChoice(LogitsProcessor):
         scores = scores.clone()
         scores[position < self.limits[:, 0], self.end_id] = -torch.inf
         tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
-        # What follows a response that has come to its own limit is cut off; ending it saves the time.
+        # What follows a response that has come to its own limit is cut off; ending it saves the time. So does ending
+        # all of them when the rollout will not be used; under ZeRO-3 no rank may leave by itself.
         self.broken |= tokens == NO_TOKEN
-        tokens = tokens.masked_fill(self.broken | (position >= self.limits[:, 1]), self.end_id)
+        over = self.broken | (position >= self.limits[:, 1]) | bool(told())
+        tokens = tokens.masked_fill(over, self.end_id)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
 
 

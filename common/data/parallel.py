@@ -59,7 +59,8 @@ def _by_processes(function: Callable[[Item], Result], items: Iterable[Item], pro
 def _begin(function: Callable) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program, which then ends its processes
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the program, which then ends its processes
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -54,13 +54,23 @@ def test_a_wrong_flag_ends_a_script_with_its_one_line(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143),
-                                          pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)])
-def test_a_signal_to_the_script_ends_every_rank(number, code, tmp_path):
+STEP = ["launch/sft_1gpu.sh", "--output_dir", "{}/sft"]
+PIPELINE = ["launch/pipeline.sh", "--output_dir", "{}", "--num_gpus", "2"]
+
+
+@pytest.mark.parametrize("script, number, code", [
+    (STEP, signal.SIGTERM, -signal.SIGTERM), pytest.param(STEP, signal.SIGINT, -signal.SIGINT, marks=pytest.mark.long),
+    pytest.param(PIPELINE, signal.SIGTERM, 143, marks=pytest.mark.long),
+    pytest.param(PIPELINE, signal.SIGINT, 130, marks=pytest.mark.long)])
+def test_a_signal_to_the_script_saves_and_ends_every_rank(script, number, code, tmp_path):
     output = tmp_path / "sft"
-    command = ["bash", str(ROOT / "launch/sft_1gpu.sh"), "--model_name_or_path", "builtin:tiny-opt", *SUPERVISED, *TASK,
-               "--output_dir", str(output), "--data_output_path", str(tmp_path / "data"), "--num_train_epochs", "10000",
-               "--log_interval", "1"]
+    name, *flags = [word.format(tmp_path) for word in script]
+    command = ["bash", str(ROOT / name), "--model_name_or_path", "builtin:tiny-opt", *SUPERVISED, *TASK, *flags,
+               "--data_output_path", str(tmp_path / "data"), "--num_train_epochs", "10000", "--log_interval", "1"]
+    if script is PIPELINE:
+        at = command.index("--model_name_or_path")
+        words, command[at:at + 2 + len(SUPERVISED)] = command[at:at + 2 + len(SUPERVISED)], []
+        command += ["--sft_flags", " ".join(words)]
     with open(tmp_path / "said", "w") as said:
         started = subprocess.Popen(command, cwd=tmp_path, env={**environment(), "NUM_GPUS": "2"}, stdout=said,
                                    stderr=said)
@@ -72,9 +82,15 @@ def test_a_signal_to_the_script_ends_every_rank(number, code, tmp_path):
             assert sum("main.py" in " ".join(words) for words in command_lines(output)) >= 2
             os.kill(started.pid, number)
             assert started.wait(timeout=60) == code
+            if script is not PIPELINE:  # which has waited for its ranks
+                deadline = time.monotonic() + 25
+                while command_lines(output) and time.monotonic() < deadline:
+                    time.sleep(0.1)
         finally:
             started.kill()
     assert command_lines(output) == []
+    said = (tmp_path / "said").read_text()
+    assert f"run the same command to go on from {output}/checkpoints/step-" in said and "ended at once" not in said
 
 
 def command_lines(output: Path) -> list[list[str]]:

@@ -1,0 +1,118 @@
+"""Being told to stop: by SIGTERM, by SIGINT (Ctrl-C), or because the launcher has gone.
+
+Before training begins that ends the program at once. From then on it is only noted; the training loop asks, saves a
+checkpoint with all ranks together, and ends by `Stopped`. Nothing slow is imported here: it serves from the first second.
+"""
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+STOPPED = 75  # exit code of a run that was told to stop; sysexits.h: a temporary failure, try again
+ONE_SIGNAL = 5.0  # seconds within which signals count as one: Ctrl-C reaches a rank from the terminal and the launcher
+
+_reason: str | None = None
+_first_signal: float | None = None
+_training = False
+
+
+class Stopped(Exception):
+    """The run ends because it was told to, raised on all ranks alike; its state is saved. The message is one line."""
+
+
+class LastingStream:
+    """Standard output or error that outlives its reader: `| tee log` ends at Ctrl-C, before the run has saved."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As of any text stream; what nobody can read any more is dropped."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._to_nowhere()
+            return len(text)
+
+    def flush(self) -> None:
+        """As of any text stream."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._to_nowhere()
+
+    def _to_nowhere(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+def catch_signals() -> None:
+    """From here on SIGTERM and SIGINT tell the run to stop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
+    sys.stdout, sys.stderr = (stream if isinstance(stream, LastingStream) else LastingStream(stream)
+                              for stream in (sys.stdout, sys.stderr))
+
+
+def ignore_signals() -> None:
+    """For a run that is ending: the launcher, seeing the first rank end, signals those that are a moment behind."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def training_begins() -> None:
+    """From here on there is something to save."""
+    global _training
+    _training = True
+
+
+def training() -> bool:
+    """Whether training has begun on this rank."""
+    return _training
+
+
+def told() -> str | None:
+    """What told this rank to stop, if anything has; other ranks may not know it yet."""
+    return _reason
+
+
+def tell(reason: str) -> None:
+    """Tell this rank to stop."""
+    global _reason
+    if not _training:
+        end_at_once(f"stopped by {reason} before training began")
+    if _reason is None:
+        _reason = reason
+        write(f"{reason}: stopping as soon as a checkpoint can be saved; a signal after {ONE_SIGNAL:.0f} seconds ends "
+              "the run at once")
+
+
+def end_at_once(message: str, code: int = STOPPED) -> None:
+    """End this process from whichever thread; `message` is said by rank 0."""
+    write(message)
+    os._exit(code)
+
+
+def write(message: str, on_every_rank: bool = False) -> None:
+    """A line on stderr from rank 0, in a way that a signal handler and a second thread may use."""
+    if on_every_rank or os.environ.get("RANK", "0") == "0":
+        try:
+            os.write(2, f"\n{message}\n".encode())
+        except OSError:
+            pass  # nobody is there to read it
+
+
+def _on_signal(number: int, frame) -> None:
+    global _first_signal
+    name = signal.Signals(number).name
+    if _first_signal is None:
+        _first_signal = time.monotonic()
+    elif time.monotonic() - _first_signal > ONE_SIGNAL:
+        end_at_once(f"ended at once by a second signal, {name}: the same command goes on from the last checkpoint")
+    tell(name)

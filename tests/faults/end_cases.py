@@ -1,0 +1,85 @@
+"""Programs that `test_ends.py` starts under the launcher and disturbs.
+
+end_cases.py ppo MARKS WHERE FLAGS...: step 3. WHERE is `nowhere`, or where it dwells until it is disturbed and writes
+    MARKS/RANK: `rollout-N` and `update-N` of iteration N, `evaluation`.
+end_cases.py steps|raises|deadlocks MARKS: a loop of barriers; on rank 1 it raises, or waits for ever.
+"""
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from common import watch
+
+watch.begin()
+
+import torch.distributed as dist
+
+from common.distributed import rank, run_program, start
+from common.peers import INTERVAL, enter
+from common.stopping import told, training_begins
+
+TIMEOUT = 10
+watch.GRACE = 5.0
+
+
+def main(argv) -> None:
+    case, marks, *rest = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    if case == "ppo":
+        ppo(Path(marks), rest[0], rest[1:])
+        return
+    start(TIMEOUT, seed=0)
+    group = dist.new_group()
+    training_begins()
+    enter("counting")
+    time.sleep(3 * INTERVAL)  # until the other rank has heard of it
+    mark(Path(marks))
+    while True:
+        if rank() == 1 and case == "raises":
+            raise ValueError("row 3 is odd")
+        if rank() == 1 and case == "deadlocks":
+            time.sleep(3600)
+        dist.barrier(group)
+        time.sleep(0.02)
+
+
+def ppo(marks: Path, where: str, flags: list[str]) -> None:
+    from step3_ppo import decoding, main, rollout, trainer
+    now = ""  # where it is
+
+    def at(name: str) -> None:
+        nonlocal now
+        now = name
+        if now == where:
+            mark(marks)
+
+    def sample_slowly(*args):
+        time.sleep(0.3 if now == where else 0)
+        return sample_tokens(*args)
+
+    def roll_out(self, prompts, sampling, iteration):
+        at("evaluation" if iteration == trainer.EVALUATION else f"rollout-{iteration}")
+        return whole_rollout(self, prompts, sampling, iteration)
+
+    def update(self, experience, index):
+        at(f"update-{index}")
+        while now == where and not told():
+            time.sleep(0.05)
+        return whole_update(self, experience, index)
+
+    sample_tokens, whole_rollout = decoding.sample_tokens, rollout.ActorRollouts.roll_out
+    whole_update = trainer.PPOTrainer.update
+    decoding.sample_tokens = rollout.sample_tokens = sample_slowly
+    rollout.ActorRollouts.roll_out, trainer.PPOTrainer.update = roll_out, update
+    main.main(flags)
+
+
+def mark(marks: Path) -> None:
+    (marks / str(rank())).touch()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
