@@ -83,6 +83,9 @@ def start(timeout_seconds: int, seed: int) -> None:
 
     Args:
         timeout_seconds: how long a collective may wait for the slowest rank.
+
+    Raises:
+        UserError: another run has the port, as two with the launcher's default have.
     """
     torch.manual_seed(seed)
     import deepspeed
@@ -92,7 +95,13 @@ def start(timeout_seconds: int, seed: int) -> None:
     # in /dev/shm; gloo serves without either.
     if not on_gpu():
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    try:
+        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(f"port {os.environ['MASTER_PORT']} is in use, mostly by another run on this machine: give "
+                        "deepspeed another, --master_port N before the program's name") from None
 
 
 def seed_rank(seed: int) -> None:

@@ -18,6 +18,7 @@ from common.errors import DIVERGED, TrainingFailure, UserError
 from common.options import DataOptions
 from common.models.factory import load_config
 from common.models.scalar import is_scalar_config
+from common.output_lock import lock_output
 from common.provenance import FILE as PROVENANCE_FILE
 from common.provenance import RAW, Calibration, Provenance, read_provenance
 from common.split_rule import check_split_rule, split_rule_of
@@ -29,11 +30,16 @@ CONFIG_FILE = "run_config.yaml"
 def open_run(config) -> Tracker:
     """Make the output directory and send libraries' chatter to its logs.
 
-    Not before everything is checked: the libraries' logs of an earlier run there are replaced from here on, its metrics
-    and samples when the tracker begins; its models stay until `publishing`.
+    Not before everything is checked: the libraries' logs of an earlier run there are continued from here on, its
+    metrics and samples are replaced when the tracker begins; its models stay until `publishing`.
+
+    Raises:
+        UserError: another run has the directory.
     """
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    if is_main():
+        lock_output(output)
     quiet_libraries(output)
     for note in config.notes:
         say(f"note: {note}")

@@ -68,8 +68,8 @@ def main(argv=None) -> None:
 
     metrics = evaluate(trainer, iterations, iterations, tracker)
     save(config, models, codec, calibration)
-    checkpoints.discard()
     report_done(tracker, iterations, metrics, config.output_dir)
+    checkpoints.discard()
     models.destroy()
 
 
