@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -58,8 +59,9 @@ def loading_data_only(directory: Path):
         with torch.serialization.safe_globals(_known_classes()):
             yield
     except pickle.UnpicklingError as error:
-        raise UserError(f"{directory} holds more than data, which could run code, so it is not loaded: "
-                        f"{str(error).splitlines()[0]}") from error
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise UserError(f"{directory} holds more than data{f' ({named[1]})' if named else ''}, which could run code: "
+                        "resume from another checkpoint") from error
     finally:
         del os.environ[_DATA_ONLY]
         if asked is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from common.config import save_config
 from common.data.blend import parse_data_path
@@ -132,21 +133,26 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
         parts: model directories inside the output directory; each gets the provenance too, so that it can be moved.
 
     Raises:
-        TrainingFailure: an engine gives no finite numbers any more; before anything is touched.
+        TrainingFailure: an engine gives no finite numbers any more, before anything is touched; or the disk refuses.
     """
     for name, engine in engines.items():
         _check_usable(engine, name, codec)
     output = Path(config.output_dir)
-    if is_main():
-        (output / PROVENANCE_FILE).unlink(missing_ok=True)
-        for old in (output / "adapter", output / "ema"):
-            shutil.rmtree(old, ignore_errors=True)
-    yield
-    if is_main():
-        save_config(config, output / CONFIG_FILE)
-        provenance = Provenance(step=step, base=base, **split_rule_of(config), **text_of(codec), **calibration)
-        for directory in (*(output / part for part in parts), output):
-            provenance.write(directory)
+    try:
+        if is_main():
+            (output / PROVENANCE_FILE).unlink(missing_ok=True)
+            for old in (output / "adapter", output / "ema"):
+                shutil.rmtree(old, ignore_errors=True)
+        yield
+        if is_main():
+            save_config(config, output / CONFIG_FILE)
+            provenance = Provenance(step=step, base=base, **split_rule_of(config), **text_of(codec), **calibration)
+            for directory in (*(output / part for part in parts), output):
+                provenance.write(directory)
+    except (OSError, SafetensorError) as error:
+        raise TrainingFailure(f"the result cannot be written to {output}: {error}: free space there or make it "
+                              "writable, and run the same command again, which goes on from the newest checkpoint"
+                              ) from error
     barrier()
 
 

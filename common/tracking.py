@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -143,3 +144,12 @@ def quiet_libraries(output_dir: str | Path) -> None:
                    logging.getLogger("datasets"), logging.getLogger("peft"), logging.getLogger("torch")):
         logger.handlers[:] = [handler]
         logger.propagate = False
+
+    usual = threading.excepthook
+
+    def quiet(death) -> None:
+        """What ends TensorBoard's writer is raised again where the next event is written, and told from there."""
+        if not type(death.thread).__module__.startswith("tensorboard"):
+            usual(death)
+
+    threading.excepthook = quiet
