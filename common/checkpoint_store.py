@@ -1,7 +1,7 @@
 """Checkpoints on disk: each is whole, or it does not exist.
 
-All ranks write their shards into a temporary directory. What they wrote is hashed and brought to the disk before a
-manifest lists it; only then does a rename give the directory its name, and a pointer, replaced in one piece, say that
+All ranks write their shards into a temporary directory, each hashed while it is written and then brought to the disk. A
+manifest lists them; only then does a rename give the directory its name, and a pointer, replaced in one piece, say that
 it is the newest. Older ones are deleted last. So whatever happens at whatever moment, the newest whole checkpoint is
 found again, and a damaged one is recognised.
 
@@ -9,18 +9,21 @@ All methods are called by all ranks together unless they say otherwise; the dire
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from common.distributed import barrier, gather_objects, is_main, rank, world_size
+from common.shards import Shards
 
 MANIFEST = "manifest.json"
 POINTER = "newest"
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 _BLOCK = 1 << 20
 
 
@@ -39,21 +42,25 @@ class CheckpointStore:
     def __init__(self, directory: str | Path, keep: int):
         self.directory, self.keep = Path(directory), keep
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Publish what `write` puts into the directory it is given.
-
-        Args:
-            write: called on every rank; an OSError that it raises on some of them must come after all its collectives.
+    def save(self, step: int, write: Callable[[Shards], None]) -> Path:
+        """Publish the files that `write`, called on every rank, adds to this rank's shards.
 
         Raises:
             NotSaved: the disk refused; the message names the path and the bytes needed.
         """
+        if is_main():
+            self._sweep()
+        # A name of its own: what cannot be removed (NFS keeps what a hung process holds open) is in nobody's way.
+        partial = self.directory / f"{PARTIAL}-{step}-{gather_objects(uuid.uuid4().hex[:8])[0]}"
         final = self.directory / f"step-{step}"
-        partial = self.directory / f"{_PARTIAL}-{step}"
-        self._together(lambda: self._make_room(partial), partial, on_main_only=True)
-        self._together(lambda: write(partial), partial)
-        listed = self._together(lambda: _digests(partial), partial)
-        self._together(lambda: self._publish(partial, final, listed), partial, on_main_only=True)
+        shards = Shards(partial)
+        write(shards)
+        written = self._unless_refused(shards)
+        if is_main():
+            shards.attempt(lambda: self._publish(written, final))
+        self._unless_refused(shards)
+        if is_main():
+            self._retire(final)
         return final
 
     def newest_whole(self, say: Callable[[str], None]) -> Path | None:
@@ -67,11 +74,11 @@ class CheckpointStore:
 
     def problems(self, path: Path) -> list[str]:
         """What is wrong with a checkpoint: files missing, of another size or content. Empty if it is whole."""
-        found = []
         try:
             files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
             expected = sorted((str(name), int(size), str(digest)) for name, (size, digest) in files.items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found = [] if expected else [f"{MANIFEST} lists no files"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             expected, found = [], [f"{MANIFEST} cannot be read: {error}"]
         for name, size, digest in expected[rank()::world_size()]:
             found += _problem(path / name, name, size, digest)
@@ -80,13 +87,15 @@ class CheckpointStore:
     def clean(self) -> None:
         """Remove what an interrupted save has left."""
         if is_main():
-            for left in self.directory.glob(f"{_PARTIAL}-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            self._sweep()
         barrier()
 
     def delete(self) -> None:
         """Remove all checkpoints."""
         if is_main():
+            with contextlib.suppress(OSError):
+                for path in self.directory.glob("step-*"):
+                    self._put_aside(path)
             shutil.rmtree(self.directory, ignore_errors=True)
         barrier()
 
@@ -102,69 +111,61 @@ class CheckpointStore:
         names = gather_objects(sorted(names, key=lambda name: name != pointed))[0]
         return [self.directory / name for name in names]
 
-    def _make_room(self, partial: Path) -> None:
-        for left in self.directory.glob(f"{_PARTIAL}-*"):
-            shutil.rmtree(left)
-        partial.mkdir(parents=True)
+    def _unless_refused(self, shards: Shards) -> list[Shards]:
+        """Every rank's shards; if the disk refused one of them, nothing is left and all raise."""
+        everyone = gather_objects(shards)
+        refused = next(((number, theirs.refusal) for number, theirs in enumerate(everyone) if theirs.refusal), None)
+        if refused is not None:
+            if is_main():
+                shutil.rmtree(shards.directory, ignore_errors=True)
+            number, reason = refused
+            raise NotSaved(f"no checkpoint could be written to {self.directory}, which takes "
+                           f"{sum(theirs.needed for theirs in everyone):,} bytes: {reason} (rank {number}): free space "
+                           "there, or make it writable")
+        return everyone
 
-    def _publish(self, partial: Path, final: Path, listed: list[dict]) -> None:
-        files = {name: entry for part in listed for name, entry in part.items()}
+    def _publish(self, written: list[Shards], final: Path) -> None:
+        partial, files = written[0].directory, {}
+        for number, shards in enumerate(written):
+            for name, (size, digest) in shards.files.items():
+                if not (partial / name).is_file() or (partial / name).stat().st_size != size:
+                    raise OSError(f"rank 0 does not see {name} as rank {number} has written it: every machine must see "
+                                  "the same directory")
+                files[name] = size, digest
         _write_durably(partial / MANIFEST, json.dumps({"files": files}, indent=1))
-        for directory in sorted({(partial / name).parent for name in files} | {partial}):
+        for directory in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
             _sync(directory)
         if final.exists():  # of a run that was told not to resume, or a damaged one
-            shutil.rmtree(final)
+            self._put_aside(final)
         os.rename(partial, final)
         _sync(self.directory)
+        _sync(self.directory.parent)
         _write_durably(self.directory / f"{POINTER}.new", final.name)
         os.replace(self.directory / f"{POINTER}.new", self.directory / POINTER)
         _sync(self.directory)
-        for old in [path for path in self.directory.glob("step-*") if path != final]:
-            newer = [path for path in self.directory.glob("step-*") if _step(path) > _step(old)]
-            if len(newer) >= self.keep:
-                shutil.rmtree(old, ignore_errors=True)
 
-    def _together(self, action: Callable, partial: Path, on_main_only: bool = False) -> list:
-        """Every rank's result; if the disk fails on one of them, nothing is left and all raise."""
-        result = failure = None
-        try:
-            if is_main() or not on_main_only:
-                result = action()
-        except OSError as error:
-            failure = error.strerror or str(error)
-        outcomes = gather_objects((failure, result))
-        failures = [(number, message) for number, (message, _) in enumerate(outcomes) if message]
-        if failures:
-            if is_main():
-                written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                written = 0
-            number, message = failures[0]
-            written, needed = gather_objects(written)[0], gather_objects(self._size_of_newest())[0]
-            raise NotSaved(f"no checkpoint could be written to {self.directory}: {message} (rank {number}, after "
-                           f"{written:,} bytes{f' of about {needed:,}' if needed else ''}): free space there")
-        return [result for _, result in outcomes]
+    def _retire(self, newest: Path) -> None:
+        """Delete what is too old, and what lies ahead: damaged, or of a run that went on from before."""
+        steps = sorted(map(_step, self.directory.glob("step-*")))
+        older = [step for step in steps if 0 <= step < _step(newest)]
+        kept = {_step(newest), *older[len(older) - self.keep + 1:]}
+        for step in set(steps) - kept - {-1}:
+            with contextlib.suppress(OSError):
+                self._put_aside(self.directory / f"step-{step}")
+        self._sweep()
 
-    def _size_of_newest(self) -> int:
-        newest = max(self.directory.glob("step-*"), key=_step, default=None)
-        return sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) if newest else 0
+    def _put_aside(self, path: Path) -> None:
+        """What is to be deleted loses its name first, so that no checkpoint is ever half there."""
+        os.rename(path, path.with_name(f"{PARTIAL}-{path.name}-{uuid.uuid4().hex[:8]}"))
+
+    def _sweep(self) -> None:
+        for left in self.directory.glob(f"{PARTIAL}-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _step(path: Path) -> int:
     name = path.name.removeprefix("step-")
     return int(name) if name.isdecimal() else -1
-
-
-def _digests(directory: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of this rank's share of the files, each brought to the disk."""
-    barrier()  # every rank has written
-    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    found = {}
-    for name in names[rank()::world_size()]:
-        _sync(directory / name)
-        found[name] = ((directory / name).stat().st_size, _sha256(directory / name))
-    return found
 
 
 def _problem(path: Path, name: str, size: int, digest: str) -> list[str]:
@@ -174,6 +175,8 @@ def _problem(path: Path, name: str, size: int, digest: str) -> list[str]:
         return [] if _sha256(path) == digest else [f"{name} has other content than was written"]
     except OSError as error:
         return [f"{name}: {error.strerror}"]
+    except ValueError as error:  # a name with a NUL
+        return [f"{name!r}: {error}"]
 
 
 def _sha256(path: Path) -> str:

@@ -86,6 +86,9 @@ def start(timeout_seconds: int, seed: int) -> None:
 
     Args:
         timeout_seconds: how long a collective may wait for the slowest rank.
+
+    Raises:
+        UserError: another run has the port, as two with the launcher's default have.
     """
     torch.manual_seed(seed)
     import deepspeed
@@ -98,7 +101,13 @@ def start(timeout_seconds: int, seed: int) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     # Of the groups that DeepSpeed makes for its engines; what init_distributed is told holds for the first alone.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed(timeout=timeout, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(f"port {os.environ['MASTER_PORT']} is in use, mostly by another run on this machine: give "
+                        "deepspeed another, --master_port N before the program's name") from None
     watch.begin()
     watch.join(distributed_c10d._get_default_store(), rank(), world_size(), timeout_seconds)
     peers.enter("the loading of models")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from common.distributed import on_gpu
+from common.errors import UserError
 
 BETAS = (0.9, 0.95)  # the betas of InstructGPT's and DeepSpeed-Chat's training
 
@@ -32,11 +33,24 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
 
 
 def build_optimizer(groups: list[dict], offload: bool) -> torch.optim.Optimizer:
-    """AdamW: torch's, fused on a GPU; DeepSpeed's CPU kernel where the optimizer is offloaded from one."""
+    """AdamW: torch's, fused on a GPU; DeepSpeed's CPU kernel where the optimizer is offloaded from one.
+
+    Raises:
+        UserError: that kernel is not compiled yet, and there is no compiler.
+    """
     if offload and on_gpu():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-        return DeepSpeedCPUAdam(groups, betas=BETAS, adamw_mode=True)
+        return _cpu_adam(groups)
     return torch.optim.AdamW(groups, betas=BETAS, fused=on_gpu())
+
+
+def _cpu_adam(groups: list[dict]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    try:
+        return DeepSpeedCPUAdam(groups, betas=BETAS, adamw_mode=True)
+    except RuntimeError as error:
+        raise UserError("--offload needs DeepSpeed's optimizer for CPUs, which cannot be compiled here: install a C++ "
+                        "compiler and ninja (on Debian and Ubuntu: apt install g++ ninja-build), or leave --offload "
+                        f"out ({error.__cause__ or error})") from error
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, total_steps: int):

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from common.checkpoint_store import CheckpointStore, NotSaved
 from common.config import Config, options
 from common.distributed import is_main, on_gpu, rank, say, stop_agreed, world_size
+from common.engine_state import load_engine, save_engine
 from common.errors import UserError
 from common.peers import enter
+from common.shards import Shards
 from common.stopping import Stopped
 from common.tracking import Tracker
 
@@ -126,7 +128,7 @@ class Checkpoints:
         """Save now."""
         enter("saving")
         try:
-            path = self.store.save(step, lambda directory: self._write(directory, step, optimizer_steps))
+            path = self.store.save(step, lambda shards: self._write(shards, step, optimizer_steps))
             self.saved = step, path
             say(f"checkpoint saved to {path}")
         except NotSaved as failure:
@@ -144,18 +146,16 @@ class Checkpoints:
         return f"run the same command{' with --resume auto' if self.config.resume != 'auto' else ''} to go on from " \
                f"{self.saved[1]}"
 
-    def _write(self, directory: Path, step: int, optimizer_steps: int) -> None:
-        refusals = [refusal for name, engine in self.state.engines.items()
-                    for refusal in save_engine(engine, directory / name)]
+    def _write(self, shards: Shards, step: int, optimizer_steps: int) -> None:
+        for name, engine in self.state.engines.items():
+            save_engine(engine, name, shards)
         tensors = {f"state.{name}": tensor.detach().cpu().contiguous() for name, tensor in self.state.tensors().items()}
-        if refusals:
-            raise refusals[0]
-        save_file({**tensors, **_random_state()}, directory / f"rank{rank()}.safetensors")
+        shards.add(f"rank{rank()}.safetensors", lambda file: file.write(save({**tensors, **_random_state()})))
         if is_main():
             values = {"step": step, "optimizer_steps": optimizer_steps, "world_size": world_size(),
                       "remember": self.state.remember(),
                       "tracker": self.tracker.place(step), "data": self.data, "config": _plain(self.config)}
-            (directory / STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+            shards.add(STATE, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
     def _check_config(self, values: dict, path: Path) -> None:
         if values["world_size"] != world_size():
@@ -177,39 +177,6 @@ class Checkpoints:
                 number += 1
             self.store.directory.rename(aside)
             say(f"note: the checkpoints of an earlier run are in {aside} now")
-
-
-def save_engine(engine, directory: Path) -> list[OSError]:
-    """DeepSpeed's checkpoint of an engine, without frozen weights; returns what the disk refused to take.
-
-    DeepSpeed's ranks wait for each other while they save, so no error may leave one of them early.
-    """
-    refusals: list[OSError] = []
-    write = engine.checkpoint_engine.save
-
-    def record(state_dict, path):
-        try:
-            write(state_dict, path)
-        except OSError as error:
-            refusals.append(error)
-        except RuntimeError as error:  # of torch's own writer, where the disk is full
-            refusals.append(OSError(str(error)))
-
-    engine.checkpoint_engine.save = record
-    try:
-        engine.save_checkpoint(str(directory), tag="engine", save_latest=False, exclude_frozen_parameters=True)
-    except OSError as error:
-        refusals.append(error)
-    finally:
-        del engine.checkpoint_engine.save
-    return refusals
-
-
-def load_engine(engine, directory: Path) -> None:
-    """Weights, optimizer and schedule as they were saved; frozen weights stay as they were loaded from the model."""
-    found, _ = engine.load_checkpoint(str(directory), tag="engine", load_module_strict=False)
-    if found is None:
-        raise UserError(f"{directory} is no checkpoint of this model")
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from common.config import save_config
 from common.data.blend import parse_data_path
@@ -20,6 +21,7 @@ from common.options import DataOptions
 from common.peers import enter
 from common.models.factory import load_config
 from common.models.scalar import is_scalar_config
+from common.output_lock import lock_output
 from common.provenance import FILE as PROVENANCE_FILE
 from common.provenance import RAW, Calibration, Provenance, read_provenance
 from common.split_rule import check_split_rule, split_rule_of
@@ -31,11 +33,16 @@ CONFIG_FILE = "run_config.yaml"
 def open_run(config) -> Tracker:
     """Make the output directory and send libraries' chatter to its logs.
 
-    Not before everything is checked: the libraries' logs of an earlier run there are replaced from here on, its metrics
-    and samples when the tracker begins; its models stay until `publishing`.
+    Not before everything is checked: the libraries' logs of an earlier run there are continued from here on, its
+    metrics and samples are replaced when the tracker begins; its models stay until `publishing`.
+
+    Raises:
+        UserError: another run has the directory.
     """
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    if is_main():
+        lock_output(output)
     quiet_libraries(output)
     for note in config.notes:
         say(f"note: {note}")
@@ -128,22 +135,27 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
         parts: model directories inside the output directory; each gets the provenance too, so that it can be moved.
 
     Raises:
-        TrainingFailure: an engine gives no finite numbers any more; before anything is touched.
+        TrainingFailure: an engine gives no finite numbers any more, before anything is touched; or the disk refuses.
     """
     enter("saving the result")
     for name, engine in engines.items():
         _check_usable(engine, name, codec)
     output = Path(config.output_dir)
-    if is_main():
-        (output / PROVENANCE_FILE).unlink(missing_ok=True)
-        for old in (output / "adapter", output / "ema"):
-            shutil.rmtree(old, ignore_errors=True)
-    yield
-    if is_main():
-        save_config(config, output / CONFIG_FILE)
-        provenance = Provenance(step=step, base=base, **split_rule_of(config), **text_of(codec), **calibration)
-        for directory in (*(output / part for part in parts), output):
-            provenance.write(directory)
+    try:
+        if is_main():
+            (output / PROVENANCE_FILE).unlink(missing_ok=True)
+            for old in (output / "adapter", output / "ema"):
+                shutil.rmtree(old, ignore_errors=True)
+        yield
+        if is_main():
+            save_config(config, output / CONFIG_FILE)
+            provenance = Provenance(step=step, base=base, **split_rule_of(config), **text_of(codec), **calibration)
+            for directory in (*(output / part for part in parts), output):
+                provenance.write(directory)
+    except (OSError, SafetensorError) as error:
+        raise TrainingFailure(f"the result cannot be written to {output}: {error}: free space there or make it "
+                              "writable, and run the same command again, which goes on from the newest checkpoint"
+                              ) from error
     barrier()
 
 

@@ -4,20 +4,24 @@ Rank 0 writes; on every other rank all of it does nothing.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from common.distributed import is_main, rank
+from common.distributed import is_main, rank, say
 
 
 class Tracker:
     """Metrics and samples of one run, under its output directory; nothing is written before `begin`.
+
+    A disk that refuses ends no run: metrics wait until it takes them, the rest is left out, and that is said once.
 
     Files:
         logs/metrics.jsonl: one object per `log` call: step, phase, seconds since the start, and the metrics.
@@ -35,6 +39,8 @@ class Tracker:
         self._start = time.monotonic()
         self._file = self._board = None
         self._evaluation: tuple[int, int] | None = None  # the step of the last one, and the size of the file before it
+        self._waiting = b""  # lines that the disk has not taken yet
+        self._refused: set[Path] = set()
         self._events = Path(tensorboard_path or self.directory / "logs" / "tensorboard") if tensorboard else None
 
     def begin(self, place: Mapping | None = None) -> None:
@@ -50,7 +56,7 @@ class Tracker:
         if place is None:
             for old in (self.directory / "samples", logs / "tensorboard"):
                 shutil.rmtree(old, ignore_errors=True)
-        self._file = open(logs / "metrics.jsonl", "a" if place else "w", encoding="utf-8")
+        self._file = open(logs / "metrics.jsonl", "ab" if place else "wb", buffering=0)
         if place is not None:
             self._file.truncate(min(place["bytes"], os.path.getsize(logs / "metrics.jsonl")))
             self._start = time.monotonic() - place["seconds"]
@@ -77,12 +83,14 @@ class Tracker:
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()
                   if value is not None}
         record = {"phase": phase, "step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._waiting += f"{json.dumps(record)}\n".encode()
+        with self._tolerant(self.directory / "logs" / "metrics.jsonl"):
+            self._write_waiting()
         if self._board is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(f"{phase}/{name}", value, step)
+            with self._tolerant(self._events):
+                for name, value in values.items():
+                    if value is not None:
+                        self._board.add_scalar(f"{phase}/{name}", value, step)
 
     def _size(self) -> int:
         return os.path.getsize(self.directory / "logs" / "metrics.jsonl")
@@ -92,10 +100,11 @@ class Tracker:
         if self._file is None:
             return
         path = self.directory / "samples" / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with self._tolerant(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def progress(self, total: int, what: str, done: int = 0):
         """A tqdm bar on rank 0, `done` of `total` filled; elsewhere one that shows nothing."""
@@ -105,9 +114,25 @@ class Tracker:
     def close(self) -> None:
         """Flush and close the files."""
         if self._file is not None:
-            self._file.close()
+            with self._tolerant(self.directory / "logs" / "metrics.jsonl"):
+                self._write_waiting()
+                self._file.close()
         if self._board is not None:
-            self._board.close()
+            with self._tolerant(self._events):
+                self._board.close()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting):]
+
+    @contextlib.contextmanager
+    def _tolerant(self, path: Path):
+        try:
+            yield
+        except OSError as error:
+            if path not in self._refused:
+                say(f"warning: {path} cannot be written: {error.strerror or error}")
+            self._refused.add(path)
 
 
 def quiet_libraries(output_dir: str | Path) -> None:
@@ -117,7 +142,8 @@ def quiet_libraries(output_dir: str | Path) -> None:
     """
     logs = Path(output_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(logs / f"libraries.rank{rank()}.log", mode="w", encoding="utf-8")
+    handler = logging.FileHandler(logs / f"libraries.rank{rank()}.log", encoding="utf-8")
+    handler.handleError = lambda record: None  # a full disk ends no run, nor does it fill the terminal
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
 
@@ -126,3 +152,12 @@ def quiet_libraries(output_dir: str | Path) -> None:
                    logging.getLogger("datasets"), logging.getLogger("peft"), logging.getLogger("torch")):
         logger.handlers[:] = [handler]
         logger.propagate = False
+
+    usual = threading.excepthook
+
+    def quiet(death) -> None:
+        """What ends TensorBoard's writer is raised again where the next event is written, and told from there."""
+        if not type(death.thread).__module__.startswith("tensorboard"):
+            usual(death)
+
+    threading.excepthook = quiet

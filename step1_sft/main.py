@@ -59,9 +59,9 @@ def main(argv=None) -> None:
 
     with publishing(config, codec, {"model": engine}, step="sft", base=config.model_name_or_path):
         export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
-    checkpoints.discard()
     tracker.samples("after", trainer.samples(codec))
     report_done(tracker, loop.total_steps, metrics, config.output_dir)
+    checkpoints.discard()
     engine.destroy()
 
 

@@ -57,9 +57,9 @@ def main(argv=None) -> None:
     with publishing(config, codec, {"model": engine}, step="reward", base=config.model_name_or_path,
                     score_mean=metrics["score_mean"], score_std=metrics["score_std"]):
         export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
-    checkpoints.discard()
     tracker.samples("after", trainer.samples(codec))
     report_done(tracker, loop.total_steps, metrics, config.output_dir)
+    checkpoints.discard()
     engine.destroy()
 
 

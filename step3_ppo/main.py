@@ -69,8 +69,8 @@ def main(argv=None) -> None:
     metrics = run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.after)
 
     save(config, models, codec, calibration)
-    checkpoints.discard()
     report_done(tracker, iterations, metrics, config.output_dir)
+    checkpoints.discard()
     models.destroy()
 
 

@@ -1,10 +1,19 @@
 """A checkpoint is whole, or it is not taken; a save that fails leaves what was there."""
-import errno
+import itertools
 import os
+import re
+import resource
+import subprocess
+import sys
 
 import pytest
+import torch
 
-from common.checkpoint_store import MANIFEST, POINTER, CheckpointStore, NotSaved
+from common.checkpoint_store import MANIFEST, PARTIAL, POINTER, CheckpointStore, NotSaved
+from common.shards import Shards
+
+
+SHARD = "actor/engine/shard"
 
 
 @pytest.fixture
@@ -13,10 +22,9 @@ def store(tmp_path):
 
 
 def content(text):
-    def write(directory):
-        (directory / "engine").mkdir()
-        (directory / "engine" / "shard").write_text(text * 1000)
-        (directory / "state").write_text(text)
+    def write(shards):
+        shards.add("actor/engine/shard", lambda file: file.write(text.encode() * 1000))
+        shards.add("state", lambda file: file.write(text.encode()))
     return write
 
 
@@ -35,14 +43,16 @@ def test_the_newest_is_found_and_old_ones_go(store):
 
 
 @pytest.mark.parametrize("damage, why", [
-    (lambda path: (path / "engine/shard").write_text(""), "engine/shard has 0 bytes, not 2,000"),
-    (lambda path: os.truncate(path / "engine/shard", 1999), "engine/shard has 1,999 bytes, not 2,000"),
-    (lambda path: (path / "engine/shard").write_text("21" + "20" * 999),
-     "engine/shard has other content than was written"),
+    (lambda path: (path / SHARD).write_text(""), f"{SHARD} has 0 bytes, not 2,000"),
+    (lambda path: os.truncate(path / SHARD, 1999), f"{SHARD} has 1,999 bytes, not 2,000"),
+    (lambda path: (path / SHARD).write_text("21" + "20" * 999), f"{SHARD} has other content than was written"),
     (lambda path: (path / "state").unlink(), "state: No such file or directory"),
     (lambda path: (path / MANIFEST).write_text(""), f"{MANIFEST} cannot be read"),
     (lambda path: (path / MANIFEST).write_text("[1, 2]"), f"{MANIFEST} cannot be read"),
     (lambda path: (path / MANIFEST).write_bytes(b"\xff\x00"), f"{MANIFEST} cannot be read"),
+    (lambda path: (path / MANIFEST).write_text("[" * 100_000), f"{MANIFEST} cannot be read"),
+    (lambda path: (path / MANIFEST).write_text('{"files": {}}'), f"{MANIFEST} lists no files"),
+    (lambda path: (path / MANIFEST).write_text('{"files": {"a\\u0000b": [1, ""]}}'), "null"),
 ])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(store, damage, why):
     store.save(10, content("10"))
@@ -60,41 +70,130 @@ def test_a_pointer_to_nothing_hides_no_checkpoint(store, pointer):
     assert newest(store)[0].name == "step-10"
 
 
-@pytest.mark.parametrize("moment", ["before", "during"])
-def test_a_disk_that_refuses_leaves_the_old_checkpoint(store, moment):
+@pytest.mark.parametrize("size", [10, 1000, 50_000])
+def test_a_disk_that_refuses_leaves_the_old_checkpoint(store, size):
+    """A file may not grow beyond 30,000 bytes: some fit, one does not, and the rest is only counted."""
     store.save(10, content("10"))
     before = sorted(path.name for path in store.directory.iterdir())
 
-    def write(directory):
-        if moment == "during":
-            content("20")(directory)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def write(shards):
+        shards.add("first", lambda file: file.write(b"x" * size))
+        shards.add("second", lambda file: torch.save({"weight": torch.ones(10_000)}, file))
+        shards.add("third", lambda file: file.write(b"x" * 10))
 
-    with pytest.raises(NotSaved, match=f"(?s){store.directory}.*No space left on device.*of about [0-9,]+"):
-        store.save(20, write)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, usual[1]))
+    try:
+        with pytest.raises(NotSaved, match="File too large") as refused:
+            store.save(20, write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert str(store.directory) in str(refused.value)
+    needed = int(re.search(r"takes ([0-9,]+) bytes", str(refused.value))[1].replace(",", ""))
+    assert 40_000 + size < needed < 45_000 + size
     assert sorted(path.name for path in store.directory.iterdir()) == before
     assert newest(store)[0].name == "step-10"
-    store.save(30, content("30"))
-    assert newest(store)[0].name == "step-30"
+    store.save(30, write)
+    path, said = newest(store)
+    assert path.name == "step-30" and torch.load(path / "second")["weight"].sum() == 10_000
+    assert sum(file.stat().st_size for file in path.iterdir() if file.name != MANIFEST) == needed
 
 
 def test_a_file_in_the_way_is_a_failed_save(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(NotSaved, match="Not a directory|File exists"):
+    with pytest.raises(NotSaved, match="takes 1,001 bytes: (Not a directory|File exists)"):
         CheckpointStore(tmp_path / "checkpoints", keep=1).save(1, content("1"))
 
 
 def test_left_overs_of_an_interrupted_save_block_nothing(store):
     store.save(10, content("10"))
     for step in (10, 20):
-        content("x")(_made(store.directory / f".partial-{step}"))
+        _left_over(store, step)
     store.save(20, content("20"))
     assert newest(store)[0].name == "step-20"
-    content("x")(_made(store.directory / ".partial-30"))
+    _left_over(store, 30)
     store.clean()
     assert sorted(path.name for path in store.directory.iterdir()) == [POINTER, "step-10", "step-20"]
 
 
-def _made(directory):
-    directory.mkdir(parents=True)
-    return directory
+def _left_over(store, step):
+    shards = Shards(store.directory / f"{PARTIAL}-{step}-0123abcd")
+    content("x")(shards)
+    assert (shards.directory / SHARD).is_file()
+
+
+def test_what_cannot_be_removed_blocks_no_save(store):
+    """As over NFS, where a process that hangs keeps its files. A mount serves as well as an obstacle."""
+    _left_over(store, 20)
+    (left,) = store.directory.glob(f"{PARTIAL}-*")
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(left)], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        store.save(20, content("20"))
+        assert left.exists() and newest(store)[0].name == "step-20"
+    finally:
+        subprocess.run(["umount", str(left)], check=True)
+
+
+def test_what_lies_ahead_goes_with_the_next_save(store):
+    """Damaged, or of a run that went on from before: neither counts among those that stay."""
+    for step in (10, 20, 30):
+        store.save(step, content(str(step)))
+    (store.directory / "step-30" / SHARD).write_text("")
+    assert newest(store)[0].name == "step-20"
+    store.save(25, content("25"))
+    assert sorted(path.name for path in store.directory.iterdir()) == [POINTER, "step-20", "step-25"]
+
+
+def test_a_machine_that_does_not_see_the_directory_is_told(store):
+    def write(shards):
+        content("10")(shards)
+        shards.files["from-elsewhere"] = (10, "")
+    with pytest.raises(NotSaved, match="does not see from-elsewhere as rank 0 has written it"):
+        store.save(10, write)
+    assert newest(store) == (None, [])
+
+
+@pytest.mark.parametrize("call", ["os.rename", "os.replace", "os.fsync", "shutil.rmtree"])
+def test_a_run_that_ends_anywhere_in_a_save_leaves_a_whole_checkpoint(store, call, monkeypatch):
+    """Ends at the first call, at the second, and so on, until one is not reached."""
+    step = 10
+    for first in (5, step):
+        store.save(first, content(str(first)))
+    for number in itertools.count():
+        module, name = call.split(".")
+        usual, calls = getattr(sys.modules[module], name), itertools.count()
+
+        def ending(*args, **kwargs):
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            return usual(*args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules[module], name, ending)
+            try:
+                store.save(step + 10, content(str(step + 10)))
+                break
+            except KeyboardInterrupt:
+                pass
+        found, said = newest(store)
+        assert found.name in (f"step-{step}", f"step-{step + 10}") and not said
+        assert (found / "state").read_text() == found.name.removeprefix("step-")
+        store.clean()
+        if found.name != f"step-{step}":
+            step += 10
+    assert number > 0
+
+
+def test_a_run_that_ends_while_checkpoints_are_discarded_leaves_whole_ones(store, monkeypatch):
+    store.save(10, content("10"))
+    store.save(20, content("20"))
+
+    def ending(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", ending)
+        with pytest.raises(KeyboardInterrupt):
+            store.delete()
+    assert newest(store)[1] == []

@@ -17,7 +17,8 @@ def checkpoints(tmp_path, *flags, data=("key",)):
 def saved(tmp_path, step=7, **changes):
     made = checkpoints(tmp_path)
     state = {"step": step, "world_size": 1, "data": ["key"], "config": _plain(made.config), **changes}
-    return made.store.save(step, lambda path: (path / "state.json").write_text(json.dumps(state)))
+    return made.store.save(step, lambda shards: shards.add(
+        "state.json", lambda file: file.write(json.dumps(state).encode())))
 
 
 def test_the_newest_checkpoint_is_found(tmp_path):
