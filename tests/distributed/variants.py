@@ -28,10 +28,27 @@ RESUMED = {
     "sft-zero1-bf16": ("sft", ("--zero_stage", "1", "--dtype", "bf16")),
     "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--lora_dropout", "0.1")),
     "reward-bf16": ("reward", ("--dtype", "bf16")),
-    "reward-zero2-lora": ("reward", ("--zero_stage", "2", "--lora_dim", "4")),
+    "reward-zero2-lora": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0")),
     "ppo-ema": ("ppo", ("--actor_zero_stage", "0", "--critic_zero_stage", "0", "--enable_ema")),
     "ppo-zero2-bf16-lora": ("ppo", ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--dtype", "bf16")),
     "ppo-zero3-ema": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--enable_ema")),
     "ppo-zero3-bf16-lora": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--dtype", "bf16",
                                     "--actor_lora_dim", "4", "--critic_lora_dim", "4", "--enable_ema")),
+}
+
+# Those of them that are also continued by another number of ranks.
+RESHAPED = ("reward-zero2-lora", "ppo-ema", "ppo-zero3-ema")
+
+# The same, at length.
+_PPO = {stage: ("--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage)) for stage in (0, 1, 2, 3)}
+_PPO_LORA = ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--actor_lora_learning_rate", "2e-3")
+RESHAPED_AT_LENGTH = {
+    **{f"{step}-zero{stage}-{kind}": (step, ("--zero_stage", str(stage), "--weight_decay", "0.1", "--dropout", "0", *flags))
+       for step in ("sft", "reward") for stage in (0, 1, 2, 3)
+       for kind, flags in (("full", ()), ("lora", ("--lora_dim", "4", "--lora_learning_rate", "2e-3")))},
+    **{f"ppo-zero{stage}-full": ("ppo", (*_PPO[stage], "--enable_ema")) for stage in (1, 2)},
+    **{f"ppo-zero{stage}-lora": ("ppo", (*_PPO[stage], *_PPO_LORA, "--enable_ema")) for stage in (0, 2, 3)},
+    "ppo-zero-0-and-3": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "0", "--enable_ema")),
+    **{f"sft-zero{stage}-bf16": ("sft", ("--zero_stage", str(stage), "--dtype", "bf16", "--dropout", "0"))
+       for stage in (0, 1, 3)},
 }
