@@ -152,8 +152,8 @@ class Checkpoints:
         files = [safe_open(_rank_file(path, number), "pt") for number in range(values["world_size"])]
         self.state.reshape(lambda name: [file.get_tensor(f"state.{name}") for file in files])
         seed_rank(self.config.seed + values["step"] * world_size())
-        say(f"note: {path} was made by {values['world_size']} ranks, and this run has {world_size()}: the same batches "
-            "follow, and numbers that agree but for rounding; dropout, if there is any, is drawn anew")
+        say(f"note: {path} was made by {_ranks(values['world_size'])}, and this run has {world_size()}: the same "
+            "batches follow, and numbers that agree but for rounding; dropout, if there is any, is drawn anew")
 
     def _write(self, directory: Path, step: int, optimizer_steps: int) -> None:
         refusals = [refusal for name, engine in self.state.engines.items()
@@ -189,8 +189,8 @@ class Checkpoints:
             had = " and ".join(f"{made[batch.what]} {batch.what}" for batch in wrong)
             has = " and ".join(str(now[batch.what]) for batch in wrong)
             advice = " ".join(batch.flags_for(made[batch.what], world_size()) for batch in wrong)
-            raise UserError(f"{path} was made by {values['world_size']} ranks with {had}, and this run of {world_size()} "
-                            f"has {has}: use {advice}, or --resume never to start anew")
+            raise UserError(f"{path} was made by {_ranks(values['world_size'])} with {had}, and this run of "
+                            f"{world_size()} has {has}: use {advice}, or --resume never to start anew")
 
     def _set_aside(self) -> None:
         if is_main() and self.store.directory.is_dir():
@@ -236,6 +236,10 @@ def load_engine(engine, directory: Path) -> None:
 
 def _rank_file(directory: Path, number: int) -> Path:
     return directory / f"rank{number}.safetensors"
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def _batches(config) -> dict[str, int]:

@@ -33,8 +33,8 @@ def make_universal(source: Path, target: Path, names: Sequence[str], tag: str) -
     except (OSError, RuntimeError) as error:  # RuntimeError: of torch's own writer, where the disk is full
         failure = str(error)
     for failure in filter(None, gather_objects(failure)):
-        raise TrainingFailure(f"{source} could not be put together for {world_size()} ranks in {target}: {failure}: free "
-                              "space there, or start as many ranks as made it")
+        raise TrainingFailure(f"{source} could not be put together for {world_size()} ranks in {target}: {failure}: "
+                              "free space there, or start as many ranks as made it")
 
 
 def _convert(source: Path, target: Path, tag: str) -> None:

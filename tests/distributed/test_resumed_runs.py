@@ -69,9 +69,9 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(output, case, ran
 
 @pytest.fixture(scope="module")
 def at_length(tmp_path_factory, inputs) -> Path:
-    """As `output`, of other cases; what 4 and 1 ranks have left is continued by 2, and the other way round."""
+    """RANKS/whole/CASE and RANKS/moved/CASE: what 1 and 4 ranks have left is continued by 2, what 2 have left by 1."""
     directory = tmp_path_factory.mktemp("at_length")
-    for part, ranks in (("first", 1), ("first", 2), ("second", 1), ("second", 2), ("first", 4), ("second", 2)):
+    for part, ranks in (("first", 1), ("first", 2), ("first", 4), ("second", 2), ("second", 1)):
         launch(PROGRAM, part, "--at_length", *inputs, str(directory), ranks=ranks, timeout=1800)
     return directory
 
@@ -91,7 +91,7 @@ def goes_on(runs: Path, case: str) -> None:
     assert [list(record) for record in found] == [list(record) for record in expected]
     for record, other in zip(expected, found):
         assert other.pop("phase") == record.pop("phase")
-        assert other == pytest.approx(record, rel=1e-3 if precise else 0.1, abs=1e-4 if precise else 0.1)
+        assert other == pytest.approx(record, rel=1e-3 if precise else 0.02, abs=1e-4 if precise else 0.02)
         losses = [name for name in record if name.endswith("loss") and precise]
         assert [other[name] for name in losses] == pytest.approx([record[name] for name in losses], rel=0, abs=1e-5)
     for samples in (whole / "samples").iterdir():
@@ -99,7 +99,7 @@ def goes_on(runs: Path, case: str) -> None:
     for model in whole.rglob("*.safetensors"):
         expected, found = load_file(model), load_file(moved / model.relative_to(whole))
         for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-4 if precise else 0.02)
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-4 if precise else 0.01)
 
 
 def answers(path: Path) -> list[dict]:

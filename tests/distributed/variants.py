@@ -36,19 +36,29 @@ RESUMED = {
                                     "--actor_lora_dim", "4", "--critic_lora_dim", "4", "--enable_ema")),
 }
 
-# Those of them that are also continued by another number of ranks.
+# Those of them that are also continued by another number of ranks; without dropout, which is drawn by rank.
 RESHAPED = ("reward-zero2-lora", "ppo-ema", "ppo-zero3-ema")
 
 # The same, at length.
-_PPO = {stage: ("--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage)) for stage in (0, 1, 2, 3)}
+_SUPERVISED_LORA = ("--lora_dim", "4", "--lora_learning_rate", "2e-3")
 _PPO_LORA = ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--actor_lora_learning_rate", "2e-3")
+
+
+def _supervised(stage: int) -> tuple[str, ...]:
+    return "--zero_stage", str(stage), "--weight_decay", "0.1", "--dropout", "0"
+
+
+def _ppo(actor: int, critic: int) -> tuple[str, ...]:
+    return "--actor_zero_stage", str(actor), "--critic_zero_stage", str(critic), "--enable_ema"
+
+
 RESHAPED_AT_LENGTH = {
-    **{f"{step}-zero{stage}-{kind}": (step, ("--zero_stage", str(stage), "--weight_decay", "0.1", "--dropout", "0", *flags))
-       for step in ("sft", "reward") for stage in (0, 1, 2, 3)
-       for kind, flags in (("full", ()), ("lora", ("--lora_dim", "4", "--lora_learning_rate", "2e-3")))},
-    **{f"ppo-zero{stage}-full": ("ppo", (*_PPO[stage], "--enable_ema")) for stage in (1, 2)},
-    **{f"ppo-zero{stage}-lora": ("ppo", (*_PPO[stage], *_PPO_LORA, "--enable_ema")) for stage in (0, 2, 3)},
-    "ppo-zero-0-and-3": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "0", "--enable_ema")),
-    **{f"sft-zero{stage}-bf16": ("sft", ("--zero_stage", str(stage), "--dtype", "bf16", "--dropout", "0"))
-       for stage in (0, 1, 3)},
+    **{f"sft-zero{stage}": ("sft", _supervised(stage)) for stage in (0, 1, 2, 3)},
+    **{f"sft-zero{stage}-lora": ("sft", (*_supervised(stage), *_SUPERVISED_LORA)) for stage in (0, 1, 2, 3)},
+    **{f"sft-zero{stage}-bf16": ("sft", (*_supervised(stage), "--dtype", "bf16")) for stage in (0, 1, 3)},
+    "reward-zero1": ("reward", _supervised(1)),
+    "reward-zero3-lora": ("reward", (*_supervised(3), *_SUPERVISED_LORA)),
+    **{f"ppo-zero{stage}": ("ppo", _ppo(stage, stage)) for stage in (1, 2)},
+    **{f"ppo-zero{stage}-lora": ("ppo", (*_ppo(stage, stage), *_PPO_LORA)) for stage in (0, 2, 3)},
+    "ppo-zero3-and-0": ("ppo", _ppo(3, 0)),
 }

@@ -76,7 +76,8 @@ def test_both_batches_of_ppo_stay_the_same(tmp_path, monkeypatch):
                        "8", config_class=PPOConfig)
     path = saved(tmp_path, made=made)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="8 prompts per iteration and 8 answers per optimizer step, .* has 36 and 32") as told:
+    with pytest.raises(UserError, match="made by 1 rank with 8 prompts per iteration and 8 answers per optimizer step, "
+                                        "and this run of 2 has 36 and 32") as told:
         checkpoints(tmp_path, *PPO, "--per_device_generation_batch_size", "3", "--generation_batches", "1",
                     "--gradient_accumulation_steps", "1", config_class=PPOConfig).find()
     advice = str(told.value).split(": use ")[1].split(",")[0]
