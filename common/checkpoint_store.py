@@ -84,6 +84,10 @@ class CheckpointStore:
             found += _problem(path / name, name, size, digest)
         return sorted({problem for problems in gather_objects(found) for problem in problems})
 
+    def scratch(self) -> Path:
+        """A directory, not made yet, for what lasts no longer than until `clean`, or the next save."""
+        return self.directory / f"{PARTIAL}-scratch"
+
     def clean(self) -> None:
         """Remove what an interrupted save has left."""
         if is_main():

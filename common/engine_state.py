@@ -16,6 +16,7 @@ import torch
 from common.errors import UserError
 from common.shards import Shards
 
+TAG = "engine"  # DeepSpeed's name for a checkpoint within its directory
 _DATA_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # overrules the weights_only=False of DeepSpeed's calls
 
 
@@ -31,7 +32,7 @@ def save_engine(engine, name: str, shards: Shards) -> None:
 
     with _replaced(engine.checkpoint_engine, save=write, makedirs=nothing), _replaced(
             engine, _copy_recovery_script=nothing):
-        engine.save_checkpoint(directory, tag="engine", save_latest=False, exclude_frozen_parameters=True)
+        engine.save_checkpoint(directory, tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
 
 def load_engine(engine, directory: Path) -> None:
@@ -41,7 +42,7 @@ def load_engine(engine, directory: Path) -> None:
         UserError: it is no checkpoint of this model, or one that would run code.
     """
     with loading_data_only(directory):
-        found, _ = engine.load_checkpoint(str(directory), tag="engine", load_module_strict=False)
+        found, _ = engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
     if found is None:
         raise UserError(f"{directory} is no checkpoint of this model")
 

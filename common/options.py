@@ -16,6 +16,30 @@ from common.errors import UserError
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Rows that all ranks take together, and that two options of each rank make up.
+
+    Attributes:
+        what: as in "16 rows per optimizer step".
+        flags: the options for the rows that a rank takes at a time, and how many times it does.
+        rows_at_a_time: the first one's value.
+        rows: of one rank.
+    """
+    what: str
+    flags: tuple[str, str]
+    rows_at_a_time: int
+    rows: int
+
+    def flags_for(self, total: int, ranks: int) -> str:
+        """The flags with which so many ranks take `total` rows, none more at a time than now."""
+        rows = total // ranks
+        if rows * ranks != total:
+            return f"a number of ranks that divides {total}"
+        at_a_time = max(number for number in range(1, self.rows_at_a_time + 1) if rows % number == 0)
+        return f"--{self.flags[0]} {at_a_time} --{self.flags[1]} {rows // at_a_time}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Config):
     """Data"""
@@ -124,6 +148,12 @@ class SupervisedOptions(ScheduleOptions):
     def dropout_probability(self) -> float | None:
         """What to set every dropout of the model to; None leaves it."""
         return 0.0 if self.disable_dropout else self.dropout
+
+    def batches(self) -> list[Batch]:
+        """What is computed depends on these, not on what each rank contributes."""
+        return [Batch("rows per optimizer step", ("per_device_train_batch_size", "gradient_accumulation_steps"),
+                      self.per_device_train_batch_size,
+                      self.per_device_train_batch_size * self.gradient_accumulation_steps)]
 
     def validate(self) -> None:
         super().validate()

@@ -12,17 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from common.checkpoint_store import CheckpointStore, NotSaved
 from common.config import Config, options
-from common.distributed import is_main, on_gpu, rank, say, stop_agreed, world_size
-from common.engine_state import load_engine, save_engine
+from common.distributed import barrier, is_main, on_gpu, rank, say, seed_rank, stop_agreed, world_size
+from common.engine_state import TAG, load_engine, save_engine
 from common.errors import UserError
 from common.peers import enter
 from common.shards import Shards
 from common.stopping import Stopped
 from common.tracking import Tracker
+from common.universal import loading_universal, make_universal
 
 STATE = "state.json"
 DIRECTORY = "checkpoints"
@@ -42,10 +44,12 @@ class TrainingState:
     Attributes:
         engines: by name; saved and loaded by DeepSpeed.
         tensors: by name, this rank's own tensors to be saved and, when resuming, written in place.
+        reshape: takes the tensors over from another number of ranks; it gets a function from a name to those of all.
         remember: values for JSON; what `recall` gets back when resuming.
     """
     engines: dict[str, object]
     tensors: Callable[[], dict[str, torch.Tensor]] = dict
+    reshape: Callable[[Callable[[str], list[torch.Tensor]]], None] = lambda parts_of: None
     remember: Callable[[], dict] = dict
     recall: Callable[[dict], None] = lambda values: None
 
@@ -95,12 +99,10 @@ class Checkpoints:
             return 0
         values = json.loads((path / STATE).read_text(encoding="utf-8"))
         self.saved = values["step"], path
-        for name, engine in state.engines.items():
-            load_engine(engine, path / name)
-        tensors = load_file(path / f"rank{rank()}.safetensors")
-        for name, tensor in state.tensors().items():
-            tensor.copy_(tensors[f"state.{name}"])
-        _set_random_state(tensors)
+        if values["world_size"] == world_size():
+            self._load(path)
+        else:
+            self._load_reshaped(path, values)
         state.recall(values["remember"])
         tracker.begin(values["tracker"])
         self.counted = values["optimizer_steps"]
@@ -146,29 +148,67 @@ class Checkpoints:
         return f"run the same command{' with --resume auto' if self.config.resume != 'auto' else ''} to go on from " \
                f"{self.saved[1]}"
 
+    def _load(self, path: Path) -> None:
+        for name, engine in self.state.engines.items():
+            load_engine(engine, path / name)
+        tensors = load_file(path / _rank_file(rank()))
+        for name, tensor in self.state.tensors().items():
+            tensor.copy_(tensors[f"state.{name}"])
+        _set_random_state(tensors)
+
+    def _load_reshaped(self, path: Path, values: dict) -> None:
+        """From another number of ranks: ZeRO's shards are cut anew, what is whole on every rank is taken as it is."""
+        sharded = [name for name, engine in self.state.engines.items() if engine.zero_optimization()]
+        whole = self.store.scratch()
+        make_universal(path, whole, sharded)
+        for name, engine in self.state.engines.items():
+            if name in sharded:
+                with loading_universal(engine):
+                    load_engine(engine, whole / name)
+            else:
+                load_engine(engine, path / name)
+        barrier()  # every rank has read
+        self.store.clean()
+        files = [safe_open(path / _rank_file(number), "pt") for number in range(values["world_size"])]
+        self.state.reshape(lambda name: [file.get_tensor(f"state.{name}") for file in files])
+        seed_rank(self.config.seed + values["step"] * world_size())
+        say(f"note: {path} was made by {_ranks(values['world_size'])}, and this run has {world_size()}: the same "
+            "batches follow, and numbers that agree but for rounding; dropout, if there is any, is drawn anew")
+
     def _write(self, shards: Shards, step: int, optimizer_steps: int) -> None:
         for name, engine in self.state.engines.items():
             save_engine(engine, name, shards)
         tensors = {f"state.{name}": tensor.detach().cpu().contiguous() for name, tensor in self.state.tensors().items()}
-        shards.add(f"rank{rank()}.safetensors", lambda file: file.write(save({**tensors, **_random_state()})))
+        shards.add(_rank_file(rank()), lambda file: file.write(save({**tensors, **_random_state()})))
         if is_main():
             values = {"step": step, "optimizer_steps": optimizer_steps, "world_size": world_size(),
-                      "remember": self.state.remember(),
-                      "tracker": self.tracker.place(step), "data": self.data, "config": _plain(self.config)}
+                      "remember": self.state.remember(), "tracker": self.tracker.place(step), "data": self.data,
+                      "config": _plain(self.config), "batches": _batches(self.config)}
             shards.add(STATE, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
     def _check_config(self, values: dict, path: Path) -> None:
+        ours, theirs, may_change = _plain(self.config), values["config"], set(MAY_CHANGE)
         if values["world_size"] != world_size():
-            raise UserError(f"{path} was made by {values['world_size']} ranks, and this run has {world_size()}: start "
-                            "it with as many, or add --resume never to start anew")
-        ours, theirs = _plain(self.config), values["config"]
+            self._check_batches(values, path)
+            may_change.update(flag for batch in self.config.batches() for flag in batch.flags)
         changes = [f"--{name} was {theirs.get(name)!r}, now {ours.get(name)!r}" for name in sorted({*ours, *theirs})
-                   if name not in MAY_CHANGE and ours.get(name) != theirs.get(name)]
+                   if name not in may_change and ours.get(name) != theirs.get(name)]
         if values["data"] != self.data and not changes:
             changes = ["the data has other rows, or is prepared in another way"]
         if changes and not self.config.resume_anyway:
             raise UserError(f"{path} was made with another configuration: {'; '.join(changes)}: run the same command "
                             "again, add --resume_anyway to go on with the new one, or --resume never to start anew")
+
+    def _check_batches(self, values: dict, path: Path) -> None:
+        """On another number of ranks other batches per rank make the same ones over all: those must be the same."""
+        made, now = values["batches"], _batches(self.config)
+        wrong = [batch for batch in self.config.batches() if now[batch.what] != made[batch.what]]
+        if wrong and not self.config.resume_anyway:
+            had = " and ".join(f"{made[batch.what]} {batch.what}" for batch in wrong)
+            has = " and ".join(str(now[batch.what]) for batch in wrong)
+            advice = " ".join(batch.flags_for(made[batch.what], world_size()) for batch in wrong)
+            raise UserError(f"{path} was made by {_ranks(values['world_size'])} with {had}, and this run of "
+                            f"{world_size()} has {has}: use {advice}, or --resume never to start anew")
 
     def _set_aside(self) -> None:
         if is_main() and self.store.directory.is_dir():
@@ -177,6 +217,19 @@ class Checkpoints:
                 number += 1
             self.store.directory.rename(aside)
             say(f"note: the checkpoints of an earlier run are in {aside} now")
+
+
+def _rank_file(number: int) -> str:
+    return f"rank{number}.safetensors"
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
+
+
+def _batches(config) -> dict[str, int]:
+    """What all ranks make together, by the names in `Batch`."""
+    return {batch.what: batch.rows * world_size() for batch in config.batches()}
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import ClassVar
 
 from common.config import Config, option, options
 from common.errors import UserError
-from common.options import DataOptions, RunOptions, ScheduleOptions, check_output_dir
+from common.options import Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
 
 _NO_DROPOUT = "dropout is off in every model of PPO"
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
@@ -174,6 +175,26 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     tp_gather_partition_size: int = option(8, "", ignored=_NO_TENSOR_PARALLEL, low=1)
     enable_mixed_precision_lora: bool = option(False, "", ignored="gathered weights are not quantised")
     align_overflow: bool = option(False, "", ignored="actor and critic skip overflows each alone")
+
+    @property
+    def rollout_batches_per_iteration(self) -> int:
+        """Rollout batches of one iteration: as asked for, but never fewer answers than one optimizer step takes.
+
+        Until the step is complete the policy does not change, so rolling out all its batches first is the same
+        algorithm.
+        """
+        needed = self.per_device_training_batch_size * self.gradient_accumulation_steps
+        return max(self.generation_batches,
+                   ceil(needed / (self.per_device_generation_batch_size * self.answers_per_prompt)))
+
+    def batches(self) -> list[Batch]:
+        """What is computed depends on these, not on what each rank contributes."""
+        return [Batch("prompts per iteration", ("per_device_generation_batch_size", "generation_batches"),
+                      self.per_device_generation_batch_size,
+                      self.per_device_generation_batch_size * self.rollout_batches_per_iteration),
+                Batch("answers per optimizer step", ("per_device_training_batch_size", "gradient_accumulation_steps"),
+                      self.per_device_training_batch_size,
+                      self.per_device_training_batch_size * self.gradient_accumulation_steps)]
 
     def validate(self) -> None:
         super().validate()

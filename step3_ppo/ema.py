@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from common.distributed import rank
 
 
 class EMA:
@@ -31,6 +34,21 @@ class EMA:
     def tensors(self) -> dict[str, torch.Tensor]:
         """This rank's share of the average, fp32; what is written into it counts."""
         return {f"ema.{number}": average for number, average in enumerate(self._average)}
+
+    def reshape(self, parts_of: Callable[[str], list[torch.Tensor]]) -> None:
+        """Go on with the average of a run on another number of ranks.
+
+        Args:
+            parts_of: from a name in `tensors` to what each of those ranks held, in their order.
+        """
+        for (name, average), parameter in zip(self.tensors().items(), self._parameters):
+            parts = parts_of(name)
+            if hasattr(parameter, "ds_tensor"):
+                # The last shards are filled up to the length of all; what they are filled with is never read.
+                mine = torch.cat(parts)[rank() * len(average):][:len(average)]
+                average[:len(mine)].copy_(mine)
+            else:
+                average.copy_(parts[0])
 
     @contextlib.contextmanager
     def swapped_in(self):

@@ -76,14 +76,14 @@ def main(argv=None) -> None:
 
 def training_state(models: PPOModels, trainer: PPOTrainer) -> TrainingState:
     """All that must be as it was for a resumed run to go on exactly."""
-    return TrainingState({"actor": models.actor, "critic": models.critic},
-                         models.ema.tensors if models.ema is not None else dict, trainer.state_dict,
-                         trainer.load_state_dict)
+    average = {"tensors": models.ema.tensors, "reshape": models.ema.reshape} if models.ema is not None else {}
+    return TrainingState({"actor": models.actor, "critic": models.critic}, **average, remember=trainer.state_dict,
+                         recall=trainer.load_state_dict)
 
 
 def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
     """An iteration's prompts; enough of them for one whole optimizer step, however the recipe's batches divide."""
-    rollout_batches = rollout_batches_per_iteration(config)
+    rollout_batches = config.rollout_batches_per_iteration
     if rollout_batches > config.generation_batches:
         say(f"note: one optimizer step takes {config.per_device_training_batch_size} x "
             f"{config.gradient_accumulation_steps} answers per rank, so each iteration makes {rollout_batches} rollout "
@@ -92,22 +92,12 @@ def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
                        micro_batches_per_step=rollout_batches, world_size=world_size(), rank=rank(), seed=config.seed)
 
 
-def rollout_batches_per_iteration(config: PPOConfig) -> int:
-    """Rollout batches of one iteration: as asked for, but never fewer answers than one optimizer step takes.
-
-    Until the step is complete the policy does not change, so rolling out all its batches first is the same algorithm.
-    """
-    needed = config.per_device_training_batch_size * config.gradient_accumulation_steps
-    return max(config.generation_batches,
-               ceil(needed / (config.per_device_generation_batch_size * config.answers_per_prompt)))
-
-
 def optimizer_steps(config: PPOConfig, prompts: Dataset, iterations: int) -> int:
     """How often each engine steps in so many iterations.
 
     One iteration of an epoch, and not always its last, has what is left of the prompts, and so perhaps fewer steps.
     """
-    rows = config.per_device_generation_batch_size * rollout_batches_per_iteration(config) * world_size()
+    rows = config.per_device_generation_batch_size * config.rollout_batches_per_iteration * world_size()
     on_one_rank = StepSampler(prompts["length"], rows_per_micro_batch=rows, micro_batches_per_step=1, world_size=1,
                               rank=0, seed=config.seed)
     steps = chain.from_iterable(map(on_one_rank.epoch, count()))
@@ -116,7 +106,7 @@ def optimizer_steps(config: PPOConfig, prompts: Dataset, iterations: int) -> int
 
 def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
     """How often each engine steps in an iteration that no target_kl cuts short."""
-    rows = config.per_device_generation_batch_size * rollout_batches_per_iteration(config) * world_size()
+    rows = config.per_device_generation_batch_size * config.rollout_batches_per_iteration * world_size()
     per_step = config.per_device_training_batch_size * config.gradient_accumulation_steps * world_size()
     return config.ppo_epochs * ceil(min(rows, prompts) * config.answers_per_prompt / per_step)
 

@@ -1,23 +1,27 @@
 """Runs that break off after a checkpoint, and their continuation in a new process.
 
-Run under the launcher: resume_cases.py first|second DATA TEXTS MODEL OUTPUT_DIR. `first` makes every run whole, in
-whole/, and once more in broken/, where an exception ends it after its second checkpoint. `second` starts the latter
-again by the same command.
+Run under the launcher: resume_cases.py first|second DATA TEXTS MODEL OUTPUT_DIR, within OUTPUT_DIR/RANKS. `first` makes
+every run whole, in whole/, and once more in broken/, where an exception ends it after its second checkpoint; moved/ has
+a copy of that. `second` starts the run in broken/ again by the same command, and those in the moved/ of all other
+numbers of ranks by one that makes the same batches.
+
+With --at_length: other runs, all of them moved and none of them continued in broken/.
 """
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common.distributed import barrier, run_program, say, world_size
+from common.distributed import barrier, is_main, run_program, say, world_size
 from common.errors import UserError
 from common.resume import Checkpoints
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
-from tests.distributed.variants import RESUMED
+from tests.distributed.variants import RESHAPED, RESHAPED_AT_LENGTH, RESUMED
 
 PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
 
@@ -28,21 +32,33 @@ class Broken(Exception):
 
 def main(argv) -> None:
     part, data, texts, model, output = [word for word in sys.argv[1:] if not word.startswith("--")]
+    at_length = "--at_length" in sys.argv
+    cases, moved = (RESHAPED_AT_LENGTH, RESHAPED_AT_LENGTH) if at_length else (RESUMED, RESHAPED)
     output = Path(output) / str(world_size())
-    made = output / "made"  # sft/ and reward/ for step 3 to begin with
+
+    def run(name: str, place: Path, kind: str) -> None:
+        step, flags = cases[name]
+        command = ppo(data, texts, place / "made") if step == "ppo" else supervised(data, model, place)
+        PROGRAMS[step]([*command, *flags, "--output_dir", str(place / kind / name)])
+
     if part == "first":
-        for step in ("sft", "reward"):
-            PROGRAMS[step]([*supervised(data, model, output), "--output_dir", str(made / step)])
-    for name, (step, flags) in RESUMED.items():
-        command = ppo(data, texts, made) if step == "ppo" else supervised(data, model, output)
-        run = lambda kind: PROGRAMS[step]([*command, *flags, "--output_dir", str(output / kind / name)])
-        if part == "first":
-            run("whole")
+        for step in ("sft", "reward"):  # for step 3 to begin with
+            PROGRAMS[step]([*supervised(data, model, output), "--output_dir", str(output / "made" / step)])
+        for name in cases:
+            run(name, output, "whole")
             with breaking_off():
-                run("broken")
-        else:
-            run("broken")
-    changed(part, [*supervised(data, model, output), "--output_dir", str(output / "changed")])
+                run(name, output, "broken")
+            if is_main() and name in moved:
+                shutil.copytree(output / "broken" / name, output / "moved" / name)
+    else:
+        for name in cases if not at_length else ():
+            run(name, output, "broken")
+        for other in sorted(set(output.parent.glob("[0-9]")) - {output}):
+            for name in moved:
+                if (other / "moved" / name / "checkpoints").exists():
+                    run(name, other, "moved")
+    if not at_length:
+        changed(part, [*supervised(data, model, output), "--output_dir", str(output / "changed")])
 
 
 def changed(part: str, command: list[str]) -> None:

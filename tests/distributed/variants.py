@@ -28,10 +28,37 @@ RESUMED = {
     "sft-zero1-bf16": ("sft", ("--zero_stage", "1", "--dtype", "bf16")),
     "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--lora_dropout", "0.1")),
     "reward-bf16": ("reward", ("--dtype", "bf16")),
-    "reward-zero2-lora": ("reward", ("--zero_stage", "2", "--lora_dim", "4")),
+    "reward-zero2-lora": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0")),
     "ppo-ema": ("ppo", ("--actor_zero_stage", "0", "--critic_zero_stage", "0", "--enable_ema")),
     "ppo-zero2-bf16-lora": ("ppo", ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--dtype", "bf16")),
     "ppo-zero3-ema": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--enable_ema")),
     "ppo-zero3-bf16-lora": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--dtype", "bf16",
                                     "--actor_lora_dim", "4", "--critic_lora_dim", "4", "--enable_ema")),
+}
+
+# Those of them that are also continued by another number of ranks; without dropout, which is drawn by rank.
+RESHAPED = ("reward-zero2-lora", "ppo-ema", "ppo-zero3-ema")
+
+# The same, at length.
+_SUPERVISED_LORA = ("--lora_dim", "4", "--lora_learning_rate", "2e-3")
+_PPO_LORA = ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--actor_lora_learning_rate", "2e-3")
+
+
+def _supervised(stage: int) -> tuple[str, ...]:
+    return "--zero_stage", str(stage), "--weight_decay", "0.1", "--dropout", "0"
+
+
+def _ppo(actor: int, critic: int) -> tuple[str, ...]:
+    return "--actor_zero_stage", str(actor), "--critic_zero_stage", str(critic), "--enable_ema"
+
+
+RESHAPED_AT_LENGTH = {
+    **{f"sft-zero{stage}": ("sft", _supervised(stage)) for stage in (0, 1, 2, 3)},
+    **{f"sft-zero{stage}-lora": ("sft", (*_supervised(stage), *_SUPERVISED_LORA)) for stage in (0, 1, 2, 3)},
+    **{f"sft-zero{stage}-bf16": ("sft", (*_supervised(stage), "--dtype", "bf16")) for stage in (0, 1, 3)},
+    "reward-zero1": ("reward", _supervised(1)),
+    "reward-zero3-lora": ("reward", (*_supervised(3), *_SUPERVISED_LORA)),
+    **{f"ppo-zero{stage}": ("ppo", _ppo(stage, stage)) for stage in (1, 2)},
+    **{f"ppo-zero{stage}-lora": ("ppo", (*_ppo(stage, stage), *_PPO_LORA)) for stage in (0, 2, 3)},
+    "ppo-zero3-and-0": ("ppo", _ppo(3, 0)),
 }

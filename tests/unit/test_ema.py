@@ -48,3 +48,31 @@ def test_frozen_weights_have_no_average():
     weight, bias = module.weight.clone(), module.bias.clone()
     with ema.swapped_in():
         assert torch.equal(module.weight, weight) and not torch.equal(module.bias, bias)
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (4, 3), (3, 8)])
+def test_shards_are_cut_anew_for_another_number_of_ranks(monkeypatch, before, after):
+    weights = [torch.arange(1.0, 1 + size) for size in (1, 2, 7, 24)]
+
+    def averages(ranks: int, filled: bool) -> list[EMA]:
+        """As ZeRO-3 has the weights, or zeros in their place, on each rank."""
+        made = []
+        for rank in range(ranks):
+            monkeypatch.setenv("RANK", str(rank))
+            module = nn.ParameterList(nn.Parameter(torch.empty(0)) for _ in weights)
+            for parameter, weight in zip(module, weights):
+                length = -(-len(weight) // ranks)
+                shard = torch.full((length,), 99.0)
+                mine = weight[rank * length:][:length]
+                shard[:len(mine)] = mine
+                parameter.ds_tensor = shard if filled else torch.zeros(length)
+            made.append(EMA(module, decay=0.5))
+            if not filled:
+                made[-1].reshape(lambda name: [average.tensors()[name] for average in old])
+        return made
+
+    old = averages(before, filled=True)
+    new = averages(after, filled=False)
+    for number, weight in enumerate(weights):
+        whole = torch.cat([average.tensors()[f"ema.{number}"] for average in new])
+        assert torch.equal(whole[:len(weight)], weight)

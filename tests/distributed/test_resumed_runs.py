@@ -1,0 +1,114 @@
+"""A run that broke off and was started again ends as one that did not: every number and every weight, bit for bit."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.architectures import build_model
+from tests.distributed.variants import RESHAPED, RESHAPED_AT_LENGTH, RESUMED
+from tests.launching import ROOT, launch
+
+PROGRAM = ROOT / "tests" / "distributed" / "resume_cases.py"
+TIMES = {"seconds", "step_seconds", "samples_per_second"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, builtin_cache, hh_data) -> tuple[str, ...]:
+    """Data, plain texts and a model."""
+    directory = tmp_path_factory.mktemp("inputs")
+    texts = directory / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"Number {n} comes before {n + 1}."}) + "\n" for n in range(30)))
+    return str(hh_data), str(texts), str(build_model("opt", directory / "model", builtin_cache))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory, inputs) -> Path:
+    """RANKS/whole/CASE, RANKS/broken/CASE and RANKS/moved/CASE; two launches for each number of ranks."""
+    directory = tmp_path_factory.mktemp("resume")
+    for part in ("first", "second"):
+        for ranks in (1, 2):
+            done = launch(PROGRAM, part, *inputs, str(directory), ranks=ranks)
+            (directory / f"{ranks}.said").write_text(done.stdout)
+    return directory
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_ends_as_an_undisturbed_one(output, case, ranks):
+    whole, resumed = (output / str(ranks) / kind / case for kind in ("whole", "broken"))
+    assert metrics(resumed) == metrics(whole)
+    assert [record["step"] for record in metrics(whole)] == sorted(record["step"] for record in metrics(whole))
+    models = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
+    assert models and models == sorted(path.relative_to(resumed) for path in resumed.rglob("*.safetensors"))
+    for model in models:
+        expected, found = load_file(whole / model), load_file(resumed / model)
+        assert all(torch.equal(found[name], expected[name]) for name in expected), model
+    for samples in (whole / "samples").iterdir():
+        assert (resumed / "samples" / samples.name).read_text() == samples.read_text()
+    assert not (resumed / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_another_configuration_is_refused_unless_it_is_meant(output, ranks):
+    said = (output / f"{ranks}.said").read_text()
+    (refused,) = [line for line in said.splitlines() if line.startswith("refused: ")]
+    assert "--learning_rate was 0.001, now 0.002" in refused and "--resume_anyway" in refused
+    assert "log_interval" not in refused  # changes nothing that is computed
+    assert said.count("resuming from") == len(RESUMED) + len(RESHAPED) + 1
+    assert [record["step"] for record in metrics(output / str(ranks) / "changed")][-1] > 6
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("case", RESHAPED)
+def test_another_number_of_ranks_goes_on_with_the_same_batches(output, case, ranks):
+    assert f"{ranks}/moved/{case}/checkpoints" in (output / f"{3 - ranks}.said").read_text()  # it did begin there
+    goes_on(output / str(ranks), case)
+
+
+@pytest.fixture(scope="module")
+def at_length(tmp_path_factory, inputs) -> Path:
+    """RANKS/whole/CASE and RANKS/moved/CASE: what 1 and 4 ranks have left is continued by 2, what 2 have left by 1."""
+    directory = tmp_path_factory.mktemp("at_length")
+    for part, ranks in (("first", 1), ("first", 2), ("first", 4), ("second", 2), ("second", 1)):
+        launch(PROGRAM, part, "--at_length", *inputs, str(directory), ranks=ranks, timeout=1800)
+    return directory
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", (1, 2, 4))
+@pytest.mark.parametrize("case", RESHAPED_AT_LENGTH)
+def test_it_does_so_at_every_stage(at_length, case, ranks):
+    goes_on(at_length / str(ranks), case)
+
+
+def goes_on(runs: Path, case: str) -> None:
+    """The run that another number of ranks ended is the undisturbed one, but for rounding."""
+    whole, moved = runs / "whole" / case, runs / "moved" / case
+    precise = "bf16" not in case
+    expected, found = metrics(whole), metrics(moved)
+    assert [list(record) for record in found] == [list(record) for record in expected]
+    for record, other in zip(expected, found):
+        assert other.pop("phase") == record.pop("phase")
+        assert other == pytest.approx(record, rel=1e-3 if precise else 0.02, abs=1e-4 if precise else 0.02)
+        losses = [name for name in record if name.endswith("loss") and precise]
+        assert [other[name] for name in losses] == pytest.approx([record[name] for name in losses], rel=0, abs=1e-5)
+    for samples in (whole / "samples").iterdir():
+        assert not precise or answers(moved / "samples" / samples.name) == answers(samples)
+    for model in whole.rglob("*.safetensors"):
+        expected, found = load_file(model), load_file(moved / model.relative_to(whole))
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-4 if precise else 0.01)
+
+
+def answers(path: Path) -> list[dict]:
+    """Samples without their numbers."""
+    return [{name: value for name, value in json.loads(line).items() if not isinstance(value, float)}
+            for line in path.read_text().splitlines()]
+
+
+def metrics(directory: Path) -> list[dict]:
+    lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items()
+             if name not in TIMES and not name.startswith("seconds_")} for line in lines]
