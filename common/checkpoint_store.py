@@ -33,7 +33,7 @@ class CheckpointStore:
 
     Args:
         directory: holds a directory step-N for each.
-        keep: how many of the newest stay.
+        keep: how many of the newest stay, once training has gone on from the newest.
     """
 
     def __init__(self, directory: str | Path, keep: int):
@@ -77,6 +77,16 @@ class CheckpointStore:
             found += _problem(path / name, name, size, digest)
         return sorted({problem for problems in gather_objects(found) for problem in problems})
 
+    def prune(self) -> None:
+        """Remove what is more than `keep`: the newest has proven good."""
+        if is_main():
+            self._keep_newest(self.keep)
+
+    def newest_before(self, step: int) -> Path | None:
+        """The newest checkpoint taken after fewer steps; not read, so that any rank may ask alone."""
+        paths = [path for path in self.directory.glob("step-*") if -1 < _step(path) < step]
+        return max(paths, key=_step, default=None)
+
     def clean(self) -> None:
         """Remove what an interrupted save has left."""
         if is_main():
@@ -119,9 +129,13 @@ class CheckpointStore:
         _write_durably(self.directory / f"{POINTER}.new", final.name)
         os.replace(self.directory / f"{POINTER}.new", self.directory / POINTER)
         _sync(self.directory)
+        # Nothing has been computed from the newest yet: until `prune` the one before stays too.
+        self._keep_newest(max(self.keep, 2), final)
+
+    def _keep_newest(self, keep: int, final: Path | None = None) -> None:
         for old in [path for path in self.directory.glob("step-*") if path != final]:
             newer = [path for path in self.directory.glob("step-*") if _step(path) > _step(old)]
-            if len(newer) >= self.keep:
+            if len(newer) >= keep:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _together(self, action: Callable, partial: Path, on_main_only: bool = False) -> list:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from common.distributed import on_gpu
+from common.memory import named_when_out_of_memory
 
 
 class PhaseClock:
@@ -25,7 +26,8 @@ class PhaseClock:
     def phase(self, name: str) -> Iterator[None]:
         """The time within the context belongs to `name`, unless it ends with an exception."""
         start = now()
-        yield
+        with named_when_out_of_memory(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
 
     def reset(self) -> None:

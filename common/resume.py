@@ -7,7 +7,8 @@ Data order and rollouts follow from the seed and the number of steps done, so th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from common.checkpoint_store import CheckpointStore, NotSaved
 from common.config import Config, options
 from common.distributed import is_main, on_gpu, rank, say, world_size
-from common.errors import UserError
+from common.errors import Diverged, UserError
 from common.tracking import Tracker
 
 STATE = "state.json"
@@ -28,7 +29,7 @@ MAY_CHANGE = frozenset({
     "output_dir", "data_output_path", "timeout", "enable_tensorboard", "tensorboard_path", "trust_remote_code",
     "save_interval", "keep_checkpoints", "resume", "resume_anyway", "log_interval", "print_loss", "print_answers",
     "print_answers_interval", "enable_test_mode", "test_stop_step", "unpin_actor_parameters",
-    "release_inference_cache"})
+    "release_inference_cache", "max_skipped_steps", "max_kl", "max_reward", "min_reward"})
 
 
 @dataclass
@@ -39,11 +40,13 @@ class TrainingState:
         engines: by name; saved and loaded by DeepSpeed.
         tensors: by name, this rank's own tensors to be saved and, when resuming, written in place.
         remember: values for JSON; what `recall` gets back when resuming.
+        steady: whether the last step was made; where it was skipped no checkpoint is taken, as the weights may be lost.
     """
     engines: dict[str, object]
     tensors: Callable[[], dict[str, torch.Tensor]] = dict
     remember: Callable[[], dict] = dict
     recall: Callable[[dict], None] = lambda values: None
+    steady: Callable[[], bool] = lambda: True
 
 
 class Checkpoints:
@@ -60,6 +63,7 @@ class Checkpoints:
         self.state: TrainingState | None = None
         self.tracker: Tracker | None = None
         self.counted = 0  # optimizer steps at the last save
+        self.reached = 0  # steps made well; the state after the last of them has not been trained from yet
 
     def find(self) -> Path | None:
         """The checkpoint to go on from, if there is one; none of its state is loaded yet. All ranks must call it.
@@ -79,7 +83,7 @@ class Checkpoints:
             if problems := self.store.problems(path):
                 raise UserError(f"--resume {resume}: {problems[0]}: name a whole checkpoint, or --resume auto")
         if path is not None:
-            self._check_config(json.loads((path / STATE).read_text(encoding="utf-8")), path)
+            self._check_config(_read_state(path), path)
         return path
 
     def restore(self, path: Path | None, state: TrainingState, tracker: Tracker) -> int:
@@ -88,7 +92,7 @@ class Checkpoints:
         if path is None:
             tracker.begin()
             return 0
-        values = json.loads((path / STATE).read_text(encoding="utf-8"))
+        values = _read_state(path)
         for name, engine in state.engines.items():
             load_engine(engine, path / name)
         tensors = load_file(path / f"rank{rank()}.safetensors")
@@ -97,7 +101,7 @@ class Checkpoints:
         _set_random_state(tensors)
         state.recall(values["remember"])
         tracker.begin(values["tracker"])
-        self.counted = values["optimizer_steps"]
+        self.counted, self.reached = values["optimizer_steps"], values["step"]
         say(f"resuming from {path}")
         return values["step"]
 
@@ -107,6 +111,10 @@ class Checkpoints:
         Args:
             optimizer_steps: done so far, where a step (an iteration of step 3) has several.
         """
+        if not self.state.steady():
+            return
+        self.reached = step
+        self.store.prune()  # training has gone on well from the newest
         interval, done = self.config.save_interval, step if optimizer_steps is None else optimizer_steps
         if interval and done // interval > self.counted // interval:
             self.save(step, done)
@@ -120,6 +128,21 @@ class Checkpoints:
             say(f"warning: {failure}; the run goes on and will try again")
         # After a failure too: not at every step from here on, but at the next interval.
         self.counted = optimizer_steps
+
+    def remembered(self, path: Path | None, name: str):
+        """A value of `TrainingState.remember` in the checkpoint to go on from; None where there is none."""
+        return None if path is None else _read_state(path)["remember"].get(name)
+
+    @contextmanager
+    def naming_last_good(self) -> Iterator[None]:
+        """Within the context a run that has diverged says which checkpoint is from before, and how to go on from it."""
+        try:
+            yield
+        except Diverged as failure:
+            good = self.store.newest_before(self.reached)
+            raise Diverged(f"{failure}; " + (
+                f"the last good checkpoint is {good}: go on from it with other settings and --resume {good} "
+                "--resume_anyway" if good else "there is no checkpoint from before")) from None
 
     def discard(self) -> None:
         """Delete all checkpoints: the result is published."""
@@ -191,6 +214,10 @@ def load_engine(engine, directory: Path) -> None:
     found, _ = engine.load_checkpoint(str(directory), tag="engine", load_module_strict=False)
     if found is None:
         raise UserError(f"{directory} is no checkpoint of this model")
+
+
+def _read_state(path: Path) -> dict:
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -6,7 +6,8 @@ from itertools import chain, count, islice
 
 from common.data.sampler import StepSampler
 from common.distributed import say
-from common.loop import check_finite, describe
+from common.loop import describe
+from common.memory import named_when_out_of_memory
 from common.tracking import Tracker
 from step3_ppo.trainer import PPOTrainer
 
@@ -23,9 +24,6 @@ def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, t
         iterations: how many, over as many epochs as that takes.
         done: iterations that an interrupted run has made already.
         after_iteration: called with the iterations and the optimizer steps made so far, but not after the last.
-
-    Raises:
-        TrainingFailure: a loss is not a number.
     """
     config = trainer.config
     if not done:
@@ -35,8 +33,6 @@ def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, t
         for index, micro_batches in enumerate(islice(prompts, done, iterations), start=done):
             step = index + 1
             training = trainer.iteration(index, micro_batches)
-            for name in ("policy_loss", "value_loss", "text_loss"):
-                check_finite(training.get(name, 0.0), name.replace("_", " "), f"iteration {step}")
             bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN}, refresh=False)
             bar.update()
             if step % config.log_interval == 0:
@@ -51,7 +47,8 @@ def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, t
 
 def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) -> dict[str, float]:
     """Answer held-out prompts; log the metrics and write the answers to samples/. Nothing where none are held out."""
-    metrics, rows = trainer.evaluate()
+    with named_when_out_of_memory("the evaluation"):
+        metrics, rows = trainer.evaluate()
     if not rows:
         return {}
     tracker.log("eval", step, metrics)

@@ -30,7 +30,7 @@ RUN = {
     "deepspeed_config": Row("engines", "{inputs}/deepspeed.json"),
     "timeout": Row("timeout", "77"),
     "save_interval": Row("checkpoints", "1"),
-    "keep_checkpoints": Row("checkpoints", "1", "--save_interval 1 --num_train_epochs 3"),
+    "keep_checkpoints": Row("checkpoints", "3", "--save_interval 1 --num_train_epochs 3"),
     "resume": Row("error", "{inputs}/no-checkpoint"),
     "enable_tensorboard": Row("files"),
     "tensorboard_path": Row("elsewhere", "{elsewhere}/board", "--enable_tensorboard"),
@@ -56,6 +56,8 @@ SCHEDULE = {
     "num_train_epochs": Row("metrics", "2"),
     "gradient_accumulation_steps": Row("weights", "2"),
     "max_tokens_per_micro_batch": Row("passes", "40"),
+    "auto_micro_batch": Row("printed"),
+    "max_skipped_steps": Row("printed", "2", "{diverging} --save_interval 0"),
     "lr_scheduler_type": Row("weights", "constant"),
     "max_grad_norm": Row("weights", "0.01"),
 }
