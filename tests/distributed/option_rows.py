@@ -57,7 +57,6 @@ SCHEDULE = {
     "gradient_accumulation_steps": Row("weights", "2"),
     "max_tokens_per_micro_batch": Row("passes", "40"),
     "auto_micro_batch": Row("printed"),
-    "max_skipped_steps": Row("printed", "2", "{diverging} --save_interval 0"),
     "lr_scheduler_type": Row("weights", "constant"),
     "max_grad_norm": Row("weights", "0.01"),
 }
@@ -164,6 +163,9 @@ PPO = {
     "gamma": Row("weights", "0.5"),
     "gae_lambda": Row("weights", "0.5"),
     "whiten_advantages": Row("weights", "false"),
+    "max_kl": Row("error", "1e-9", "--max_iterations 2"),
+    "max_reward": Row("error", "-100"),
+    "min_reward": Row("error", "100"),
     "target_kl": Row("weights", "0.0000001", "--ppo_epochs 2"),
     "enable_ema": Row("weights"),
     "ema_decay": Row("weights", "0.5", "--enable_ema"),
