@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common.distributed import memory_available, on_every_rank, on_gpu, rank, say
+from common.distributed import device, memory_available, on_every_rank, on_gpu, rank, say
 from common.errors import TrainingFailure
 
 # Of what is free: the rest is for fragments, for the optimizer's own buffers, and for other programs.
@@ -113,10 +113,10 @@ def most_that_fit(probe: Callable[[int], None], most: int, free: float) -> int:
 
 
 def optimizer_state_to_come(engine) -> int:
-    """Bytes that the first step will take for moments in fp32 which are not there yet."""
+    """Bytes that the first step will take on this device for moments in fp32 which are not there yet."""
     optimizer = engine.basic_optimizer
     return sum(2 * 4 * parameter.numel() for group in optimizer.param_groups for parameter in group["params"]
-               if "exp_avg" not in optimizer.state.get(parameter, {}))
+               if parameter.device.type == device().type and "exp_avg" not in optimizer.state.get(parameter, {}))
 
 
 def _peak_of(work: Callable[[], None]) -> int:

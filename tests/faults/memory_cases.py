@@ -1,4 +1,4 @@
-"""Step 1 on a machine whose second rank has no more memory after two steps. Run under the launcher, with its flags."""
+"""Step 1 on a machine whose second rank has no more memory after a step. Run under the launcher, with its flags."""
 from __future__ import annotations
 
 import resource
@@ -19,7 +19,7 @@ loss_sum = SFTTrainer._loss_sum
 
 
 def short_of_memory(trainer, batch):
-    if rank() == 1 and trainer.engine.global_steps == 2:
+    if rank() == 1 and trainer.engine.training and trainer.engine.global_steps == 1:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ASKED // 2, hard))
         try:

@@ -38,5 +38,5 @@ RUNS |= {
     f"{name}{kind}": (step, flags, poison, None, [])
     for kind, poison in (("", "rows"), ("-broken-off", "breaks off"))
     for name, (step, flags) in {"sft-skips": ("sft", f"{_ROWS} --per_device_train_batch_size 2 --dropout 0.1"),
-                                "ppo-skips": ("ppo", f"{_ROWS} --per_device_training_batch_size 1 --enable_ema "
+                                "ppo-skips": ("ppo", f"{_ROWS} --per_device_training_batch_size 1 --enable_ema --max_kl 1e3 "
                                               "--unsupervised_dataset_name {inputs}/texts.jsonl")}.items()}
