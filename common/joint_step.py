@@ -97,8 +97,8 @@ class JointStep:
         found = f"the {what} on rank {', '.join(map(str, ranks))} is not finite"
         say(f"warning: {found}: this optimizer step is skipped, {self.in_a_row} in a row now")
         if self.in_a_row >= self._limit:
-            raise Diverged(f"{found}, and {self.in_a_row} optimizer steps in a row were skipped "
-                           f"(--max_skipped_steps): {DIVERGED}")
+            raise Diverged(f"{found}: optimizer steps skipped in a row reach --max_skipped_steps {self._limit}: "
+                           f"{DIVERGED}")
 
 
 def searches_loss_scale(engine) -> bool:

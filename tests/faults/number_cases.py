@@ -1,6 +1,6 @@
 """Numbers that are not finite, on one rank, in every kind of engine and in whole runs; writes down what came of them.
 
-Run under the launcher: number_cases.py INPUTS OUTPUT_DIR
+Run under the launcher: number_cases.py INPUTS OUTPUT_DIR short|long
 """
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ from step3_ppo.models import PPOModels
 from step3_ppo.trainer import PPOTrainer
 from tests.distributed.gradient_cases import ROWS, experience, one_step, rows, with_lora
 from tests.distributed.option_rows import STEPS
-from tests.faults.number_rows import AUTO, ENGINES, RUNS
+from tests.faults.number_rows import AUTO, ENGINES, RUNS, SHORT
 
 PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
 BROKEN_RANK = 1
 
 
 def main(argv) -> None:
-    inputs, output = [Path(word) for word in sys.argv[1:] if not word.startswith("--")]
+    *places, extent = [word for word in sys.argv[1:] if not word.startswith("--")]
+    inputs, output = map(Path, places)
     torch.set_num_threads(1)
     start(120, seed=0)
     codec = make_codec(load_tokenizer(str(inputs / "model")), "human_assistant")
     found = {"engines": {}, "runs": {}}
-    for name, case in ENGINES.items():
-        mine = engine_case(str(inputs / "model"), codec, *case)
+    for name in ENGINES if extent == "long" else SHORT:
+        mine = engine_case(str(inputs / "model"), codec, *ENGINES[name])
         found["engines"][name] = {what: all(equal[what] for equal in gather_objects(mine)) for what in mine}
     for name, (step, flags, poison, *_) in RUNS.items():
         words = f"{STEPS[step].flags} --output_dir {output}/{name} --data_output_path {output}/data {flags}"
@@ -93,8 +94,8 @@ def sft(model: str, codec, *held):
 
 def reward(model: str, codec, *held):
     engine = build(load_scalar_model, model, codec, *held)
-    trainer = RewardTrainer(engine, rows(["prompt_ids", "chosen_ids", "rejected_ids"]), None, [], codec.pad_id, 0.5, 0.1,
-                            5)
+    pairs = rows(["prompt_ids", "chosen_ids", "rejected_ids"])
+    trainer = RewardTrainer(engine, pairs, None, [], codec.pad_id, 0.5, 0.1, 5)
     batches = one_step([2 * length for length in trainer.train["length"]], 4)
     return trainer, [engine], lambda number: trainer.train_step(turned(batches, number))
 
@@ -201,7 +202,8 @@ def whole_run(program, argv: list[str], poison: str) -> dict:
         except TrainingFailure as failure:
             said = str(failure)
     barrier()
-    return {"said": gather_objects(said), "checkpoints": sorted(path.name for path in directory.glob("checkpoints/step-*")),
+    checkpoints = sorted(path.name for path in directory.glob("checkpoints/step-*"))
+    return {"said": gather_objects(said), "checkpoints": checkpoints,
             "published": (directory / "provenance.json").exists()}
 
 
@@ -210,7 +212,7 @@ def fitted(argv: list[str], output: Path) -> int:
     printed = io.StringIO()
     with redirect_stdout(printed):
         step1([*argv, "--auto_micro_batch", "--output_dir", str(output / "auto")])
-    (found,) = [re.search(r"--max_tokens_per_micro_batch is (\d+)", line) for line in gather_objects(printed.getvalue())[:1]]
+    found = re.search(r"--max_tokens_per_micro_batch is (\d+)", gather_objects(printed.getvalue())[0])
     step1([*argv, "--max_tokens_per_micro_batch", found[1], "--output_dir", str(output / "given")])
     return int(found[1])
 

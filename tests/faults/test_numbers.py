@@ -1,4 +1,4 @@
-"""What is not finite is skipped by all engines and ranks together; what runs away ends in one line; micro-batches fit."""
+"""What is not finite is skipped by all engines and ranks together; what runs away ends in a line; micro-batches fit."""
 import json
 
 import pytest
@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.option_inputs import make_inputs
 from tests.distributed.option_rows import STEPS
-from tests.faults.number_rows import ENGINES, RUNS
+from tests.faults.number_rows import ENGINES, RUNS, SHORT
 from tests.launching import ROOT, launch
 
 PROGRAM = ROOT / "tests" / "faults" / "number_cases.py"
@@ -21,9 +21,10 @@ def inputs(tmp_path_factory, builtin_cache):
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory, inputs):
+def output(tmp_path_factory, inputs, request):
     output = tmp_path_factory.mktemp("numbers")
-    launch(PROGRAM, str(inputs), str(output), ranks=2)
+    extent = "long" if request.config.getoption("--long") else "short"
+    launch(PROGRAM, str(inputs), str(output), extent, ranks=2)
     return output
 
 
@@ -32,7 +33,8 @@ def found(output):
     return json.loads((output / "found.json").read_text())
 
 
-@pytest.mark.parametrize("case", ENGINES)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=() if name in SHORT else pytest.mark.long)
+                                  for name in ENGINES])
 def test_a_skipped_step_leaves_every_engine_as_if_it_had_never_been(found, case):
     assert found["engines"][case] == {"unchanged": True, "learns": True, "alike before": True, "as if never": True}
 

@@ -10,7 +10,8 @@ from common.memory import most_that_fit, named_when_out_of_memory
 MIB = 2**20
 
 
-@pytest.mark.parametrize("room, most, least, fitting", [(100, 64, 10, 12), (100, 5, 5, 5), (1, 64, 1, 1), (70, 64, 7, 8)])
+@pytest.mark.parametrize("room, most, least, fitting",
+                         [(100, 64, 10, 12), (100, 5, 5, 5), (1, 64, 1, 1), (70, 64, 7, 8)])
 def test_the_largest_number_that_fits_is_found(room, most, least, fitting):
     """Each row takes 8 MiB, besides 3 MiB that are taken once."""
     tried = []
