@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from common.data.collate import TokenBatch
+from common.data.collate import TokenBatch, unmasked
 from common.distributed import device, global_sum
 from common.joint_step import JointStep
 from common.models.logprobs import next_token_loss_sum, response_log_probs
@@ -93,6 +93,5 @@ class Learner:
                               batch.response_mask, self.config.value_clip_range)
 
     def _text_loss(self, text: TokenBatch) -> tuple[Tensor, Sums]:
-        inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
-        loss, tokens = next_token_loss_sum(self.models.actor, inputs, text.loss_mask)
+        loss, tokens = next_token_loss_sum(self.models.actor, unmasked(text.input_ids), text.loss_mask)
         return loss, {"text_loss": loss.detach().double(), "text_tokens": tokens.double()}
