@@ -12,7 +12,7 @@ from benchmarks.plain import cached_generate, dealt
 from common.data.collate import collate_prompts
 from common.data.sampler import MicroBatch
 from common.distributed import device, gather_objects, global_sum
-from common.engine import gradient_norm, optimizer_step
+from common.engine import accumulate, gradient_norm
 from common.models.logprobs import gather_response
 from common.phases import PhaseClock
 from common.sums import add_sums, means
@@ -109,9 +109,11 @@ class PlainPPO:
             return loss / tokens
 
         with clock.phase("actor_update"):
-            optimizer_step(models.actor, batches, actor_loss)
+            accumulate(models.actor, batches, actor_loss)
+            models.actor.step()
         with clock.phase("critic_update"):
-            optimizer_step(models.critic, batches, critic_loss)
+            accumulate(models.critic, batches, critic_loss)
+            models.critic.step()
         totals = {name: value for parts in sums.values() for name, value in add_sums(parts, global_sum).items()}
         averages = means(totals, "tokens")
         return {"policy_loss": averages["policy_loss"], "value_loss": averages["value_loss"],

@@ -22,7 +22,7 @@ from common.data.collate import PairBatch, collate_comparisons
 from common.data.prepare import prepare
 from common.data.sampler import MicroBatch
 from common.distributed import device, global_sum, run_program, seed_rank, start
-from common.engine import gradient_norm, optimizer_step
+from common.engine import accumulate, gradient_norm
 from common.run import data_request, open_codec, step_sampler
 from common.tracking import quiet_libraries
 from step2_reward.config import RewardConfig
@@ -64,7 +64,8 @@ def main(argv=None) -> None:
             losses.append(loss.detach())
             return loss
 
-        optimizer_step(engine, batches, loss_of)
+        accumulate(engine, batches, loss_of)
+        engine.step()
         return {"loss": float(global_sum(sum(losses))), "gradient_norm": gradient_norm(engine)}
 
     def padded(batch: PairBatch) -> PairBatch:

@@ -20,7 +20,7 @@ from common.config import option, parse
 from common.data.collate import TokenBatch, collate_demonstrations
 from common.data.sampler import MicroBatch
 from common.distributed import device, global_sum, run_program, seed_rank, start
-from common.engine import gradient_norm, optimizer_step
+from common.engine import accumulate, gradient_norm
 from common.run import open_codec, step_sampler
 from common.tracking import quiet_libraries
 from step1_sft.config import SFTConfig
@@ -63,7 +63,8 @@ def main(argv=None) -> None:
             losses.append(loss.detach())
             return loss
 
-        optimizer_step(engine, batches, loss_of)
+        accumulate(engine, batches, loss_of)
+        engine.step()
         return {"loss": float(global_sum(sum(losses))), "gradient_norm": gradient_norm(engine)}
 
     def padded(batch: TokenBatch) -> TokenBatch:

@@ -36,7 +36,7 @@ class CheckpointStore:
 
     Args:
         directory: holds a directory step-N for each.
-        keep: how many of the newest stay.
+        keep: how many of the newest stay, once training has gone on from the newest.
     """
 
     def __init__(self, directory: str | Path, keep: int):
@@ -60,7 +60,8 @@ class CheckpointStore:
             shards.attempt(lambda: self._publish(written, final))
         self._unless_refused(shards)
         if is_main():
-            self._retire(final)
+            # Nothing has been computed from it yet: until `prune` the one before stays too.
+            self._retire(final, max(self.keep, 2))
         return final
 
     def newest_whole(self, say: Callable[[str], None]) -> Path | None:
@@ -87,6 +88,16 @@ class CheckpointStore:
     def scratch(self) -> Path:
         """A directory, not made yet, for what lasts no longer than until `clean`, or the next save."""
         return self.directory / f"{PARTIAL}-scratch"
+
+    def prune(self, newest: Path) -> None:
+        """Remove what is more than `keep`: `newest` has proven good."""
+        if is_main():
+            self._retire(newest, self.keep)
+
+    def newest_before(self, step: int) -> Path | None:
+        """The newest checkpoint taken after fewer steps; not read, so that any rank may ask alone."""
+        paths = [path for path in self.directory.glob("step-*") if -1 < _step(path) < step]
+        return max(paths, key=_step, default=None)
 
     def clean(self) -> None:
         """Remove what an interrupted save has left."""
@@ -148,11 +159,11 @@ class CheckpointStore:
         os.replace(self.directory / f"{POINTER}.new", self.directory / POINTER)
         _sync(self.directory)
 
-    def _retire(self, newest: Path) -> None:
+    def _retire(self, newest: Path, keep: int) -> None:
         """Delete what is too old, and what lies ahead: damaged, or of a run that went on from before."""
         steps = sorted(map(_step, self.directory.glob("step-*")))
         older = [step for step in steps if 0 <= step < _step(newest)]
-        kept = {_step(newest), *older[len(older) - self.keep + 1:]}
+        kept = {_step(newest), *older[len(older) - keep + 1:]}
         for step in set(steps) - kept - {-1}:
             with contextlib.suppress(OSError):
                 self._put_aside(self.directory / f"step-{step}")

@@ -2,7 +2,7 @@
 
 Every engine runs with `managed_gradient_accumulation` off: a step is any number of `backward` calls followed by
 one `step`. So an optimizer step may hold as many micro-batches as its rows need, and the loss carries its own
-normalisation (see `optimizer_step`).
+normalisation (see `accumulate`); whether it is made at all, `common.joint_step` decides.
 """
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.distributed import on_gpu, world_size
+from common.distributed import device, on_gpu, world_size
 from common.errors import UserError
+from common.gradients import GradientSize
 from common.optim import build_optimizer, build_scheduler, parameter_groups
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -174,7 +175,7 @@ def merge(base: dict, override: dict) -> dict:
 
 
 def training_engine(model: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings):
-    """A DeepSpeed engine that trains the parameters of `model` that require gradients."""
+    """A DeepSpeed engine that trains the parameters of `model` that require gradients, and watches these."""
     import deepspeed
 
     groups = parameter_groups(model, optimizer.learning_rate, optimizer.weight_decay,
@@ -184,6 +185,7 @@ def training_engine(model: nn.Module, settings: EngineSettings, optimizer: Optim
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, lr_scheduler=schedule,
                                       config=deepspeed_config(settings))
     _forget_start_up_step(adamw)
+    engine.gradients = GradientSize(model)
     engine.train()  # transformers loads models in evaluation mode, without dropout
     return engine
 
@@ -198,23 +200,29 @@ def frozen_engine(model: nn.Module, settings: EngineSettings):
     return engine
 
 
-def optimizer_step(engine, micro_batches: Iterable, loss_of: Callable) -> None:
-    """Accumulate the gradients of all micro-batches of one optimizer step, then update.
+def accumulate(engine, micro_batches: Iterable, loss_of: Callable) -> torch.Tensor:
+    """Add the gradients of micro-batches to those of the optimizer step in hand; `engine.step()` makes it.
 
     Args:
         micro_batches: this rank's micro-batches; every rank must have the same number of them.
         loss_of: maps a micro-batch to this rank's share of the loss: its sum over tokens or pairs divided by
             their number in the whole optimizer step, over all ranks and micro-batches. The shares of all ranks
             and micro-batches then add up to the mean, whatever their sizes.
+
+    Returns:
+        This rank's share of the loss, a scalar without a gradient.
     """
+    total = torch.zeros((), device=device())
     for micro_batch in micro_batches:
+        loss = loss_of(micro_batch)
         # DeepSpeed averages gradients over ranks; the loss carries all other scaling itself.
-        engine.backward(loss_of(micro_batch) * world_size(), scale_wrt_gas=False)
-    engine.step()
+        engine.backward(loss * world_size(), scale_wrt_gas=False)
+        total += loss.detach()
+    return total
 
 
 def gradient_norm(engine) -> float | None:
-    """Global gradient norm of the last step before clipping; None where DeepSpeed keeps none (fp32, ZeRO 0)."""
+    """Global gradient norm of the last step made, before clipping; None where DeepSpeed keeps none (fp32, ZeRO 0)."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend, and the hint that some of its messages give."""
+"""The errors that end a run in one line, and the hint that some of their messages give."""
 from __future__ import annotations
 
 import difflib
@@ -20,8 +20,15 @@ class TrainingFailure(Exception):
     """
 
 
-# Ends the message of a TrainingFailure.
-DIVERGED = "training stopped before anything was saved; lower the learning rate, or look for extreme rows in the data"
+class Diverged(TrainingFailure):
+    """Losses, gradients or weights that are not finite, or a policy that runs away: the weights may be lost.
+
+    Where checkpoints are kept the message goes on to name the last good one.
+    """
+
+
+# Ends the message of a Diverged.
+DIVERGED = "training stopped and nothing was published; lower the learning rate, or look for extreme rows in the data"
 
 
 def did_you_mean(word: str, known: Iterable[str], lead: str = "; ", before: str = "") -> str:

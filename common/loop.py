@@ -10,7 +10,8 @@ from itertools import islice
 from common.data.sampler import MicroBatch, StepSampler
 from common import peers
 from common.distributed import say
-from common.errors import DIVERGED, TrainingFailure
+from common.errors import DIVERGED, Diverged
+from common.memory import named_when_out_of_memory
 from common.stopping import training_begins
 from common.tracking import Tracker
 
@@ -80,8 +81,8 @@ class SupervisedLoop:
     def _train(self, train_step, micro_batches: Sequence[MicroBatch], step: int, bar) -> None:
         peers.enter("training")
         start = time.perf_counter()
-        metrics = train_step(micro_batches)
-        check_finite(metrics["loss"], "loss", f"step {step}")
+        with named_when_out_of_memory("the training step"):
+            metrics = train_step(micro_batches)
         metrics["step_seconds"] = time.perf_counter() - start
         bar.set_postfix({name: f"{metrics[name]:.4g}" for name in ("loss", "learning_rate")}, refresh=False)
         bar.update()
@@ -92,7 +93,8 @@ class SupervisedLoop:
 
     def _evaluate(self, evaluate, step: int) -> Metrics:
         peers.enter("evaluation")
-        metrics = evaluate()
+        with named_when_out_of_memory("the evaluation"):
+            metrics = evaluate()
         if not metrics:
             return {}
         self.tracker.log("eval", step, metrics)
@@ -104,9 +106,9 @@ class SupervisedLoop:
 
 
 def check_finite(value: float, name: str, when: str) -> None:
-    """Raises TrainingFailure if a value that is the same on all ranks is not finite: nothing after it could be used."""
+    """Raises Diverged if a value that is the same on all ranks is not finite: nothing after it could be used."""
     if not math.isfinite(value):
-        raise TrainingFailure(f"the {name} of {when} is {value}: {DIVERGED}")
+        raise Diverged(f"the {name} of {when} is {value}: {DIVERGED}")
 
 
 def describe(metrics: Metrics) -> str:

@@ -82,8 +82,19 @@ class ScheduleOptions(Config):
     max_tokens_per_micro_batch: int = option(
         0, "cut each optimizer step's rows, the same ones, into micro-batches of so many tokens with padding, alike on "
         "every rank; a longer row goes alone; 0: into equal numbers of rows", unit="tokens", low=0)
+    auto_micro_batch: bool = option(
+        False, "measure before training what fits into memory, and set --max_tokens_per_micro_batch to it")
+    max_skipped_steps: int = option(
+        5, "an optimizer step with a loss or gradient that is not finite is skipped; so many in a row end the run",
+        unit="optimizer steps", low=1)
     lr_scheduler_type: str = option("cosine", "schedule of the learning rate", choices=SCHEDULES)
     max_grad_norm: float = option(1.0, "clip gradients to this global norm; 0 turns it off", low=0)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.auto_micro_batch and self.max_tokens_per_micro_batch:
+            raise UserError(f"--auto_micro_batch and --max_tokens_per_micro_batch {self.max_tokens_per_micro_batch} "
+                            "contradict each other: keep one")
 
 
 @dataclass(frozen=True, kw_only=True)

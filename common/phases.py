@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from common.distributed import on_gpu
+from common.memory import named_when_out_of_memory
 from common.peers import enter
 
 
@@ -27,7 +28,8 @@ class PhaseClock:
         """The time within the context belongs to `name`, unless it ends with an exception."""
         enter(name)
         start = now()
-        yield
+        with named_when_out_of_memory(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
 
     def reset(self) -> None:

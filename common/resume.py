@@ -7,7 +7,8 @@ Data order and rollouts follow from the seed and the number of steps done, so th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from safetensors.torch import load_file, save
 from common.checkpoint_store import CheckpointStore, NotSaved
 from common.config import Config, options
 from common.distributed import barrier, is_main, on_gpu, rank, say, seed_rank, stop_agreed, world_size
-from common.engine_state import TAG, load_engine, save_engine
-from common.errors import UserError
+from common.engine_state import load_engine, save_engine
+from common.errors import Diverged, UserError
 from common.peers import enter
 from common.shards import Shards
 from common.stopping import Stopped
@@ -34,7 +35,7 @@ MAY_CHANGE = frozenset({
     "output_dir", "data_output_path", "timeout", "enable_tensorboard", "tensorboard_path", "trust_remote_code",
     "save_interval", "keep_checkpoints", "resume", "resume_anyway", "log_interval", "print_loss", "print_answers",
     "print_answers_interval", "enable_test_mode", "test_stop_step", "unpin_actor_parameters",
-    "release_inference_cache"})
+    "release_inference_cache", "max_skipped_steps", "max_kl", "max_reward", "min_reward"})
 
 
 @dataclass
@@ -46,12 +47,14 @@ class TrainingState:
         tensors: by name, this rank's own tensors to be saved and, when resuming, written in place.
         reshape: takes the tensors over from another number of ranks; it gets a function from a name to those of all.
         remember: values for JSON; what `recall` gets back when resuming.
+        steady: whether the last step was made; where it was skipped no checkpoint is taken, as the weights may be lost.
     """
     engines: dict[str, object]
     tensors: Callable[[], dict[str, torch.Tensor]] = dict
     reshape: Callable[[Callable[[str], list[torch.Tensor]]], None] = lambda parts_of: None
     remember: Callable[[], dict] = dict
     recall: Callable[[dict], None] = lambda values: None
+    steady: Callable[[], bool] = lambda: True
 
 
 class Checkpoints:
@@ -68,7 +71,9 @@ class Checkpoints:
         self.state: TrainingState | None = None
         self.tracker: Tracker | None = None
         self.counted = 0  # optimizer steps at the last save
+        self.reached = 0  # steps made well; the state after the last of them has not been trained from yet
         self.saved: tuple[int, Path | None] = (-1, None)  # the newest checkpoint, and the step that it was taken after
+        self.unproven: Path | None = None  # one that training has not gone on from yet
 
     def find(self) -> Path | None:
         """The checkpoint to go on from, if there is one; none of its state is loaded yet. All ranks must call it.
@@ -88,7 +93,7 @@ class Checkpoints:
             if problems := self.store.problems(path):
                 raise UserError(f"--resume {resume}: {problems[0]}: name a whole checkpoint, or --resume auto")
         if path is not None:
-            self._check_config(json.loads((path / STATE).read_text(encoding="utf-8")), path)
+            self._check_config(_read_state(path), path)
         return path
 
     def restore(self, path: Path | None, state: TrainingState, tracker: Tracker) -> int:
@@ -97,7 +102,7 @@ class Checkpoints:
         if path is None:
             tracker.begin()
             return 0
-        values = json.loads((path / STATE).read_text(encoding="utf-8"))
+        values = _read_state(path)
         self.saved = values["step"], path
         if values["world_size"] == world_size():
             self._load(path)
@@ -105,7 +110,7 @@ class Checkpoints:
             self._load_reshaped(path, values)
         state.recall(values["remember"])
         tracker.begin(values["tracker"])
-        self.counted = values["optimizer_steps"]
+        self.counted, self.reached = values["optimizer_steps"], values["step"]
         say(f"resuming from {path}")
         return values["step"]
 
@@ -120,8 +125,13 @@ class Checkpoints:
         """
         interval, done = self.config.save_interval, step if optimizer_steps is None else optimizer_steps
         reason = stop_agreed()
-        if interval and (done // interval > self.counted // interval or (reason and self.saved[0] != step)):
-            self.save(step, done)
+        if self.state.steady():
+            self.reached = step
+            if self.unproven is not None:  # training has gone on well from it
+                self.store.prune(self.unproven)
+                self.unproven = None
+            if interval and (done // interval > self.counted // interval or (reason and self.saved[0] != step)):
+                self.save(step, done)
         if reason:
             raise Stopped(f"stopped by {reason} after {step} "
                           f"{'steps' if optimizer_steps is None else 'iterations'}: {self._how_to_go_on()}")
@@ -131,12 +141,27 @@ class Checkpoints:
         enter("saving")
         try:
             path = self.store.save(step, lambda shards: self._write(shards, step, optimizer_steps))
-            self.saved = step, path
+            self.saved, self.unproven = (step, path), path
             say(f"checkpoint saved to {path}")
         except NotSaved as failure:
             say(f"warning: {failure}; the run goes on and will try again")
         # After a failure too: not at every step from here on, but at the next interval.
         self.counted = optimizer_steps
+
+    def remembered(self, path: Path | None, name: str):
+        """A value of `TrainingState.remember` in the checkpoint to go on from; None where there is none."""
+        return None if path is None else _read_state(path)["remember"].get(name)
+
+    @contextmanager
+    def naming_last_good(self) -> Iterator[None]:
+        """Within the context a run that has diverged says which checkpoint is from before, and how to go on from it."""
+        try:
+            yield
+        except Diverged as failure:
+            good = self.store.newest_before(self.reached)
+            raise Diverged(f"{failure}; " + (
+                f"the last good checkpoint is {good}: go on from it with other settings and --resume {good} "
+                "--resume_anyway" if good else "there is no checkpoint from before")) from None
 
     def discard(self) -> None:
         """Delete all checkpoints: the result is published."""
@@ -230,6 +255,10 @@ def _ranks(number: int) -> str:
 def _batches(config) -> dict[str, int]:
     """What all ranks make together, by the names in `Batch`."""
     return {batch.what: batch.rows * world_size() for batch in config.batches()}
+
+
+def _read_state(path: Path) -> dict:
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from common.data.prepare import DataRequest, PreparedData
 from common.data.sampler import StepSampler
 from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
 from common.distributed import barrier, device, is_main, on_every_rank, rank, say, world_size
-from common.errors import DIVERGED, TrainingFailure, UserError
+from common.errors import DIVERGED, Diverged, UserError
 from common.options import DataOptions
 from common.peers import enter
 from common.models.factory import load_config
@@ -135,7 +135,8 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
         parts: model directories inside the output directory; each gets the provenance too, so that it can be moved.
 
     Raises:
-        TrainingFailure: an engine gives no finite numbers any more, before anything is touched; or the disk refuses.
+        Diverged: an engine gives no finite numbers any more, before anything is touched.
+        TrainingFailure: the disk refuses.
     """
     enter("saving the result")
     for name, engine in engines.items():
@@ -168,7 +169,7 @@ def _check_usable(engine, name: str, codec: Codec) -> None:
     engine.train()
     numbers = output if isinstance(output, torch.Tensor) else output.logits
     if not on_every_rank(bool(numbers.isfinite().all())):
-        raise TrainingFailure(f"what the trained {name} computes is not finite: {DIVERGED}")
+        raise Diverged(f"what the trained {name} computes is not finite: {DIVERGED}")
 
 
 def step_sampler(config, train, pack_to: int = 0) -> StepSampler:

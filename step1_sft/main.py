@@ -21,6 +21,7 @@ from common.distributed import rank, run_program, say, seed_rank, start, world_s
 from common.engine import EngineSettings, OptimizerSettings, check_engine_options, deepspeed_config, training_engine
 from common.lora import add_lora
 from common.loop import SupervisedLoop
+from common.memory import fit_micro_batches, named_when_out_of_memory
 from common.models.factory import check_language_model, check_room, load_causal_lm, resolve_model
 from common.resume import Checkpoints, TrainingState
 from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
@@ -46,19 +47,25 @@ def main(argv=None) -> None:
     checkpoints = Checkpoints(config, [data.key])
     found = checkpoints.find()
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
-    engine = build_engine(config, source, codec, loop.total_steps)
-    if config.packing:
-        loop.sampler = packing_sampler(config, engine, data.train)
-    seed_rank(config.seed)
+    with named_when_out_of_memory("loading the model"):
+        engine = build_engine(config, source, codec, loop.total_steps)
     trainer = SFTTrainer(engine, data.train, data.eval, evaluation_batches(
         data.eval["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None),
-        codec.pad_id, config.train_on_prompt)
+        codec.pad_id, config.train_on_prompt, config.max_skipped_steps)
+    fitted = fit_micro_batches(config, checkpoints.remembered(found, "max_tokens"), [engine], trainer.probe,
+                               max(data.train["length"]),
+                               config.per_device_train_batch_size * config.gradient_accumulation_steps)
+    loop.sampler = packing_sampler(fitted, engine, data.train) if config.packing else step_sampler(fitted, data.train)
+    seed_rank(config.seed)
 
-    done = checkpoints.restore(found, TrainingState({"model": engine}), tracker)
-    metrics = loop.run(trainer.train_step, trainer.evaluate, done, checkpoints.after)
-
-    with publishing(config, codec, {"model": engine}, step="sft", base=config.model_name_or_path):
-        export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
+    remembered = {"max_tokens": fitted.max_tokens_per_micro_batch}
+    state = TrainingState({"model": engine}, remember=lambda: {**trainer.step.state_dict(), **remembered},
+                          recall=trainer.step.load_state_dict, steady=trainer.step.steady)
+    with checkpoints.naming_last_good():
+        done = checkpoints.restore(found, state, tracker)
+        metrics = loop.run(trainer.train_step, trainer.evaluate, done, checkpoints.after)
+        with publishing(config, codec, {"model": engine}, step="sft", base=config.model_name_or_path):
+            export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
     tracker.samples("after", trainer.samples(codec))
     report_done(tracker, loop.total_steps, metrics, config.output_dir)
     checkpoints.discard()

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -11,7 +12,8 @@ from common.data.collate import PackedBatch, TokenBatch, collate_demonstrations,
 from common.data.sampler import MicroBatch
 from common.data.tokenization import Codec
 from common.distributed import device, global_sum, world_size
-from common.engine import gradient_norm, optimizer_step
+from common.engine import gradient_norm
+from common.joint_step import JointStep
 from common.models.logprobs import next_token_loss_sum
 
 
@@ -24,29 +26,33 @@ class SFTTrainer:
         evaluation_batches: this rank's part of the evaluation.
         pad_id: fills the right of short rows.
         train_on_prompt: whether prompt tokens are targets too.
+        max_skipped_steps: so many optimizer steps skipped in a row end the run.
     """
 
     def __init__(self, engine, train: Dataset, evaluation: Dataset, evaluation_batches: Sequence[MicroBatch],
-                 pad_id: int, train_on_prompt: bool):
+                 pad_id: int, train_on_prompt: bool, max_skipped_steps: int = 1):
         self.engine = engine
+        self.step = JointStep({"model": engine}, max_skipped_steps)
         self.train, self.evaluation, self.evaluation_batches = train, evaluation, evaluation_batches
         self.pad_id, self.train_on_prompt = pad_id, train_on_prompt
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """One optimizer step; the loss is the mean over its target tokens on all ranks."""
+        """One optimizer step, unless it is skipped; the loss is the mean over its target tokens on all ranks."""
         batches = list(self._batches(self.train, micro_batches))
         tokens = global_sum(sum(batch.loss_mask[:, 1:].sum() for batch in batches))
-        local_loss = torch.zeros((), device=device())
-
-        def loss_of(batch: TokenBatch | PackedBatch) -> torch.Tensor:
-            loss = self._loss_sum(batch)[0] / tokens
-            local_loss.add_(loss.detach())
-            return loss
-
         learning_rate = self.engine.get_lr()[0]  # after the step it is the next one's
-        optimizer_step(self.engine, batches, loss_of)
-        return {"loss": float(global_sum(local_loss)), "tokens": int(tokens),
-                "learning_rate": learning_rate, "gradient_norm": gradient_norm(self.engine)}
+        loss = self.step.accumulate("model", "loss", batches, lambda batch: self._loss_sum(batch)[0] / tokens)
+        if self.step.agreed():
+            self.engine.step()
+        return {"loss": float(global_sum(loss)), "tokens": int(tokens), "learning_rate": learning_rate,
+                "gradient_norm": gradient_norm(self.engine), "skipped_steps": self.step.skipped}
+
+    def probe(self, rows: int) -> None:
+        """Forward and backward of a micro-batch of the longest row, so many times; nothing is kept of it."""
+        longest = int(np.argmax(self.train["length"]))
+        batches = self._batches(self.train, [MicroBatch((longest,) * rows, (True,) * rows)])
+        self.step.accumulate("model", "loss", batches, lambda batch: self._loss_sum(batch)[0])
+        self.step.drop()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ from common.engine import EngineSettings, OptimizerSettings, check_engine_option
 from common.errors import UserError
 from common.lora import add_lora
 from common.loop import SupervisedLoop
+from common.memory import fit_micro_batches, named_when_out_of_memory
 from common.models.factory import check_room, load_scalar_model, resolve_model
 from common.resume import Checkpoints, TrainingState
 from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
@@ -45,18 +46,26 @@ def main(argv=None) -> None:
     checkpoints = Checkpoints(config, [data.key])
     found = checkpoints.find()
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
-    engine = build_engine(config, source, codec, loop.total_steps)
-    seed_rank(config.seed)
+    with named_when_out_of_memory("loading the model"):
+        engine = build_engine(config, source, codec, loop.total_steps)
     trainer = RewardTrainer(engine, data.train, data.eval, evaluation_batches(
         data.eval["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None),
-        codec.pad_id, config.margin, config.centring_coef)
+        codec.pad_id, config.margin, config.centring_coef, config.max_skipped_steps)
+    fitted = fit_micro_batches(config, checkpoints.remembered(found, "max_tokens"), [engine], trainer.probe,
+                               2 * max(data.train["length"]),  # a pair is two sequences
+                               config.per_device_train_batch_size * config.gradient_accumulation_steps)
+    loop.sampler = step_sampler(fitted, data.train)
+    seed_rank(config.seed)
 
-    done = checkpoints.restore(found, TrainingState({"model": engine}), tracker)
-    metrics = loop.run(trainer.train_step, trainer.evaluate, done, checkpoints.after)
-
-    with publishing(config, codec, {"model": engine}, step="reward", base=config.model_name_or_path,
-                    score_mean=metrics["score_mean"], score_std=metrics["score_std"]):
-        export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
+    remembered = {"max_tokens": fitted.max_tokens_per_micro_batch}
+    state = TrainingState({"model": engine}, remember=lambda: {**trainer.step.state_dict(), **remembered},
+                          recall=trainer.step.load_state_dict, steady=trainer.step.steady)
+    with checkpoints.naming_last_good():
+        done = checkpoints.restore(found, state, tracker)
+        metrics = loop.run(trainer.train_step, trainer.evaluate, done, checkpoints.after)
+        with publishing(config, codec, {"model": engine}, step="reward", base=config.model_name_or_path,
+                        score_mean=metrics["score_mean"], score_std=metrics["score_std"]):
+            export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
     tracker.samples("after", trainer.samples(codec))
     report_done(tracker, loop.total_steps, metrics, config.output_dir)
     checkpoints.discard()

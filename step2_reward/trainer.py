@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -10,7 +11,8 @@ from common.data.collate import PairBatch, collate_comparisons, unmasked
 from common.data.sampler import MicroBatch
 from common.data.tokenization import Codec
 from common.distributed import device, global_sum
-from common.engine import gradient_norm, optimizer_step
+from common.engine import gradient_norm
+from common.joint_step import JointStep
 from common.models.scorer import score_at_last_token
 from common.sums import Sums, add_sums, means
 from step2_reward.loss import bradley_terry_loss_sum, score_mean_and_std
@@ -25,16 +27,18 @@ class RewardTrainer:
         evaluation_batches: this rank's part of the evaluation.
         pad_id: fills the right of short rows.
         margin, centring: see `bradley_terry_loss_sum`.
+        max_skipped_steps: so many optimizer steps skipped in a row end the run.
     """
 
     def __init__(self, engine, train: Dataset, evaluation: Dataset, evaluation_batches: Sequence[MicroBatch],
-                 pad_id: int, margin: float, centring: float):
+                 pad_id: int, margin: float, centring: float, max_skipped_steps: int = 1):
         self.engine = engine
+        self.step = JointStep({"model": engine}, max_skipped_steps)
         self.train, self.evaluation, self.evaluation_batches = train, evaluation, evaluation_batches
         self.pad_id, self.margin, self.centring = pad_id, margin, centring
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """One optimizer step; the loss is the mean over its pairs on all ranks."""
+        """One optimizer step, unless it is skipped; the loss is the mean over its pairs on all ranks."""
         batches = list(self._batches(self.train, micro_batches))
         pairs = global_sum(sum(batch.real.sum() for batch in batches))
         parts: list[Sums] = []
@@ -45,10 +49,20 @@ class RewardTrainer:
             return loss / pairs
 
         learning_rate = self.engine.get_lr()[0]  # after the step it is the next one's
-        optimizer_step(self.engine, batches, loss_of)
+        self.step.accumulate("model", "loss", batches, loss_of)
+        if self.step.agreed():
+            self.engine.step()
         sums = means(add_sums(parts, global_sum), "pairs")
         return {"loss": sums["loss"], "accuracy": sums["accuracy"], "margin": sums["margin"], "pairs": int(pairs),
-                "learning_rate": learning_rate, "gradient_norm": gradient_norm(self.engine)}
+                "learning_rate": learning_rate, "gradient_norm": gradient_norm(self.engine),
+                "skipped_steps": self.step.skipped}
+
+    def probe(self, rows: int) -> None:
+        """Forward and backward of a micro-batch of the longest pair, so many times; nothing is kept of it."""
+        longest = int(np.argmax(self.train["length"]))
+        batches = self._batches(self.train, [MicroBatch((longest,) * rows, (True,) * rows)])
+        self.step.accumulate("model", "loss", batches, lambda batch: self._loss_sum(batch)[0])
+        self.step.drop()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

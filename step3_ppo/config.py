@@ -93,6 +93,12 @@ class UpdateOptions(ScheduleOptions):
     whiten_advantages: bool = option(True, "bring advantages to mean 0 and variance 1 over all ranks")
     target_kl: float | None = option(None, "leave an iteration's updates when the policy has moved this far",
                                      unit="nats per token", above=0)
+    max_kl: float | None = option(
+        None, "stop the run when the mean KL of an iteration's answers to the reference passes this; none: 3 nats for "
+        "every token of --max_answer_seq_len, where the average token is 20 times likelier than the reference has it",
+        unit="nats per answer", above=0)
+    max_reward: float | None = option(None, "stop when an iteration's mean reward is above", unit="raw score")
+    min_reward: float | None = option(None, "stop when an iteration's mean reward is below", unit="raw score")
     enable_ema: bool = option(
         False, "keep a moving average of the actor's weights, in fp32 beside them, and save it too")
     ema_decay: float = option(0.992, "weight of the old average at each optimizer step", low=0, below=1)
@@ -174,7 +180,12 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     inference_tp_size: int = option(1, "", ignored=_NO_TENSOR_PARALLEL, low=1)
     tp_gather_partition_size: int = option(8, "", ignored=_NO_TENSOR_PARALLEL, low=1)
     enable_mixed_precision_lora: bool = option(False, "", ignored="gathered weights are not quantised")
-    align_overflow: bool = option(False, "", ignored="actor and critic skip overflows each alone")
+    align_overflow: bool = option(False, "", ignored="actor and critic always skip a step together")
+
+    @property
+    def kl_limit(self) -> float:
+        """--max_kl, or what no policy that still writes text comes near."""
+        return 3.0 * self.max_answer_seq_len if self.max_kl is None else self.max_kl
 
     @property
     def rollout_batches_per_iteration(self) -> int:

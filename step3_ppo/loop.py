@@ -7,7 +7,8 @@ from itertools import chain, count, islice
 from common import peers
 from common.data.sampler import MicroBatch, StepSampler
 from common.distributed import say
-from common.loop import check_finite, describe
+from common.loop import describe
+from common.memory import named_when_out_of_memory
 from common.stopping import training_begins
 from common.tracking import Tracker
 from step3_ppo.assessment import RolloutAbandoned
@@ -30,9 +31,6 @@ def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, t
         after_iteration: called with the iterations and the optimizer steps made so far, but not after the last; to
             save, or to end a run that was told to stop. Called also where a rollout was abandoned for that. The
             evaluation after that iteration comes later, and so again where a run is resumed.
-
-    Raises:
-        TrainingFailure: a loss is not a number.
     """
     training_begins()
     prompts = chain.from_iterable(sampler.epoch(epoch) for epoch in count())
@@ -62,8 +60,6 @@ def train(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], 
     config, step = trainer.config, index + 1
     peers.enter("training")
     training = trainer.iteration(index, micro_batches)
-    for name in ("policy_loss", "value_loss", "text_loss"):
-        check_finite(training.get(name, 0.0), name.replace("_", " "), f"iteration {step}")
     bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN}, refresh=False)
     bar.update()
     if step % config.log_interval == 0:
@@ -75,7 +71,8 @@ def train(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], 
 def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) -> dict[str, float]:
     """Answer held-out prompts; log the metrics and write the answers to samples/. Nothing where none are held out."""
     peers.enter("evaluation")
-    metrics, rows = trainer.evaluate()
+    with named_when_out_of_memory("the evaluation"):
+        metrics, rows = trainer.evaluate()
     if not rows:
         return {}
     tracker.log("eval", step, metrics)

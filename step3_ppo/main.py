@@ -23,11 +23,14 @@ from common.data.sampler import StepSampler
 from common.data.tokenization import Codec
 from common.distributed import rank, run_program, say, start, world_size
 from common.engine import check_engine_options
+from common.memory import fit_micro_batches, named_when_out_of_memory
 from common.models.factory import check_language_model, check_room, resolve_model
+from common.phases import PhaseClock
 from common.provenance import Calibration
 from common.resume import Checkpoints, TrainingState
 from common.run import (data_request, open_codec, open_run, publishing, read_calibration, report_done, say_data)
 from step3_ppo.config import PPOConfig
+from step3_ppo.learner import Learner
 from step3_ppo.loop import run_iterations
 from step3_ppo.models import PPOModels, build_models
 from step3_ppo.sampling import Sampling
@@ -60,15 +63,21 @@ def main(argv=None) -> None:
     sampler = prompt_sampler(config, data.train)
     iterations = min(sampler.steps_per_epoch * config.num_train_epochs,
                      config.max_iterations or sys.maxsize, config.stop_after or sys.maxsize)
-    models = build_models(config, codec, actor, critic, calibration,
-                          optimizer_steps(config, data.train, iterations))
-    trainer = PPOTrainer(models, config, codec, data.train, data.eval,
-                         text_batches(config, texts.train, codec) if texts else None, calibration)
+    with named_when_out_of_memory("loading the models"):
+        models = build_models(config, codec, actor, critic, calibration,
+                              optimizer_steps(config, data.train, iterations))
+    longest = max(data.train["length"])
+    fitted = fit_micro_batches(
+        config, checkpoints.remembered(found, "max_tokens"), [models.actor, models.critic],
+        lambda rows: Learner(models, config, PhaseClock()).probe(rows, longest, codec.pad_id),
+        longest + config.max_answer_seq_len, config.per_device_training_batch_size * config.gradient_accumulation_steps)
+    trainer = PPOTrainer(models, fitted, codec, data.train, data.eval,
+                         text_batches(fitted, texts.train, codec) if texts else None, calibration)
 
-    done = checkpoints.restore(found, training_state(models, trainer), tracker)
-    metrics = run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.after)
-
-    save(config, models, codec, calibration)
+    with checkpoints.naming_last_good():
+        done = checkpoints.restore(found, training_state(models, trainer), tracker)
+        metrics = run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.after)
+        save(config, models, codec, calibration)
     report_done(tracker, iterations, metrics, config.output_dir)
     checkpoints.discard()
     models.destroy()
@@ -78,7 +87,7 @@ def training_state(models: PPOModels, trainer: PPOTrainer) -> TrainingState:
     """All that must be as it was for a resumed run to go on exactly."""
     average = {"tensors": models.ema.tensors, "reshape": models.ema.reshape} if models.ema is not None else {}
     return TrainingState({"actor": models.actor, "critic": models.critic}, **average, remember=trainer.state_dict,
-                         recall=trainer.load_state_dict)
+                         recall=trainer.load_state_dict, steady=trainer.learner.step.steady)
 
 
 def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:

@@ -10,14 +10,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common.data.collate import TokenBatch, collate_prompts, unmasked
+from common.data.collate import TokenBatch, collate_prompts
 from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
 from common.data.tokenization import Codec
-from common.distributed import device, global_sum, rank, world_size
-from common.engine import gradient_norm, optimizer_step
-from common.errors import DIVERGED, TrainingFailure
+from common.distributed import device, rank, world_size
+from common.engine import gradient_norm
+from common.errors import DIVERGED, Diverged
 from common.loop import check_finite
-from common.models.logprobs import next_token_loss_sum, response_log_probs
 from common.phases import PhaseClock
 from common.provenance import Calibration
 from common.sums import Sums, add_sums, means
@@ -26,8 +25,9 @@ from step3_ppo.assessment import Assessment, assess, share_rollout
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience, Rollout
 from step3_ppo.kl_controller import AdaptiveKL, FixedKL
-from step3_ppo.loss import explained_variance, explained_variance_sums, policy_loss_sum, value_loss_sum
-from step3_ppo.models import PPOModels, inputs_of, response_values
+from step3_ppo.learner import Learner
+from step3_ppo.loss import explained_variance, explained_variance_sums
+from step3_ppo.models import PPOModels
 from step3_ppo.rewards import ShapedScores, kl_estimate, shape_scores, token_rewards
 from step3_ppo.rollout import ActorRollouts
 from step3_ppo.sampling import NO_TOKEN, Sampling
@@ -59,18 +59,22 @@ class PPOTrainer:
                                       keep_cache=not config.release_inference_cache)
         self.kl = (AdaptiveKL(config.first_kl_coef, config.kl_target, config.kl_horizon)
                    if config.kl_controller == "adaptive" else FixedKL(config.first_kl_coef))
-        self.optimizer_steps_made = 0
+        self.optimizer_steps_made = 0  # those that were skipped included
         self.clock = PhaseClock()
+        self.learner = Learner(models, config, self.clock)
         self.latest: tuple[Rollout, Assessment] | None = None
 
     def state_dict(self) -> dict:
-        """What the next iteration depends on besides the weights: the KL controller and how much text was read."""
-        return {"kl": self.kl.state_dict(), "optimizer_steps": self.optimizer_steps_made}
+        """What the next iteration depends on besides the weights: the KL controller, how much text was read, how
+        micro-batches are cut, and how many steps were skipped."""
+        return {"kl": self.kl.state_dict(), "optimizer_steps": self.optimizer_steps_made,
+                "step": self.learner.step.state_dict(), "max_tokens": self.config.max_tokens_per_micro_batch}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where a trainer with this `state_dict` was; this one has not begun yet."""
         self.kl.load_state_dict(state["kl"])
         self.optimizer_steps_made = state["optimizer_steps"]
+        self.learner.step.load_state_dict(state["step"])
         if self.texts is not None:  # every optimizer step has read its share
             self.texts = islice(self.texts, self.optimizer_steps_made, None)
 
@@ -87,6 +91,7 @@ class PPOTrainer:
         assessment = self.assess(rollout, index)
         with self.clock.phase("advantages"):
             shaped, rewards = self.rewards(rollout, assessment)
+            self.check_limits(assessment, index)
             experience = self.advantages(rollout, assessment, rewards)
         self.latest = rollout, assessment
         updates = self.update(experience, index)
@@ -98,25 +103,37 @@ class PPOTrainer:
         """Responses of all ranks to the prompts of `micro_batches`, on every rank.
 
         Raises:
-            TrainingFailure: on all ranks alike, if on one of them the actor's logits are not numbers.
+            Diverged: on all ranks alike, if on one of them the actor's logits are not numbers.
         """
         rows = MicroBatch(tuple(index for batch in micro_batches for index in batch.indices),
                           tuple(real for batch in micro_batches for real in batch.real))
         prompts = collate_prompts(dataset, rows, self.codec.pad_id)
         rollout = share_rollout(self.rollouts.roll_out(prompts, self.sampling, stream))
         if (rollout.tokens == NO_TOKEN).any():
-            raise TrainingFailure(f"the actor's logits in the rollout of {_occasion(stream)} are not numbers: "
+            raise Diverged(f"the actor's logits in the rollout of {_occasion(stream)} are not numbers: "
                                   f"{DIVERGED}")
         return rollout
 
     def assess(self, rollout: Rollout, stream: int) -> Assessment:
-        """What the models say of a rollout; raises TrainingFailure on all ranks alike if some of it is not finite."""
+        """What the models say of a rollout; raises Diverged on all ranks alike if some of it is not finite."""
         assessment = assess(self.models, rollout, self.clock, self.config.per_device_training_batch_size,
                             self.config.max_tokens_per_micro_batch)
         for field in fields(assessment):
             total = float(getattr(assessment, field.name).sum())
             check_finite(total, f"sum of all {field.name.replace('_', ' ')}", _occasion(stream))
         return assessment
+
+    def check_limits(self, assessment: Assessment, index: int) -> None:
+        """Raises Diverged on all ranks alike, before the update, if KL or reward has left the limits that are set."""
+        config = self.config
+        for what, mean, flag, limit, exceeded in (
+                ("KL to the reference", assessment.response_kl().mean(), "max_kl", config.kl_limit, torch.gt),
+                ("reward", assessment.scores.mean(), "max_reward", config.max_reward, torch.gt),
+                ("reward", assessment.scores.mean(), "min_reward", config.min_reward, torch.lt)):
+            if limit is not None and exceeded(mean, limit):
+                raise Diverged(f"the mean {what} of the answers of {_occasion(index)} is {float(mean):.4g}, beyond "
+                               f"--{flag} {limit:g}: training stopped before it learnt from them; raise --kl_coef, "
+                               "lower --actor_learning_rate, or set another limit")
 
     def rewards(self, rollout: Rollout, assessment: Assessment) -> tuple[ShapedScores, Tensor]:
         """Shaped scores (B,) and token rewards (B, R)."""
@@ -149,43 +166,15 @@ class PPOTrainer:
         for epoch in range(self.config.ppo_epochs):
             for micro_batches in sampler.epoch(epoch):
                 batches = [experience.select(batch.indices, batch.real).to(device()) for batch in micro_batches]
-                steps.append(self.optimizer_steps(batches))
-                if self._moved_too_far(steps[-1]):
+                texts = [text.to(device()) for text in next(self.texts)] if self.texts is not None else []
+                sums = self.learner.learn(batches, texts)
+                self.optimizer_steps_made += 1
+                if sums is None:
+                    continue
+                steps.append(sums)
+                if self._moved_too_far(sums):
                     return {**_update_metrics(steps), **rates}
         return {**_update_metrics(steps), **rates}
-
-    def optimizer_steps(self, batches: Sequence[Experience]) -> Sums:
-        """One step of the actor and one of the critic on the same rows; returns sums over all their tokens."""
-        tokens = global_sum(sum(batch.response_mask.sum() for batch in batches))
-        texts = [text.to(device()) for text in next(self.texts)] if self.texts is not None else []
-        text_tokens = global_sum(sum(text.loss_mask[:, 1:].sum() for text in texts)) if texts else None
-        actor_sums: list[Sums] = []
-        critic_sums: list[Sums] = []
-        text_sums: list[Sums] = []
-
-        def actor_loss(batch: Experience | TokenBatch) -> Tensor:
-            if isinstance(batch, TokenBatch):
-                loss, sums = self._text_loss(batch)
-                text_sums.append(sums)
-                return self.config.unsup_coef * loss / text_tokens
-            loss, sums = self._policy_loss(batch)
-            actor_sums.append(sums)
-            return loss / tokens
-
-        def critic_loss(batch: Experience) -> Tensor:
-            loss, sums = self._value_loss(batch)
-            critic_sums.append(sums)
-            return loss / tokens
-
-        with self.clock.phase("actor_update"):
-            optimizer_step(self.models.actor, [*batches, *texts], actor_loss)
-            if self.models.ema is not None:
-                self.models.ema.update()
-        with self.clock.phase("critic_update"):
-            optimizer_step(self.models.critic, batches, critic_loss)
-        self.optimizer_steps_made += 1
-        return {**add_sums(critic_sums, global_sum), **add_sums(actor_sums, global_sum),
-                **(add_sums(text_sums, global_sum) if text_sums else {})}
 
     @torch.no_grad()
     def evaluate(self) -> tuple[dict[str, float], list[dict]]:
@@ -221,28 +210,13 @@ class PPOTrainer:
             "entropy": float(assessment.entropy[mask].mean()),
             "explained_variance": explained_variance(
                 explained_variance_sums(experience.values, experience.returns, mask)),
-            **updates,
+            **updates, "skipped_steps": self.learner.step.skipped,
             "actor_gradient_norm": gradient_norm(self.models.actor),
             "critic_gradient_norm": gradient_norm(self.models.critic),
             **{f"seconds_{name}": seconds for name, seconds in self.clock.seconds.items()},
             "seconds_other": seconds - sum(self.clock.seconds.values()),
             "responses": len(rollout.tokens), "samples_per_second": len(rollout.tokens) / seconds,
         }
-
-    def _policy_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
-        rollout = batch.rollout
-        log_probs = response_log_probs(self.models.actor, inputs_of(rollout), rollout.prompt_lengths,
-                                       rollout.response_lengths, self.config.temperature)
-        return policy_loss_sum(log_probs, batch.old_log_probs, batch.advantages, batch.response_mask,
-                               self.config.clip_range)
-
-    def _value_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
-        return value_loss_sum(response_values(self.models.critic, batch.rollout), batch.values, batch.returns,
-                              batch.response_mask, self.config.value_clip_range)
-
-    def _text_loss(self, text: TokenBatch) -> tuple[Tensor, Sums]:
-        loss, tokens = next_token_loss_sum(self.models.actor, unmasked(text.input_ids), text.loss_mask)
-        return loss, {"text_loss": loss.detach().double(), "text_tokens": tokens.double()}
 
     def _moved_too_far(self, step: Sums) -> bool:
         limit = self.config.target_kl
@@ -266,6 +240,8 @@ def _occasion(stream: int) -> str:
 
 
 def _update_metrics(steps: Sequence[Sums]) -> dict[str, float]:
+    if not steps:  # all were skipped
+        return {"optimizer_steps": 0}
     sums = add_sums(steps)
     texts = {name: sums.pop(name) for name in ("text_loss", "text_tokens") if name in sums}  # of the pre-training mix
     return {**means(sums, "tokens"), **(means(texts, "text_tokens") if texts else {}), "optimizer_steps": len(steps)}

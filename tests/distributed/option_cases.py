@@ -20,7 +20,7 @@ import torch
 
 from common.checkpoint_store import CheckpointStore
 from common.distributed import run_program
-from common.errors import UserError
+from common.errors import TrainingFailure, UserError
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo import decoding
@@ -53,7 +53,7 @@ def fingerprint(program, argv: list[str], places: dict[str, str]) -> dict:
         metrics: the records of metrics.jsonl. samples: the files of samples/.
         weights: hashes of the saved tensors. files: hashes of all else that lies beside them, and the logs' names.
         elsewhere: names of the files outside of the output directory and the cache.
-        printed: lines on the terminal. error: what the user is told, where the run refuses.
+        printed: lines on the terminal. error: what the user is told, where the run refuses or gives up.
         engines: the DeepSpeed configuration of each. passes: how often the start of each ran forward.
         caches: how often memory for keys and values was taken. checkpoints: what was there after each was saved.
         timeout: seconds, of the process group.
@@ -63,7 +63,7 @@ def fingerprint(program, argv: list[str], places: dict[str, str]) -> dict:
     with watched() as seen, contextlib.redirect_stdout(printed):
         try:
             program(argv)
-        except UserError as refusal:
+        except (UserError, TrainingFailure) as refusal:
             error = str(refusal)
         except Exception:
             crash = traceback.format_exc()

@@ -1,0 +1,34 @@
+"""Step 1 on a machine whose second rank has no more memory after a step. Run under the launcher, with its flags."""
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import psutil
+import torch
+
+from common.distributed import rank, run_program
+from step1_sft.main import main
+from step1_sft.trainer import SFTTrainer
+
+ASKED = 2**30
+loss_sum = SFTTrainer._loss_sum
+
+
+def short_of_memory(trainer, batch):
+    if rank() == 1 and trainer.engine.training and trainer.engine.global_steps == 1:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ASKED // 2, hard))
+        try:
+            torch.ones(ASKED // 4)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return loss_sum(trainer, batch)
+
+
+if __name__ == "__main__":
+    SFTTrainer._loss_sum = short_of_memory
+    sys.exit(run_program(main))

@@ -1,0 +1,52 @@
+"""How much fits is measured, and what does not fit is said in one line."""
+import mmap
+
+import pytest
+import torch
+
+from common.errors import TrainingFailure
+from common.memory import most_that_fit, named_when_out_of_memory
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("room, most, least, fitting",
+                         [(100, 64, 10, 12), (100, 5, 5, 5), (1, 64, 1, 1), (70, 64, 7, 8)])
+def test_the_largest_number_that_fits_is_found(room, most, least, fitting):
+    """Each row takes 8 MiB, besides 3 MiB that are taken once."""
+    tried = []
+
+    def probe(rows):
+        tried.append(rows)
+        with mmap.mmap(-1, (3 + 8 * rows) * MIB) as memory:  # unlike torch's, gone at once when it is given back
+            for page in range(0, len(memory), mmap.PAGESIZE):
+                memory[page] = 1
+
+    assert least <= most_that_fit(probe, most, room * MIB) <= fitting
+    assert max(tried) <= max(1, 1.2 * room // 8)  # a machine that swaps or kills must never be driven there
+
+
+def test_memory_that_is_refused_names_the_phase_the_size_and_what_helps():
+    with pytest.raises(TrainingFailure) as failure, named_when_out_of_memory("critic_update"):
+        torch.empty(2**50, dtype=torch.uint8)
+    line = str(failure.value)
+    assert "out of memory on rank 0 in critic_update, which asked for 1125899906842624 bytes more" in line
+    assert "\n" not in line
+    for flag in ("--auto_micro_batch", "--max_tokens_per_micro_batch", "--per_device_training_batch_size",
+                 "--critic_gradient_checkpointing", "--critic_zero_stage", "--offload"):
+        assert flag in line
+
+
+@pytest.mark.parametrize("error, size", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total of 79 GiB"), "2.50 GiB"),
+    (MemoryError("Unable to allocate 8.00 TiB for an array with shape (1,)"), "8.00 TiB"),
+    (MemoryError(), "an unknown amount"), (RuntimeError("std::bad_alloc"), "an unknown amount")])
+def test_all_ways_of_being_refused_are_known(error, size):
+    with pytest.raises(TrainingFailure, match=f"in generate, which asked for {size} more: .*generation_batch_size"):
+        with named_when_out_of_memory("generate"):
+            raise error
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes do not match"), named_when_out_of_memory("generate"):
+        raise RuntimeError("shapes do not match")
