@@ -1,7 +1,8 @@
 """Being told to stop: by SIGTERM, by SIGINT (Ctrl-C), or because the launcher has gone.
 
 Before training begins that ends the program at once. From then on it is only noted; the training loop asks, saves a
-checkpoint with all ranks together, and ends by `Stopped`. Nothing slow is imported here: it serves from the first second.
+checkpoint with all ranks together, and ends by `Stopped`. Nothing slow is imported here: signals are caught from the
+first second.
 """
 from __future__ import annotations
 
