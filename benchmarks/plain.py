@@ -33,6 +33,13 @@ def dealt(rows: Sequence[int], rows_per_batch: int) -> list[MicroBatch]:
             for start in range(0, len(mine), rows_per_batch)]
 
 
+class LongTail(Sampling):
+    """Imposed lengths with the long tail of real ones: exponential, cut at the limit, a third of it in the mean."""
+
+    def lengths_at(self, uniform: Tensor) -> Tensor:
+        return (-0.354 * self.max_new_tokens * (-uniform).log1p()).long().clamp_max(self.max_new_tokens - 1) + 1
+
+
 def padded_to(tensor: Tensor, width: int, value: int | bool) -> Tensor:
     """(B, L) -> (B, width), filled on the right."""
     return F.pad(tensor, (0, width - tensor.shape[1]), value=value)

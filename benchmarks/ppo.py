@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, Outcome, assert_close, compare, counted_positions, tolerance
-from benchmarks.plain import fixed_micro_batches, same_responses
+from benchmarks.plain import LongTail, fixed_micro_batches, same_responses
 from benchmarks.plain_ppo import PlainPPO
 from common.config import option, parse
 from common.data.prepare import prepare
@@ -64,6 +64,7 @@ def main(argv=None) -> None:
     fixed = fixed_micro_batches(prompts, config.per_device_generation_batch_size)
     models = build_models(config, codec, actor, critic, RAW, optimizer_steps_per_iteration(config, len(data)))
     trainer = PPOTrainer(models, config, codec, data, data, None, RAW)
+    trainer.sampling = LongTail(**asdict(trainer.sampling))
     frozen = {} if config.only == "product" else standard_frozen_models(config, codec, actor, critic)
     own = {"plain": [models.actor, models.critic, *frozen.values()],
            "product": [models.actor, models.critic, models.scorer, models.reference]}

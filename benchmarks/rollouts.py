@@ -10,17 +10,16 @@ if __package__ in (None, ""):  # run as a file
     from common.environment import require_environment
     require_environment()
 
-import numpy as np
 import torch
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import Outcome, compare, counted_positions
-from benchmarks.plain import cached_generate, same_responses
+from benchmarks.plain import LongTail, cached_generate, same_responses
 from common.config import option, parse
 from common.data.collate import collate_prompts
 from common.data.prepare import prepare
 from common.data.sampler import MicroBatch
-from common.distributed import device, rank, run_program, start, world_size
+from common.distributed import device, global_sum, rank, run_program, start, world_size
 from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
 from common.errors import UserError
 from common.lora import add_lora
@@ -30,7 +29,7 @@ from common.tracking import quiet_libraries
 from step3_ppo.config import PPOConfig
 from step3_ppo.decoding import Decoder, Request
 from step3_ppo.generation_mode import generation_mode
-from step3_ppo.sampling import Sampling, uniforms
+from step3_ppo.sampling import response_limits, uniforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +61,14 @@ def main(argv=None) -> None:
 
     rows = tuple(range(config.prompts))[rank()::world_size()]
     prompts = collate_prompts(data, MicroBatch(rows, (True,) * len(rows)), codec.pad_id)
-    sampling = Sampling(0.0 if config.greedy else config.temperature, config.top_p, config.top_k, 1,
-                        config.max_answer_seq_len)
-    lengths = imposed_lengths(config)[list(rows)]
+    sampling = LongTail(0.0 if config.greedy else config.temperature, config.top_p, config.top_k, 1,
+                        config.max_answer_seq_len, draw_lengths=True)
+    lengths = response_limits(config.seed, 0, prompts.prompt_index, sampling)[:, 1]
     uniform = uniforms(config.seed, 0, prompts.prompt_index, config.max_answer_seq_len)
     requests = [Request(tuple(ids), *rest) for ids, *rest in
                 zip(data[list(rows)]["prompt_ids"], uniform, lengths.tolist(), lengths.tolist())]
     cache = None
+    mean_length = float(global_sum(lengths.sum())) / config.prompts
 
     def plain() -> list[list[int]]:
         responses = []
@@ -104,7 +104,7 @@ def main(argv=None) -> None:
                    "zero_stage": config.actor_zero_stage, "dtype": str(engine.module.dtype).removeprefix("torch."),
                    "lora_dim": config.actor_lora_dim, "greedy": config.greedy, "prompts": config.prompts,
                    "longest_response": config.max_answer_seq_len,
-                   "mean_response": float(imposed_lengths(config).float().mean()),
+                   "mean_response": mean_length,
                    "at_a_time": config.per_device_generation_batch_size, "parameters": parameter_count(engine)})
     engine.destroy()
 
@@ -121,16 +121,6 @@ def build_engine(config: RolloutBenchmark, source: str, codec):
                  modules=config.actor_lora_module_name, flag="--actor_lora_module_name", base_name=source,
                  seed=config.seed)
     return training_engine(model, settings, OptimizerSettings(0.0, 0.0, 0.0, "constant", 0, 1))
-
-
-def imposed_lengths(config: RolloutBenchmark) -> torch.Tensor:
-    """(prompts,) tokens of each response: exponential with a long tail, as real ones are, cut at the limit.
-
-    Cut so, the mean is a third of the limit.
-    """
-    limit = config.max_answer_seq_len
-    drawn = np.random.default_rng(config.seed).exponential(0.354 * limit, config.prompts)
-    return torch.from_numpy(np.clip(drawn.astype(int) + 1, 1, limit))
 
 
 def parameter_count(engine) -> int:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from common.config import save_config
 from common.data.blend import parse_data_path
+from common.data.collate import unmasked
 from common.data.prepare import DataRequest, PreparedData
 from common.data.sampler import StepSampler
 from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
@@ -161,7 +162,7 @@ def _check_usable(engine, name: str, codec: Codec) -> None:
     """One small forward pass: no loss has been computed since the last update where nothing is held out."""
     tokens = torch.full((1, 2), codec.end_id, device=device())
     engine.eval()
-    output = engine(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    output = engine(**unmasked(tokens))
     engine.train()
     numbers = output if isinstance(output, torch.Tensor) else output.logits
     if not on_every_rank(bool(numbers.isfinite().all())):

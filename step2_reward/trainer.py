@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from datasets import Dataset
 
-from common.data.collate import PairBatch, collate_comparisons
+from common.data.collate import PairBatch, collate_comparisons, unmasked
 from common.data.sampler import MicroBatch
 from common.data.tokenization import Codec
 from common.distributed import device, global_sum
@@ -84,5 +84,5 @@ class RewardTrainer:
         return bradley_terry_loss_sum(chosen, rejected, batch.real, margin=self.margin, centring=self.centring)
 
     def _scores(self, batch: PairBatch) -> torch.Tensor:
-        numbers = self.engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        numbers = self.engine(**unmasked(batch.input_ids))
         return score_at_last_token(numbers, batch.lengths)

@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 from step3_ppo.sampling import NO_TOKEN, Sampling, sample_tokens
 
 PREFILL_TOKENS = 8192  # of one prefill pass, padding included: bounds its memory
+PREFILL_PADDING = 512  # of one prefill pass: about as many tokens take the time that a further pass costs
 
 
 @dataclass(frozen=True)
@@ -177,15 +178,9 @@ class Decoder:
     def _prefill(self, prompts: Sequence[tuple[int, ...]], first_slot: int) -> None:
         """Cache all but the last token of each prompt, in slots from `first_slot` on. The last one is left to the
         first decoding step, so that no logits of the prompt are needed."""
-        unique = list(dict.fromkeys(prompts))
-        start = 0
-        while start < len(unique):
-            width = max(len(unique[start]) - 1, 1)  # prompts come longest first
-            group = unique[start:start + max(1, PREFILL_TOKENS // width)]
-            start += len(group)
+        for group in prefill_groups([prompt for prompt in dict.fromkeys(prompts) if len(prompt) > 1]):
             lengths = torch.tensor([len(prompt) - 1 for prompt in group])
-            if not int(lengths[0]):
-                continue
+            width = int(lengths[0])
             ids = torch.full((len(group), width), self.end_id)
             for row, prompt in enumerate(group):
                 ids[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
@@ -220,3 +215,17 @@ class Decoder:
             order[holes] = movers
             self.cache.move(movers.to(self.device), holes.to(self.device), int(lengths[movers].max()))
         return order
+
+
+def prefill_groups(prompts: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Prompts, longest first, in passes of like length: few passes, little padding."""
+    groups: list[list[tuple[int, ...]]] = []
+    padding = 0
+    for prompt in prompts:
+        width = len(groups[-1][0]) if groups else 0
+        padding += width - len(prompt)
+        if not groups or padding > PREFILL_PADDING or (len(groups[-1]) + 1) * width > PREFILL_TOKENS:
+            groups.append([])
+            padding = 0
+        groups[-1].append(prompt)
+    return groups

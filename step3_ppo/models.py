@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.data.collate import unmasked
 from common.data.tokenization import Codec
 from common.distributed import say
 from common.engine import (EngineSettings, OptimizerSettings, deepspeed_config, frozen_engine, resolve_dtype,
@@ -87,7 +88,7 @@ class PPOModels:
 
 def inputs_of(rollout: Rollout) -> dict[str, Tensor]:
     """What every model reads of a rollout: prompts and responses."""
-    return {"input_ids": rollout.tokens, "attention_mask": rollout.attention_mask}
+    return unmasked(rollout.tokens)
 
 
 def response_values(critic, rollout: Rollout) -> Tensor:

@@ -43,6 +43,11 @@ class Sampling:
         """True if the policy that is sampled from is not the one that is trained."""
         return self.top_p < 1.0 or self.top_k > 0 or self.min_new_tokens > 0 or self.draw_lengths
 
+    def lengths_at(self, uniform: Tensor) -> Tensor:
+        """Lengths drawn by random numbers in [0, 1), of any shape."""
+        shortest = max(1, self.min_new_tokens)
+        return shortest + (uniform * (self.max_new_tokens - shortest + 1)).long()
+
     @classmethod
     def from_config(cls, config: PPOConfig) -> Sampling:
         """As the options of step 3 say."""
@@ -71,9 +76,7 @@ def response_limits(seed: int, iteration: int, prompt_index: Tensor, sampling: S
     """
     limits = torch.tensor([[sampling.min_new_tokens, sampling.max_new_tokens]]).repeat(len(prompt_index), 1)
     if sampling.draw_lengths:
-        shortest = max(1, sampling.min_new_tokens)
-        drawn = _streams((seed, iteration), prompt_index, (sample, _LENGTHS), 1)
-        limits[:] = shortest + (drawn * (sampling.max_new_tokens - shortest + 1)).long()
+        limits[:] = sampling.lengths_at(_streams((seed, iteration), prompt_index, (sample, _LENGTHS), 1))
     return limits
 
 

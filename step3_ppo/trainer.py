@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common.data.collate import TokenBatch, collate_prompts
+from common.data.collate import TokenBatch, collate_prompts, unmasked
 from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
 from common.data.tokenization import Codec
 from common.distributed import device, global_sum, rank, world_size
@@ -241,8 +241,7 @@ class PPOTrainer:
                               batch.response_mask, self.config.value_clip_range)
 
     def _text_loss(self, text: TokenBatch) -> tuple[Tensor, Sums]:
-        inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
-        loss, tokens = next_token_loss_sum(self.models.actor, inputs, text.loss_mask)
+        loss, tokens = next_token_loss_sum(self.models.actor, unmasked(text.input_ids), text.loss_mask)
         return loss, {"text_loss": loss.detach().double(), "text_tokens": tokens.double()}
 
     def _moved_too_far(self, step: Sums) -> bool:

@@ -28,6 +28,15 @@ class _Batch:
         return type(self)(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
 
+def unmasked(input_ids: Tensor) -> dict[str, Tensor]:
+    """The inputs for rows padded on the right, without a mask.
+
+    A token of a causal model sees only those before it, so never the padding; what stands on the padding means nothing.
+    Without a mask attention takes its causal path, which skips the half that a mask would only hide.
+    """
+    return {"input_ids": input_ids}
+
+
 @dataclass(frozen=True)
 class TokenBatch(_Batch):
     """B sequences of up to L tokens, padded on the right.
@@ -45,8 +54,8 @@ class TokenBatch(_Batch):
     lengths: Tensor
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a causal language model that computes in `dtype` is given."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        """What a causal language model that computes in `dtype` is given: see `unmasked`."""
+        return unmasked(self.input_ids)
 
 
 @dataclass(frozen=True)

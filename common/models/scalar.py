@@ -49,12 +49,13 @@ class ScalarModel(nn.Module):
             self.register_buffer("reward_weight", head.weight.detach().clone(), persistent=False)
             self.register_buffer("reward_bias", bias, persistent=False)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, reward: bool = False) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
+                reward: bool = False) -> torch.Tensor:
         """Numbers at every position.
 
         Args:
             input_ids: (B, L) right-padded.
-            attention_mask: (B, L), 1 on real tokens.
+            attention_mask: (B, L), 1 on real tokens; needless, since no real token sees what comes after it.
             reward: read the head that `keep_reward_head` has kept, without calibration. With the adapters off these
                 are the raw scores of the reward model that this model started from.
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.checkpoint import write_model
+from common.data.collate import unmasked
 from common.data.tokenization import load_tokenizer, make_codec
 from common.lora import adapters_disabled, add_lora, linear_modules, merged_state_dict
 from common.models.factory import load_causal_lm, load_scalar_model
@@ -58,8 +59,10 @@ def positions(model, mask):
 def test_padding_changes_no_log_prob_and_no_value(directory, codec, batch):
     tokens, mask = batch
     policy, critic = causal(directory, codec), scalar(directory, codec)
-    together = response_log_probs(policy, {"input_ids": tokens, "attention_mask": mask}, PROMPTS, RESPONSES)
-    values = gather_response(critic(tokens, mask), PROMPTS, RESPONSES)
+    together = response_log_probs(policy, unmasked(tokens), PROMPTS, RESPONSES)
+    masked = response_log_probs(policy, {"input_ids": tokens, "attention_mask": mask}, PROMPTS, RESPONSES)
+    torch.testing.assert_close(masked, together, atol=1e-5, rtol=1e-5)
+    values = gather_response(critic(**unmasked(tokens)), PROMPTS, RESPONSES)
     for row in range(3):
         length, prompt, response = int(PROMPTS[row] + RESPONSES[row]), PROMPTS[row:row + 1], RESPONSES[row:row + 1]
         alone, ones = tokens[row:row + 1, :length], torch.ones(1, length, dtype=torch.long)
