@@ -31,6 +31,14 @@ class Diverged(TrainingFailure):
 DIVERGED = "training stopped and nothing was published; lower the learning rate, or look for extreme rows in the data"
 
 
+def reason_of(error: Exception) -> str:
+    """In one line, what a library says that could not load a model or a tokenizer."""
+    said = str(error).strip() or type(error).__name__
+    if "trust_remote_code=True" in said:
+        return "it comes with code of its own, which runs only with --trust_remote_code"
+    return said.splitlines()[0]
+
+
 def did_you_mean(word: str, known: Iterable[str], lead: str = "; ", before: str = "") -> str:
     """`; did you mean NAME?` for the known name that is most like `word`, or '' if none is like it.
 

@@ -33,17 +33,18 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
 
 
 def build_optimizer(groups: list[dict], offload: bool) -> torch.optim.Optimizer:
-    """AdamW: torch's, fused on a GPU; DeepSpeed's CPU kernel where the optimizer is offloaded from one.
-
-    Raises:
-        UserError: that kernel is not compiled yet, and there is no compiler.
-    """
+    """AdamW: torch's, fused on a GPU; DeepSpeed's CPU kernel where the optimizer is offloaded from one."""
     if offload and on_gpu():
-        return _cpu_adam(groups)
+        return cpu_adam(groups)
     return torch.optim.AdamW(groups, betas=BETAS, fused=on_gpu())
 
 
-def _cpu_adam(groups: list[dict]) -> torch.optim.Optimizer:
+def cpu_adam(groups: list[dict]) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW for CPUs.
+
+    Raises:
+        UserError: it is not compiled yet, and there is no compiler.
+    """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     try:
         return DeepSpeedCPUAdam(groups, betas=BETAS, adamw_mode=True)

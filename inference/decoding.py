@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,10 +46,15 @@ def answer_prompts(speaker: Loaded, prompts: Sequence[Prompt], decoding: Decodin
     """An answer to each prompt, in their order.
 
     Prompts of like length are padded on the left and answered together. Where the model has too few positions
-    they are cut on the left.
+    they are cut on the left, and that is said.
     """
     codec, room = speaker.codec, speaker.room(decoding.max_new_tokens)
-    rows = Dataset.from_dict({"prompt_ids": [codec.encode_prompt(prompt, room) for prompt in prompts]})
+    whole = [codec.encode_prompt(prompt) for prompt in prompts]
+    if room is not None and (cut := sum(len(ids) > room for ids in whole)):
+        print(f"note: {cut} of {len(prompts)} prompts are too long for the model: they lose their beginning, all but "
+              f"{room} tokens", file=sys.stderr, flush=True)
+        whole = [codec.cut_prompt(ids, room) for ids in whole]
+    rows = Dataset.from_dict({"prompt_ids": whole})
 
     def answer(batch: MicroBatch) -> list[Answer]:
         padded = collate_prompts(rows, batch, codec.pad_id)

@@ -27,7 +27,7 @@ from inference.decoding import answer_prompts
 from inference.loading import Loaded, load_speaker
 from inference.options import MODEL, DecodingOptions, LoadOptions, PromptOptions
 from inference.prompts import read_prompts, single_prompt
-from inference.terminal import until_reader_leaves
+from inference.terminal import harmless_json, until_reader_leaves
 
 # Prompts are sorted by length among so many batches; more would keep the first answers waiting.
 _BATCHES_SORTED_TOGETHER = 16
@@ -57,7 +57,7 @@ def main(argv=None) -> None:
         speaker = load_speaker(config.path, "--path", config)
         torch.manual_seed(config.seed)
         for row in answered(speaker, chain(first, prompts), config):
-            print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
+            print(harmless_json(json.dumps(row, ensure_ascii=False)), file=output, flush=True)
 
 
 def answered(speaker: Loaded, prompts: Iterable[Prompt], config: GenerateConfig) -> Iterator[dict]:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from common.data.files import is_data_file
 from common.data.tokenization import Codec
-from common.errors import UserError
+from common.errors import UserError, reason_of
 from common.models.builtin import BUILTIN_MODELS, materialise
 from common.models.new_token import start_row
 from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
@@ -155,7 +155,7 @@ def explained(name: str):
         raise UserError(f"{name}: its weights are a pickle that holds more than tensors, which could run code: convert "
                         "them to safetensors") from error
     except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         if "ignore_mismatched_sizes" in reason:
             reason = "config.json and the weights are not of one model: their shapes differ"
         raise UserError(f"{name}: the model cannot be loaded: {reason}") from error

@@ -99,7 +99,7 @@ class Victim:
         while len(seen) < wanted and started.poll() is None:
             seen |= set(checkpoints.glob(f"{PARTIAL}-*")) - left_over
             time.sleep(0.001)
-        time.sleep(self.random.uniform(0, 0.1))
+        time.sleep(self.random.uniform(0, 0.03))
 
     def check_start(self, expected: str | None) -> None:
         """Where the run came that far, it went on from the newest checkpoint that the last one had finished."""
@@ -149,7 +149,8 @@ def test_the_three_steps_killed_ten_times_reach_what_undisturbed_ones_do(tmp_pat
     """The built-in task, each step from what the killed one before it has left; the kills spread over the three."""
     ppo = ["--max_prompt_seq_len", "64", "--max_answer_seq_len", "16", "--per_device_generation_batch_size", "16",
            "--per_device_training_batch_size", "8", "--num_train_epochs", "3", "--max_rows", "4000",
-           "--actor_zero_stage", "2", "--critic_zero_stage", "0", "--save_interval", "8", "--enable_ema", "--actor_learning_rate", "3e-4"]
+           "--actor_zero_stage", "2", "--critic_zero_stage", "0", "--save_interval", "8", "--enable_ema",
+           "--actor_learning_rate", "3e-4"]
     steps = {"step1_sft": (supervised(4000, 4), 4), "step2_reward": (supervised(4000, 1), 3), "step3_ppo": (ppo, 3)}
     for step, (flags, kills) in steps.items():
         models = ["--actor_model_name_or_path", str(tmp_path / "step1_sft"), "--critic_model_name_or_path",

@@ -8,6 +8,7 @@ from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
 from common.errors import UserError
 from inference.generate import main
+from inference.terminal import harmless
 
 
 def write(path, rows) -> str:
@@ -62,6 +63,19 @@ def test_other_columns_and_fewer_prompts(chat_model, tmp_path):
           "--output_file", str(output)])
     assert [json.loads(line)["response"] for line in output.read_text().splitlines()] == [
         ANSWERS[RED,], ANSWERS[AGAIN,]]
+
+
+def test_a_prompt_too_long_for_the_model_is_cut_and_that_is_said(chat_model, capsys):
+    main(["--path", str(chat_model), "--prompt", "la " * 2000 + CAPITAL, "--max_new_tokens", "20"])
+    said = capsys.readouterr()
+    assert "note: 1 of 1 prompts are too long for the model" in said.err and len(said.out.splitlines()) == 1
+
+
+def test_answers_hold_nothing_that_a_terminal_obeys_and_lose_nothing(chat_model, capsys):
+    question = f"{RED}\x9b31m\u202e\x7f"
+    main(["--path", str(chat_model), "--prompt", question, "--max_new_tokens", "4"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert harmless(line) == line and json.loads(line)["prompt"] == question
 
 
 @pytest.mark.parametrize("arguments, said", [
