@@ -10,7 +10,7 @@ from tests.distributed.option_rows import STEPS
 from tests.launching import ROOT, launch
 
 PROGRAM = ROOT / "tests" / "distributed" / "option_cases.py"
-# In test_resumed_runs.py and faults/test_numbers.py: they need a run that broke off, or one whose numbers are not finite.
+# In test_resumed_runs.py and faults/test_numbers.py: they need a run that broke off, or numbers that are not finite.
 SHOWN_ELSEWHERE = {"resume_anyway", "max_skipped_steps"}
 OPTIONS = [(name, option) for name, step in STEPS.items() for option in options(step.config)
            if option not in {*ignored_options(step.config), *SHOWN_ELSEWHERE}]

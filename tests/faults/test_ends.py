@@ -12,7 +12,7 @@ import pytest
 
 from common.stopping import STOPPED
 from tests.distributed.option_inputs import make_inputs
-from tests.distributed.test_resume import metrics
+from tests.distributed.test_resumed_runs import metrics
 from tests.faults.end_cases import TIMEOUT
 from tests.launching import ROOT, environment, free_port
 
