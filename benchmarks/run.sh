@@ -18,25 +18,30 @@ bench() {
         "$root/benchmarks/$program.py" "$@" ${flags[@]+"${flags[@]}"} < /dev/null || failed=1
 }
 
-# The token budgets are what the plain way's micro-batches of 16 rows hold when full, so memory is bounded alike.
+# No token budget is more than the plain way's micro-batches of 16 rows hold when full, so memory is bounded alike.
 case $machine in
     cpu)
         bench 1 rollouts
         bench 1 rollouts --greedy
         bench 1 rollouts --dtype bf16
-        bench 2 rollouts --actor_model_name_or_path random:opt-4x768 --actor_zero_stage 3 --prompts 64 \
-            --max_answer_seq_len 32 --rounds 1 --greedy
+        for rows in 8 32; do
+            bench 2 rollouts --actor_model_name_or_path random:opt-4x768 --actor_zero_stage 3 --rounds 1 --greedy \
+                --prompts $((2 * rows)) --per_device_generation_batch_size $rows --max_prompt_seq_len 64
+        done
         bench 1 sft --max_seq_len 256 --max_tokens_per_micro_batch 4096
         bench 1 sft --max_seq_len 512 --max_tokens_per_micro_batch 8192
-        bench 1 sft --max_seq_len 512 --max_tokens_per_micro_batch 8192 --dtype bf16
-        bench 1 reward --max_seq_len 256 --max_tokens_per_micro_batch 8192
+        bench 1 sft --max_seq_len 256 --max_tokens_per_micro_batch 2048 --dtype bf16
+        bench 1 sft --max_seq_len 512 --max_tokens_per_micro_batch 2048 --dtype bf16
+        bench 1 sft --max_seq_len 512 --max_tokens_per_micro_batch 2048 --dtype bf16 --packing
+        bench 1 reward --max_seq_len 256 --max_tokens_per_micro_batch 4096
+        bench 1 reward --max_seq_len 256 --max_tokens_per_micro_batch 4096 --dtype bf16
         for ppo in "1" "1 --dtype bf16" "1 --dtype bf16 --actor_lora_dim 8 --critic_lora_dim 8" \
             "2 --dtype bf16 --actor_zero_stage 2 --critic_zero_stage 2" \
             "1 --dtype bf16 --actor_zero_stage 3 --critic_zero_stage 3"; do
-            bench ${ppo%% *} ppo --max_tokens_per_micro_batch 4096 $([ "$ppo" = 1 ] || echo "${ppo#* }")
+            bench ${ppo%% *} ppo --max_tokens_per_micro_batch 2048 $([ "$ppo" = 1 ] || echo "${ppo#* }")
         done
         for only in plain product; do
-            bench 1 ppo --max_tokens_per_micro_batch 4096 --dtype bf16 --actor_lora_dim 8 --critic_lora_dim 8 \
+            bench 1 ppo --max_tokens_per_micro_batch 2048 --dtype bf16 --actor_lora_dim 8 --critic_lora_dim 8 \
                 --only $only --rounds 1
         done
         ;;
