@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from common.errors import TrainingFailure
-from common.memory import most_that_fit, named_when_out_of_memory
+from common.memory import fit_micro_batches, most_that_fit, named_when_out_of_memory
+from step1_sft.config import SFTConfig
 
 MIB = 2**20
 
@@ -50,3 +51,11 @@ def test_all_ways_of_being_refused_are_known(error, size):
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="shapes do not match"), named_when_out_of_memory("generate"):
         raise RuntimeError("shapes do not match")
+
+
+def test_a_resumed_run_takes_what_the_interrupted_one_found():
+    """Rounding depends on how steps are cut, and there may be more memory now."""
+    config = SFTConfig(auto_micro_batch=True)
+    fitted = fit_micro_batches(config, 640, [], lambda rows: pytest.fail("measured"), longest=64, rows=16)
+    assert fitted.max_tokens_per_micro_batch == 640
+    assert fit_micro_batches(SFTConfig(), None, [], lambda rows: pytest.fail("measured"), 64, 16) == SFTConfig()
