@@ -93,7 +93,11 @@ class Tracker:
                         self._board.add_scalar(f"{phase}/{name}", value, step)
 
     def _size(self) -> int:
-        return os.path.getsize(self.directory / "logs" / "metrics.jsonl")
+        """Bytes of the metrics file, with the lines that have waited, if there is room for them now."""
+        path = self.directory / "logs" / "metrics.jsonl"
+        with self._tolerant(path):
+            self._write_waiting()
+        return os.path.getsize(path)
 
     def samples(self, name: str, rows: Iterable[Mapping]) -> None:
         """Write rows (prompts, answers, scores) to samples/NAME.jsonl."""
