@@ -72,7 +72,7 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
         assert first.poll() is None, (tmp_path / "first").read_text()
         time.sleep(0.2)
     kill(first)
-    again = run(output, port, "again", "--num_train_epochs", "1")
+    again = run(output, port, "again", "--num_train_epochs", "1", "--resume", "never")
     assert again.wait(timeout=120) == 0, "the dead hold no lock: " + (tmp_path / "again").read_text()
 
 

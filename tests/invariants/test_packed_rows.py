@@ -111,8 +111,8 @@ def test_the_probe_finds_a_model_that_ignores_half_of_what_it_is_told(name, dtyp
     forward = model.forward
 
     def forgetful(input_ids, attention_mask=None, position_ids=None, **others):
-        if ignored == "attention_mask":
-            attention_mask = None
+        if ignored == "attention_mask" and attention_mask is not None:
+            attention_mask = torch.ones_like(input_ids)
         if ignored == "position_ids" and position_ids is not None:
             position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         return forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **others)
