@@ -21,7 +21,7 @@ from common.resume import Checkpoints
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
-from tests.distributed.variants import RESHAPED, RESHAPED_AT_LENGTH, RESUMED
+from tests.distributed.variants import RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
 
 PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
 
@@ -33,7 +33,10 @@ class Broken(Exception):
 def main(argv) -> None:
     part, data, texts, model, output = [word for word in sys.argv[1:] if not word.startswith("--")]
     at_length = "--at_length" in sys.argv
-    cases, moved = (RESHAPED_AT_LENGTH, RESHAPED_AT_LENGTH) if at_length else (RESUMED, RESHAPED)
+    if at_length:
+        cases = moved = RESHAPED_AT_LENGTH
+    else:
+        cases, moved = RESUMED | (RESUMED_AT_LENGTH if "--long" in sys.argv else {}), RESHAPED
     output = Path(output) / str(world_size())
 
     def run(name: str, place: Path, kind: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.architectures import build_model
-from tests.distributed.variants import RESHAPED, RESHAPED_AT_LENGTH, RESUMED
+from tests.distributed.variants import RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
 from tests.launching import ROOT, launch
 
 PROGRAM = ROOT / "tests" / "distributed" / "resume_cases.py"
@@ -24,18 +24,20 @@ def inputs(tmp_path_factory, builtin_cache, hh_data) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory, inputs) -> Path:
+def output(tmp_path_factory, inputs, request) -> Path:
     """RANKS/whole/CASE, RANKS/broken/CASE and RANKS/moved/CASE; two launches for each number of ranks."""
     directory = tmp_path_factory.mktemp("resume")
+    long = ["--long"] if request.config.getoption("--long") else []
     for part in ("first", "second"):
         for ranks in (1, 2):
-            done = launch(PROGRAM, part, *inputs, str(directory), ranks=ranks)
+            done = launch(PROGRAM, part, *long, *inputs, str(directory), ranks=ranks)
             (directory / f"{ranks}.said").write_text(done.stdout)
     return directory
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("case", [
+    *RESUMED, *(pytest.param(case, marks=pytest.mark.long) for case in RESUMED_AT_LENGTH)])
 def test_a_resumed_run_ends_as_an_undisturbed_one(output, case, ranks):
     whole, resumed = (output / str(ranks) / kind / case for kind in ("whole", "broken"))
     assert metrics(resumed) == metrics(whole)
@@ -56,7 +58,8 @@ def test_another_configuration_is_refused_unless_it_is_meant(output, ranks):
     (refused,) = [line for line in said.splitlines() if line.startswith("refused: ")]
     assert "--learning_rate was 0.001, now 0.002" in refused and "--resume_anyway" in refused
     assert "log_interval" not in refused  # changes nothing that is computed
-    assert said.count("resuming from") == len(RESUMED) + len(RESHAPED) + 1
+    runs = len(list((output / str(ranks) / "whole").iterdir()))
+    assert said.count("resuming from") == runs + len(RESHAPED) + 1
     assert [record["step"] for record in metrics(output / str(ranks) / "changed")][-1] > 6
 
 

@@ -25,18 +25,22 @@ GENERATION = {f"zero{stage}-{kind}-{dtype}": (stage, kind == "lora", dtype)
 # Name: step, flags of a run that breaks off and is resumed.
 RESUMED = {
     "sft-dropout": ("sft", ("--dropout", "0.1")),
-    "sft-zero1-bf16": ("sft", ("--zero_stage", "1", "--dtype", "bf16")),
     "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--lora_dropout", "0.1")),
-    "reward-bf16": ("reward", ("--dtype", "bf16")),
     "reward-zero2-lora": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0")),
     "ppo-ema": ("ppo", ("--actor_zero_stage", "0", "--critic_zero_stage", "0", "--enable_ema")),
-    "ppo-zero2-bf16-lora": ("ppo", ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--dtype", "bf16")),
     "ppo-zero3-ema": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--enable_ema")),
     "ppo-zero3-bf16-lora": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--dtype", "bf16",
                                     "--actor_lora_dim", "4", "--critic_lora_dim", "4", "--enable_ema")),
 }
 
-# Those of them that are also continued by another number of ranks; without dropout, which is drawn by rank.
+# The same, at length.
+RESUMED_AT_LENGTH = {
+    "sft-zero1-bf16": ("sft", ("--zero_stage", "1", "--dtype", "bf16")),
+    "reward-bf16": ("reward", ("--dtype", "bf16")),
+    "ppo-zero2-bf16-lora": ("ppo", ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--dtype", "bf16")),
+}
+
+# Those of RESUMED that are also continued by another number of ranks; without dropout, which is drawn by rank.
 RESHAPED = ("reward-zero2-lora", "ppo-ema", "ppo-zero3-ema")
 
 # The same, at length.

@@ -56,6 +56,7 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
     (rank_0,) = [process.pid for process in psutil.Process(first.pid).children(recursive=True)
                  if process.environ().get("RANK") == "0"]
 
+    signal_ranks(first, signal.SIGSTOP)  # they would only take the time of the others
     same_directory, same_port = (run(output, free_port(), "same directory"),
                                  run(tmp_path / "other", port, "same port"))
     for second, name in ((same_directory, "same directory"), (same_port, "same port")):
@@ -66,6 +67,7 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
                         error(tmp_path / "same directory"))
     assert error(tmp_path / "same port").startswith(f"error: port {port} is in use, mostly by another run")
 
+    signal_ranks(first, signal.SIGCONT)
     size = metrics.stat().st_size
     assert first.poll() is None
     while metrics.stat().st_size == size:
@@ -74,6 +76,12 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
     kill(first)
     again = run(output, port, "again", "--num_train_epochs", "1", "--resume", "never")
     assert again.wait(timeout=120) == 0, "the dead hold no lock: " + (tmp_path / "again").read_text()
+
+
+def signal_ranks(launcher: subprocess.Popen, number: signal.Signals) -> None:
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        if "RANK" in process.environ():
+            process.send_signal(number)
 
 
 def error(said: Path) -> str:
