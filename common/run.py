@@ -16,7 +16,7 @@ from common.data.prepare import DataRequest, PreparedData
 from common.data.sampler import StepSampler
 from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
 from common.distributed import barrier, device, is_main, on_every_rank, rank, say, world_size
-from common.errors import DIVERGED, Diverged, UserError
+from common.errors import DIVERGED, Diverged, TrainingFailure, UserError
 from common.options import DataOptions
 from common.peers import enter
 from common.models.factory import load_config

@@ -10,7 +10,6 @@ from common.models.factory import load_scalar_model
 from common.models.scorer import score_at_last_token
 from common.provenance import RAW, Calibration
 from step3_ppo.config import PPOConfig
-from step3_ppo.experience import Experience
 from step3_ppo.models import build_models, evaluating, inputs_of
 from step3_ppo.trainer import PPOTrainer
 from tests.distributed.gradient_cases import ROWS, experience

@@ -1,5 +1,4 @@
 """How a run ends: told by signals or left by its launcher it saves and goes on exactly; hangs and errors end it."""
-import json
 import os
 import signal
 import subprocess
