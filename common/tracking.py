@@ -65,7 +65,11 @@ class Tracker:
 
     def place(self, step: int) -> dict[str, float]:
         """Where the files are after `step`, for `begin`."""
-        size = os.path.getsize(self.directory / "logs" / "metrics.jsonl") if self._file is not None else 0
+        size = 0
+        if self._file is not None:
+            with self._tolerant(self.directory / "logs" / "metrics.jsonl"):
+                self._write_waiting()
+            size = os.path.getsize(self.directory / "logs" / "metrics.jsonl")
         return {"step": step, "bytes": size, "seconds": time.monotonic() - self._start}
 
     def log(self, phase: str, step: int, metrics: Mapping[str, float | None]) -> None:
