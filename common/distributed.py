@@ -188,18 +188,30 @@ def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[
     prepare_environment()
     try:
         program(argv)
-        finish()
-        return 0
+        return _leave(0)
     except stopping.Stopped as stop:
         stopping.ignore_signals()
         say(str(stop))
-        finish()
-        return stopping.STOPPED
+        return _leave(stopping.STOPPED)
     except KeyboardInterrupt:
         say("interrupted")
         return 130
     except Exception as error:
         return _fail(error)
+
+
+def _leave(code: int) -> int:
+    """End well, together with the other ranks; returns the exit code where there are none.
+
+    Python's own end is skipped: with threads of torch and gloo about, now and then it aborts, after all is done.
+    """
+    alone = watch.peers() is None
+    finish()
+    if not alone:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _fail(error: Exception) -> int:
