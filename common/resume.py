@@ -21,6 +21,7 @@ from common.config import Config, options
 from common.distributed import barrier, is_main, on_gpu, rank, say, seed_rank, stop_agreed, world_size
 from common.engine_state import load_engine, save_engine
 from common.errors import Diverged, UserError
+from common.joint_step import JointStep
 from common.peers import enter
 from common.shards import Shards
 from common.stopping import Stopped
@@ -55,6 +56,12 @@ class TrainingState:
     remember: Callable[[], dict] = dict
     recall: Callable[[dict], None] = lambda values: None
     steady: Callable[[], bool] = lambda: True
+
+    @classmethod
+    def of_one_engine(cls, engine, step: JointStep, **remembered) -> TrainingState:
+        """That of steps 1 and 2: the engine, what its steps count, and values that stay."""
+        return cls({"model": engine}, remember=lambda: {**step.state_dict(), **remembered},
+                   recall=step.load_state_dict, steady=step.steady)
 
 
 class Checkpoints:

@@ -58,9 +58,7 @@ def main(argv=None) -> None:
     loop.sampler = packing_sampler(fitted, engine, data.train) if config.packing else step_sampler(fitted, data.train)
     seed_rank(config.seed)
 
-    remembered = {"max_tokens": fitted.max_tokens_per_micro_batch}
-    state = TrainingState({"model": engine}, remember=lambda: {**trainer.step.state_dict(), **remembered},
-                          recall=trainer.step.load_state_dict, steady=trainer.step.steady)
+    state = TrainingState.of_one_engine(engine, trainer.step, max_tokens=fitted.max_tokens_per_micro_batch)
     with checkpoints.naming_last_good():
         done = checkpoints.restore(found, state, tracker)
         metrics = loop.run(trainer.train_step, trainer.evaluate, done, checkpoints.after)

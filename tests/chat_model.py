@@ -29,6 +29,11 @@ def prompt_of(turns: tuple[str, ...]) -> Prompt:
     return Prompt(tuple(Message(role, text) for role, text in zip(roles, turns)))
 
 
+def one_line(text: str) -> str:
+    """An answer as the chatbot prints it into a pipe."""
+    return text.replace("\n", " ")
+
+
 def teach(directory: Path, cache_dir: Path, template: str = "question_answer") -> Path:
     """Write a LLaMA that knows `ANSWERS`, and a song that never ends, as step 1 would have left it."""
     build_model("llama", directory, cache_dir, hidden_size=64, intermediate_size=128,

@@ -23,9 +23,22 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
+def length(request) -> list[str]:
+    """`--long`, if it was given, for the programs that tests launch."""
+    return ["--long"] if request.config.getoption("--long") else []
+
+
+@pytest.fixture(scope="session")
 def builtin_cache(tmp_path_factory):
     """One directory for the built-in models of all tests."""
     return tmp_path_factory.mktemp("builtin")
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory, builtin_cache):
+    """Directory of the model that knows `chat_model.ANSWERS`."""
+    from chat_model import teach
+    return teach(tmp_path_factory.mktemp("chat") / "sft", builtin_cache)
 
 
 @pytest.fixture(scope="session")

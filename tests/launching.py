@@ -31,6 +31,11 @@ def run(command: list[str], cwd: Path = ROOT, timeout: int = 540, check: bool = 
     return done
 
 
+def at_length(cases) -> list:
+    """Cases for `parametrize` that are run with --long only."""
+    return [pytest.param(case, marks=pytest.mark.long) for case in cases]
+
+
 def environment() -> dict[str, str]:
     """A user's environment variables: the tests' own Python first on PATH, nothing of a launcher."""
     env = {key: value for key, value in os.environ.items()

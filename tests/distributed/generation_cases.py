@@ -1,6 +1,6 @@
 """Rollouts between training steps, at every ZeRO stage, full and LoRA: what they write and what they leave behind.
 
-Run under the launcher: generation_cases.py CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the rollout of
+Run under the launcher: generation_cases.py [--long] CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the rollout of
 all ranks, the plain way's tokens, and whether weights and training came through bit for bit; and `shared`, what
 `shared_models` found at each stage.
 """
@@ -29,7 +29,7 @@ from step3_ppo.sampling import Sampling
 from tests.architectures import build_model
 from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
 from tests.distributed.shared_models import shared_models
-from tests.distributed.variants import GENERATION
+from tests.distributed.variants import GENERATION, GENERATION_AT_LENGTH
 
 PROMPTS = 10  # not a multiple of ranks and slots
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=16)
@@ -44,8 +44,11 @@ def main(argv) -> None:
     override.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 1500}}')
     start(120, seed=0)
     codec = make_codec(load_tokenizer(str(model_dir)), "human_assistant")
-    found = {name: case(str(model_dir), codec, str(override), *settings) for name, settings in GENERATION.items()}
-    found["shared"] = {stage: shared_models(str(model_dir), codec, stage) for stage in (0, 1, 2, 3)}
+    cases, stages = GENERATION, (0, 2, 3)
+    if "--long" in sys.argv:
+        cases, stages = cases | GENERATION_AT_LENGTH, (0, 1, 2, 3)
+    found = {name: case(str(model_dir), codec, str(override), *settings) for name, settings in cases.items()}
+    found["shared"] = {stage: shared_models(str(model_dir), codec, stage) for stage in stages}
     if is_main():
         (output_dir / f"{world_size()}.json").write_text(json.dumps(found))
 

@@ -1,6 +1,6 @@
 """One optimizer step of every trainer, cut up in many ways; what Adam saw is written down for comparison.
 
-Run under the launcher: gradient_cases.py CACHE_DIR OUTPUT_DIR. After one step from fresh state Adam's first moment
+Run under the launcher: gradient_cases.py [--long] CACHE_DIR OUTPUT_DIR. After one step from fresh state Adam's first moment
 is (1 - beta1) times the gradient, at any ZeRO stage, with the reduction over ranks and micro-batches already done.
 """
 from __future__ import annotations
@@ -32,7 +32,7 @@ from step3_ppo.main import text_batches
 from step3_ppo.models import PPOModels
 from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
-from tests.distributed.variants import VARIANTS, Tokens
+from tests.distributed.variants import VARIANTS, VARIANTS_AT_LENGTH, Tokens
 
 WHOLE = logprobs.CHUNK_NUMBERS
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
@@ -45,7 +45,8 @@ def main(argv) -> None:
     build_model("opt", model_dir, cache_dir)
     start(120, seed=0)
     codec = make_codec(load_tokenizer(str(model_dir)), "human_assistant")
-    for name, variant in VARIANTS.items():
+    variants = VARIANTS | VARIANTS_AT_LENGTH if "--long" in sys.argv else VARIANTS
+    for name, variant in variants.items():
         # The others are compared with these two: what one chunk of the output head says, many must say.
         logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
         for step in (sft_step, reward_step, ppo_step):

@@ -3,28 +3,32 @@ import json
 
 import pytest
 
-from tests.distributed.variants import GENERATION
-from tests.launching import ROOT, launch
+from tests.distributed.variants import GENERATION, GENERATION_AT_LENGTH
+from tests.launching import ROOT, at_length, launch
 
 PROGRAM = ROOT / "tests" / "distributed" / "generation_cases.py"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, builtin_cache):
+def found(tmp_path_factory, builtin_cache, length):
     """By number of ranks, then by case; one launch for each number of ranks."""
     directory = tmp_path_factory.mktemp("generation")
     for ranks in (1, 2):
-        launch(PROGRAM, str(builtin_cache), str(directory), ranks=ranks)
+        launch(PROGRAM, *length, str(builtin_cache), str(directory), ranks=ranks)
     return {ranks: json.loads((directory / f"{ranks}.json").read_text()) for ranks in (1, 2)}
 
 
+def fp32(cases) -> list[str]:
+    return [case for case in cases if case.endswith("fp32")]
+
+
 @pytest.mark.parametrize("ranks", (1, 2))
-@pytest.mark.parametrize("case", GENERATION)
+@pytest.mark.parametrize("case", [*GENERATION, *at_length(GENERATION_AT_LENGTH)])
 def test_a_rollout_leaves_weights_and_training_bit_for_bit(found, case, ranks):
     assert found[ranks][case]["weights_unmoved"] and found[ranks][case]["training_unmoved"]
 
 
-@pytest.mark.parametrize("case", [case for case in GENERATION if case.endswith("fp32")])
+@pytest.mark.parametrize("case", [*fp32(GENERATION), *at_length(fp32(GENERATION_AT_LENGTH))])
 def test_rollouts_do_not_depend_on_ranks_stage_or_way(found, case):
     expected = found[1][case.replace(case[:5], "zero0")]["rollouts"]
     assert expected["0"]["fast"] != expected["1"]["fast"] != expected["2"]["fast"]  # training has moved the policy
@@ -35,7 +39,7 @@ def test_rollouts_do_not_depend_on_ranks_stage_or_way(found, case):
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
-@pytest.mark.parametrize("stage", ("0", "1", "2", "3"))
+@pytest.mark.parametrize("stage", ("0", "2", "3", *at_length("1")))
 def test_a_lora_critic_scores_as_the_reward_model_whatever_it_learns(found, stage, ranks):
     result = found[ranks]["shared"][stage]
     assert result["shared"] and len(set(result["scores"])) == len(result["scores"])

@@ -4,23 +4,24 @@ from itertools import product
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.variants import VARIANTS
-from tests.launching import ROOT, launch
+from tests.distributed.variants import VARIANTS, VARIANTS_AT_LENGTH
+from tests.launching import ROOT, at_length, launch
 
 PROGRAM = ROOT / "tests" / "distributed" / "gradient_cases.py"
 STEPS = ("sft_step", "reward_step", "ppo_step")
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory, builtin_cache):
+def gradients(tmp_path_factory, builtin_cache, length):
     """Files named STEP.RANKS.VARIANT.safetensors; one launch for each number of ranks."""
     directory = tmp_path_factory.mktemp("gradients")
     for ranks in (1, 2):
-        launch(PROGRAM, str(builtin_cache), str(directory), ranks=ranks)
+        launch(PROGRAM, *length, str(builtin_cache), str(directory), ranks=ranks)
     return directory
 
 
-@pytest.mark.parametrize("step, ranks, variant", [case for case in product(STEPS, (1, 2), VARIANTS)])
+@pytest.mark.parametrize("step, ranks", product(STEPS, (1, 2)))
+@pytest.mark.parametrize("variant", [*VARIANTS, *at_length(VARIANTS_AT_LENGTH)])
 def test_gradients_agree(gradients, step, ranks, variant):
     reference = load_file(gradients / f"{step}.1.{'lora' if variant.startswith('lora') else 'whole'}.safetensors")
     found = load_file(gradients / f"{step}.{ranks}.{variant}.safetensors")

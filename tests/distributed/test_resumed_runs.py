@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.architectures import build_model
 from tests.distributed.variants import RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, at_length, launch
 
 PROGRAM = ROOT / "tests" / "distributed" / "resume_cases.py"
 TIMES = {"seconds", "step_seconds", "samples_per_second"}
@@ -24,20 +24,18 @@ def inputs(tmp_path_factory, builtin_cache, hh_data) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory, inputs, request) -> Path:
+def output(tmp_path_factory, inputs, length) -> Path:
     """RANKS/whole/CASE, RANKS/broken/CASE and RANKS/moved/CASE; two launches for each number of ranks."""
     directory = tmp_path_factory.mktemp("resume")
-    long = ["--long"] if request.config.getoption("--long") else []
     for part in ("first", "second"):
         for ranks in (1, 2):
-            done = launch(PROGRAM, part, *long, *inputs, str(directory), ranks=ranks)
+            done = launch(PROGRAM, part, *length, *inputs, str(directory), ranks=ranks)
             (directory / f"{ranks}.said").write_text(done.stdout)
     return directory
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
-@pytest.mark.parametrize("case", [
-    *RESUMED, *(pytest.param(case, marks=pytest.mark.long) for case in RESUMED_AT_LENGTH)])
+@pytest.mark.parametrize("case", [*RESUMED, *at_length(RESUMED_AT_LENGTH)])
 def test_a_resumed_run_ends_as_an_undisturbed_one(output, case, ranks):
     whole, resumed = (output / str(ranks) / kind / case for kind in ("whole", "broken"))
     assert metrics(resumed) == metrics(whole)
@@ -71,9 +69,9 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(output, case, ran
 
 
 @pytest.fixture(scope="module")
-def at_length(tmp_path_factory, inputs) -> Path:
+def moved(tmp_path_factory, inputs) -> Path:
     """RANKS/whole/CASE and RANKS/moved/CASE: what 1 and 4 ranks have left is continued by 2, what 2 have left by 1."""
-    directory = tmp_path_factory.mktemp("at_length")
+    directory = tmp_path_factory.mktemp("moved")
     for part, ranks in (("first", 1), ("first", 2), ("first", 4), ("second", 2), ("second", 1)):
         launch(PROGRAM, part, "--at_length", *inputs, str(directory), ranks=ranks, timeout=1800)
     return directory
@@ -82,8 +80,8 @@ def at_length(tmp_path_factory, inputs) -> Path:
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", (1, 2, 4))
 @pytest.mark.parametrize("case", RESHAPED_AT_LENGTH)
-def test_it_does_so_at_every_stage(at_length, case, ranks):
-    goes_on(at_length / str(ranks), case)
+def test_it_does_so_at_every_stage(moved, case, ranks):
+    goes_on(moved / str(ranks), case)
 
 
 def goes_on(runs: Path, case: str) -> None:

@@ -1,34 +1,44 @@
-"""The ways in which `gradient_cases.py` cuts up one optimizer step."""
-
+"""What the programs of this directory run with: ways to cut up a step, engines that roll out, runs that break off."""
 
 
 class Tokens(int):
     """So many tokens, with padding, in a micro-batch of each rank, in place of a number of rows."""
 
 
-# name -> ZeRO stage, rows per micro-batch over all ranks or tokens, gradient checkpointing, LoRA, offload
+# Name: ZeRO stage, rows per micro-batch over all ranks or tokens, gradient checkpointing, LoRA, offload.
 VARIANTS = {
     "whole": (0, 8, False, False, False), "accumulated": (0, 2, False, False, False),
-    "checkpointed": (0, 8, True, False, False), "zero1": (1, 4, False, False, False),
-    "zero2": (2, 4, False, False, False), "zero3": (3, 4, False, False, False),
-    "zero3-checkpointed": (3, 8, True, False, False), "zero2-offloaded": (2, 4, False, False, True),
+    "checkpointed": (0, 8, True, False, False), "zero2": (2, 4, False, False, False),
+    "zero3": (3, 4, False, False, False), "zero3-checkpointed": (3, 8, True, False, False),
     "zero3-offloaded": (3, 4, False, False, True), "lora": (0, 8, False, True, False),
-    "lora-zero2": (2, 4, True, True, False), "lora-zero3": (3, 4, False, True, False),
-    "tokens": (0, Tokens(40), False, False, False), "tokens-zero2": (2, Tokens(40), False, False, False),
+    "lora-zero3": (3, 4, False, True, False), "tokens": (0, Tokens(40), False, False, False),
     "tokens-zero3": (3, Tokens(40), True, False, False),
 }
 
+# The same, at length.
+VARIANTS_AT_LENGTH = {
+    "zero1": (1, 4, False, False, False), "zero2-offloaded": (2, 4, False, False, True),
+    "lora-zero2": (2, 4, True, True, False), "tokens-zero2": (2, Tokens(40), False, False, False),
+}
+
+
+def _generation(*stages: int) -> dict[str, tuple[int, bool, str]]:
+    return {f"zero{stage}-{kind}-{dtype}": (stage, kind == "lora", dtype)
+            for stage in stages for kind in ("full", "lora") for dtype in ("fp32", "bf16")}
+
+
 # Name: ZeRO stage, LoRA, dtype of the actor that rollouts are made with.
-GENERATION = {f"zero{stage}-{kind}-{dtype}": (stage, kind == "lora", dtype)
-              for stage in (0, 1, 2, 3) for kind in ("full", "lora") for dtype in ("fp32", "bf16")}
+GENERATION = _generation(0, 2, 3)
+
+# The same, at length.
+GENERATION_AT_LENGTH = _generation(1)
 
 # Name: step, flags of a run that breaks off and is resumed.
 RESUMED = {
     "sft-dropout": ("sft", ("--dropout", "0.1")),
-    "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--lora_dropout", "0.1")),
+    "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--dropout", "0")),
     "reward-zero2-lora": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0")),
     "ppo-ema": ("ppo", ("--actor_zero_stage", "0", "--critic_zero_stage", "0", "--enable_ema")),
-    "ppo-zero3-ema": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--enable_ema")),
     "ppo-zero3-bf16-lora": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--dtype", "bf16",
                                     "--actor_lora_dim", "4", "--critic_lora_dim", "4", "--enable_ema")),
 }
@@ -36,12 +46,14 @@ RESUMED = {
 # The same, at length.
 RESUMED_AT_LENGTH = {
     "sft-zero1-bf16": ("sft", ("--zero_stage", "1", "--dtype", "bf16")),
+    "sft-zero2-lora-dropout": ("sft", ("--zero_stage", "2", "--lora_dim", "4", "--lora_dropout", "0.1")),
     "reward-bf16": ("reward", ("--dtype", "bf16")),
+    "ppo-zero3-ema": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--enable_ema")),
     "ppo-zero2-bf16-lora": ("ppo", ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--dtype", "bf16")),
 }
 
 # Those of RESUMED that are also continued by another number of ranks; without dropout, which is drawn by rank.
-RESHAPED = ("reward-zero2-lora", "ppo-ema", "ppo-zero3-ema")
+RESHAPED = ("sft-zero3-lora", "reward-zero2-lora", "ppo-ema")
 
 # The same, at length.
 _SUPERVISED_LORA = ("--lora_dim", "4", "--lora_learning_rate", "2e-3")
@@ -62,7 +74,7 @@ RESHAPED_AT_LENGTH = {
     **{f"sft-zero{stage}-bf16": ("sft", (*_supervised(stage), "--dtype", "bf16")) for stage in (0, 1, 3)},
     "reward-zero1": ("reward", _supervised(1)),
     "reward-zero3-lora": ("reward", (*_supervised(3), *_SUPERVISED_LORA)),
-    **{f"ppo-zero{stage}": ("ppo", _ppo(stage, stage)) for stage in (1, 2)},
+    **{f"ppo-zero{stage}": ("ppo", _ppo(stage, stage)) for stage in (1, 2, 3)},
     **{f"ppo-zero{stage}-lora": ("ppo", (*_ppo(stage, stage), *_PPO_LORA)) for stage in (0, 2, 3)},
     "ppo-zero3-and-0": ("ppo", _ppo(3, 0)),
 }

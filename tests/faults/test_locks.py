@@ -74,7 +74,7 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
         assert first.poll() is None, (tmp_path / "first").read_text()
         time.sleep(0.2)
     kill(first)
-    again = run(output, port, "again", "--num_train_epochs", "1", "--resume", "never")
+    again = run(output, port, "again", "--enable_test_mode", "--test_stop_step", "1", "--resume", "never")
     assert again.wait(timeout=120) == 0, "the dead hold no lock: " + (tmp_path / "again").read_text()
 
 

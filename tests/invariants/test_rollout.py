@@ -93,12 +93,12 @@ def test_a_response_does_not_depend_on_batch_or_slot(actor, way):
     assert len({tuple(response) for response in together}) == len(LENGTHS)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 16])
-@pytest.mark.parametrize("sampling", [
-    SAMPLED, GREEDY, replace(SAMPLED, temperature=0.7, top_p=0.8, top_k=50, min_new_tokens=3),
-    replace(SAMPLED, draw_lengths=True, min_new_tokens=2), replace(SAMPLED, samples_per_prompt=3)],
-    ids=["sampled", "greedy", "filtered", "drawn-lengths", "several"])
-def test_continuous_batching_gives_the_tokens_of_the_plain_way(actor, sampling, slots):
+@pytest.mark.parametrize("slots, sampling", [
+    (1, SAMPLED), (16, SAMPLED), (3, GREEDY),
+    (3, replace(SAMPLED, temperature=0.7, top_p=0.8, top_k=50, min_new_tokens=3)),
+    (3, replace(SAMPLED, draw_lengths=True, min_new_tokens=2)), (16, replace(SAMPLED, samples_per_prompt=3))],
+    ids=["one-slot", "more-slots-than-rows", "greedy", "filtered", "drawn-lengths", "several"])
+def test_continuous_batching_gives_the_tokens_of_the_plain_way(actor, slots, sampling):
     rows = [row for row in range(len(LENGTHS)) for _ in range(sampling.samples_per_prompt)]
     fast = roll_out(actor, range(len(LENGTHS)), sampling, slots)
     samples = [plainly_sample(actor, sampling, sample) for sample in range(sampling.samples_per_prompt)]

@@ -1,18 +1,15 @@
-import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 from common.data import encoding, parallel
 from common.data.blend import parse_data_path
-from common.data.prepare import DataRequest, agree_on, prepare, prepare_many
+from common.data.prepare import prepare, prepare_many
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from preparation import pairs, request, write
 from tokenizers_built import byte_level_bpe, llama_sentencepiece
 
 PHASES = (0, 1, 2)
@@ -28,22 +25,6 @@ def codec(tokenizer_directory):
     return make_codec(load_tokenizer(str(tokenizer_directory)), "human_assistant")
 
 
-def pairs(count: int, start: int = 0) -> list[dict]:
-    return [{"prompt": f"What is {i} plus {i}?", "chosen": f"The sum is {2 * i}.", "rejected": "No idea."}
-            for i in range(start, start + count)]
-
-
-def write(path: Path, rows: list) -> str:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
-
-
-def request(tmp_path: Path, *data_path: str, **changes) -> DataRequest:
-    return replace(DataRequest(parse_data_path(data_path), kind="demonstration", phase=None, max_tokens=200,
-                               eval_fraction=0.2, cache_dir=tmp_path / "cache"), **changes)
-
-
 def dialogues(dataset) -> list[int]:
     return list(dataset["dialogue"])
 
@@ -55,21 +36,6 @@ def rows_read(data) -> int:
 def prepared_file(tmp_path: Path, name: str = "train.arrow") -> Path:
     (path,) = (tmp_path / "cache").glob(f"*/{name}")
     return path
-
-
-def start_process(tmp_path: Path, tokenizer_directory: Path, data: str, local_rank: int) -> subprocess.Popen:
-    """Another process that prepares the same request and prints what it got."""
-    program = (
-        "import sys; sys.path[:0] = sys.argv[1:3]\n"
-        "from pathlib import Path\n"
-        "from unit.test_prepare import load_tokenizer, make_codec, prepare, request\n"
-        "codec = make_codec(load_tokenizer(sys.argv[3]), 'human_assistant')\n"
-        "data = prepare(request(Path(sys.argv[4]), sys.argv[5]), codec)\n"
-        "print(len(data.train), len(data.eval), sum(data.train['length']))\n")
-    root = Path(__file__).resolve().parents[2]
-    arguments = map(str, (root, root / "tests", tokenizer_directory, tmp_path, data))
-    return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "LOCAL_RANK": str(local_rank)})
 
 
 @pytest.mark.parametrize("kind, answers", [("demonstration", ["response_ids"]), ("prompt", []),
@@ -199,25 +165,6 @@ def test_a_failure_in_another_process_ends_the_preparation(tmp_path, codec, monk
         list(killed)
 
 
-def test_processes_end_with_a_program_that_is_killed(tmp_path):
-    program = ("import os, sys, time; sys.path.insert(0, sys.argv[1])\n"
-               "from common.data import parallel\n"
-               "parallel.cores = lambda: 3\n"
-               "for number in parallel.in_order(lambda number: os.getpid(), range(100)):\n"
-               "    print(number, flush=True)\n"
-               "    time.sleep(0.1)\n")
-    process = subprocess.Popen([sys.executable, "-c", program, str(Path(__file__).resolve().parents[2])],
-                               stdout=subprocess.PIPE, text=True)
-    numbers = [int(next(process.stdout)) for _ in range(20)]
-    process.kill()
-    process.wait()
-    others = set(numbers) - {process.pid}
-    assert others
-    running = [psutil.Process(number) for number in others if psutil.pid_exists(number)]
-    _, alive = psutil.wait_procs(running, timeout=30)
-    assert all(left.status() == psutil.STATUS_ZOMBIE for left in alive)
-
-
 def test_a_second_start_reads_what_the_first_has_written(tmp_path, codec):
     path = write(tmp_path / "d.jsonl", pairs(30))
     first = prepare(request(tmp_path, path), codec)
@@ -264,52 +211,6 @@ def test_what_an_interrupted_preparation_left_is_ignored_and_removed(tmp_path, c
     (whole.with_name(f"{whole.name}.tmp123") / "READY").unlink()
     assert prepare(request(tmp_path, path), codec).train.to_list() == first
     assert [entry.name for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == [whole.name]
-
-
-def test_processes_that_start_together_agree(tmp_path, codec, tokenizer_directory):
-    """Two first ranks and one that waits for them: no error, one result."""
-    path = write(tmp_path / "d.jsonl", pairs(300))
-    processes = [start_process(tmp_path, tokenizer_directory, path, local_rank) for local_rank in (1, 0, 0)]
-    printed = {process.communicate(timeout=120)[0] for process in processes}
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    data = prepare(request(tmp_path, path), codec)
-    assert printed == {f"{len(data.train)} {len(data.eval)} {sum(data.train['length'])}\n"}
-    assert len(list((tmp_path / "cache").glob("*/train.arrow"))) == 1
-
-
-def test_ranks_that_read_different_data_say_so(tmp_path, tokenizer_directory):
-    """Each in a directory of its own, with a file of the same name: as if the file had changed in between."""
-    program = (
-        "import sys; sys.path[:0] = sys.argv[1:3]\n"
-        "from pathlib import Path\n"
-        "import torch.distributed as dist\n"
-        "from unit.test_prepare import UserError, agree_on, load_tokenizer, make_codec, prepare, request\n"
-        "codec = make_codec(load_tokenizer(sys.argv[3]), 'human_assistant')\n"
-        "same, other = (prepare(request(Path('.'), name), codec) for name in ('same.jsonl', 'other.jsonl'))\n"
-        "dist.init_process_group('gloo', init_method=f'file://{sys.argv[4]}', rank=int(sys.argv[5]), world_size=2)\n"
-        "agree_on(same)\n"
-        "try:\n"
-        "    agree_on(same, other)\n"
-        "except UserError as error:\n"
-        "    print(error)\n")
-    root, processes = Path(__file__).resolve().parents[2], []
-    for rank in (0, 1):
-        write(tmp_path / str(rank) / "same.jsonl", pairs(30))
-        write(tmp_path / str(rank) / "other.jsonl", pairs(30, start=rank))
-        arguments = map(str, (root, root / "tests", tokenizer_directory, tmp_path / "meeting", rank))
-        processes.append(subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE,
-                                          text=True, cwd=tmp_path / str(rank), env={**os.environ, "WORLD_SIZE": "2"}))
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert said[0] == said[1] and "rank 1 has read other data than rank 0" in said[0]
-
-
-def test_no_rank_depends_on_another(tmp_path, tokenizer_directory):
-    """A rank that read another state of the files than the rest has no one to wait for."""
-    process = start_process(tmp_path, tokenizer_directory, write(tmp_path / "d.jsonl", pairs(30)), local_rank=1)
-    try:
-        assert process.communicate(timeout=60)[0]
-    finally:
-        process.kill()
 
 
 @pytest.mark.parametrize("whole_directory", [False, True])
