@@ -73,7 +73,7 @@ def main(argv=None) -> None:
                           padded_to(batch.loss_mask, width, False), batch.lengths).to(device())
 
     trainer = SFTTrainer(engine, data, data, [], codec.pad_id, config.train_on_prompt)
-    sampler = packing_sampler(config, engine, data) if config.packing else step_sampler(config, data)
+    sampler = packing_sampler(config, trainer) if config.packing else step_sampler(config, data)
     compare_training("sft", config, trainer, sampler, plain_step, lambda rows: sum(data[rows]["length"]))
     engine.destroy()
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 
 STOPPED = 75  # exit code of a run that was told to stop; sysexits.h: a temporary failure, try again
 ONE_SIGNAL = 5.0  # seconds within which signals count as one: Ctrl-C reaches a rank from the terminal and the launcher
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _reason: str | None = None
 _first_signal: float | None = None
@@ -54,16 +56,25 @@ class LastingStream:
 
 
 def catch_signals() -> None:
-    """From here on SIGTERM and SIGINT tell the run to stop."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _on_signal)
+    """From here on SIGTERM and SIGINT tell the run to stop.
+
+    Python runs its handlers between two steps of the main thread, and so never while that waits in a library for a
+    rank that is gone. So the signals' numbers go through a pipe to a thread.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # what a child is told is not for this rank
+    for number in _SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    threading.Thread(target=_listen, args=(reading,), daemon=True).start()
     sys.stdout, sys.stderr = (stream if isinstance(stream, LastingStream) else LastingStream(stream)
                               for stream in (sys.stdout, sys.stderr))
 
 
 def ignore_signals() -> None:
     """For a run that is ending: the launcher, seeing the first rank end, signals those that are a moment behind."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -101,7 +112,7 @@ def end_at_once(message: str, code: int = STOPPED) -> None:
 
 
 def write(message: str, on_every_rank: bool = False) -> None:
-    """A line on stderr from rank 0, in a way that a signal handler and a second thread may use."""
+    """A line on stderr from rank 0, in a way that any thread may use."""
     if on_every_rank or os.environ.get("RANK", "0") == "0":
         try:
             os.write(2, f"\n{message}\n".encode())
@@ -109,7 +120,14 @@ def write(message: str, on_every_rank: bool = False) -> None:
             pass  # nobody is there to read it
 
 
-def _on_signal(number: int, frame) -> None:
+def _listen(pipe: int) -> None:
+    while True:
+        for number in os.read(pipe, 64):
+            if number in _SIGNALS:
+                _on_signal(number)
+
+
+def _on_signal(number: int) -> None:
     global _first_signal
     name = signal.Signals(number).name
     if _first_signal is None:

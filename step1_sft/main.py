@@ -10,7 +10,6 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
     from common.watch import begin
     begin()
 
-from datasets import Dataset
 
 from common.checkpoint import export_model
 from common.config import parse
@@ -26,7 +25,7 @@ from common.models.factory import check_language_model, check_room, load_causal_
 from common.resume import Checkpoints, TrainingState
 from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from step1_sft.config import SFTConfig
-from step1_sft.packing_probe import keeps_rows_apart
+from step1_sft.packing import packing_of
 from step1_sft.trainer import SFTTrainer
 
 
@@ -55,7 +54,7 @@ def main(argv=None) -> None:
     fitted = fit_micro_batches(config, checkpoints.remembered(found, "max_tokens"), [engine], trainer.probe,
                                max(data.train["length"]),
                                config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    loop.sampler = packing_sampler(fitted, engine, data.train) if config.packing else step_sampler(fitted, data.train)
+    loop.sampler = packing_sampler(fitted, trainer) if config.packing else step_sampler(fitted, data.train)
     seed_rank(config.seed)
 
     state = TrainingState.of_one_engine(engine, trainer.step, max_tokens=fitted.max_tokens_per_micro_batch)
@@ -79,14 +78,16 @@ def prepare_demonstrations(config: SFTConfig, codec: Codec) -> PreparedData:
     return prepare_many(requests, codec)
 
 
-def packing_sampler(config: SFTConfig, engine, train: Dataset) -> StepSampler:
+def packing_sampler(config: SFTConfig, trainer: SFTTrainer) -> StepSampler:
     """Steps of packed rows; where the model does not compute the same for them, of rows of like length."""
-    if keeps_rows_apart(engine, config.max_seq_len):
-        return step_sampler(config, train, pack_to=config.max_seq_len)
+    trainer.packing = packing_of(trainer.engine, config.max_seq_len)
+    if trainer.packing is not None:
+        say(f"note: rows that share a sequence are kept apart by {trainer.packing.value}")
+        return step_sampler(config, trainer.train, pack_to=config.max_seq_len)
     tokens = config.max_tokens_per_micro_batch or config.per_device_train_batch_size * config.max_seq_len
-    say(f"note: {type(engine.module).__name__} does not keep packed rows apart, so rows of like length make "
+    say(f"note: {type(trainer.engine.module).__name__} does not keep packed rows apart, so rows of like length make "
         f"micro-batches of up to {tokens} tokens instead")
-    return step_sampler(replace(config, max_tokens_per_micro_batch=tokens), train)
+    return step_sampler(replace(config, max_tokens_per_micro_batch=tokens), trainer.train)
 
 
 def build_engine(config: SFTConfig, source: str, codec: Codec, total_steps: int):

@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from common.data.collate import PackedBatch, TokenBatch, collate_demonstrations, collate_prompts
+from common.data.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations, collate_prompts
 from common.data.sampler import MicroBatch
 from common.data.tokenization import Codec
 from common.distributed import device, global_sum, world_size
 from common.engine import gradient_norm
 from common.joint_step import JointStep
 from common.models.logprobs import next_token_loss_sum
+from step1_sft.packing import Packing
+
+Batch = TokenBatch | PackedBatch | FlatBatch
 
 
 class SFTTrainer:
@@ -27,6 +30,9 @@ class SFTTrainer:
         pad_id: fills the right of short rows.
         train_on_prompt: whether prompt tokens are targets too.
         max_skipped_steps: so many optimizer steps skipped in a row end the run.
+
+    Attributes:
+        packing: how rows that share a sequence are kept apart.
     """
 
     def __init__(self, engine, train: Dataset, evaluation: Dataset, evaluation_batches: Sequence[MicroBatch],
@@ -35,6 +41,7 @@ class SFTTrainer:
         self.step = JointStep({"model": engine}, max_skipped_steps)
         self.train, self.evaluation, self.evaluation_batches = train, evaluation, evaluation_batches
         self.pad_id, self.train_on_prompt = pad_id, train_on_prompt
+        self.packing: Packing | None = None
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """One optimizer step, unless it is skipped; the loss is the mean over its target tokens on all ranks."""
@@ -90,11 +97,12 @@ class SFTTrainer:
                  "response": codec.decode_response(answer), "demonstration": codec.decode_response(row["response_ids"])}
                 for row, answer in zip(chosen, tokens[:, width:].tolist())]
 
-    def _batches(self, dataset: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterable[TokenBatch | PackedBatch]:
+    def _batches(self, dataset: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterable[Batch]:
         for micro_batch in micro_batches:
-            yield collate_demonstrations(dataset, micro_batch, self.pad_id, self.train_on_prompt).to(device())
+            batch = collate_demonstrations(dataset, micro_batch, self.pad_id, self.train_on_prompt)
+            yield (batch.flat() if micro_batch.packs and self.packing is Packing.FLAT else batch).to(device())
 
-    def _loss_sum(self, batch: TokenBatch | PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss_sum(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return next_token_loss_sum(self.engine, batch.inputs(self.engine.module.dtype), batch.loss_mask)
 
 

@@ -80,6 +80,32 @@ class PackedBatch(_Batch):
         return {"input_ids": self.input_ids, "position_ids": self.position_ids,
                 "attention_mask": block_causal_mask(self.rows, dtype)}
 
+    def flat(self) -> FlatBatch:
+        """The same rows without padding, in one sequence."""
+        real = self.rows > 0
+        return FlatBatch(*(tensor[real][None] for tensor in (self.input_ids, self.position_ids, self.loss_mask)))
+
+
+@dataclass(frozen=True)
+class FlatBatch(_Batch):
+    """All rows of a micro-batch, N tokens, one after another in one sequence, for attention of variable length.
+
+    Attributes:
+        input_ids, position_ids, loss_mask: (1, N), as in `PackedBatch`.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    loss_mask: Tensor
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor | int]:
+        """What a causal language model is given: where rows begin and end, as flash-attention wants it, and no mask."""
+        starts = (self.position_ids[0] == 0).nonzero()[:, 0]
+        ends = torch.cat([starts[1:], starts.new_tensor([self.input_ids.shape[1]])])
+        bounds, longest = torch.cat([starts[:1], ends]).int(), int((ends - starts).max())
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "cu_seq_lens_q": bounds,
+                "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
 
 @dataclass(frozen=True)
 class PairBatch(_Batch):

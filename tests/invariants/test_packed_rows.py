@@ -8,7 +8,8 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.models.factory import load_causal_lm
 from common.models.logprobs import next_token_loss_sum
 from datasets import Dataset
-from step1_sft.packing_probe import keeps_rows_apart
+from step1_sft import packing
+from step1_sft.packing import Packing, packing_of
 
 from tests.architectures import CONFIGS, build_model
 
@@ -42,8 +43,10 @@ def engine_around(model):
     return Engine()
 
 
-def loss_and_gradients(model, rows, micro_batch, train_on_prompt):
+def loss_and_gradients(model, rows, micro_batch, train_on_prompt, way=None):
     batch = collate_demonstrations(rows, micro_batch, 1, train_on_prompt)
+    if way is Packing.FLAT:
+        batch = batch.flat()
     loss, count = next_token_loss_sum(model, batch.inputs(model.dtype), batch.loss_mask)
     model.zero_grad()
     loss.backward()
@@ -51,12 +54,34 @@ def loss_and_gradients(model, rows, micro_batch, train_on_prompt):
                                   if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("train_on_prompt", [False, True])
+@pytest.fixture
+def varlen(monkeypatch):
+    """Attention of variable length that needs no GPU, in the place of flash-attention's; it is told the same."""
+    def attention(module, query, key, value, mask, cu_seq_lens_q=None, scaling=None, dropout=0.0, **others):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        assert mask is None and (cu_seq_lens_q is None or len(query) == 1)
+        bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+        parts = [torch.nn.functional.scaled_dot_product_attention(
+            *(tensor[:, :, start:end] for tensor in (query, key, value)), is_causal=True, scale=scaling)
+            for start, end in zip(bounds, bounds[1:])]
+        return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+    hf.AttentionInterface.register("varlen", attention)
+    hf.AttentionMaskInterface.register("varlen", hf.AttentionMaskInterface()["flash_attention_2"])
+    monkeypatch.setattr(packing, "VARLEN", "varlen")
+    monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: True)
+
+
+@pytest.mark.parametrize("way, train_on_prompt", [(Packing.MASKED, False), (Packing.MASKED, True), (Packing.FLAT, False)])
 @pytest.mark.parametrize("name", PACKABLE)
-def test_loss_and_gradients_are_those_of_rows_on_their_own(name, train_on_prompt, rows, tmp_path, builtin_cache):
+def test_loss_and_gradients_are_those_of_rows_on_their_own(name, way, train_on_prompt, rows, varlen, tmp_path,
+                                                           builtin_cache):
     model = load(name, tmp_path, builtin_cache)
     expected, count, gradients = loss_and_gradients(model, rows, APART, train_on_prompt)
-    found, packed_count, packed_gradients = loss_and_gradients(model, rows, PACKED, train_on_prompt)
+    if way is Packing.FLAT:
+        model.set_attn_implementation("varlen")
+    found, packed_count, packed_gradients = loss_and_gradients(model, rows, PACKED, train_on_prompt, way)
     assert packed_count == count and expected > 10
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert packed_gradients.keys() == gradients.keys()
@@ -82,22 +107,44 @@ def test_no_position_sees_another_row(name, rows, tmp_path, builtin_cache):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_probe_finds_what_can_be_packed(name, dtype, tmp_path, builtin_cache):
-    assert keeps_rows_apart(engine_around(load(name, tmp_path, builtin_cache, dtype)), 128) == (name != "bloom")
+    way = packing_of(engine_around(load(name, tmp_path, builtin_cache, dtype)), 128)
+    assert way == (None if name == "bloom" else Packing.MASKED)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_flash_attention_is_taken_where_it_is_and_can_be(name, varlen, tmp_path, builtin_cache):
+    model = load(name, tmp_path, builtin_cache, torch.bfloat16)
+    plain = model.config._attn_implementation
+    assert packing_of(engine_around(model), 128) == (None if name == "bloom" else Packing.FLAT)
+    assert model.config._attn_implementation == (plain if name == "bloom" else "varlen")
+    model.save_pretrained(tmp_path / "saved")
+    assert "varlen" not in (tmp_path / "saved/config.json").read_text()
+    precise = load(name, tmp_path, builtin_cache)  # in fp32, which flash-attention has not
+    assert packing_of(engine_around(precise), 128) == (None if name == "bloom" else Packing.MASKED)
+
+
+def test_attention_that_sees_through_the_bounds_is_not_taken(varlen, tmp_path, builtin_cache):
+    attend = hf.AttentionInterface()["varlen"]
+    hf.AttentionInterface.register("varlen", lambda *given, cu_seq_lens_q=None, **named: attend(*given, **named))
+    model = load("llama", tmp_path, builtin_cache, torch.bfloat16)
+    plain = model.config._attn_implementation
+    assert packing_of(engine_around(model), 128) is Packing.MASKED
+    assert model.config._attn_implementation == plain
 
 
 def test_a_model_that_refuses_the_mask_fails_the_probe_and_nothing_else():
     falcon = hf.FalconForCausalLM(hf.FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1,
                                                   num_attention_heads=4, alibi=True))
     engine = engine_around(falcon)
-    assert not keeps_rows_apart(engine, 128)
+    assert packing_of(engine, 128) is None
     assert falcon.training and falcon(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 300)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe_finds_a_window_that_the_mask_would_override(dtype, tmp_path, builtin_cache):
     model = load("mistral", tmp_path, builtin_cache, dtype, sliding_window=32)
-    assert keeps_rows_apart(engine_around(model), 32)
-    assert not keeps_rows_apart(engine_around(model), 128)
+    assert packing_of(engine_around(model), 32) is Packing.MASKED
+    assert packing_of(engine_around(model), 128) is None
 
 
 # Rotary positions are relative, so that those models need no positions to start again.
@@ -118,4 +165,4 @@ def test_the_probe_finds_a_model_that_ignores_half_of_what_it_is_told(name, dtyp
         return forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **others)
 
     model.forward = forgetful
-    assert not keeps_rows_apart(engine_around(model), 64)
+    assert packing_of(engine_around(model), 64) is None

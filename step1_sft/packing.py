@@ -1,21 +1,54 @@
-"""Whether a model computes the same for rows that share a sequence as for rows on their own."""
+"""How rows can share a sequence in a model that must compute the same for them as for rows on their own."""
 from __future__ import annotations
 
 import inspect
+from enum import Enum
 
 import torch
 from datasets import Dataset
+from transformers.utils import is_flash_attn_2_available
 
 from common.data.collate import collate_demonstrations
 from common.data.sampler import MicroBatch
-from common.distributed import device
+from common.distributed import device, on_every_rank
 from common.models.logprobs import response_log_probs
 
+VARLEN = "flash_attention_2"  # takes rows of any length one after another, and computes nothing between them
 _SHORT = 16
 
 
+class Packing(Enum):
+    """What keeps the rows apart."""
+    FLAT = "attention of variable length, which computes nothing between rows"
+    MASKED = "a block-diagonal mask"
+
+
+def packing_of(engine, width: int) -> Packing | None:
+    """The best way that keeps the rows of a sequence of `width` tokens apart; None if no way does.
+
+    The model is left with the attention that goes with it. All ranks must call it.
+    """
+    causal_lm = engine.module
+    plain = causal_lm.config._attn_implementation
+    possible = is_flash_attn_2_available() and causal_lm.dtype != torch.float32 and _attends_by(causal_lm, VARLEN)
+    if on_every_rank(possible):
+        if keeps_rows_apart(engine, width, Packing.FLAT):
+            return Packing.FLAT
+    _attends_by(causal_lm, plain)
+    return Packing.MASKED if keeps_rows_apart(engine, width, Packing.MASKED) else None
+
+
+def _attends_by(causal_lm, implementation: str) -> bool:
+    """Change the model's attention; False for a model that cannot have it."""
+    try:
+        causal_lm.set_attn_implementation(implementation)
+    except (ImportError, ValueError):
+        return False
+    return causal_lm.config._attn_implementation == implementation
+
+
 @torch.no_grad()
-def keeps_rows_apart(engine, width: int) -> bool:
+def keeps_rows_apart(engine, width: int, way: Packing) -> bool:
     """Compare the log-probabilities of two rows, packed into a sequence of `width` tokens and on their own.
 
     A mask or positions that the model ignores show in the second row, a window of attention that the block-diagonal
@@ -32,6 +65,8 @@ def keeps_rows_apart(engine, width: int) -> bool:
 
     def log_probs(micro_batch: MicroBatch, lengths: list[int]) -> torch.Tensor:
         batch = collate_demonstrations(rows, micro_batch, pad_id=0).to(device())
+        if micro_batch.packs and way is Packing.FLAT:
+            batch = batch.flat()
         responses = torch.tensor(lengths, device=device()) - 1
         return response_log_probs(engine, batch.inputs(causal_lm.dtype), torch.ones_like(responses), responses)
 
@@ -39,7 +74,7 @@ def keeps_rows_apart(engine, width: int) -> bool:
     apart = log_probs(MicroBatch((0, 1), (True, True)), lengths)
     try:
         (packed,) = log_probs(MicroBatch((0, 1), (True, True), packs=(2,)), [sum(lengths)])
-    except (TypeError, ValueError, RuntimeError):  # Falcon with ALiBi, for one, refuses the mask
+    except (ImportError, TypeError, ValueError, RuntimeError):  # Falcon with ALiBi, for one, refuses the mask
         return False
     finally:
         engine.train()
