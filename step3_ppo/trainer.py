@@ -13,7 +13,7 @@ from torch import Tensor
 from common.data.collate import TokenBatch, collate_prompts
 from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
 from common.data.tokenization import Codec
-from common.distributed import device, rank, world_size
+from common.distributed import device, on_gpu, rank, say, world_size
 from common.engine import gradient_norm
 from common.errors import DIVERGED, Diverged
 from common.loop import check_finite
@@ -31,6 +31,7 @@ from step3_ppo.models import PPOModels
 from step3_ppo.rewards import ShapedScores, kl_estimate, shape_scores, token_rewards
 from step3_ppo.rollout import ActorRollouts
 from step3_ppo.sampling import NO_TOKEN, Sampling
+from step3_ppo.states_away import StatesAway
 
 EVALUATION = 2**31  # takes the place of the iteration in the random numbers: every evaluation draws the same ones
 
@@ -57,6 +58,9 @@ class PPOTrainer:
                                       end_id=codec.end_id, pad_id=codec.pad_id,
                                       gather=not config.unpin_actor_parameters,
                                       keep_cache=not config.release_inference_cache)
+        self.states = StatesAway([models.actor, models.critic] if config.offload_in_rollouts and on_gpu() else [])
+        if config.offload_in_rollouts and not on_gpu():
+            say("note: --offload_in_rollouts moves nothing where there is no GPU")
         self.kl = (AdaptiveKL(config.first_kl_coef, config.kl_target, config.kl_horizon)
                    if config.kl_controller == "adaptive" else FixedKL(config.first_kl_coef))
         self.optimizer_steps_made = 0  # those that were skipped included
@@ -108,7 +112,9 @@ class PPOTrainer:
         rows = MicroBatch(tuple(index for batch in micro_batches for index in batch.indices),
                           tuple(real for batch in micro_batches for real in batch.real))
         prompts = collate_prompts(dataset, rows, self.codec.pad_id)
-        rollout = share_rollout(self.rollouts.roll_out(prompts, self.sampling, stream))
+        with self.states.away():
+            made = self.rollouts.roll_out(prompts, self.sampling, stream)
+        rollout = share_rollout(made)
         if (rollout.tokens == NO_TOKEN).any():
             raise Diverged(f"the actor's logits in the rollout of {_occasion(stream)} are not numbers: "
                                   f"{DIVERGED}")

@@ -26,6 +26,7 @@ from step1_sft.trainer import SFTTrainer
 from step3_ppo.assessment import share_rollout
 from step3_ppo.rollout import ActorRollouts
 from step3_ppo.sampling import Sampling
+from step3_ppo.states_away import StatesAway
 from tests.architectures import build_model
 from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
 from tests.distributed.shared_models import shared_models
@@ -54,8 +55,8 @@ def main(argv) -> None:
 
 
 def case(model: str, codec, override: str, stage: int, lora: bool, dtype: str) -> dict:
-    """Two training steps with rollouts before, between and after, and the same two steps with none."""
-    weights, texts, unmoved = {}, {}, []
+    """Two training steps with rollouts before, between and after, optimizer states away meanwhile; and with none."""
+    weights, texts, unmoved, emptied = {}, {}, [], []
     for rolling in (True, False):
         engine = build(model, codec, override, stage, lora, dtype)
         trainer = SFTTrainer(engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id,
@@ -63,7 +64,10 @@ def case(model: str, codec, override: str, stage: int, lora: bool, dtype: str) -
         for step in range(3):
             if rolling:
                 before = full_state_dict(engine)
-                texts[step] = {way: roll_out(engine, codec, way) for way in ("fast", "plain")}
+                states = StatesAway([engine])
+                with states.away():
+                    emptied.append((states.copies or not step) and not any(map(len, states.storages())))
+                    texts[step] = {way: roll_out(engine, codec, way) for way in ("fast", "plain")}
                 after = full_state_dict(engine)
                 unmoved.append(not is_main() or all(torch.equal(after[name], before[name]) for name in before))
             if step < 2:
@@ -71,7 +75,8 @@ def case(model: str, codec, override: str, stage: int, lora: bool, dtype: str) -
         weights[rolling] = full_state_dict(engine)
         engine.destroy()
     same = not is_main() or all(torch.equal(weights[True][name], weights[False][name]) for name in weights[True])
-    return {"rollouts": texts, "weights_unmoved": all(unmoved), "training_unmoved": same}
+    return {"rollouts": texts, "weights_unmoved": all(unmoved), "training_unmoved": same,
+            "states_away": all(emptied)}
 
 
 def build(model: str, codec, override: str, stage: int, lora: bool, dtype: str):

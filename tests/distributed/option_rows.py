@@ -127,6 +127,7 @@ PPO = {
     "eot_token": Row("error", "<|stop|>", f"--add_eot_token {_STOPPING_CRITIC}"),
     "trust_remote_code": Row("error", base="--actor_model_name_or_path {inputs}/own-code"),
     "offload": Row("engines", base="--actor_zero_stage 1"),
+    "offload_in_rollouts": Row("printed"),
     "offload_reference_model": Row("engines"),
     "offload_reward_model": Row("engines"),
     "eval_interval": Row("metrics", "1"),

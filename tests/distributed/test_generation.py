@@ -25,7 +25,7 @@ def fp32(cases) -> list[str]:
 @pytest.mark.parametrize("ranks", (1, 2))
 @pytest.mark.parametrize("case", [*GENERATION, *at_length(GENERATION_AT_LENGTH)])
 def test_a_rollout_leaves_weights_and_training_bit_for_bit(found, case, ranks):
-    assert found[ranks][case]["weights_unmoved"] and found[ranks][case]["training_unmoved"]
+    assert all(found[ranks][case][what] for what in ("weights_unmoved", "training_unmoved", "states_away"))
 
 
 @pytest.mark.parametrize("case", [*fp32(GENERATION), *at_length(fp32(GENERATION_AT_LENGTH))])
