@@ -5,6 +5,7 @@ accelerator and its compiled operators while it is imported.
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import datasets
 import psutil
@@ -23,6 +25,8 @@ from tqdm import tqdm
 
 from common import peers, stopping, watch
 from common.errors import TrainingFailure, UserError
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def rank() -> int:
@@ -156,7 +160,20 @@ def memory_available() -> int:
     """Bytes that this rank may still take: on its GPU, or its share of the machine's memory."""
     if on_gpu():
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available // ranks_here()
+    return min([psutil.virtual_memory().available, *_left_by_cgroup()]) // ranks_here()
+
+
+def _left_by_cgroup() -> list[int]:
+    """Bytes left of what a container may take, if it is limited; the kernel gives back what caches unused files."""
+    found = []
+    for limit, usage, cached in (("memory.max", "memory.current", "inactive_file"),  # cgroup 2
+                                 ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
+                                  "total_inactive_file")):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such version, or a limit of "max"
+            room = int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text())
+            counts = dict(line.split() for line in (_CGROUP / limit).with_name("memory.stat").read_text().splitlines())
+            found.append(max(room, 0) + int(counts[cached]))
+    return found
 
 
 def cores() -> int:

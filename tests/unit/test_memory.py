@@ -4,6 +4,7 @@ import mmap
 import pytest
 import torch
 
+from common import distributed
 from common.errors import TrainingFailure
 from common.memory import fit_micro_batches, most_that_fit, named_when_out_of_memory
 from step1_sft.config import SFTConfig
@@ -25,6 +26,22 @@ def test_the_largest_number_that_fits_is_found(room, most, least, fitting):
 
     assert least <= most_that_fit(probe, most, room * MIB) <= fitting
     assert max(tried) <= max(1, 1.2 * room // 8)  # a machine that swaps or kills must never be driven there
+
+
+@pytest.mark.parametrize("files", [
+    {"memory.max": 900, "memory.current": 500, "memory.stat": "anon 400\ninactive_file 60"},
+    {"memory/memory.limit_in_bytes": 900, "memory/memory.usage_in_bytes": 500,
+     "memory/memory.stat": "cache 1\ntotal_inactive_file 60"}], ids=["cgroup-2", "cgroup-1"])
+def test_a_containers_limit_is_the_memory_there_is(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "_CGROUP", tmp_path)
+    whole = distributed.memory_available()
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    assert distributed.memory_available() == 460 < whole
+    for limit in {"memory.max", "memory/memory.limit_in_bytes"} & set(files):
+        (tmp_path / limit).write_text("max\n" if limit == "memory.max" else f"{2**63 - 4096}\n")
+    assert distributed.memory_available() > 2**20
 
 
 def test_memory_that_is_refused_names_the_phase_the_size_and_what_helps():
