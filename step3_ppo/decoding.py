@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from common.stopping import told
+from step3_ppo.cache_attention import attention_in, fastest_cache_dtype
 from step3_ppo.sampling import NO_TOKEN, Sampling, sample_tokens
 
 PREFILL_TOKENS = 8192  # of one prefill pass, padding included: bounds its memory
@@ -49,12 +50,12 @@ def can_decode(config: PreTrainedConfig, longest: int) -> bool:
 
 
 class SlotCache(Cache):
-    """Keys and values of `slots` sequences of up to `columns` tokens, each at a length of its own."""
+    """Keys and values of `slots` sequences of up to `columns` tokens, each at a length of its own, kept in `dtype`."""
 
-    def __init__(self, config: PreTrainedConfig, slots: int, columns: int):
+    def __init__(self, config: PreTrainedConfig, slots: int, columns: int, dtype: torch.dtype):
         layers = config.get_text_config().num_hidden_layers
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
-        self.slots, self.columns = slots, columns
+        self.slots, self.columns, self.dtype = slots, columns, dtype
         self.rows = self.places = torch.empty(0, dtype=torch.long)
         self.width = 0
 
@@ -86,20 +87,22 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             # Zeros, because what the mask hides is multiplied by 0, and 0 times what lay in memory may be NaN.
             self.keys, self.values = (
-                states.new_zeros(self.cache.slots, states.shape[1], self.cache.columns, states.shape[3])
+                states.new_zeros(self.cache.slots, states.shape[1], self.cache.columns, states.shape[3],
+                                 dtype=self.cache.dtype)
                 for states in (key_states, value_states))
             self.is_initialized = True
 
     def fill(self, keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
         self.lazy_initialization(keys, values)
         width = keys.shape[2]
-        self.keys[target, :, :width], self.values[target, :, :width] = keys[source], values[source]
+        self.keys[target, :, :width] = keys[source].to(self.keys.dtype)
+        self.values[target, :, :width] = values[source].to(self.values.dtype)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         self.lazy_initialization(key_states, value_states)
         rows, width = self.cache.rows, self.cache.width
-        self.keys[rows, :, self.cache.places] = key_states[:, :, 0]
-        self.values[rows, :, self.cache.places] = value_states[:, :, 0]
+        self.keys[rows, :, self.cache.places] = key_states[:, :, 0].to(self.keys.dtype)
+        self.values[rows, :, self.cache.places] = value_states[:, :, 0].to(self.values.dtype)
         return self.keys[:len(rows), :, :width], self.values[:len(rows), :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -120,11 +123,13 @@ class Decoder:
         slots: sequences in one forward pass.
         end_id: token that ends a response.
         cache: one of an earlier decoder to use again, if it is large enough.
+        cache_dtype: of keys and values, if not the one with which the model attends fastest.
     """
 
-    def __init__(self, model, sampling: Sampling, *, slots: int, end_id: int, cache: SlotCache | None = None):
+    def __init__(self, model, sampling: Sampling, *, slots: int, end_id: int, cache: SlotCache | None = None,
+                 cache_dtype: torch.dtype | None = None):
         self.model, self.sampling, self.slots, self.end_id, self.cache = model, sampling, slots, end_id, cache
-        self.device = model.device
+        self.device, self.cache_dtype = model.device, cache_dtype or fastest_cache_dtype(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         # A prompt is put in when so many slots are free: prefilling prompts one by one would cost more than it gains.
         self.refill_at = max(1, slots // 8)
@@ -138,9 +143,13 @@ class Decoder:
             progress: called with the number of responses finished since the last call.
         """
         responses: list[list[int]] = [[] for _ in requests]
-        if not requests:
-            return responses
-        self._make_room(max(len(request.prompt) + request.max_new_tokens for request in requests))
+        if requests:
+            self._make_room(max(len(request.prompt) + request.max_new_tokens for request in requests))
+            with attention_in(self.model, self.cache_dtype):
+                self._write(requests, responses, progress or (lambda finished: None))
+        return responses
+
+    def _write(self, requests: Sequence[Request], responses: list[list[int]], progress: Callable[[int], None]) -> None:
         limits = torch.tensor([request.max_new_tokens for request in requests])
         minima = torch.tensor([request.min_new_tokens for request in requests])
         uniform = torch.stack([torch.nn.functional.pad(request.uniform, (0, int(limits.max()) - len(request.uniform)))
@@ -167,15 +176,14 @@ class Decoder:
             length, written = length + 1, written + 1
             going = (fed != self.end_id) & (fed != NO_TOKEN) & (written < limits[index])
             if not going.all():
-                if progress is not None:
-                    progress(int((~going).sum()))
+                progress(int((~going).sum()))
                 order = self._close_gaps(going, length)
                 index, fed, length, written = index[order], fed[order], length[order], written[order]
-        return responses
 
     def _make_room(self, columns: int) -> None:
-        if self.cache is None or self.cache.columns < columns or self.cache.slots < self.slots:
-            self.cache = SlotCache(self.model.config, self.slots, columns)
+        cache = self.cache
+        if cache is None or cache.columns < columns or cache.slots < self.slots or cache.dtype != self.cache_dtype:
+            self.cache = SlotCache(self.model.config, self.slots, columns, self.cache_dtype)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]], first_slot: int) -> None:
         """Cache all but the last token of each prompt, in slots from `first_slot` on. The last one is left to the

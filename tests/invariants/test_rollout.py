@@ -1,4 +1,5 @@
 """Rollouts: the tokens are the model's own, the frequencies the softmax's, and nothing but the prompt decides."""
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from scipy import stats
 from common.data.collate import PromptBatch
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.factory import load_causal_lm
-from step3_ppo.decoding import can_decode
+from step3_ppo.decoding import Decoder, Request, can_decode
 from step3_ppo.rollout import ActorRollouts, generate, to_rollout
 from step3_ppo.rollout_engine import ActorRolloutEngine
 from step3_ppo.sampling import Sampling, filtered_probabilities, response_limits, sample_tokens, uniforms
@@ -113,6 +114,34 @@ def plainly_sample(actor, sampling, sample):
     engine, codec = actor
     return responses(generate(engine, prompts(range(len(LENGTHS)), codec.pad_id), sampling, end_id=codec.end_id,
                               pad_id=codec.pad_id, seed=5, iteration=1, sample=sample))
+
+
+def test_a_cache_of_more_precision_changes_no_token(actor):
+    engine, codec = actor
+    if engine.module.config._attn_implementation != "sdpa":
+        pytest.skip("this model's own attention cannot be replaced")
+    batch = prompts(range(len(LENGTHS)), codec.pad_id)
+    uniform = uniforms(5, 1, batch.prompt_index, SAMPLED.max_new_tokens)
+    requests = [Request(tuple(ids[-length:]), numbers, 0, SAMPLED.max_new_tokens) for ids, length, numbers
+                in zip(batch.input_ids.tolist(), LENGTHS, uniform)]
+    decoder = Decoder(engine.module.eval(), SAMPLED, slots=4, end_id=codec.end_id, cache_dtype=torch.float64)
+    found = decoder.run(requests)
+    assert decoder.cache.layers[0].keys.dtype == torch.float64
+    assert engine.module.config._attn_implementation == "sdpa" and engine.module.dtype == torch.float32
+    assert found == responses(plainly(actor, range(len(LENGTHS)), SAMPLED))
+
+
+def test_greedy_tokens_in_bf16_are_those_that_a_whole_pass_finds_likeliest(actor):
+    engine, codec = actor
+    model = copy.deepcopy(engine.module).bfloat16().eval()
+    rollout = roll_out((WholeEngine(model), codec), range(len(LENGTHS)), GREEDY)
+    with torch.no_grad():
+        logits = model(input_ids=rollout.tokens).logits[:, :-1].float()
+    chosen = logits.gather(2, rollout.tokens[:, 1:, None])[..., 0]
+    behind = (logits.amax(2) - chosen) / logits.std(2)
+    place = torch.arange(1, rollout.tokens.shape[1])
+    response = (place >= rollout.prompt_lengths[:, None]) & (place < rollout.lengths[:, None])
+    assert behind[response].max() < 0.1 < 1 < behind[place < rollout.prompt_lengths[:, None]].median()
 
 
 def test_drawn_lengths_are_exact_and_reach_both_limits(actor):

@@ -1,0 +1,45 @@
+"""Attention in the number format of the key-value cache, which may be wider than the model's.
+
+For one query at a time a CPU attends several times slower in bf16 than in fp32. With keys and values kept in fp32
+nothing but the query is converted at each step.
+"""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+_NAME = "sdpa_in_the_caches_dtype"
+
+
+def _attend(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named):
+    output, weights = sdpa_attention_forward(module, query.to(key.dtype), key, value, mask, **named)
+    return output.to(query.dtype), weights
+
+
+AttentionInterface.register(_NAME, _attend)
+AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
+
+
+def fastest_cache_dtype(model) -> torch.dtype:
+    """That of the model; on a CPU fp32, where the model's attention can be replaced."""
+    can = model.device.type == "cpu" and model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa"
+    return torch.float32 if can else model.dtype
+
+
+@contextlib.contextmanager
+def attention_in(model, dtype: torch.dtype) -> Iterator[None]:
+    """Within the context the model takes keys and values of `dtype` from its cache."""
+    if dtype == model.dtype:
+        yield
+        return
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
