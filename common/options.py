@@ -68,6 +68,10 @@ class DataOptions(Config):
                             f"make part {self.phase + 1} greater than 0")
         self.only_with("--add_eot_token", self.add_eot_token, "eot_token")
 
+    def all_sources(self) -> list[SourceSpec]:
+        """Every data source that the step reads."""
+        return parse_data_path(self.data_path) + self.unsplit_sources()
+
     def unsplit_sources(self) -> list[SourceSpec]:
         """Sources that are given to this step whole, whatever --data_split says."""
         return []

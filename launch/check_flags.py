@@ -1,4 +1,5 @@
-"""Reads the flags of all three steps before the first one trains: a slip must not cost the hours before it.
+"""Reads the flags of all three steps, and looks for what they name, before the first one trains: a slip must not cost
+the hours before it.
 
     python launch/check_flags.py USAGE sft FLAGS... -- reward FLAGS... -- ppo FLAGS...
 
@@ -30,8 +31,11 @@ def main(argv: Sequence[str]) -> int:
         steps = [(step, _read(step, flags, own)) for step, *flags in _split(words)]
         # Imports torch, so not before the flags are known to be right.
         from common.engine import check_engine_options
+        made: set[Path] = set()
         for step, config in steps:
             _for_step(step, check_engine_options, config)
+            _for_step(step, _check_inputs, config, made)
+            made.add(Path(config.output_dir))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -55,6 +59,18 @@ def _for_step(step: str, function, *arguments):
         return function(*arguments)
     except UserError as error:
         raise UserError(f"step {list(CONFIGS).index(step) + 1} ({step}): {error}") from None
+
+
+def _check_inputs(config: Config, made: set[Path]) -> None:
+    """Raises UserError for data or a model that is not there; `made` are the models of the steps before."""
+    from common.data.sources import local_source
+    from common.models.factory import check_model_name
+    for spec in config.all_sources():
+        local_source(spec)
+    for name in options(type(config)):
+        value = getattr(config, name)
+        if name.endswith("model_name_or_path") and value is not None and Path(value) not in made:
+            check_model_name(value, f"--{name}")
 
 
 def _check_name(step: str, name: str, own: set[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from common.config import Config, option, options
+from common.data.blend import SourceSpec, parse_data_path
 from common.errors import UserError
 from common.options import Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
 
@@ -183,6 +184,16 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     tp_gather_partition_size: int = option(8, "", ignored=_NO_TENSOR_PARALLEL, low=1)
     enable_mixed_precision_lora: bool = option(False, "", ignored="gathered weights are not quantised")
     align_overflow: bool = option(False, "", ignored="actor and critic always skip a step together")
+
+    def all_sources(self) -> list[SourceSpec]:
+        return super().all_sources() + self.text_sources()
+
+    def text_sources(self) -> list[SourceSpec]:
+        """That of the plain text, if any is mixed in."""
+        if not self.unsupervised_dataset_name:
+            return []
+        return parse_data_path([self.unsupervised_dataset_name], flag="--unsupervised_dataset_name",
+                               config_name=self.unsupervised_dataset_config_name)
 
     @property
     def kl_limit(self) -> float:

@@ -16,7 +16,6 @@ from datasets import Dataset
 
 from common.checkpoint import export_model
 from common.config import parse
-from common.data.blend import parse_data_path
 from common.data.collate import TokenBatch, collate_texts
 from common.data.prepare import DataRequest, agree_on, prepare
 from common.data.sampler import StepSampler
@@ -122,9 +121,7 @@ def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
 
 def text_request(config: PPOConfig) -> DataRequest:
     """The plain text of the pre-training mix; all of it, since it has no prompts to keep apart."""
-    specs = parse_data_path([config.unsupervised_dataset_name], flag="--unsupervised_dataset_name",
-                            config_name=config.unsupervised_dataset_config_name)
-    return DataRequest(data_path=specs, kind="text", phase=None, eval_fraction=0.0, max_rows=config.max_rows,
+    return DataRequest(data_path=config.text_sources(), kind="text", phase=None, eval_fraction=0.0, max_rows=config.max_rows,
                        columns=config.columns or None,
                        max_tokens=config.max_prompt_seq_len + config.max_answer_seq_len,
                        max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)

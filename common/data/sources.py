@@ -53,6 +53,15 @@ def open_source(spec: SourceSpec) -> Source:
 
     Raises UserError if the source does not exist, holds no data or cannot be reached.
     """
+    source = local_source(spec)
+    if source is None:
+        announce_lookup(spec.name)
+        source = hub_source(spec)
+    return source
+
+
+def local_source(spec: SourceSpec) -> Source | None:
+    """A builtin task or a path as a source; None for what may be a name on the hub. Raises UserError for neither."""
     if spec.name.startswith(_BUILTIN):
         return _builtin(spec)
     path = Path(spec.name).expanduser()
@@ -65,8 +74,7 @@ def open_source(spec: SourceSpec) -> Source:
     if is_data_file(path) or not may_be_on_hub(spec.name):
         raise UserError(f"{spec.flag}: {spec.name} does not exist; name a file, a directory, "
                         f"builtin:courtesy or a hub data set (name or owner/name){similar_path(path)}")
-    announce_lookup(spec.name)
-    return hub_source(spec)
+    return None
 
 
 def _builtin(spec: SourceSpec) -> Source:

@@ -27,12 +27,24 @@ def resolve_model(name: str, flag: str, cache_dir: Path) -> str:
     """The directory or hub name to load a model from; a builtin model is written to the cache first.
 
     Raises:
-        UserError: neither a directory with a config.json, a builtin, nor what may be a hub name.
+        UserError: as of `check_model_name`.
     """
+    check_model_name(name, flag)
+    if name in BUILTIN_MODELS:
+        return str(materialise(name, cache_dir))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    announce_lookup(name)
+    return name
+
+
+def check_model_name(name: str, flag: str) -> None:
+    """Raises UserError for neither a directory with a config.json, a builtin, nor what may be a hub name."""
     if name.startswith("builtin:"):
         if name not in BUILTIN_MODELS:
             raise UserError(f"{flag} {name}: no such built-in model; there are {', '.join(BUILTIN_MODELS)}")
-        return str(materialise(name, cache_dir))
+        return
     path = Path(name).expanduser()
     if path.is_dir():
         config = path / "config.json"
@@ -42,14 +54,11 @@ def resolve_model(name: str, flag: str, cache_dir: Path) -> str:
             json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{flag} {name}: {config} is not valid JSON ({error})") from None
-        return str(path)
-    if path.exists() or is_data_file(path) or not may_be_on_hub(name):
+    elif path.exists() or is_data_file(path) or not may_be_on_hub(name):
         hint = "; it is a file" if path.exists() else similar_path(path)
         if name in _MADE_BY:
             hint = f"; {_MADE_BY[name]} makes it"
         raise UserError(f"{flag} {name}: no such model directory{hint}")
-    announce_lookup(name)
-    return name
 
 
 def load_causal_lm(source: str, flag: str, codec: Codec, *, dtype: torch.dtype, ds_config: dict | None = None,

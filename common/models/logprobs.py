@@ -128,7 +128,7 @@ def _head_replaced(causal_lm: nn.Module, forward: Callable[[Head, Tensor], Tenso
 
 def _chunk_by_chunk(head: Head, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool,
                     rows: int) -> Tensor:
-    """`_numbers` of head(hidden (N, H)), `rows` at a time; of many chunks, the backward pass computes each one again."""
+    """`_numbers` of head(hidden (N, H)), `rows` at a time; of many, the backward pass computes each one again."""
     def numbers(hidden: Tensor, tokens: Tensor) -> Tensor:
         return _numbers(head(hidden), tokens, temperature, entropy)
 

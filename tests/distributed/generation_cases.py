@@ -1,8 +1,8 @@
 """Rollouts between training steps, at every ZeRO stage, full and LoRA: what they write and what they leave behind.
 
-Run under the launcher: generation_cases.py [--long] CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the rollout of
-all ranks, the plain way's tokens, and whether weights and training came through bit for bit; and `shared`, what
-`shared_models` found at each stage.
+Run under the launcher: generation_cases.py [--long] CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the
+rollout of all ranks, the plain way's tokens, and whether weights and training came through bit for bit; and `shared`,
+what `shared_models` found at each stage.
 """
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ def test_an_error_that_all_ranks_meet_is_said_once(tmp_path):
 
 def test_losses_that_are_not_numbers_end_the_run_in_one_line(tmp_path):
     done = launch(ROOT / "step1_sft" / "main.py", "--model_name_or_path", "builtin:tiny-opt", *SMALL[:-2],
-                  "--learning_rate", "1e30", "--max_grad_norm", "0", "--max_skipped_steps", "2", cwd=tmp_path, check=False)
+                  "--learning_rate", "1e30", "--max_grad_norm", "0", "--max_skipped_steps", "2", cwd=tmp_path,
+                  check=False)
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "the loss on rank 0 is not finite" in error and "--max_skipped_steps 2" in error

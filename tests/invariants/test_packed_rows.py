@@ -73,7 +73,8 @@ def varlen(monkeypatch):
     monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: True)
 
 
-@pytest.mark.parametrize("way, train_on_prompt", [(Packing.MASKED, False), (Packing.MASKED, True), (Packing.FLAT, False)])
+@pytest.mark.parametrize("way, train_on_prompt", [
+    (Packing.MASKED, False), (Packing.MASKED, True), (Packing.FLAT, False)])
 @pytest.mark.parametrize("name", PACKABLE)
 def test_loss_and_gradients_are_those_of_rows_on_their_own(name, way, train_on_prompt, rows, varlen, tmp_path,
                                                            builtin_cache):
