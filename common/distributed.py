@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 from tqdm import tqdm
 
 from common import peers, stopping, watch
-from common.errors import TrainingFailure, UserError
+from common.errors import Finished, TrainingFailure, UserError
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -199,12 +199,15 @@ def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[
     """Run a program's main function and turn what the user can mend into one line and exit code 2.
 
     Returns:
-        The exit code: 0; 2 for `UserError`; 75 for a run that was told to stop and has saved its state; 130 for Ctrl-C
+        The exit code: 0, also where the result was there already; 2 for `UserError`; 75 for a run that was told to stop and has saved its state; 130 for Ctrl-C
         in a program that does not train; 1 for anything else, with a traceback if it is no `TrainingFailure`.
     """
     prepare_environment()
     try:
         program(argv)
+        return _leave(0)
+    except Finished as there:
+        say(str(there))
         return _leave(0)
     except stopping.Stopped as stop:
         stopping.ignore_signals()

@@ -27,6 +27,10 @@ class Diverged(TrainingFailure):
     """
 
 
+class Finished(Exception):
+    """There is nothing to do: the result is there already. Programs print the message, one line, and exit with 0."""
+
+
 # Ends the message of a Diverged.
 DIVERGED = "training stopped and nothing was published; lower the learning rate, or look for extreme rows in the data"
 

@@ -87,7 +87,9 @@ def make_report(sft: Path, reward: Path, ppo: Path, seconds: Sequence[float] | N
     """
     records = {name: _finished(name, directory) for name, directory in zip(STEPS, (sft, reward, ppo))}
     before, after = (_read_rows(ppo / "samples" / f"{name}.jsonl") for name in ("before", "after"))
-    times = dict(zip(STEPS, seconds or [rows[-1]["seconds"] for rows in records.values()]))
+    # A step that was interrupted has taken longer than its last start says.
+    logged = [rows[-1]["seconds"] for rows in records.values()]
+    times = dict(zip(STEPS, map(max, logged, seconds or logged)))
 
     def change(step: str, metric: str) -> Change:
         values = [row[metric] for row in records[step] if row["phase"] == "eval" and metric in row]

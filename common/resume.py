@@ -21,6 +21,7 @@ from common.config import Config, options
 from common.distributed import barrier, is_main, on_gpu, rank, say, seed_rank, stop_agreed, world_size
 from common.engine_state import load_engine, save_engine
 from common.errors import Diverged, UserError
+from common.finished import Result
 from common.joint_step import JointStep
 from common.peers import enter
 from common.shards import Shards
@@ -37,6 +38,8 @@ MAY_CHANGE = frozenset({
     "save_interval", "keep_checkpoints", "resume", "resume_anyway", "log_interval", "print_loss", "print_answers",
     "print_answers_interval", "enable_test_mode", "test_stop_step", "unpin_actor_parameters",
     "release_inference_cache", "offload_in_rollouts", "max_skipped_steps", "max_kl", "max_reward", "min_reward"})
+
+STOPS_EARLY = {"enable_test_mode", "test_stop_step"}  # what has ended otherwise has another result
 
 
 @dataclass
@@ -86,6 +89,7 @@ class Checkpoints:
         """The checkpoint to go on from, if there is one; none of its state is loaded yet. All ranks must call it.
 
         Raises:
+            Finished: the run has ended well already.
             UserError: `--resume PATH` is not whole, or the run was started with another configuration.
         """
         resume = self.config.resume
@@ -95,6 +99,8 @@ class Checkpoints:
         self.store.clean()
         if resume == "auto":
             path = self.store.newest_whole(say)
+            if path is None:
+                self._result().raise_if_there()
         else:
             path = Path(resume)
             if problems := self.store.problems(path):
@@ -106,6 +112,8 @@ class Checkpoints:
     def restore(self, path: Path | None, state: TrainingState, tracker: Tracker) -> int:
         """Load `path`, or nothing, into `state`; returns the steps (iterations in step 3) that it was taken after."""
         self.state, self.tracker = state, tracker
+        if is_main():
+            self._result().forget()
         if path is None:
             tracker.begin()
             return 0
@@ -172,7 +180,16 @@ class Checkpoints:
 
     def discard(self) -> None:
         """Delete all checkpoints: the result is published."""
+        if is_main():
+            self._result().note()
         self.store.delete()
+
+    def _result(self) -> Result:
+        config = {name: value for name, value in _plain(self.config).items() if name not in MAY_CHANGE - STOPS_EARLY}
+        for batch in self.config.batches():  # what they make on all ranks together is what counts
+            for flag in batch.flags:
+                config.pop(flag, None)
+        return Result(self.config, {"config": config, "batches": _batches(self.config), "data": self.data})
 
     def _how_to_go_on(self) -> str:
         if self.saved[1] is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.distributed import barrier, is_main, run_program, say, world_size
-from common.errors import UserError
+from common.errors import Finished, UserError
 from common.resume import Checkpoints
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
@@ -76,6 +76,13 @@ def changed(part: str, command: list[str]) -> None:
     except UserError as error:
         say(f"refused: {error}")
     step1([*other, "--resume_anyway"])
+    finished = Path(command[-1]) / "model.safetensors"
+    before = finished.stat().st_mtime_ns
+    try:
+        step1([*other, "--save_interval", "2"])
+    except Finished as there:
+        say(f"finished: {there}")
+    assert finished.stat().st_mtime_ns == before
 
 
 class breaking_off:

@@ -59,6 +59,8 @@ def test_another_configuration_is_refused_unless_it_is_meant(output, ranks):
     runs = len(list((output / str(ranks) / "whole").iterdir()))
     assert said.count("resuming from") == runs + len(RESHAPED) + 1
     assert [record["step"] for record in metrics(output / str(ranks) / "changed")][-1] > 6
+    changed = output / str(ranks) / "changed"
+    assert f"finished: {changed} holds the result of this command already; --resume never trains it again" in said
 
 
 @pytest.mark.parametrize("ranks", (1, 2))

@@ -106,13 +106,21 @@ def command_lines(output: Path) -> list[list[str]]:
 @pytest.mark.long
 def test_the_pipeline_passes_flags_to_each_step_and_sums_up(tmp_path):
     tiny = "--model_name_or_path builtin:tiny-opt " + " ".join(SUPERVISED)
-    done = run(["bash", str(ROOT / "launch/pipeline.sh"), "--num_gpus", "2", "--output_dir", str(tmp_path),
-                "--recipes", str(ROOT / "launch/recipes/8xa100"), "--price_per_hour", "1.13", "--sft_flags", tiny,
-                "--reward_flags", tiny, "--ppo_flags", " ".join(PPO), *TASK, *STOP])
+    command = ["bash", str(ROOT / "launch/pipeline.sh"), "--num_gpus", "2", "--output_dir", str(tmp_path),
+               "--recipes", str(ROOT / "launch/recipes/8xa100"), "--price_per_hour", "1.13", "--sft_flags", tiny,
+               "--reward_flags", tiny, "--ppo_flags", " ".join(PPO), *TASK, *STOP]
+    done = run(command)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "TRUE reward" in done.stdout and summary["truth"] is not None
     assert summary["cost"] == pytest.approx(sum(summary["seconds"].values()) / 3600 * 1.13)
     assert "lora_dim: 0" in (tmp_path / "sft/run_config.yaml").read_text()
+
+    (tmp_path / "ppo/logs/finished.json").unlink()  # as if it had been interrupted in step 3
+    again = run(command)
+    assert again.stdout.count("holds the result of this command already") == 2
+    assert again.stdout.count("evaluation after 0 of") == 1
+    once_more = json.loads((tmp_path / "summary.json").read_text())
+    assert {**once_more, "seconds": 0, "cost": 0} == {**summary, "seconds": 0, "cost": 0}
 
 
 @pytest.mark.long

@@ -1,0 +1,85 @@
+"""A run whose result is there is not made again; any other is."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.distributed import run_program
+from common.errors import Finished
+from common.finished import FILE, Result
+from common.resume import Checkpoints
+from step2_reward.config import RewardConfig
+
+
+@pytest.fixture
+def config(tmp_path) -> RewardConfig:
+    model = tmp_path / "model"
+    for directory in (model, tmp_path / "output/logs"):
+        directory.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    return RewardConfig(model_name_or_path=str(model), output_dir=str(tmp_path / "output"),
+                        per_device_train_batch_size=4, gradient_accumulation_steps=2)
+
+
+def finish(config: RewardConfig) -> None:
+    (Path(config.output_dir) / "provenance.json").write_text("{}")
+    Checkpoints(config, ["key"]).discard()
+
+
+def is_there(config: RewardConfig, *data: str) -> bool:
+    try:
+        return Checkpoints(config, data or ["key"]).find() is not None
+    except Finished as there:
+        assert str(there) == (f"{config.output_dir} holds the result of this command already; --resume never trains it "
+                              "again")
+        return True
+
+
+def test_the_same_command_finds_its_result(config):
+    assert not is_there(config)
+    finish(config)
+    assert is_there(config)
+    assert is_there(replace(config, log_interval=3, save_interval=7))
+    assert is_there(replace(config, per_device_train_batch_size=2, gradient_accumulation_steps=4)), "the same batches"
+
+
+@pytest.mark.parametrize("changes", [
+    {"learning_rate": 0.5}, {"resume": "never"}, {"per_device_train_batch_size": 8}, {"seed": 9},
+    {"enable_test_mode": True, "test_stop_step": 3}, {"model_name_or_path": "owner/other"}])
+def test_another_command_does_not(config, changes):
+    finish(config)
+    assert not is_there(replace(config, **changes))
+
+
+def test_other_data_another_model_and_a_missing_result_are_not_finished(config):
+    finish(config)
+    assert not is_there(config, "other key")
+    weights = Path(config.model_name_or_path) / "model.safetensors"
+    weights.write_bytes(b"changed")
+    assert not is_there(config)
+    weights.write_bytes(b"weights")
+    assert is_there(config)
+    (Path(config.output_dir) / "provenance.json").unlink()
+    assert not is_there(config)
+
+
+@pytest.mark.parametrize("content", ["", "[]", json.dumps({"config": {}})])
+def test_a_damaged_note_is_none(config, content):
+    finish(config)
+    (Path(config.output_dir) / FILE).write_text(content)
+    assert not is_there(config)
+
+
+def test_a_run_that_begins_in_its_place_makes_it_again(config):
+    finish(config)
+    Result(config, {}).forget()
+    assert not is_there(config)
+
+
+def test_a_program_ends_well_when_there_is_nothing_to_do(capsys):
+    def program(argv):
+        raise Finished("it is there")
+    assert run_program(program, []) == 0
+    assert capsys.readouterr().out == "it is there\n"
