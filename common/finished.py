@@ -8,10 +8,9 @@ import os
 from pathlib import Path
 
 from common.config import Config, options
-from common.errors import Finished
-from common.provenance import FILE as PROVENANCE_FILE
 
 FILE = "logs/finished.json"  # in the output directory
+_PARTS = ("actor", "critic", "ema")  # model directories that step 3 makes
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".py")
 
 
@@ -28,27 +27,33 @@ class Result:
         self.models = {name: getattr(config, name) for name in options(type(config))
                        if name.endswith("model_name_or_path")}
 
-    def raise_if_there(self) -> None:
-        """Raises Finished if the output directory holds this result. Reads the models it starts from, if it may."""
+    def there(self) -> bool:
+        """Whether the output directory holds this result. Reads the models that it starts from, if it may be so."""
         try:
             noted = json.loads((self.output / FILE).read_text(encoding="utf-8"))
+            return (isinstance(noted, dict) and all(noted.get(name) == value for name, value in self.depends_on.items())
+                    and noted.get("files") == self._files() and noted.get("models") == self._digests())
         except (OSError, ValueError):
-            return
-        models = noted.pop("models", None) if isinstance(noted, dict) else None
-        if noted == self.depends_on and (self.output / PROVENANCE_FILE).is_file() and models == self._digests():
-            raise Finished(f"{self.output} holds the result of this command already; --resume never trains it again")
+            return False
 
     def note(self) -> None:
         """From here on it is there. A disk that refuses costs no more than this note."""
         path = self.output / FILE
         new = path.with_suffix(".new")
         with contextlib.suppress(OSError):
-            new.write_text(json.dumps({**self.depends_on, "models": self._digests()}, indent=1), encoding="utf-8")
+            values = {**self.depends_on, "files": self._files(), "models": self._digests()}
+            new.write_text(json.dumps(values, indent=1), encoding="utf-8")
             os.replace(new, path)
 
     def forget(self) -> None:
         """From here on it is being made."""
         (self.output / FILE).unlink(missing_ok=True)
+
+    def _files(self) -> dict[str, int]:
+        """The size of every model file of the result, and of its provenance."""
+        directories = [self.output, *(self.output / part for part in _PARTS)]
+        return {str(path.relative_to(self.output)): path.stat().st_size for directory in directories
+                for path in sorted(directory.glob("*.safetensors")) + sorted(directory.glob("provenance.json"))}
 
     def _digests(self) -> dict[str, str | None]:
         return {name: model and _digest(Path(model).expanduser()) for name, model in self.models.items()}
@@ -59,7 +64,7 @@ def _digest(model: Path) -> str:
     if not model.is_dir():
         return str(model)
     whole = hashlib.sha256()
-    for path in sorted(path for path in model.iterdir() if path.suffix in _MODEL_FILES):
+    for path in sorted(path for path in model.iterdir() if path.suffix in _MODEL_FILES and path.is_file()):
         with open(path, "rb") as stream:
             whole.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()

@@ -50,8 +50,11 @@ class Peers:
         self._thread = threading.Thread(target=self._exchange, args=(store.clone(),), daemon=True)
         self._thread.start()
 
-    def look(self) -> None:
-        """End this process if the run cannot go on; to be called once a second."""
+    def look(self, launcher_gone: bool = False) -> None:
+        """End this process if the run cannot go on; to be called once a second.
+
+        Without a launcher all ranks end, one perhaps a moment before the others: that is no error of its own.
+        """
         self.unanswered += 1
         for other in self.others:
             self.silent[other] += 1
@@ -59,8 +62,9 @@ class Peers:
             return
         if trouble := self.lost() or self.hanging(max(self.timeout, 5)):
             if self._speaks(trouble):
-                stopping.write(f"error: {describe(trouble)}", on_every_rank=True)
-            os._exit(1)
+                stopping.write(f"{'the launcher has gone, and' if launcher_gone else 'error:'} {describe(trouble)}",
+                               on_every_rank=True)
+            os._exit(stopping.STOPPED if launcher_gone else 1)
         if self.failed:
             self._let_others_read()
             os._exit(self.failed[1])

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save
 
 from common.checkpoint_store import CheckpointStore, NotSaved
 from common.config import Config, options
-from common.distributed import barrier, is_main, on_gpu, rank, say, seed_rank, stop_agreed, world_size
+from common.distributed import barrier, gather_objects, is_main, on_gpu, rank, say, seed_rank, stop_agreed, world_size
+from common.engine import read_override
 from common.engine_state import load_engine, save_engine
-from common.errors import Diverged, UserError
+from common.errors import Diverged, Finished, UserError
 from common.finished import Result
 from common.joint_step import JointStep
 from common.peers import enter
@@ -100,7 +101,10 @@ class Checkpoints:
         if resume == "auto":
             path = self.store.newest_whole(say)
             if path is None:
-                self._result().raise_if_there()
+                there = gather_objects(self._result().there() if is_main() else None)[0]  # all ranks do as one
+                if there:
+                    raise Finished(f"{self.config.output_dir} holds the result of this command already; --resume never "
+                                   "trains it again")
         else:
             path = Path(resume)
             if problems := self.store.problems(path):
@@ -301,4 +305,6 @@ def _set_random_state(tensors: dict[str, torch.Tensor]) -> None:
 def _plain(config: Config) -> dict:
     """The configuration as JSON has it, without what has no effect."""
     values = {name: getattr(config, name) for name, meta in options(type(config)).items() if not meta.ignored}
+    if values["deepspeed_config"]:
+        values["deepspeed_config"] = read_override(values["deepspeed_config"])
     return json.loads(json.dumps(values))

@@ -73,10 +73,8 @@ def _watch(launchers: list[psutil.Process]) -> None:
         if deadline is None and not all(map(lives, launchers)):
             deadline = time.monotonic() + GRACE
             stopping.tell("the end of its launcher")
-        others = _peers
-        # A rank that is lost now has ended for the same reason, a moment earlier.
-        if deadline is not None and (time.monotonic() > deadline or (others is not None and others.lost())):
+        if deadline is not None and time.monotonic() > deadline:
             stopping.end_at_once(f"the launcher has gone and no checkpoint could be saved in {GRACE:.0f} seconds: the "
                                  "same command goes on from the last one")
-        if others is not None:
-            others.look()
+        if (others := _peers) is not None:
+            others.look(launcher_gone=deadline is not None)

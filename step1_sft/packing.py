@@ -10,7 +10,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from common.data.collate import collate_demonstrations
 from common.data.sampler import MicroBatch
-from common.distributed import device, on_every_rank
+from common.distributed import device, on_every_rank, on_gpu
 from common.models.logprobs import response_log_probs
 
 VARLEN = "flash_attention_2"  # takes rows of any length one after another, and computes nothing between them
@@ -30,12 +30,16 @@ def packing_of(engine, width: int) -> Packing | None:
     """
     causal_lm = engine.module
     plain = causal_lm.config._attn_implementation
-    possible = is_flash_attn_2_available() and causal_lm.dtype != torch.float32 and _attends_by(causal_lm, VARLEN)
-    if on_every_rank(possible):
-        if keeps_rows_apart(engine, width, Packing.FLAT):
+    if on_every_rank(varlen_serves(causal_lm.dtype) and _attends_by(causal_lm, VARLEN)):
+        if on_every_rank(keeps_rows_apart(engine, width, Packing.FLAT)):
             return Packing.FLAT
     _attends_by(causal_lm, plain)
-    return Packing.MASKED if keeps_rows_apart(engine, width, Packing.MASKED) else None
+    return Packing.MASKED if on_every_rank(keeps_rows_apart(engine, width, Packing.MASKED)) else None
+
+
+def varlen_serves(dtype: torch.dtype) -> bool:
+    """Whether attention of variable length is installed and made for models in `dtype`."""
+    return on_gpu() and is_flash_attn_2_available() and dtype != torch.float32
 
 
 def _attends_by(causal_lm, implementation: str) -> bool:
@@ -71,10 +75,10 @@ def keeps_rows_apart(engine, width: int, way: Packing) -> bool:
         return response_log_probs(engine, batch.inputs(causal_lm.dtype), torch.ones_like(responses), responses)
 
     engine.eval()
-    apart = log_probs(MicroBatch((0, 1), (True, True)), lengths)
     try:
+        apart = log_probs(MicroBatch((0, 1), (True, True)), lengths)
         (packed,) = log_probs(MicroBatch((0, 1), (True, True), packs=(2,)), [sum(lengths)])
-    except (ImportError, TypeError, ValueError, RuntimeError):  # Falcon with ALiBi, for one, refuses the mask
+    except (ImportError, TypeError, ValueError, RuntimeError):  # an older GPU refuses; Falcon with ALiBi the mask
         return False
     finally:
         engine.train()

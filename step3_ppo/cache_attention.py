@@ -27,8 +27,17 @@ AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
 
 def fastest_cache_dtype(model) -> torch.dtype:
     """That of the model; on a CPU fp32, where the model's attention can be replaced."""
-    can = model.device.type == "cpu" and model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa"
-    return torch.float32 if can else model.dtype
+    slow = model.device.type == "cpu" and model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa"
+    return torch.float32 if slow and _can_be_replaced(model) else model.dtype
+
+
+def _can_be_replaced(model) -> bool:
+    """Falcon, and models with code of their own, keep their attention; transformers logs that and goes on."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    replaced = model.config._attn_implementation == _NAME
+    model.set_attn_implementation(before)
+    return replaced
 
 
 @contextlib.contextmanager

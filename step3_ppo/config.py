@@ -168,7 +168,8 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     output_dir: str = option("output/ppo", "directory of the result")
     offload: bool = option(False, "keep optimizer states (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory")
     offload_in_rollouts: bool = option(
-        False, "keep optimizer states in CPU memory during rollouts, and so leave theirs to keys and values")
+        False, "keep optimizer states in CPU memory during rollouts, and so leave their room to keys and values, which "
+        "are released afterwards; --offload keeps them there all the time")
     offload_reference_model: bool = option(False, "keep the reference in CPU memory")
     offload_reward_model: bool = option(False, "keep the reward model in CPU memory")
     eval_interval: int = option(0, "evaluate every N; 0: only before and after", unit="iterations", low=0)

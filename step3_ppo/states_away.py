@@ -9,6 +9,8 @@ from torch import Tensor, UntypedStorage
 
 from common.distributed import device
 
+_PART = 2**28  # bytes; torch rounds what it page-locks up to a power of two
+
 
 class StatesAway:
     """Moves Adam's moments, 8 bytes for each weight that learns, away and back; at any ZeRO stage.
@@ -28,18 +30,21 @@ class StatesAway:
     def away(self) -> Iterator[None]:
         """Within the context the states hold nothing; after it they are bit for bit what they were."""
         storages = self.storages()
-        if [storage.nbytes() for storage in storages] != [len(copy) for copy in self.copies]:
+        sizes, parts = [storage.nbytes() for storage in storages], _parts(storages)
+        if list(map(len, parts)) != list(map(len, self.copies)):
             pinned = device().type == "cuda"
-            self.copies = [torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned) for storage in storages]
-        for storage, copy in zip(storages, self.copies):
-            copy.copy_(_bytes_of(storage))
+            self.copies = [torch.empty(len(part), dtype=torch.uint8, pin_memory=pinned) for part in parts]
+        for part, copy in zip(parts, self.copies):
+            copy.copy_(part)
+        for storage in storages:
             storage.resize_(0)
         try:
             yield
         finally:
-            for storage, copy in zip(storages, self.copies):
-                storage.resize_(len(copy))
-                _bytes_of(storage).copy_(copy)
+            for storage, size in zip(storages, sizes):
+                storage.resize_(size)
+            for part, copy in zip(_parts(storages), self.copies):
+                part.copy_(copy)
 
     def storages(self) -> list[UntypedStorage]:
         """Those of all states that are on this rank's device; before the first step there are none."""
@@ -53,5 +58,7 @@ class StatesAway:
         return list(found.values())
 
 
-def _bytes_of(storage: UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _parts(storages: Sequence[UntypedStorage]) -> list[Tensor]:
+    """All bytes, as tensors over them of up to `_PART` each."""
+    return [part for storage in storages
+            for part in torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).split(_PART)]

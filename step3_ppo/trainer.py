@@ -57,7 +57,7 @@ class PPOTrainer:
         self.rollouts = ActorRollouts(models.actor, slots=config.per_device_generation_batch_size, seed=config.seed,
                                       end_id=codec.end_id, pad_id=codec.pad_id,
                                       gather=not config.unpin_actor_parameters,
-                                      keep_cache=not config.release_inference_cache)
+                                      keep_cache=not (config.release_inference_cache or config.offload_in_rollouts))
         self.states = StatesAway([models.actor, models.critic] if config.offload_in_rollouts and on_gpu() else [])
         if config.offload_in_rollouts and not on_gpu():
             say("note: --offload_in_rollouts moves nothing where there is no GPU")

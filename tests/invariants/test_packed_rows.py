@@ -70,7 +70,7 @@ def varlen(monkeypatch):
     hf.AttentionInterface.register("varlen", attention)
     hf.AttentionMaskInterface.register("varlen", hf.AttentionMaskInterface()["flash_attention_2"])
     monkeypatch.setattr(packing, "VARLEN", "varlen")
-    monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(packing, "varlen_serves", lambda dtype: dtype != torch.float32)
 
 
 @pytest.mark.parametrize("way, train_on_prompt", [
@@ -124,9 +124,15 @@ def test_flash_attention_is_taken_where_it_is_and_can_be(name, varlen, tmp_path,
     assert packing_of(engine_around(precise), 128) == (None if name == "bloom" else Packing.MASKED)
 
 
-def test_attention_that_sees_through_the_bounds_is_not_taken(varlen, tmp_path, builtin_cache):
-    attend = hf.AttentionInterface()["varlen"]
-    hf.AttentionInterface.register("varlen", lambda *given, cu_seq_lens_q=None, **named: attend(*given, **named))
+def refuse(*given, **named):
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+
+@pytest.mark.parametrize("worse", [
+    lambda attend: lambda *given, cu_seq_lens_q=None, **named: attend(*given, **named), lambda attend: refuse],
+    ids=["sees-through-the-bounds", "refuses"])
+def test_attention_that_cannot_is_not_taken(worse, varlen, tmp_path, builtin_cache):
+    hf.AttentionInterface.register("varlen", worse(hf.AttentionInterface()["varlen"]))
     model = load("llama", tmp_path, builtin_cache, torch.bfloat16)
     plain = model.config._attn_implementation
     assert packing_of(engine_around(model), 128) is Packing.MASKED

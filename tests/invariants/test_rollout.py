@@ -6,6 +6,7 @@ import pytest
 import torch
 from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
 from scipy import stats
+from transformers import FalconConfig, FalconForCausalLM
 
 from common.data.collate import PromptBatch
 from common.data.tokenization import load_tokenizer, make_codec
@@ -142,6 +143,14 @@ def test_greedy_tokens_in_bf16_are_those_that_a_whole_pass_finds_likeliest(actor
     place = torch.arange(1, rollout.tokens.shape[1])
     response = (place >= rollout.prompt_lengths[:, None]) & (place < rollout.lengths[:, None])
     assert behind[response].max() < 0.1 < 1 < behind[place < rollout.prompt_lengths[:, None]].median()
+
+
+def test_a_model_that_keeps_its_attention_writes_in_bf16(tmp_path, builtin_cache):
+    tokenizer = load_tokenizer(str(build_model("llama", tmp_path, builtin_cache)))
+    model = FalconForCausalLM(FalconConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
+                                           num_attention_heads=4)).bfloat16().eval()
+    rollout = roll_out((WholeEngine(model), make_codec(tokenizer, "human_assistant")), range(len(LENGTHS)), GREEDY)
+    assert (rollout.response_lengths > 0).all() and model.config._attn_implementation == "sdpa"
 
 
 def test_drawn_lengths_are_exact_and_reach_both_limits(actor):

@@ -7,8 +7,9 @@ import pytest
 
 from common.distributed import run_program
 from common.errors import Finished
-from common.finished import FILE, Result
-from common.resume import Checkpoints
+from common.finished import FILE
+from common.resume import Checkpoints, TrainingState
+from common.tracking import Tracker
 from step2_reward.config import RewardConfig
 
 
@@ -72,9 +73,30 @@ def test_a_damaged_note_is_none(config, content):
     assert not is_there(config)
 
 
-def test_a_run_that_begins_in_its_place_makes_it_again(config):
+def test_while_another_run_is_in_its_place_it_is_not_there(config, tmp_path):
     finish(config)
-    Result(config, {}).forget()
+    other = replace(config, seed=9)
+    Checkpoints(other, ["key"]).restore(None, TrainingState({}), Tracker(Path(config.output_dir), False))
+    assert not is_there(config) and not is_there(other)
+
+
+def test_a_result_without_its_weights_is_none(config):
+    weights = Path(config.output_dir) / "actor/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"learnt")
+    finish(config)
+    assert is_there(config)
+    weights.unlink()
+    assert not is_there(config)
+
+
+def test_another_content_of_the_deepspeed_config_is_another_command(config, tmp_path):
+    override = tmp_path / "ds.json"
+    override.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    config = replace(config, deepspeed_config=str(override))
+    finish(config)
+    assert is_there(config)
+    override.write_text('{"zero_optimization": {"reduce_bucket_size": 2000}}')
     assert not is_there(config)
 
 
