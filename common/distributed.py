@@ -199,8 +199,9 @@ def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[
     """Run a program's main function and turn what the user can mend into one line and exit code 2.
 
     Returns:
-        The exit code: 0, also where the result was there already; 2 for `UserError`; 75 for a run that was told to stop and has saved its state; 130 for Ctrl-C
-        in a program that does not train; 1 for anything else, with a traceback if it is no `TrainingFailure`.
+        The exit code: 0, also where the result was there already; 2 for `UserError`; 75 for a run that was told to stop
+        and has saved its state; 130 for Ctrl-C in a program that does not train; 1 for anything else, with a traceback
+        if it is no `TrainingFailure`.
     """
     prepare_environment()
     try:

@@ -121,8 +121,8 @@ def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
 
 def text_request(config: PPOConfig) -> DataRequest:
     """The plain text of the pre-training mix; all of it, since it has no prompts to keep apart."""
-    return DataRequest(data_path=config.text_sources(), kind="text", phase=None, eval_fraction=0.0, max_rows=config.max_rows,
-                       columns=config.columns or None,
+    return DataRequest(data_path=config.text_sources(), kind="text", phase=None, eval_fraction=0.0,
+                       max_rows=config.max_rows, columns=config.columns or None,
                        max_tokens=config.max_prompt_seq_len + config.max_answer_seq_len,
                        max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)
 
