@@ -7,6 +7,7 @@ first second.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -122,7 +123,9 @@ def write(message: str, on_every_rank: bool = False) -> None:
 
 def _listen(pipe: int) -> None:
     while True:
-        for number in os.read(pipe, 64):
+        select.select([pipe], [], [])
+        time.sleep(0.1)  # Ctrl-C makes the launcher send SIGTERM at once; the lower number, SIGINT, is what happened
+        for number in sorted(os.read(pipe, 64)):
             if number in _SIGNALS:
                 _on_signal(number)
 

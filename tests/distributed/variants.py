@@ -8,36 +8,34 @@ class Tokens(int):
 # Name: ZeRO stage, rows per micro-batch over all ranks or tokens, gradient checkpointing, LoRA, offload.
 VARIANTS = {
     "whole": (0, 8, False, False, False), "accumulated": (0, 2, False, False, False),
-    "checkpointed": (0, 8, True, False, False), "zero2": (2, 4, False, False, False),
-    "zero3": (3, 4, False, False, False), "zero3-checkpointed": (3, 8, True, False, False),
-    "zero3-offloaded": (3, 4, False, False, True), "lora": (0, 8, False, True, False),
-    "lora-zero3": (3, 4, False, True, False), "tokens": (0, Tokens(40), False, False, False),
+    "zero2": (2, 4, False, False, False), "zero3": (3, 4, False, False, False),
+    "zero3-checkpointed": (3, 8, True, False, False), "zero3-offloaded": (3, 4, False, False, True),
+    "lora": (0, 8, False, True, False), "lora-zero3": (3, 4, False, True, False),
     "tokens-zero3": (3, Tokens(40), True, False, False),
 }
 
 # The same, at length.
 VARIANTS_AT_LENGTH = {
+    "checkpointed": (0, 8, True, False, False), "tokens": (0, Tokens(40), False, False, False),
     "zero1": (1, 4, False, False, False), "zero2-offloaded": (2, 4, False, False, True),
     "lora-zero2": (2, 4, True, True, False), "tokens-zero2": (2, Tokens(40), False, False, False),
 }
 
 
-def _generation(*stages: int) -> dict[str, tuple[int, bool, str]]:
-    return {f"zero{stage}-{kind}-{dtype}": (stage, kind == "lora", dtype)
-            for stage in stages for kind in ("full", "lora") for dtype in ("fp32", "bf16")}
-
+_GENERATION = {f"zero{stage}-{kind}-{dtype}": (stage, kind == "lora", dtype)
+               for stage in (0, 1, 2, 3) for kind in ("full", "lora") for dtype in ("fp32", "bf16")}
+_LESS_LIKELY_TO_FAIL = ("zero0-full-bf16", "zero2-full-fp32", "zero2-lora-bf16")
 
 # Name: ZeRO stage, LoRA, dtype of the actor that rollouts are made with.
-GENERATION = _generation(0, 2, 3)
+GENERATION = {name: case for name, case in _GENERATION.items() if case[0] != 1 and name not in _LESS_LIKELY_TO_FAIL}
 
 # The same, at length.
-GENERATION_AT_LENGTH = _generation(1)
+GENERATION_AT_LENGTH = {name: case for name, case in _GENERATION.items() if name not in GENERATION}
 
 # Name: step, flags of a run that breaks off and is resumed.
 RESUMED = {
-    "sft-dropout": ("sft", ("--dropout", "0.1")),
     "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--dropout", "0")),
-    "reward-zero2-lora": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0")),
+    "reward-zero2-lora-dropout": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0.1")),
     "ppo-ema": ("ppo", ("--actor_zero_stage", "0", "--critic_zero_stage", "0", "--enable_ema")),
     "ppo-zero3-bf16-lora": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--dtype", "bf16",
                                     "--actor_lora_dim", "4", "--critic_lora_dim", "4", "--enable_ema")),
@@ -45,6 +43,7 @@ RESUMED = {
 
 # The same, at length.
 RESUMED_AT_LENGTH = {
+    "sft-dropout": ("sft", ("--dropout", "0.1")),
     "sft-zero1-bf16": ("sft", ("--zero_stage", "1", "--dtype", "bf16")),
     "sft-zero2-lora-dropout": ("sft", ("--zero_stage", "2", "--lora_dim", "4", "--lora_dropout", "0.1")),
     "reward-bf16": ("reward", ("--dtype", "bf16")),
@@ -53,7 +52,7 @@ RESUMED_AT_LENGTH = {
 }
 
 # Those of RESUMED that are also continued by another number of ranks; without dropout, which is drawn by rank.
-RESHAPED = ("sft-zero3-lora", "reward-zero2-lora", "ppo-ema")
+RESHAPED = ("sft-zero3-lora", "ppo-ema")
 
 # The same, at length.
 _SUPERVISED_LORA = ("--lora_dim", "4", "--lora_learning_rate", "2e-3")

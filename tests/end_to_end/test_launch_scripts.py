@@ -28,7 +28,8 @@ def read_json_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("machine", ["1gpu", pytest.param("8xa100", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("machine", ["1gpu", "8xa100"])
 def test_the_three_scripts_of_a_machine_hand_on_their_results(machine, tmp_path):
     data = [*TASK, *STOP, "--data_output_path", str(tmp_path / "data")]
     tiny = ["--model_name_or_path", "builtin:tiny-opt", *SUPERVISED]

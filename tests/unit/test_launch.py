@@ -12,6 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from common.config import Config, parse
+from launch import check_flags
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
@@ -90,13 +91,6 @@ def test_the_pipeline_knows_its_flags_however_they_are_written(flags, told):
     (["--ppo_flags", "--kl_coeff 0.2"], "step 3 (ppo): unknown flag --kl_coeff: did you mean --kl_coef?"),
     (["--reward_flags", "--zero_stage 7"], "step 2 (reward): --zero_stage: expected one of 0, 1, 2, 3"),
     (["--ppo_flags=--deepspeed_config none.json"], "step 3 (ppo): --deepspeed_config none.json: cannot be read"),
-    (["--reward_flags", "--data_path lost.jsonl"], "step 2 (reward): --data_path: lost.jsonl does not exist"),
-    (["--ppo_flags", "--unsupervised_dataset_name lost.csv"],
-     "step 3 (ppo): --unsupervised_dataset_name: lost.csv does not exist"),
-    (["--reward_flags", "--model_name_or_path ./lost"],
-     "step 2 (reward): --model_name_or_path ./lost: no such model directory"),
-    (["--ppo_flags", "--critic_model_name_or_path output/lost"],
-     "step 3 (ppo): --critic_model_name_or_path output/lost: no such model directory"),
     (["--max_seq_len", "128"],
      "step 3 (ppo): it has no flag --max_seq_len: give that in --sft_flags and --reward_flags"),
     (["--num_gpu", "2"], "step 1 (sft): unknown flag --num_gpu: did you mean --num_gpus?"),
@@ -108,6 +102,29 @@ def test_the_pipeline_refuses_any_steps_flags_before_the_first_step(flags, told,
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"error: {told}")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step, flag, value, told", [
+    ("reward", "--data_path", "lost.jsonl", "step 2 (reward): --data_path: lost.jsonl does not exist"),
+    ("ppo", "--unsupervised_dataset_name", "lost.csv",
+     "step 3 (ppo): --unsupervised_dataset_name: lost.csv does not exist"),
+    ("reward", "--model_name_or_path", "./lost",
+     "step 2 (reward): --model_name_or_path ./lost: no such model directory"),
+    ("ppo", "--critic_model_name_or_path", "output/lost",
+     "step 3 (ppo): --critic_model_name_or_path output/lost: no such model directory"),
+    ("ppo", "--actor_model_name_or_path", "./x/../output/sft", "")])
+def test_it_looks_for_what_any_step_is_to_read(step, flag, value, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = {"sft": ["--data_path", "builtin:courtesy"],
+             "reward": ["--data_path", "builtin:courtesy", "--model_name_or_path", "output/sft"],
+             "ppo": ["--data_path", "builtin:courtesy", "--actor_model_name_or_path", "output/sft/",
+                     "--critic_model_name_or_path", "output/reward/"]}
+    for name in flags:
+        flags[name] += ["--output_dir", f"output/{name}"]
+    flags[step] += [flag, value]
+    words = [word for name, rest in flags.items() for word in ("--", name, *rest)][1:]
+    assert check_flags.main(["", *words]) == (2 if told else 0)
+    assert capsys.readouterr().err.startswith(f"error: {told}" if told else "")
 
 
 @pytest.mark.parametrize("number", ["two", "0", "-1", "1.5"])

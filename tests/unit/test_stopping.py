@@ -31,6 +31,12 @@ def test_before_training_a_signal_ends_the_program_in_one_line(name):
     assert run(f"send(signal.{name}); time.sleep(9)", RANK="1").stderr == ""
 
 
+def test_ctrl_c_is_what_is_said_whatever_the_launcher_makes_of_it():
+    done = run("stopping.training_begins(); send(signal.SIGTERM); send(signal.SIGINT); time.sleep(0.4); "
+               "print(stopping.told())")
+    assert (done.returncode, done.stdout) == (0, "SIGINT\n")
+
+
 def test_signals_close_together_count_as_one_and_a_later_one_ends_at_once():
     done = run("stopping.training_begins(); send(signal.SIGINT); send(signal.SIGTERM); "
                "time.sleep(0.7); print(stopping.told(), flush=True); send(signal.SIGTERM); time.sleep(9); "
