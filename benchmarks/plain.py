@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from common.data.collate import PromptBatch
 from common.data.sampler import MicroBatch
@@ -88,6 +88,28 @@ class _Chosen(LogitsProcessor):
         self.last = torch.where(position + 1 == self.lengths, tokens, self.last)
         tokens = tokens.masked_fill(position + 1 >= self.lengths, self.end_id)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
+@torch.no_grad()
+def generate_batch(model, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, at_a_time: int,
+                   pad_id: int) -> list[list[int]]:
+    """Greedy responses of the imposed lengths by transformers' own continuous batching, as `generate_batch` does it."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=pad_id)
+    room = ContinuousBatchingConfig(max_requests_per_batch=at_a_time, num_blocks=4 * at_a_time, max_batch_tokens=512)
+    attention = model.config._attn_implementation
+    found: dict[str, list[int]] = {}
+    try:
+        with model.continuous_batching_context_manager(generation_config=config,
+                                                       continuous_batching_config=room) as manager:
+            names = [manager.add_request(list(prompt), max_new_tokens=length)
+                     for prompt, length in zip(prompts, lengths)]
+            while len(found) < len(names) and manager.is_running():
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    found[result.request_id] = result.generated_tokens
+    finally:
+        model.set_attn_implementation(attention)
+    return [found[name] for name in names]
 
 
 def same_responses(first: Sequence[list[int]], other: Sequence[list[int]], exact: bool) -> dict[str, float]:

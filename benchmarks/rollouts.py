@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import Outcome, compare, counted_positions
-from benchmarks.plain import LongTail, cached_generate, same_responses
+from benchmarks.plain import LongTail, cached_generate, generate_batch, same_responses
 from common.config import option, parse
 from common.data.collate import collate_prompts
 from common.data.prepare import prepare
@@ -42,12 +42,17 @@ class RolloutBenchmark(BenchmarkOptions, PPOConfig):
     max_answer_seq_len: int = option(128, "longest response; the mean is a third of it", unit="tokens", low=1)
     prompts: int = option(256, "prompts over all ranks", low=1)
     greedy: bool = option(False, "take the likeliest token, in place of a sampled one")
+    against: str = option("generate", "transformers' standard way, or its continuous batching (greedy, ZeRO 0)",
+                          choices=("generate", "generate_batch"))
     critic_model_name_or_path: str = option("none", "", ignored="no reward model takes part")
 
 
 def main(argv=None) -> None:
     """Both ways answer the same prompts with the same random numbers and the same imposed lengths."""
     config = with_data(parse(RolloutBenchmark, argv, prog="benchmarks/rollouts.py"))
+    if config.against == "generate_batch" and not (config.greedy and config.actor_zero_stage == 0):
+        raise UserError("--against generate_batch draws from random numbers of its own and knows no ZeRO-3: add --greedy "
+                        "--actor_zero_stage 0")
     if config.prompts % world_size():
         raise UserError(f"--prompts {config.prompts}: must be a multiple of the {world_size()} ranks")
     source = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
@@ -79,6 +84,13 @@ def main(argv=None) -> None:
                                          end_id=codec.end_id, pad_id=codec.pad_id)
         return responses
 
+    def continuous() -> list[list[int]]:
+        engine.eval()
+        responses = generate_batch(engine.module, [request.prompt for request in requests], lengths.tolist(),
+                                   at_a_time=config.per_device_generation_batch_size, pad_id=codec.pad_id)
+        engine.train()
+        return responses
+
     def product() -> list[list[int]]:
         nonlocal cache
         with generation_mode(engine) as model:
@@ -98,11 +110,12 @@ def main(argv=None) -> None:
         return run
 
     exact = config.greedy and engine.module.dtype == torch.float32
-    compare(config.chosen({"plain": counted(plain), "product": counted(product)}),
+    standard = plain if config.against == "generate" else continuous
+    compare(config.chosen({"plain": counted(standard), "product": counted(product)}),
             lambda first, other: same_responses(first, other, exact), rounds=config.rounds, steps=1,
             about={"benchmark": "rollouts", "model": config.actor_model_name_or_path,
                    "zero_stage": config.actor_zero_stage, "dtype": str(engine.module.dtype).removeprefix("torch."),
-                   "lora_dim": config.actor_lora_dim, "greedy": config.greedy, "prompts": config.prompts,
+                   "against": config.against, "lora_dim": config.actor_lora_dim, "greedy": config.greedy, "prompts": config.prompts,
                    "longest_response": config.max_answer_seq_len,
                    "mean_response": mean_length,
                    "at_a_time": config.per_device_generation_batch_size, "parameters": parameter_count(engine)})

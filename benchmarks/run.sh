@@ -23,11 +23,13 @@ case $machine in
     cpu)
         bench 1 rollouts
         bench 1 rollouts --greedy
+        bench 1 rollouts --greedy --against generate_batch
         bench 1 rollouts --dtype bf16
         for rows in 8 32; do
             bench 2 rollouts --actor_model_name_or_path random:opt-4x768 --actor_zero_stage 3 --rounds 1 --greedy \
                 --prompts $((2 * rows)) --per_device_generation_batch_size $rows --max_prompt_seq_len 64
         done
+        bench 1 preparation
         bench 1 sft --max_seq_len 256 --max_tokens_per_micro_batch 4096
         bench 1 sft --max_seq_len 512 --max_tokens_per_micro_batch 8192
         bench 1 sft --max_seq_len 256 --max_tokens_per_micro_batch 2048 --dtype bf16

@@ -36,6 +36,21 @@ def test_rollouts_are_compared_with_equal_greedy_tokens(bench):
 
 
 @pytest.mark.long
+def test_rollouts_are_compared_with_transformers_continuous_batching_too(bench):
+    lines = bench("rollouts", *SMALL, "--per_device_generation_batch_size", "4", "--greedy", "--against",
+                  "generate_batch")
+    assert lines["plain"]["against"] == "generate_batch" and lines["product"]["equal_responses"] == 1
+
+
+@pytest.mark.long
+def test_preparation_is_measured_at_the_first_start_and_the_second(tmp_path):
+    done = launch(ROOT / "benchmarks/preparation.py", "--rows", "300", "--output_dir", str(tmp_path))
+    first, second = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert (first["start"], second["start"], first["rows"], second["rows"]) == ("first", "second", 300, 300)
+    assert first["mean_tokens"] == second["mean_tokens"] > 100
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 3)])
 @pytest.mark.parametrize("program", ["sft", "reward"])
 def test_training_is_compared_with_equal_losses(bench, program, ranks, stage):
