@@ -1,4 +1,4 @@
-"""Preparing many rows of data, and the second start, which finds them prepared: seconds, and memory of all processes."""
+"""Preparing many rows of data, and the second start, which finds them prepared: seconds, memory of all processes."""
 from __future__ import annotations
 
 import json

@@ -51,8 +51,8 @@ def main(argv=None) -> None:
     """Both ways answer the same prompts with the same random numbers and the same imposed lengths."""
     config = with_data(parse(RolloutBenchmark, argv, prog="benchmarks/rollouts.py"))
     if config.against == "generate_batch" and not (config.greedy and config.actor_zero_stage == 0):
-        raise UserError("--against generate_batch draws from random numbers of its own and knows no ZeRO-3: add --greedy "
-                        "--actor_zero_stage 0")
+        raise UserError("--against generate_batch draws from random numbers of its own and knows no ZeRO-3: add "
+                        "--greedy --actor_zero_stage 0")
     if config.prompts % world_size():
         raise UserError(f"--prompts {config.prompts}: must be a multiple of the {world_size()} ranks")
     source = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
@@ -115,8 +115,8 @@ def main(argv=None) -> None:
             lambda first, other: same_responses(first, other, exact), rounds=config.rounds, steps=1,
             about={"benchmark": "rollouts", "model": config.actor_model_name_or_path,
                    "zero_stage": config.actor_zero_stage, "dtype": str(engine.module.dtype).removeprefix("torch."),
-                   "against": config.against, "lora_dim": config.actor_lora_dim, "greedy": config.greedy, "prompts": config.prompts,
-                   "longest_response": config.max_answer_seq_len,
+                   "against": config.against, "lora_dim": config.actor_lora_dim, "greedy": config.greedy,
+                   "prompts": config.prompts, "longest_response": config.max_answer_seq_len,
                    "mean_response": mean_length,
                    "at_a_time": config.per_device_generation_batch_size, "parameters": parameter_count(engine)})
     engine.destroy()
