@@ -87,10 +87,10 @@ class Peers:
         Returns:
             None if another rank says why the run ended; else what is known of a rank that is the cause, or ''.
         """
-        self.failing = code
         stopping.ignore_signals()
         time.sleep(0.2)  # a process that dies closes its connections first
-        trouble = self.lost()
+        trouble = self.lost()  # before the others hear of this failure, and end
+        self.failing = code
         deadline = time.monotonic() + LINGER
         while time.monotonic() < deadline and not (self.failed and (self.failed[0] != self.rank or self._all_gone())):
             trouble = trouble or self.hanging(self.timeout / 2)

@@ -156,6 +156,7 @@ def test_nothing_is_left_and_the_last_line_says_why(endings, tmp_path):
                 process.kill()  # the launcher would do it 30 seconds later
         run.wait_until_gone(30)
         assert run.lines()[-1].startswith(says), run.said.read_text()
+        assert "frame #" not in run.said.read_text()
         assert sum(line.startswith("error: ") for line in run.lines()) == says.startswith("error: ")
         assert run.said.read_text().count("Traceback") == (how in ("an exception", "a deadlock"))
         assert (run.outer.wait(timeout=40) == 0) == (how == "SIGKILL to the launch process")  # deepspeed says so
