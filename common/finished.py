@@ -2,15 +2,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from pathlib import Path
 
 from common.config import Config, options
+from common.paths import content_digest
 
 FILE = "logs/finished.json"  # in the output directory
-_PARTS = ("actor", "critic", "ema")  # model directories that step 3 makes
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".py")
 
 
@@ -51,9 +50,9 @@ class Result:
 
     def _files(self) -> dict[str, int]:
         """The size of every model file of the result, and of its provenance."""
-        directories = [self.output, *(self.output / part for part in _PARTS)]
-        return {str(path.relative_to(self.output)): path.stat().st_size for directory in directories
-                for path in sorted(directory.glob("*.safetensors")) + sorted(directory.glob("provenance.json"))}
+        return {str(path.relative_to(self.output)): path.stat().st_size
+                for pattern in ("provenance.json", "*.safetensors", "*/*.safetensors")  # step 3 makes several models
+                for path in self.output.glob(pattern)}
 
     def _digests(self) -> dict[str, str | None]:
         return {name: model and _digest(Path(model).expanduser()) for name, model in self.models.items()}
@@ -63,8 +62,4 @@ def _digest(model: Path) -> str:
     """A hash of a model directory's content; of what is none, such as a hub name, the name."""
     if not model.is_dir():
         return str(model)
-    whole = hashlib.sha256()
-    for path in sorted(path for path in model.iterdir() if path.suffix in _MODEL_FILES and path.is_file()):
-        with open(path, "rb") as stream:
-            whole.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()
+    return content_digest(sorted(path for path in model.iterdir() if path.suffix in _MODEL_FILES and path.is_file()))

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.distributed import is_main
@@ -40,6 +42,16 @@ def similar_path(path: Path) -> str:
     """`; did you mean PATH?` for what lies where `path` is missing and is called much alike, or ''."""
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     return did_you_mean(path.name, beside, before="" if path.parent == Path() else f"{path.parent}/")
+
+
+def content_digest(paths: Iterable[Path]) -> str:
+    """SHA-256, in hex, of what the files hold, one after another; raises OSError for what cannot be read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def from_anywhere(name: str) -> str:

@@ -11,6 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 from common.data.collate import collate_demonstrations
 from common.data.sampler import MicroBatch
 from common.distributed import device, on_every_rank, on_gpu
+from common.models.attention import attends_by
 from common.models.logprobs import response_log_probs
 
 VARLEN = "flash_attention_2"  # takes rows of any length one after another, and computes nothing between them
@@ -30,25 +31,16 @@ def packing_of(engine, width: int) -> Packing | None:
     """
     causal_lm = engine.module
     plain = causal_lm.config._attn_implementation
-    if on_every_rank(varlen_serves(causal_lm.dtype) and _attends_by(causal_lm, VARLEN)):
+    if on_every_rank(varlen_serves(causal_lm.dtype) and attends_by(causal_lm, VARLEN)):
         if on_every_rank(keeps_rows_apart(engine, width, Packing.FLAT)):
             return Packing.FLAT
-    _attends_by(causal_lm, plain)
+    attends_by(causal_lm, plain)
     return Packing.MASKED if on_every_rank(keeps_rows_apart(engine, width, Packing.MASKED)) else None
 
 
 def varlen_serves(dtype: torch.dtype) -> bool:
     """Whether attention of variable length is installed and made for models in `dtype`."""
     return on_gpu() and is_flash_attn_2_available() and dtype != torch.float32
-
-
-def _attends_by(causal_lm, implementation: str) -> bool:
-    """Change the model's attention; False for a model that cannot have it."""
-    try:
-        causal_lm.set_attn_implementation(implementation)
-    except (ImportError, ValueError):
-        return False
-    return causal_lm.config._attn_implementation == implementation
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from common.models.attention import attends_by
+
 _NAME = "sdpa_in_the_caches_dtype"
 
 
@@ -32,11 +34,9 @@ def fastest_cache_dtype(model) -> torch.dtype:
 
 
 def _can_be_replaced(model) -> bool:
-    """Falcon, and models with code of their own, keep their attention; transformers logs that and goes on."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    replaced = model.config._attn_implementation == _NAME
-    model.set_attn_implementation(before)
+    replaced = attends_by(model, _NAME)
+    attends_by(model, before)
     return replaced
 
 
@@ -47,8 +47,8 @@ def attention_in(model, dtype: torch.dtype) -> Iterator[None]:
         yield
         return
     before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
+    attends_by(model, _NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        attends_by(model, before)

@@ -10,7 +10,6 @@ data.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from common.data import builtin
 from common.data.blend import SourceSpec
 from common.data.files import SUFFIXES, Row, is_data_file, read_rows
 from common.errors import UserError
-from common.paths import announce_lookup, may_be_on_hub, similar_path
+from common.paths import announce_lookup, content_digest, may_be_on_hub, similar_path
 
 _BUILTIN = "builtin:"
 _TRAIN = {"train", "training"}
@@ -94,15 +93,10 @@ def _file_part(path: Path, label: str, name: str, split: str) -> Part:
 
 
 def _file_digest(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb") as stream:
-                while block := stream.read(2**20):
-                    digest.update(block)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
-    return digest.hexdigest()
+    try:
+        return content_digest(paths)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error}") from error
 
 
 def _directory(spec: SourceSpec, path: Path) -> Source:

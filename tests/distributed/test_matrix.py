@@ -8,16 +8,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.architectures import build_model
-from tests.distributed.matrix import ALL, EVAL_PROMPTS, ROWS_PER_STEP, SHORT
-from tests.launching import ROOT, launch
+from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHORT
+from tests.launching import ROOT, at_length, launch
 
 PROGRAM = ROOT / "tests" / "distributed" / "matrix_cases.py"
-LONG = [pytest.param(combination, marks=pytest.mark.long) for combination in ALL if combination not in SHORT]
-COMBINATIONS = pytest.mark.parametrize("combination", [*SHORT, *LONG], ids=lambda combination: combination.name)
-FP32 = pytest.mark.parametrize("combination", [
-    case for case in [*SHORT, *LONG]
-    if (case.values[0] if isinstance(case, type(pytest.param())) else case).dtype == "fp32"],
-    ids=lambda combination: combination.name)
+
+
+def combinations(dtypes):
+    """Those in these number formats, for a test's parameter."""
+    short, long = ([case for case in cases if case.dtype in dtypes] for cases in (SHORT, LONG))
+    return pytest.mark.parametrize("combination", [*short, *at_length(long)],
+                                   ids=lambda combination: combination.name)
+
+
+COMBINATIONS, FP32 = combinations(("fp32", "bf16")), combinations(("fp32",))
 # Sums in another order differ by some 1e-7 of themselves; a policy that starts at its reference has a KL near 0.
 COMPARED = [("sft", "loss", {"rel": 1e-3}), ("reward", "loss", {"rel": 1e-3}), ("ppo", "shaped_score", {"rel": 1e-4}),
             ("ppo", "kl", {"abs": 1e-5}), ("ppo", "value_loss", {"rel": 1e-4}),
@@ -26,7 +30,7 @@ RANKS = pytest.mark.parametrize("ranks", (1, 2))
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, builtin_cache, hh_data, request) -> Path:
+def results(tmp_path_factory, builtin_cache, hh_data, length) -> Path:
     """RANKS/COMBINATION/{sft,reward,ppo}; one launch for each number of ranks."""
     output = tmp_path_factory.mktemp("matrix")
     model = build_model("opt", output / "model", builtin_cache)
@@ -34,9 +38,8 @@ def results(tmp_path_factory, builtin_cache, hh_data, request) -> Path:
     texts.write_text("".join(json.dumps({"text": f"The number {n} comes before the number {n + 1}."}) + "\n"
                              for n in range(60)))
     (output / "ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": 100000}}')
-    which = "all" if request.config.getoption("--long") else "short"
     for ranks in (1, 2):
-        launch(PROGRAM, str(hh_data), str(texts), str(model), str(output), which, ranks=ranks, timeout=1800)
+        launch(PROGRAM, *length, str(hh_data), str(texts), str(model), str(output), ranks=ranks, timeout=1800)
     return output
 
 
