@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from common.distributed import barrier, gather_objects, is_main, on_gpu, world_size
+from common.memory import memory_status
 from common.phases import now
 
 MIB = 2**20
@@ -137,7 +138,7 @@ def _measured(variant: Callable[[], Outcome]) -> _Run:
     outcome = variant()
     stop = now()
     barrier()
-    resident = _resident_peak()
+    resident = memory_status("VmHWM")
     held = torch.cuda.max_memory_allocated() if on_gpu() else 0
     ranks = gather_objects((outcome.samples, outcome.real_tokens, outcome.padded_tokens, outcome.new_tokens,
                             stop - start, held, resident))
@@ -181,9 +182,3 @@ def _forget_peaks() -> None:
     with contextlib.suppress(OSError, AttributeError):  # another libc than GNU's; a kernel that forbids it
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _resident_peak() -> int:
-    """Bytes of memory that this process held at its peak since `_forget_peaks`."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))

@@ -128,13 +128,14 @@ def _peak_of(work: Callable[[], None]) -> int:
     with contextlib.suppress(OSError):  # where the kernel refuses, the peak is that since the start: too careful
         Path("/proc/self/clear_refs").write_text("5")
     work()
-    return _status("VmHWM")
+    return memory_status("VmHWM")
 
 
 def _bytes_taken() -> int:
-    return torch.cuda.memory_allocated() if on_gpu() else _status("VmRSS")
+    return torch.cuda.memory_allocated() if on_gpu() else memory_status("VmRSS")
 
 
-def _status(name: str) -> int:
+def memory_status(name: str) -> int:
+    """Bytes that the kernel says this process has of `name`, a line of /proc/self/status such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

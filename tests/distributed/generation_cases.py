@@ -1,8 +1,8 @@
 """Rollouts between training steps, at every ZeRO stage, full and LoRA: what they write and what they leave behind.
 
 Run under the launcher: generation_cases.py [--long] CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the
-rollout of all ranks, the plain way's tokens, and whether weights and training came through bit for bit; and `shared`,
-what `shared_models` found at each stage.
+rollout of all ranks, the plain way's tokens, and whether weights and training came through bit for bit; `shared`, what
+`shared_models` found at each stage; and `threads`, those that rank 0 computes with.
 """
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def main(argv) -> None:
         cases, stages = cases | GENERATION_AT_LENGTH, (0, 1, 2, 3)
     found = {name: case(str(model_dir), codec, str(override), *settings) for name, settings in cases.items()}
     found["shared"] = {stage: shared_models(str(model_dir), codec, stage) for stage in stages}
+    found["threads"] = torch.get_num_threads()
     if is_main():
         (output_dir / f"{world_size()}.json").write_text(json.dumps(found))
 

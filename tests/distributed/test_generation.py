@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from common.distributed import cores
 from tests.distributed.variants import GENERATION, GENERATION_AT_LENGTH
 from tests.launching import ROOT, at_length, launch
 
@@ -13,9 +14,11 @@ PROGRAM = ROOT / "tests" / "distributed" / "generation_cases.py"
 def found(tmp_path_factory, builtin_cache, length):
     """By number of ranks, then by case; one launch for each number of ranks."""
     directory = tmp_path_factory.mktemp("generation")
+    found = {}
     for ranks in (1, 2):
-        launch(PROGRAM, *length, str(builtin_cache), str(directory), ranks=ranks)
-    return {ranks: json.loads((directory / f"{ranks}.json").read_text()) for ranks in (1, 2)}
+        said = launch(PROGRAM, *length, str(builtin_cache), str(directory), ranks=ranks).stdout
+        found[ranks] = {**json.loads((directory / f"{ranks}.json").read_text()), "said": said}
+    return found
 
 
 def fp32(cases) -> list[str]:
@@ -36,6 +39,12 @@ def test_rollouts_do_not_depend_on_ranks_stage_or_way(found, case):
         for way in ("fast", "plain"):
             assert {step: texts[way] for step, texts in found[ranks][case]["rollouts"].items()} == \
                    {step: texts["fast"] for step, texts in expected.items()}, (ranks, way)
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_ranks_share_the_cores_and_say_how_weights_are_gathered(found, ranks):
+    assert found[ranks]["threads"] == max(1, cores() // ranks)
+    assert "note: for each rollout the whole actor is gathered on every rank" in found[ranks]["said"]
 
 
 @pytest.mark.parametrize("ranks", (1, 2))

@@ -1,6 +1,7 @@
 """Rollouts: the tokens are the model's own, the frequencies the softmax's, and nothing but the prompt decides."""
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from common.data.collate import PromptBatch
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.factory import load_causal_lm
+from step3_ppo import rollout as rollout_module
 from step3_ppo.cache_attention import fastest_cache_dtype
 from step3_ppo.decoding import Decoder, Request, can_decode
 from step3_ppo.rollout import ActorRollouts, generate, to_rollout
@@ -209,6 +211,14 @@ def test_windows_shorter_than_the_sequence_are_left_to_the_plain_way(tmp_path, b
 def test_min_new_tokens_holds_back_the_end_token(actor):
     rollout = roll_out(actor, [0, 1], Sampling(5.0, 1.0, 0, min_new_tokens=12, max_new_tokens=12))
     assert rollout.response_lengths.tolist() == [12, 12] and not rollout.finished.any()
+
+
+def test_a_long_rollout_shows_how_far_it_is(actor, monkeypatch, capsys):
+    monkeypatch.setattr(rollout_module, "SECONDS_BEFORE_BAR", 0)
+    monkeypatch.setattr(rollout_module, "tqdm", partial(rollout_module.tqdm, mininterval=0, miniters=1))
+    roll_out(actor, range(len(LENGTHS)), GREEDY)
+    shown = capsys.readouterr().err
+    assert "rollout:   0%" in shown and f"{len(LENGTHS)}/{len(LENGTHS)}" in shown
 
 
 def test_training_mode_is_back_after_a_rollout(actor):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from common.checkpoint import write_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from common.memory import memory_status
 from common.models.factory import load_causal_lm, load_scalar_model, resolve_model
 from tests.architectures import CONFIGS, build_model
 
@@ -49,6 +50,15 @@ def test_code_in_a_model_directory_is_not_run(directory, tmp_path):
     with pytest.raises(UserError):
         load(directory)
     assert not canary.exists()
+
+
+def test_weights_are_mapped_and_not_copied(tmp_path, builtin_cache):
+    directory = build_model("llama", tmp_path / "large", builtin_cache, intermediate_size=65_536)
+    size = (directory / "model.safetensors").stat().st_size
+    assert size > 40 * 2**20
+    before = memory_status("RssAnon")
+    model = load(directory)  # kept, with all it holds
+    assert memory_status("RssAnon") - before < size / 4, model
 
 
 @pytest.mark.parametrize("name", CONFIGS)
