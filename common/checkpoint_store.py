@@ -10,6 +10,7 @@ All methods are called by all ranks together unless they say otherwise; the dire
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.distributed import barrier, gather_objects, is_main, rank, world_size
+from common.errors import UserError
 from common.shards import Shards
 
 MANIFEST = "manifest.json"
@@ -65,7 +67,11 @@ class CheckpointStore:
         return final
 
     def newest_whole(self, say: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that is what its manifest says, or None; `say` is told of each that is not."""
+        """The newest checkpoint that is what its manifest says, or None; `say` is told of each that is not.
+
+        Raises:
+            UserError: see `problems`.
+        """
         for path in self._by_age():
             problems = self.problems(path)
             if not problems:
@@ -74,16 +80,28 @@ class CheckpointStore:
         return None
 
     def problems(self, path: Path) -> list[str]:
-        """What is wrong with a checkpoint: files missing, of another size or content. Empty if it is whole."""
+        """What is wrong with a checkpoint: files missing, of another size or content. Empty if it is whole.
+
+        Raises:
+            UserError: on all ranks alike, if the disk refuses to read what is there; that tells nothing of the content.
+        """
+        refused: list[str] = []
         try:
             files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
             expected = sorted((str(name), int(size), str(digest)) for name, (size, digest) in files.items())
             found = [] if expected else [f"{MANIFEST} lists no files"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except OSError as error:
+            expected, found = [], _unread(MANIFEST, error, refused)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             expected, found = [], [f"{MANIFEST} cannot be read: {error}"]
         for name, size, digest in expected[rank()::world_size()]:
-            found += _problem(path / name, name, size, digest)
-        return sorted({problem for problems in gather_objects(found) for problem in problems})
+            found += _problem(path / name, name, size, digest, refused)
+        everyone = gather_objects((found, refused))
+        for _, refusals in everyone:
+            if refusals:
+                raise UserError(f"checkpoint {path} cannot be read: {refusals[0]}: see to the disk and start again, or "
+                                "go on from another, --resume PATH, or anew, --resume never")
+        return sorted({problem for problems, _ in everyone for problem in problems})
 
     def scratch(self) -> Path:
         """A directory, not made yet, for what lasts no longer than until `clean`, or the next save."""
@@ -163,7 +181,7 @@ class CheckpointStore:
         """Delete what is too old, and what lies ahead: damaged, or of a run that went on from before."""
         steps = sorted(map(_step, self.directory.glob("step-*")))
         older = [step for step in steps if 0 <= step < _step(newest)]
-        kept = {_step(newest), *older[len(older) - keep + 1:]}
+        kept = {_step(newest), *older[max(0, len(older) - keep + 1):]}
         for step in set(steps) - kept - {-1}:
             with contextlib.suppress(OSError):
                 self._put_aside(self.directory / f"step-{step}")
@@ -183,15 +201,24 @@ def _step(path: Path) -> int:
     return int(name) if name.isdecimal() else -1
 
 
-def _problem(path: Path, name: str, size: int, digest: str) -> list[str]:
+def _problem(path: Path, name: str, size: int, digest: str, refused: list[str]) -> list[str]:
     try:
         if path.stat().st_size != size:
             return [f"{name} has {path.stat().st_size:,} bytes, not {size:,}"]
         return [] if _sha256(path) == digest else [f"{name} has other content than was written"]
     except OSError as error:
-        return [f"{name}: {error.strerror}"]
+        return _unread(name, error, refused)
     except ValueError as error:  # a name with a NUL
         return [f"{name!r}: {error}"]
+
+
+def _unread(name: str, error: OSError, refused: list[str]) -> list[str]:
+    """Why a file was not read: what is wrong with it, or, if it may yet be there and whole, an entry in `refused`."""
+    why = f"{name}: {error.strerror}"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return [why]
+    refused.append(why)
+    return []
 
 
 def _sha256(path: Path) -> str:

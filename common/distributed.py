@@ -27,6 +27,7 @@ from common import peers, stopping, watch
 from common.errors import Finished, TrainingFailure, UserError
 
 _CGROUP = Path("/sys/fs/cgroup")
+_FIRST_OWN_PORT, _OWN_PORTS = 20_000, 9_000  # below those that systems give to connections
 
 
 def rank() -> int:
@@ -105,6 +106,7 @@ def start(timeout_seconds: int, seed: int) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     # Of the groups that DeepSpeed makes for its engines; what init_distributed is told holds for the first alone.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    _take_own_port()
     try:
         deepspeed.init_distributed(timeout=timeout, verbose=False)
     except dist.DistNetworkError as error:
@@ -115,6 +117,14 @@ def start(timeout_seconds: int, seed: int) -> None:
     watch.begin()
     watch.join(distributed_c10d._get_default_store(), rank(), world_size(), timeout_seconds)
     peers.enter("the loading of models")
+
+
+def _take_own_port() -> None:
+    """In the place of the launcher's default port, which a second run on this machine would be given too."""
+    from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+    launchers = watch.launchers()
+    if launchers and ranks_here() == world_size() and os.environ["MASTER_PORT"] == str(TORCH_DISTRIBUTED_DEFAULT_PORT):
+        os.environ["MASTER_PORT"] = str(_FIRST_OWN_PORT + launchers[-1].pid % _OWN_PORTS)
 
 
 def seed_rank(seed: int) -> None:
@@ -215,7 +225,7 @@ def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[
         say(str(stop))
         return _leave(stopping.STOPPED)
     except KeyboardInterrupt:
-        say("interrupted")
+        print("interrupted", file=sys.stderr, flush=True)  # standard output may be answers
         return 130
     except Exception as error:
         return _fail(error)

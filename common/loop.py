@@ -45,10 +45,14 @@ class SupervisedLoop:
                    config.log_interval, config.print_loss)
 
     @property
+    def scheduled_steps(self) -> int:
+        """Optimizer steps of all epochs, over which the learning rate changes; a run that stops early is their start."""
+        return self.epochs * self.sampler.steps_per_epoch
+
+    @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        steps = self.epochs * self.sampler.steps_per_epoch
-        return min(steps, self.stop_after) if self.stop_after else steps
+        """Optimizer steps of this run."""
+        return min(self.scheduled_steps, self.stop_after) if self.stop_after else self.scheduled_steps
 
     def run(self, train_step: Callable[[Sequence[MicroBatch]], Metrics], evaluate: Callable[[], Metrics],
             done: int = 0, after_step: Callable[[int], None] = lambda step: None) -> Metrics:

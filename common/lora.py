@@ -105,6 +105,14 @@ def folded_adapters(model: nn.Module):
             weight.data = data
 
 
+def folding_takes(model: nn.Module) -> int:
+    """Bytes that `folded_adapters` holds besides the base weights."""
+    from peft.tuners.lora import LoraLayer
+    weights = {id(weight): weight for module in model.modules() if isinstance(module, (LoraLayer, NewRow))
+               for weight in [module.base_layer.weight if isinstance(module, LoraLayer) else module.weight]}
+    return sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights.values())
+
+
 def fold(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float, transposed: bool) -> torch.Tensor:
     """W + scaling B A, added in fp32. base (out, in), or (in, out) if `transposed`, as is what is returned; down A
     (r, in), up B (out, r)."""

@@ -57,17 +57,17 @@ class Report:
     reward: mean raw score of the reward model over held-out prompts, step 3.
     kl: mean over answers of the KL to the reference, in nats, step 3.
     response_length: tokens, step 3.
-    truth: None where the true reward is unknown.
+    truth: None where the true reward is unknown. So is any of the above that was not evaluated.
     seconds: wall-clock time of each step.
     cost: of all steps, in the currency of the price; None without one.
     answers: some held-out prompts.
     """
 
-    perplexity: Change
-    accuracy: Change
-    reward: Change
-    kl: Change
-    response_length: Change
+    perplexity: Change | None
+    accuracy: Change | None
+    reward: Change | None
+    kl: Change | None
+    response_length: Change | None
     truth: Truth | None
     seconds: dict[str, float]
     cost: float | None
@@ -83,25 +83,24 @@ def make_report(sft: Path, reward: Path, ppo: Path, seconds: Sequence[float] | N
         price_per_hour: of the machine the steps ran on.
 
     Raises:
-        UserError: a step has not been finished, or it evaluated on nothing.
+        UserError: a step has not been finished.
     """
     records = {name: _finished(name, directory) for name, directory in zip(STEPS, (sft, reward, ppo))}
-    before, after = (_read_rows(ppo / "samples" / f"{name}.jsonl") for name in ("before", "after"))
+    evaluated = any(row["phase"] == "eval" for row in records["ppo"])
+    before, after = ([_read_rows(ppo / "samples" / f"{name}.jsonl") for name in ("before", "after")] if evaluated
+                     else ([], []))
     # A step that was interrupted has taken longer than its last start says.
     logged = [rows[-1]["seconds"] for rows in records.values()]
     times = dict(zip(STEPS, map(max, logged, seconds or logged)))
 
-    def change(step: str, metric: str) -> Change:
+    def change(step: str, metric: str) -> Change | None:
         values = [row[metric] for row in records[step] if row["phase"] == "eval" and metric in row]
-        if not values:
-            raise UserError(f"step {STEPS.index(step) + 1} has evaluated no {metric}: give it held-out data "
-                            "(--eval_fraction) and run it again")
-        return Change(values[0], values[-1])
+        return Change(values[0], values[-1]) if values else None
 
     return Report(
         perplexity=change("sft", "perplexity"), accuracy=change("reward", "accuracy"),
         reward=change("ppo", "reward"), kl=change("ppo", "kl"), response_length=change("ppo", "response_length"),
-        truth=judge(before, after), seconds=times,
+        truth=judge(before, after) if evaluated else None, seconds=times,
         cost=None if price_per_hour is None else sum(times.values()) / 3600 * price_per_hour,
         answers=tuple(_spread(before, after)))
 
@@ -146,7 +145,7 @@ def _spread(before: Sequence[dict], after: Sequence[dict]) -> Iterator[Answers]:
 
 def render(report: Report) -> str:
     """The report as text for a terminal."""
-    return "\n".join([*_figures(report), "", *_side_by_side(report.answers)])
+    return "\n".join([*_figures(report), *(["", *_side_by_side(report.answers)] if report.answers else [])])
 
 
 def write_summary(report: Report, path: Path) -> None:
@@ -155,7 +154,9 @@ def write_summary(report: Report, path: Path) -> None:
 
 
 def _figures(report: Report) -> Iterator[str]:
-    def row(name: str, change: Change, form: str = "{:.2f}") -> str:
+    def row(name: str, change: Change | None, form: str = "{:.2f}") -> str:
+        if change is None:
+            return f"{name:<44}{'not evaluated':>20}"
         return f"{name:<44}{form.format(change.before):>10}{form.format(change.after):>10}"
 
     share = "{:.1%}"

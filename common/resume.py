@@ -37,7 +37,7 @@ DIRECTORY = "checkpoints"
 MAY_CHANGE = frozenset({
     "output_dir", "data_output_path", "timeout", "enable_tensorboard", "tensorboard_path", "trust_remote_code",
     "save_interval", "keep_checkpoints", "resume", "resume_anyway", "log_interval", "print_loss", "print_answers",
-    "print_answers_interval", "enable_test_mode", "test_stop_step", "unpin_actor_parameters",
+    "print_answers_interval", "enable_test_mode", "test_stop_step",
     "release_inference_cache", "offload_in_rollouts", "max_skipped_steps", "max_kl", "max_reward", "min_reward"})
 
 STOPS_EARLY = {"enable_test_mode", "test_stop_step"}  # what has ended otherwise has another result

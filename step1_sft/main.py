@@ -47,7 +47,7 @@ def main(argv=None) -> None:
     found = checkpoints.find()
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
     with named_when_out_of_memory("loading the model"):
-        engine = build_engine(config, source, codec, loop.total_steps)
+        engine = build_engine(config, source, codec, loop.scheduled_steps)
     trainer = SFTTrainer(engine, data.train, data.eval, evaluation_batches(
         data.eval["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None),
         codec.pad_id, config.train_on_prompt, config.max_skipped_steps)

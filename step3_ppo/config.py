@@ -224,6 +224,9 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     def validate(self) -> None:
         super().validate()
         self.only_with("--print_answers", self.print_answers, "print_answers_interval")
+        if self.draw_answer_lengths and self.missing_eos_score is not None:
+            raise UserError("--draw_answer_lengths lets no answer end by itself, so --missing_eos_score would be the "
+                            "score of them all: leave one of the two out")
         if self.offload and self.actor_zero_stage == 0 and self.critic_zero_stage == 0:
             raise UserError("--offload needs --actor_zero_stage or --critic_zero_stage 1, 2 or 3")
         check_output_dir(self.output_dir, actor_model_name_or_path=self.actor_model_name_or_path,
@@ -234,5 +237,5 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     def _check_made(self, name: str, program: str) -> None:
         # A default that was never made would be looked up on the hub.
         model = getattr(self, name)
-        if model == options(PPOConfig)[name].default and not Path(model).is_dir():
-            raise UserError(f"no model at {model}: make it with `deepspeed {program}` or give --{name}")
+        if model == options(PPOConfig)[name].default and not (Path(model) / "config.json").is_file():
+            raise UserError(f"no model at {model}, not a finished one at least: make it with `deepspeed {program}` or give --{name}")

@@ -152,6 +152,7 @@ class Decoder:
     def _write(self, requests: Sequence[Request], responses: list[list[int]], progress: Callable[[int], None]) -> None:
         limits = torch.tensor([request.max_new_tokens for request in requests])
         minima = torch.tensor([request.min_new_tokens for request in requests])
+        held_back = bool(minima.any())
         uniform = torch.stack([torch.nn.functional.pad(request.uniform, (0, int(limits.max()) - len(request.uniform)))
                                for request in requests]).to(self.device)
         # Longest prompts first, so that neighbours, in the prefill and in the slots, have little padding.
@@ -168,7 +169,7 @@ class Decoder:
                 length = torch.cat([length, torch.tensor([len(prompt) - 1 for prompt in prompts])])
                 written = torch.cat([written, torch.zeros(len(admitted), dtype=torch.long)])
             logits = self._forward(fed, length)
-            if self.sampling.min_new_tokens:
+            if held_back:
                 logits[(written < minima[index]).to(self.device), self.end_id] = -torch.inf
             fed = sample_tokens(logits, uniform[index.to(self.device), written.to(self.device)], self.sampling).cpu()
             for request, token in zip(index.tolist(), fed.tolist()):

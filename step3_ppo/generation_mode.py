@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from common.distributed import memory_available, on_every_rank
-from common.lora import folded_adapters
+from common.lora import folded_adapters, folding_takes
 
 GATHERING_TAKES = 2  # times the weights: what is gathered is held once more while it is put in order
 
@@ -31,11 +31,12 @@ def generation_mode(engine) -> Iterator[nn.Module]:
 
 
 def whole_model_fits(engine) -> bool:
-    """Whether each rank can hold all of the engine's weights besides what it holds now; the same answer on all."""
+    """Whether each rank can hold all of the engine's weights, and those with adapters folded in, besides what it holds
+    now; the same answer on all."""
     if not engine.zero_optimization_partition_weights():
         return True
     weights = sum(parameter.ds_numel * parameter.element_size() for parameter in engine.module.parameters())
-    return on_every_rank(memory_available() > GATHERING_TAKES * weights)
+    return on_every_rank(memory_available() > GATHERING_TAKES * weights + folding_takes(engine.module))
 
 
 @contextlib.contextmanager

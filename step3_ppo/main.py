@@ -1,6 +1,7 @@
 """Step 3: PPO of the actor against the reward model. `deepspeed --num_gpus N step3_ppo/main.py --help` says all."""
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, count, islice
 from math import ceil
 from pathlib import Path
@@ -60,17 +61,19 @@ def main(argv=None) -> None:
     checkpoints = Checkpoints(config, [source.key for source in sources])
     found = checkpoints.find()
     sampler = prompt_sampler(config, data.train)
-    iterations = min(sampler.steps_per_epoch * config.num_train_epochs,
-                     config.max_iterations or sys.maxsize, config.stop_after or sys.maxsize)
+    scheduled = min(sampler.steps_per_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
+    iterations = min(scheduled, config.stop_after or sys.maxsize)
     with named_when_out_of_memory("loading the models"):
         models = build_models(config, codec, actor, critic, calibration,
-                              optimizer_steps(config, data.train, iterations))
+                              optimizer_steps(config, data.train, scheduled))
     longest = max(data.train["length"])
     fitted = fit_micro_batches(
         config, checkpoints.remembered(found, "max_tokens"), [models.actor, models.critic],
         lambda rows: Learner(models, config, PhaseClock()).probe(rows, longest, codec.pad_id),
         longest + config.max_answer_seq_len, config.per_device_training_batch_size * config.gradient_accumulation_steps)
-    trainer = PPOTrainer(models, fitted, codec, data.train, data.eval,
+    if config.auto_micro_batch:  # which measured what fits beside no keys and values
+        fitted = replace(fitted, release_inference_cache=True)
+    trainer = PPOTrainer(models, fitted, codec, data.train, evaluated(config, data.eval),
                          text_batches(fitted, texts.train, codec) if texts else None, calibration)
 
     with checkpoints.naming_last_good():
@@ -80,6 +83,12 @@ def main(argv=None) -> None:
     report_done(tracker, iterations, metrics, config.output_dir)
     checkpoints.discard()
     models.destroy()
+
+
+def evaluated(config: PPOConfig, held_out: Dataset) -> Dataset:
+    """--eval_prompts of the held-out prompts, from all over: sources, and their test data, lie one after another."""
+    rows = min(config.eval_prompts, len(held_out))
+    return held_out.select([number * len(held_out) // rows for number in range(rows)])
 
 
 def training_state(models: PPOModels, trainer: PPOTrainer) -> TrainingState:

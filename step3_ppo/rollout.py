@@ -7,7 +7,7 @@ and models that do not attend to the whole sequence.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,7 +61,9 @@ class ActorRollouts:
         reason = self._why_plain(longest)
         if reason:
             self._say_once(f"note: rollouts in batches that stay together, since {reason}")
-            parts = [self._plainly(part, sampling, iteration) for part in prompts.to(device()).split(self.slots)]
+            with _bar(len(prompts.lengths) * sampling.samples_per_prompt) as bar:
+                parts = [self._plainly(part, sampling, iteration, bar.update)
+                         for part in prompts.to(device()).split(self.slots)]
             return None if told() else Rollout.concat(parts)
         return self._in_generation_mode(prompts.select(prompts.real), sampling, iteration)
 
@@ -93,8 +95,7 @@ class ActorRollouts:
             requests += [Request(*request) for request in zip(ids, uniform, *limits.T.tolist())]
         # Those of one prompt next to each other.
         requests = [request for row in range(len(ids)) for request in requests[row::len(ids)]]
-        bar = tqdm(total=len(requests), desc="rollout", leave=False, delay=SECONDS_BEFORE_BAR, disable=not is_main())
-        with bar, generation_mode(self.engine) as model:
+        with _bar(len(requests)) as bar, generation_mode(self.engine) as model:
             decoder = Decoder(model, sampling, slots=self.slots, end_id=self.end_id, cache=self.cache)
             responses = decoder.run(requests, progress=bar.update)
         self.cache = decoder.cache if self.keep_cache else None
@@ -103,9 +104,10 @@ class ActorRollouts:
         return joined(requests, responses, rows.prompt_index.repeat_interleave(sampling.samples_per_prompt),
                       self.end_id, self.pad_id)
 
-    def _plainly(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout:
+    def _plainly(self, prompts: PromptBatch, sampling: Sampling, iteration: int, progress) -> Rollout:
         parts = [generate(self.engine, prompts, sampling, end_id=self.end_id, pad_id=self.pad_id, seed=self.seed,
-                          iteration=iteration, sample=sample) for sample in range(sampling.samples_per_prompt)]
+                          iteration=iteration, sample=sample, progress=progress)
+                 for sample in range(sampling.samples_per_prompt)]
         order = torch.arange(len(parts) * len(prompts.lengths)).view(len(parts), -1).T.flatten()
         return Rollout.concat(parts).select(order)
 
@@ -122,12 +124,17 @@ def joined(requests: Sequence[Request], responses: Sequence[list[int]], prompt_i
                    torch.ones(len(rows), dtype=torch.bool))
 
 
+def _bar(answers: int) -> tqdm:
+    return tqdm(total=answers, desc="rollout", leave=False, delay=SECONDS_BEFORE_BAR, disable=not is_main())
+
+
 class _ForcedChoice(LogitsProcessor):
     """Makes `generate`, whose cache and stopping serve every architecture, take the tokens we sample."""
 
-    def __init__(self, prompt_width: int, uniform: Tensor, limits: Tensor, sampling: Sampling, end_id: int):
+    def __init__(self, prompt_width: int, uniform: Tensor, limits: Tensor, sampling: Sampling, end_id: int,
+                 progress: Callable[[int], None]):
         self.prompt_width, self.uniform, self.limits = prompt_width, uniform, limits
-        self.sampling, self.end_id = sampling, end_id
+        self.sampling, self.end_id, self.progress, self.ended = sampling, end_id, progress, 0
         self.broken = torch.zeros(len(limits), dtype=torch.bool, device=limits.device)  # rows that had no token to take
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -140,12 +147,20 @@ class _ForcedChoice(LogitsProcessor):
         self.broken |= tokens == NO_TOKEN
         over = self.broken | (position >= self.limits[:, 1]) | bool(told())
         tokens = tokens.masked_fill(over, self.end_id)
+        has_ended = (input_ids[:, self.prompt_width:] == self.end_id).any(1) | (tokens == self.end_id)
+        self.show(int(has_ended.sum()))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
+
+
+    def show(self, ended: int) -> None:
+        """So many responses have ended by now."""
+        self.progress(ended - self.ended)
+        self.ended = ended
 
 
 @torch.no_grad()
 def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_id: int, pad_id: int, seed: int,
-             iteration: int, sample: int = 0) -> Rollout:
+             iteration: int, sample: int = 0, progress: Callable[[int], None] = lambda finished: None) -> Rollout:
     """One response to every prompt of the batch, the plain way. The batch goes on until its last response has ended.
 
     Under ZeRO-3 all ranks must call it together and stay in step until the last of them has finished.
@@ -153,12 +168,13 @@ def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_id: int, p
     Args:
         engine: the actor's DeepSpeed engine.
         prompts: left-padded prompts of this rank.
+        progress: called with the number of responses finished since the last call.
     """
     there = prompts.input_ids.device
     uniform = uniforms(seed, iteration, prompts.prompt_index, sampling.max_new_tokens, sample).to(there)
     limits = response_limits(seed, iteration, prompts.prompt_index, sampling, sample).to(there)
     width = prompts.input_ids.shape[1]
-    choice = _ForcedChoice(width, uniform, limits, sampling, end_id)
+    choice = _ForcedChoice(width, uniform, limits, sampling, end_id, progress)
     engine.eval()
     sequences = engine.module.generate(
         input_ids=prompts.input_ids, attention_mask=prompts.attention_mask,
@@ -167,6 +183,7 @@ def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_id: int, p
         logits_processor=LogitsProcessorList([choice]),
         synced_gpus=engine.zero_optimization_partition_weights() and engine.dp_world_size > 1)
     engine.train()
+    choice.show(len(limits))
     sequences[:, width].masked_fill_(choice.broken, NO_TOKEN)
     return to_rollout(sequences, prompts, end_id, pad_id, limits[:, 1])
 

@@ -8,6 +8,7 @@ import torch
 from deepspeed.runtime.rollout.base import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 
 from common.data.collate import PromptBatch
+from step3_ppo.assessment import RolloutAbandoned
 from step3_ppo.rollout import ActorRollouts
 from step3_ppo.sampling import Sampling
 
@@ -21,7 +22,11 @@ class ActorRolloutEngine(RolloutEngine):
         self.rollouts, self.step = rollouts, 0
 
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
-        """Responses to left-padded prompts; those of one prompt are neighbours."""
+        """Responses to left-padded prompts; those of one prompt are neighbours.
+
+        Raises:
+            RolloutAbandoned: this rank was told to stop meanwhile.
+        """
         lengths = request.prompt_attention_mask.sum(1)
         prompts = PromptBatch(request.prompt_ids, request.prompt_attention_mask, lengths,
                               torch.arange(len(lengths)), torch.ones(len(lengths), dtype=torch.bool))
@@ -29,6 +34,8 @@ class ActorRolloutEngine(RolloutEngine):
         ours = Sampling(sampling.temperature, sampling.top_p, max(sampling.top_k, 0), 0, sampling.max_new_tokens,
                         samples_per_prompt=samples)
         rollout = self.rollouts.roll_out(prompts.to("cpu"), ours, self.step)
+        if rollout is None:
+            raise RolloutAbandoned
         responses = [rollout.tokens[row, start:end] for row, (start, end)
                      in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist()))]
         ids = torch.nn.utils.rnn.pad_sequence(responses, batch_first=True, padding_value=self.rollouts.pad_id)

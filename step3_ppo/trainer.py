@@ -189,10 +189,10 @@ class PPOTrainer:
         Returns:
             Mean metrics, and a row for every prompt: prompt, response, reward, kl, finished.
         """
-        rows = min(self.config.eval_prompts, len(self.held_out))
+        rows = len(self.held_out)
         if not rows:
             return {}, []
-        lengths = self.held_out["length"][:rows]
+        lengths = self.held_out["length"][:]
         rows_per_batch = min(self.config.per_device_generation_batch_size, ceil(rows / world_size()))
         batches = evaluation_batches(lengths, rows_per_batch, world_size(), rank())
         rollout = self.rollout(self.held_out, batches, EVALUATION)

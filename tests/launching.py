@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ def launch(script: Path, *args: str, ranks: int = 1, cwd: Path = ROOT, timeout: 
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [str(launcher), "-q", "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script), *args]
     return run(command, cwd=cwd, timeout=timeout, check=check)
+
+
+def launch_each(script: Path, *args: str, ranks: tuple[int, ...] = (1, 2),
+                **options) -> dict[int, subprocess.CompletedProcess]:
+    """`launch` for each number of ranks, all at the same time, since each spends much of its own waiting."""
+    with ThreadPoolExecutor() as pool:
+        runs = {number: pool.submit(launch, script, *args, ranks=number, **options) for number in ranks}
+        return {number: run.result() for number, run in runs.items()}
 
 
 def run(command: list[str], cwd: Path = ROOT, timeout: int = 540, check: bool = True,

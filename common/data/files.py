@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -202,7 +203,10 @@ def _parquet_rows(path: Path, label: str) -> Iterator[Row]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        file = pyarrow.parquet.ParquetFile(path)
+        # Asked for all groups, pyarrow holds many at a time.
+        for batch in chain.from_iterable(file.iter_batches(batch_size=256, row_groups=[group])
+                                         for group in range(file.num_row_groups)):
             for at in range(len(batch)):
                 number += 1
                 where = f"{label}:{number}"

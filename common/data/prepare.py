@@ -46,7 +46,8 @@ class DataRequest:
     Attributes:
         data_path: the blend, see `common.data.blend.parse_data_path`.
         kind: "demonstration", "comparison", "prompt" or "text".
-        phase: 0, 1 or 2 takes this phase's share of the training prompts; None takes all of them.
+        phase: 0, 1 or 2 takes this phase's share of the prompts, of the sources' own test data for evaluation; None
+            takes all of them.
         data_split, eval_fraction: see `common.data.split.assignment`. Held-out prompts are held out of every
             phase, so each phase evaluates on all of them.
         columns, max_rows: see `common.data.reading.read_records`.
@@ -246,11 +247,12 @@ def _taken(request: DataRequest, report: PreparationReport,
     prompts_seen: set[tuple[int, int]] = set()
     for sourced in records:
         place = assignment(identity(sourced.record), request.data_split, request.eval_fraction)
+        if not place.is_eval and request.phase not in (None, place.phase):
+            # Test data too: another step may have a source, without such data, that trains it on the same prompt.
+            report.other_phases += 1
+            continue
         is_eval = place.is_eval or sourced.split == "test"
         if is_eval and sourced.copy:
-            continue
-        if not is_eval and request.phase not in (None, place.phase):
-            report.other_phases += 1
             continue
         if isinstance(sourced.record, Prompt):
             # A set of comparisons may have several to a prompt; a rollout has no use for the same prompt twice.

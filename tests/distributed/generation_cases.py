@@ -30,7 +30,7 @@ from step3_ppo.states_away import StatesAway
 from tests.architectures import build_model
 from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
 from tests.distributed.shared_models import shared_models
-from tests.distributed.variants import GENERATION, GENERATION_AT_LENGTH
+from tests.distributed.variants import DEEPSPEED, GENERATION, GENERATION_AT_LENGTH
 
 PROMPTS = 10  # not a multiple of ranks and slots
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=16)
@@ -40,26 +40,23 @@ def main(argv) -> None:
     cache_dir, output_dir = (Path(word) for word in sys.argv[1:] if not word.startswith("--"))
     model_dir = output_dir / f"model-{world_size()}-{rank()}"
     build_model("opt", model_dir, cache_dir)
-    override = output_dir / f"ds-{world_size()}-{rank()}.json"
-    # Low enough that ZeRO-3 partitions some layers and keeps others whole.
-    override.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 1500}}')
     start(120, seed=0)
     codec = make_codec(load_tokenizer(str(model_dir)), "human_assistant")
     cases, stages = GENERATION, (0, 2, 3)
     if "--long" in sys.argv:
         cases, stages = cases | GENERATION_AT_LENGTH, (0, 1, 2, 3)
-    found = {name: case(str(model_dir), codec, str(override), *settings) for name, settings in cases.items()}
+    found = {name: case(str(model_dir), codec, *settings) for name, settings in cases.items()}
     found["shared"] = {stage: shared_models(str(model_dir), codec, stage) for stage in stages}
     found["threads"] = torch.get_num_threads()
     if is_main():
         (output_dir / f"{world_size()}.json").write_text(json.dumps(found))
 
 
-def case(model: str, codec, override: str, stage: int, lora: bool, dtype: str) -> dict:
+def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
     """Two training steps with rollouts before, between and after, optimizer states away meanwhile; and with none."""
     weights, texts, unmoved, emptied = {}, {}, [], []
     for rolling in (True, False):
-        engine = build(model, codec, override, stage, lora, dtype)
+        engine = build(model, codec, stage, lora, dtype)
         trainer = SFTTrainer(engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id,
                              train_on_prompt=False)
         for step in range(3):
@@ -80,8 +77,8 @@ def case(model: str, codec, override: str, stage: int, lora: bool, dtype: str) -
             "states_away": all(emptied)}
 
 
-def build(model: str, codec, override: str, stage: int, lora: bool, dtype: str):
-    settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=override)
+def build(model: str, codec, stage: int, lora: bool, dtype: str):
+    settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=DEEPSPEED)
     network = load_causal_lm(model, "--model", codec, dtype=settings.dtype, dropout=0.0,
                              ds_config=deepspeed_config(settings), gradient_checkpointing=True)
     return training_engine(with_lora(network) if lora else network, settings,
@@ -96,7 +93,8 @@ def roll_out(engine, codec, way: str) -> list[list[int]]:
     (batch,) = evaluation_batches([len(row) for row in ids], -(-PROMPTS // world_size()), world_size(), rank())
     rollouts = ActorRollouts(engine, slots=3, seed=7, end_id=codec.end_id, pad_id=codec.pad_id)
     if way == "plain":
-        mine = [rollouts._plainly(part, SAMPLING, 1) for part in collate_prompts(prompts, batch, codec.pad_id).split(3)]
+        mine = [rollouts._plainly(part, SAMPLING, 1, lambda finished: None)
+                for part in collate_prompts(prompts, batch, codec.pad_id).split(3)]
         whole = share_rollout(type(mine[0]).concat(mine))
     else:
         whole = share_rollout(rollouts.roll_out(collate_prompts(prompts, batch, codec.pad_id), SAMPLING, 1))

@@ -33,7 +33,7 @@ from step3_ppo.main import text_batches
 from step3_ppo.models import PPOModels
 from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
-from tests.distributed.variants import VARIANTS, VARIANTS_AT_LENGTH, Tokens
+from tests.distributed.variants import DEEPSPEED, VARIANTS, VARIANTS_AT_LENGTH, Tokens
 
 WHOLE = logprobs.CHUNK_NUMBERS
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
@@ -66,7 +66,7 @@ def main(argv) -> None:
 
 def bf16_update(model: str, codec, stage: int) -> dict[str, torch.Tensor]:
     """What two optimizer steps in bf16 change; large ones, which bf16's own rounding does not blur. On rank 0."""
-    settings_ = EngineSettings(stage, torch.bfloat16, ROWS)
+    settings_ = EngineSettings(stage, torch.bfloat16, ROWS, override=DEEPSPEED)
     optimizer = OptimizerSettings(1e-2, 1e-2, 0.0, "constant", 0, 10)
     network = load_causal_lm(model, "--model", codec, dtype=torch.bfloat16, dropout=0.0,
                              ds_config=deepspeed_config(settings_))
@@ -91,7 +91,7 @@ def rows(columns: list[str]) -> Dataset:
 
 
 def settings(stage: int, offload: bool) -> tuple[EngineSettings, OptimizerSettings]:
-    return (EngineSettings(stage, torch.float32, ROWS, offload),
+    return (EngineSettings(stage, torch.float32, ROWS, offload, override=DEEPSPEED),
             OptimizerSettings(1e-4, 1e-4, 0.0, "constant", 0, 10))
 
 

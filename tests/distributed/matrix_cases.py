@@ -14,6 +14,7 @@ from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
 from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHORT, Combination
+from tests.distributed.variants import DEEPSPEED
 
 
 def main(argv) -> None:
@@ -27,7 +28,7 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
     rows = ROWS_PER_STEP // world_size()
     common = ["--data_path", data, "--data_output_path", str(output.parent / "data"), "--max_rows", "400",
               "--dtype", combination.dtype, "--no_enable_tensorboard", "--data_split", "1,1,1",
-              "--add_eot_token", "--deepspeed_config", str(output.parent.parent / "ds.json")]
+              "--add_eot_token", "--deepspeed_config", DEEPSPEED]
     supervised = [*common, "--zero_stage", str(combination.zero_stage), "--max_seq_len", "64",
                   "--per_device_train_batch_size", str(rows // 2), "--gradient_accumulation_steps", "2",
                   "--per_device_eval_batch_size", "8", "--learning_rate", "2e-3", "--log_interval", "1",

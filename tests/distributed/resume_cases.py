@@ -21,7 +21,7 @@ from common.resume import Checkpoints
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
-from tests.distributed.variants import RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
+from tests.distributed.variants import DEEPSPEED, RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
 
 PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
 
@@ -108,7 +108,7 @@ def supervised(data: str, model: str, output: Path) -> list[str]:
     return ["--data_path", data, "--model_name_or_path", model, "--data_output_path", str(output / "data"),
             "--max_rows", "300", "--max_seq_len", "64", "--per_device_train_batch_size", str(8 // world_size()),
             "--data_split", "1,1,1", "--num_train_epochs", "2", "--log_interval", "1", "--save_interval", "3",
-            "--learning_rate", "1e-3", "--no_enable_tensorboard"]
+            "--learning_rate", "1e-3", "--no_enable_tensorboard", "--deepspeed_config", DEEPSPEED]
 
 
 def ppo(data: str, texts: str, made: Path) -> list[str]:
@@ -119,7 +119,8 @@ def ppo(data: str, texts: str, made: Path) -> list[str]:
             str(4 // world_size()), "--max_prompt_seq_len", "48", "--max_answer_seq_len", "8", "--eval_prompts", "4",
             "--eval_interval", "3", "--kl_controller", "adaptive", "--kl_horizon", "50", "--max_iterations", "6",
             "--save_interval", "4", "--num_warmup_steps", "2", "--actor_learning_rate", "1e-3",
-            "--unsupervised_dataset_name", texts, "--unsup_coef", "0.5", "--no_enable_tensorboard"]
+            "--unsupervised_dataset_name", texts, "--unsup_coef", "0.5", "--no_enable_tensorboard",
+            "--deepspeed_config", DEEPSPEED]
 
 
 if __name__ == "__main__":

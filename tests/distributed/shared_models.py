@@ -13,18 +13,19 @@ from step3_ppo.config import PPOConfig
 from step3_ppo.models import build_models, evaluating, inputs_of
 from step3_ppo.trainer import PPOTrainer
 from tests.distributed.gradient_cases import ROWS, experience
+from tests.distributed.variants import DEEPSPEED
 
 UPDATES = 2
 
 
 def shared_models(model: str, codec, stage: int) -> dict:
     """Whether the scores of a rollout are the reward model's own, and its values, before and after updates."""
-    config = PPOConfig(dtype="fp32", actor_zero_stage=stage, critic_zero_stage=stage, actor_lora_dim=4,
+    config = PPOConfig(dtype="fp32", deepspeed_config=DEEPSPEED, actor_zero_stage=stage, critic_zero_stage=stage, actor_lora_dim=4,
                        critic_lora_dim=4, per_device_training_batch_size=ROWS // world_size() // 2,
                        gradient_accumulation_steps=2, critic_learning_rate=0.1, critic_lora_learning_rate=0.1,
                        num_warmup_steps=0, lr_scheduler_type="constant")
     models = build_models(config, codec, model, model, Calibration(2.0, 3.0), UPDATES)
-    settings = EngineSettings(3 if stage == 3 else 0, torch.float32, ROWS)
+    settings = EngineSettings(3 if stage == 3 else 0, torch.float32, ROWS, override=DEEPSPEED)
     own = frozen_engine(load_scalar_model(model, "--model", codec, dtype=torch.float32, dropout=0.0, seed=config.seed,
                                           ds_config=deepspeed_config(settings, trainable=False)), settings)
     trainer = PPOTrainer(models, config, codec, None, None, None, RAW)

@@ -5,7 +5,7 @@ import pytest
 
 from common.distributed import cores
 from tests.distributed.variants import GENERATION, GENERATION_AT_LENGTH
-from tests.launching import ROOT, at_length, launch
+from tests.launching import ROOT, at_length, launch_each
 
 PROGRAM = ROOT / "tests" / "distributed" / "generation_cases.py"
 
@@ -14,11 +14,9 @@ PROGRAM = ROOT / "tests" / "distributed" / "generation_cases.py"
 def found(tmp_path_factory, builtin_cache, length):
     """By number of ranks, then by case; one launch for each number of ranks."""
     directory = tmp_path_factory.mktemp("generation")
-    found = {}
-    for ranks in (1, 2):
-        said = launch(PROGRAM, *length, str(builtin_cache), str(directory), ranks=ranks).stdout
-        found[ranks] = {**json.loads((directory / f"{ranks}.json").read_text()), "said": said}
-    return found
+    runs = launch_each(PROGRAM, *length, str(builtin_cache), str(directory), timeout=1800)
+    return {ranks: {**json.loads((directory / f"{ranks}.json").read_text()), "said": done.stdout}
+            for ranks, done in runs.items()}
 
 
 def fp32(cases) -> list[str]:

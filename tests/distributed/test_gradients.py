@@ -5,7 +5,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.variants import VARIANTS, VARIANTS_AT_LENGTH
-from tests.launching import ROOT, at_length, launch
+from tests.launching import ROOT, at_length, launch_each
 
 PROGRAM = ROOT / "tests" / "distributed" / "gradient_cases.py"
 STEPS = ("sft_step", "reward_step", "ppo_step")
@@ -15,8 +15,7 @@ STEPS = ("sft_step", "reward_step", "ppo_step")
 def gradients(tmp_path_factory, builtin_cache, length):
     """Files named STEP.RANKS.VARIANT.safetensors; one launch for each number of ranks."""
     directory = tmp_path_factory.mktemp("gradients")
-    for ranks in (1, 2):
-        launch(PROGRAM, *length, str(builtin_cache), str(directory), ranks=ranks)
+    launch_each(PROGRAM, *length, str(builtin_cache), str(directory), timeout=1800)
     return directory
 
 

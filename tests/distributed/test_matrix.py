@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.architectures import build_model
 from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHORT
-from tests.launching import ROOT, at_length, launch
+from tests.launching import ROOT, at_length, launch_each
 
 PROGRAM = ROOT / "tests" / "distributed" / "matrix_cases.py"
 
@@ -33,13 +33,11 @@ RANKS = pytest.mark.parametrize("ranks", (1, 2))
 def results(tmp_path_factory, builtin_cache, hh_data, length) -> Path:
     """RANKS/COMBINATION/{sft,reward,ppo}; one launch for each number of ranks."""
     output = tmp_path_factory.mktemp("matrix")
-    model = build_model("opt", output / "model", builtin_cache)
+    model = build_model("llama", output / "model", builtin_cache)
     texts = output / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"The number {n} comes before the number {n + 1}."}) + "\n"
                              for n in range(60)))
-    (output / "ds.json").write_text('{"zero_optimization": {"reduce_bucket_size": 100000}}')
-    for ranks in (1, 2):
-        launch(PROGRAM, *length, str(hh_data), str(texts), str(model), str(output), ranks=ranks, timeout=1800)
+    launch_each(PROGRAM, *length, str(hh_data), str(texts), str(model), str(output), timeout=1800)
     return output
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.architectures import build_model
 from tests.distributed.variants import RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
-from tests.launching import ROOT, at_length, launch
+from tests.launching import ROOT, at_length, launch, launch_each
 
 PROGRAM = ROOT / "tests" / "distributed" / "resume_cases.py"
 TIMES = {"seconds", "step_seconds", "samples_per_second"}
@@ -28,8 +28,7 @@ def output(tmp_path_factory, inputs, length) -> Path:
     """RANKS/whole/CASE, RANKS/broken/CASE and RANKS/moved/CASE; two launches for each number of ranks."""
     directory = tmp_path_factory.mktemp("resume")
     for part in ("first", "second"):
-        for ranks in (1, 2):
-            done = launch(PROGRAM, part, *length, *inputs, str(directory), ranks=ranks)
+        for ranks, done in launch_each(PROGRAM, part, *length, *inputs, str(directory), timeout=1800).items():
             (directory / f"{ranks}.said").write_text(done.stdout)
     return directory
 

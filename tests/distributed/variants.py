@@ -1,4 +1,9 @@
 """What the programs of this directory run with: ways to cut up a step, engines that roll out, runs that break off."""
+from pathlib import Path
+
+# So small that ZeRO-3 partitions some layers of tiny models and keeps others whole, and that gradients of an engine need
+# several buckets.
+DEEPSPEED = str(Path(__file__).with_name("deepspeed.json"))
 
 
 class Tokens(int):

@@ -4,6 +4,7 @@ Only the programs' paths are this clone's, and `--max_rows` is added.
 """
 import json
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,13 +60,15 @@ def logged(directory, phase):
 
 
 def test_the_recipe_runs_as_published(workplace):
-    step1 = launch(ROOT / "step1_sft" / "main.py", *shlex.split(SFT), "--max_rows", "80", cwd=workplace)
+    with ThreadPoolExecutor() as pool:
+        steps = [pool.submit(launch, ROOT / step / "main.py", *shlex.split(line), "--max_rows", "80", cwd=workplace)
+                 for step, line in (("step1_sft", SFT), ("step2_reward", REWARD))]
+        step1, step2 = (step.result() for step in steps)
     actor = workplace / "output" / "actor-models" / "1.3b"
     assert logged(actor, "eval")[-1]["perplexity"] < logged(actor, "eval")[0]["perplexity"]
     assert (actor / "adapter" / "adapter_model.safetensors").is_file()
     assert "yitingxie/rlhf-reward-datasets: 80 rows read, 0 unusable" in step1.stdout
 
-    step2 = launch(ROOT / "step2_reward" / "main.py", *shlex.split(REWARD), "--max_rows", "80", cwd=workplace)
     reward = workplace / "output" / "reward-models" / "350m"
     assert {"accuracy", "chosen_score", "rejected_score"} <= logged(reward, "done")[0].keys()
     assert "--num_padding_at_beginning has no effect" in step2.stdout

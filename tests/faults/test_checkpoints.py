@@ -18,7 +18,7 @@ TIMES = {"seconds", "step_seconds"}
 WHY = {
     "empty": f"{OPTIMIZER} has 0 bytes, not", "truncated": f"{WEIGHTS} has 1,000 bytes, not",
     "bit-flipped": f"{OPTIMIZER} has other content than was written", "all": f"{OPTIMIZER} has other content",
-    "missing": "rank1.safetensors: No such file or directory", "no-manifest": "manifest.json cannot be read",
+    "missing": "rank1.safetensors: No such file or directory", "no-manifest": "manifest.json: No such file or directory",
 }
 HOSTILE = {"hostile-weights", "hostile-optimizer"}
 REFUSED = {

@@ -1,4 +1,5 @@
 """Two runs at once: neither in one output directory, nor on one port."""
+import contextlib
 import re
 import signal
 import socket
@@ -20,9 +21,9 @@ def run(tmp_path):
     """Starts `deepspeed` on two ranks; at the end nothing of it is left."""
     started = []
 
-    def start(output: Path, port: int, name: str, *flags: str) -> subprocess.Popen:
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port),
-                   str(PROGRAM), "--model_name_or_path", "builtin:tiny-opt", "--data_path", "builtin:courtesy",
+    def start(output: Path, port: int | None, name: str, *flags: str) -> subprocess.Popen:
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2",
+                   *(["--master_port", str(port)] if port else []), str(PROGRAM), "--model_name_or_path", "builtin:tiny-opt", "--data_path", "builtin:courtesy",
                    "--max_rows", "400", "--max_seq_len", "64", "--per_device_train_batch_size", "4",
                    "--log_interval", "1", "--no_enable_tensorboard", "--output_dir", str(output), "--eval_iters", "1",
                    "--data_output_path", str(tmp_path / "data"), *flags]
@@ -74,6 +75,12 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
         assert first.poll() is None, (tmp_path / "first").read_text()
         time.sleep(0.2)
     kill(first)
+    with socket.socket() as default:  # that of the launcher, in use by others
+        with contextlib.suppress(OSError):  # already so
+            default.bind(("", 29500))
+        default.listen()
+        elsewhere = run(tmp_path / "elsewhere", None, "elsewhere", "--enable_test_mode", "--test_stop_step", "1")
+        assert elsewhere.wait(timeout=120) == 0, (tmp_path / "elsewhere").read_text()
     again = run(output, port, "again", "--enable_test_mode", "--test_stop_step", "1", "--resume", "never")
     assert again.wait(timeout=120) == 0, "the dead hold no lock: " + (tmp_path / "again").read_text()
 

@@ -13,6 +13,7 @@ from common.data.collate import PromptBatch
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.factory import load_causal_lm
 from step3_ppo import rollout as rollout_module
+from step3_ppo.assessment import RolloutAbandoned
 from step3_ppo.cache_attention import fastest_cache_dtype
 from step3_ppo.decoding import Decoder, Request, can_decode
 from step3_ppo.rollout import ActorRollouts, generate, to_rollout
@@ -157,12 +158,17 @@ def test_a_model_that_keeps_its_attention_writes_in_bf16(tmp_path, builtin_cache
     assert (rollout.response_lengths > 0).all() and model.config._attn_implementation == "sdpa"
 
 
-def test_drawn_lengths_are_exact_and_reach_both_limits(actor):
-    sampling = Sampling(1.0, 1.0, 0, min_new_tokens=3, max_new_tokens=5, draw_lengths=True)
+@pytest.mark.parametrize("shortest, longest, lengths", [(3, 5, {3, 4, 5}), (0, 12, set(range(1, 13)))])
+def test_drawn_lengths_are_exact_and_reach_both_limits(actor, shortest, longest, lengths):
+    sampling = Sampling(5.0, 1.0, 0, min_new_tokens=shortest, max_new_tokens=longest, draw_lengths=True)
     limits = response_limits(5, 1, torch.arange(200), sampling)
-    assert sorted(set(limits[:, 0].tolist())) == [3, 4, 5] and torch.equal(limits[:, 0], limits[:, 1])
-    rollout = roll_out(actor, range(len(LENGTHS)), sampling)
-    assert rollout.response_lengths.tolist() == limits[:len(LENGTHS), 1].tolist()
+    assert set(limits[:, 0].tolist()) == lengths and torch.equal(limits[:, 0], limits[:, 1])
+    engine, codec = WholeEngine(copy.deepcopy(actor[0].module)), actor[1]
+    engine.module.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([codec.end_id]), 50.0))  # it wants to end
+    for way in (roll_out, plainly):
+        rollout = way((engine, codec), range(len(LENGTHS)), sampling)
+        assert rollout.response_lengths.tolist() == limits[:len(LENGTHS), 1].tolist() and not rollout.finished.any()
 
 
 def test_a_kept_cache_leaves_nothing_of_earlier_rollouts(actor):
@@ -200,6 +206,15 @@ def test_deepspeeds_rollout_interface_gives_the_same_tokens(actor):
     assert torch.equal(made.input_ids[:, :width], batch.input_ids.repeat_interleave(2, 0))
 
 
+def test_an_abandoned_rollout_is_told_apart_from_an_empty_one(actor, monkeypatch):
+    engine, codec = actor
+    theirs = ActorRolloutEngine(ActorRollouts(engine, slots=2, seed=5, end_id=codec.end_id, pad_id=codec.pad_id))
+    batch = prompts(range(3), codec.pad_id)
+    monkeypatch.setattr(rollout_module, "told", lambda: "SIGTERM")
+    with pytest.raises(RolloutAbandoned):
+        theirs.generate(RolloutRequest(batch.input_ids, batch.attention_mask), SamplingConfig(max_new_tokens=4))
+
+
 def test_windows_shorter_than_the_sequence_are_left_to_the_plain_way(tmp_path, builtin_cache):
     directory = build_model("mistral", tmp_path, builtin_cache, sliding_window=8)
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
@@ -216,9 +231,13 @@ def test_min_new_tokens_holds_back_the_end_token(actor):
 def test_a_long_rollout_shows_how_far_it_is(actor, monkeypatch, capsys):
     monkeypatch.setattr(rollout_module, "SECONDS_BEFORE_BAR", 0)
     monkeypatch.setattr(rollout_module, "tqdm", partial(rollout_module.tqdm, mininterval=0, miniters=1))
-    roll_out(actor, range(len(LENGTHS)), GREEDY)
-    shown = capsys.readouterr().err
-    assert "rollout:   0%" in shown and f"{len(LENGTHS)}/{len(LENGTHS)}" in shown
+    fast = ActorRollouts(actor[0], slots=4, seed=5, end_id=actor[1].end_id, pad_id=actor[1].pad_id)
+    plain = copy.copy(fast)
+    plain._why_plain = lambda longest: "a test asks for it"
+    for rollouts in (fast, plain):
+        rollouts.roll_out(prompts(range(len(LENGTHS)), actor[1].pad_id), replace(GREEDY, samples_per_prompt=2), 1)
+        shown = capsys.readouterr().err
+        assert "rollout:   0%" in shown and "12/12" in shown
 
 
 def test_training_mode_is_back_after_a_rollout(actor):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.checkpoint_store import MANIFEST, PARTIAL, POINTER, CheckpointStore, NotSaved
+from common.errors import UserError
 from common.shards import Shards
 
 
@@ -40,6 +41,33 @@ def test_the_newest_is_found_and_old_ones_go(store):
     assert sorted(path.name for path in store.directory.iterdir()) == [POINTER, "step-20", "step-30"]
     path, said = newest(store)
     assert path.name == "step-30" and (path / "state").read_text() == "30" and not said
+
+
+@pytest.mark.parametrize("keep", range(1, 7))
+def test_as_many_are_kept_as_asked_for(tmp_path, keep):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=keep)
+    for step in range(1, 8):
+        store.prune(store.save(step, content(str(step))))
+        kept = {f"step-{number}" for number in range(max(1, step - keep + 1), step + 1)}
+        assert {path.name for path in store.directory.iterdir()} == {POINTER, *kept}
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(store):
+    """A disk that answers with an error may answer well later: going on from before would delete what is there."""
+    for step in (10, 20):
+        store.save(step, content(str(step)))
+    shard = store.directory / "step-20" / SHARD
+    size = shard.stat().st_size
+    shard.unlink()
+    shard.symlink_to("/proc/self/mem")  # whose reading is an I/O error
+    manifest = store.directory / "step-20" / MANIFEST
+    manifest.write_text(manifest.read_text().replace(str(size), "0"))
+    with pytest.raises(UserError, match=f"{SHARD}: Input/output error.* --resume"):
+        newest(store)
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=f"{MANIFEST}: Input/output error"):
+        newest(store)
 
 
 @pytest.mark.parametrize("damage, why", [

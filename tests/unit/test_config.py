@@ -230,6 +230,7 @@ def test_recipes_that_are_no_text_or_empty(tmp_path):
     (PPOConfig, MODELS + "--kl_target 3", "--kl_controller adaptive"),
     (PPOConfig, MODELS + "--kl_controller adaptive --kl_coef 0", "--kl_coef"),
     (PPOConfig, MODELS + "--missing_eos_score -1 --missing_eos_penalty 2", "--missing_eos_score"),
+    (PPOConfig, MODELS + "--missing_eos_score -1 --draw_answer_lengths", "--missing_eos_score"),
     (PPOConfig, MODELS + "--ema_decay 0.9", "--enable_ema"),
     (PPOConfig, MODELS + "--unsup_coef 1", "--unsupervised_dataset_name"),
     (PPOConfig, MODELS + "--critic_lora_alpha 4", "--critic_lora_dim"),
@@ -257,9 +258,11 @@ def test_checks_hold_for_configs_made_in_python():
 def test_step_3_names_the_program_that_makes_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "step1_sft/main.py" in message(PPOConfig, "")
-    (tmp_path / SFTConfig().output_dir).mkdir(parents=True)
-    assert "step2_reward/main.py" in message(PPOConfig, "")
-    (tmp_path / RewardConfig().output_dir).mkdir(parents=True)
+    made = [tmp_path / config.output_dir for config in (SFTConfig(), RewardConfig())]
+    for directory, missing in zip(made, ("step1_sft/main.py", "step2_reward/main.py")):
+        (directory / "checkpoints").mkdir(parents=True)  # of a run that was interrupted
+        assert missing in message(PPOConfig, "")
+        (directory / "config.json").write_text("{}")
     assert read(PPOConfig) == PPOConfig()
 
 

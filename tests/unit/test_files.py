@@ -212,3 +212,14 @@ def test_invalid_utf8_in_parquet_costs_its_row_alone(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"prompt": texts}), tmp_path / "data.parquet")
     assert good(tmp_path / "data.parquet") == [{"prompt": "good"}, {"prompt": "too"}]
     assert bad(tmp_path / "data.parquet") == [("data.parquet:2", "invalid UTF-8")]
+
+
+def test_one_row_group_of_a_parquet_file_is_in_memory_at_once(tmp_path):
+    rows = [{"prompt": str(number) + "x" * 2**20} for number in range(64)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet", compression="none",
+                                use_dictionary=False, row_group_size=4)
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for number, row in enumerate(read_rows(tmp_path / "data.parquet", "data.parquet")):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+        assert row.values == rows[number]
+    assert number == 63 and most < 2**25

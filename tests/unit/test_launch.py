@@ -30,6 +30,7 @@ CONFIGS: dict[str, type[Config]] = {"sft": SFTConfig, "reward": RewardConfig, "p
 def test_a_recipe_sets_what_it_says_and_nothing_without_effect(path, tmp_path, monkeypatch):
     for made in ("output/sft", "output/reward"):
         (tmp_path / made).mkdir(parents=True)
+        (tmp_path / made / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     config = parse(CONFIGS[path.stem.split("_")[0]], ["--config", str(path)])
     assert config.notes == ()

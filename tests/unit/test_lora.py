@@ -5,7 +5,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.lora import add_lora, has_lora, linear_modules
+from common.lora import add_lora, folded_adapters, folding_takes, has_lora, linear_modules
 from common.models.factory import load_causal_lm
 from tests.architectures import CONFIGS, build_model
 
@@ -54,3 +54,11 @@ def test_auto_finds_every_linear_layer_but_the_outputs(name, tmp_path, builtin_c
     assert found and not found & {"lm_head", "embed_out", "score"}
     layers = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     assert len(linear_modules(model)) == len(layers) - (model.get_output_embeddings() in layers)
+
+
+def test_the_memory_that_folding_takes_is_known_before(model):
+    adapt(model, "q_proj,down_proj")
+    before = {weight.data_ptr() for weight in model.parameters()}
+    expected = folding_takes(model)
+    with folded_adapters(model):
+        assert expected == sum(weight.nbytes for weight in model.parameters() if weight.data_ptr() not in before) > 0

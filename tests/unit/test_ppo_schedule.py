@@ -1,10 +1,11 @@
-"""The learning rates of PPO end where the run ends, though an iteration with the last prompts of an epoch is short."""
+"""The learning rates of PPO end where the run ends, though an iteration with the last prompts of an epoch is short; its
+evaluations see all sources."""
 import pytest
 from datasets import Dataset
 
 from common.data.sampler import StepSampler
 from step3_ppo.config import PPOConfig
-from step3_ppo.main import optimizer_steps, prompt_sampler
+from step3_ppo.main import evaluated, optimizer_steps, prompt_sampler
 
 
 @pytest.mark.parametrize("prompts", [3, 16, 17, 40, 41])
@@ -26,3 +27,9 @@ def test_the_schedule_has_as_many_steps_as_the_run(monkeypatch, prompts, iterati
     taken = [2 * StepSampler([1] * count, rows_per_micro_batch=2, micro_batches_per_step=1, world_size=2, rank=0,
                              seed=0).steps_per_epoch for count in answers]
     assert optimizer_steps(config, data, iterations) == sum(taken)
+
+
+@pytest.mark.parametrize("asked, rows", [(0, []), (1, [0]), (3, [0, 3, 6]), (10, [*range(10)]), (99, [*range(10)])])
+def test_the_prompts_of_an_evaluation_are_from_all_over(asked, rows):
+    held_out = Dataset.from_dict({"row": list(range(10))})
+    assert list(evaluated(PPOConfig(eval_prompts=asked), held_out)["row"]) == rows

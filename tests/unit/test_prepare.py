@@ -7,6 +7,7 @@ import pytest
 from common.data import encoding, parallel
 from common.data.blend import parse_data_path
 from common.data.prepare import prepare, prepare_many
+from common.data.split import dialogue_hash
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from preparation import pairs, request, write
@@ -76,6 +77,19 @@ def test_a_sources_own_test_data_is_for_evaluation(tmp_path, codec):
     assert set(dialogues(data.train)).isdisjoint(dialogues(data.eval))
 
 
+def test_a_step_evaluates_on_no_test_prompt_that_another_may_train_on(tmp_path, codec):
+    """Steps may read different sources: what is test data to one may be training data to another."""
+    write(tmp_path / "set" / "train.jsonl", pairs(10))
+    write(tmp_path / "set" / "test.jsonl", pairs(100, start=10))
+    other = write(tmp_path / "other.jsonl", pairs(110))
+    trained, evaluated = ([set(dialogues(getattr(prepare(request(tmp_path, path, phase=phase), codec), side)))
+                           for phase in PHASES] for path, side in ((other, "train"), (str(tmp_path / "set"), "eval")))
+    for phase, held_out in enumerate(evaluated):
+        for other_phase in {*PHASES} - {phase}:
+            assert held_out.isdisjoint(trained[other_phase])
+    assert len(set().union(*evaluated)) >= 100 and all(evaluated)
+
+
 def test_what_one_request_holds_out_no_other_trains_on(tmp_path, codec):
     write(tmp_path / "set" / "train.jsonl", pairs(50))
     write(tmp_path / "set" / "test.jsonl", pairs(10, start=45))
@@ -83,9 +97,9 @@ def test_what_one_request_holds_out_no_other_trains_on(tmp_path, codec):
     split = request(tmp_path, str(tmp_path / "set"), phase=0, eval_fraction=0.0)
     whole = request(tmp_path, further, eval_fraction=0.0)
     data = prepare_many([split, whole], codec)
-    held_out = set(dialogues(data.eval))
-    assert len(held_out) == 10
-    assert set(dialogues(data.train)).isdisjoint(held_out)
+    tested = {dialogue_hash(row["prompt"]) for row in pairs(10, start=45)}
+    assert set(dialogues(data.eval)) < tested and len(data.eval) > 0
+    assert set(dialogues(data.train)).isdisjoint(tested)
     assert len(data.train) == data.report.train_rows == len(prepare(split, codec).train) + 50
     assert rows_read(data) == 120
 

@@ -116,10 +116,17 @@ def test_a_step_that_broke_off_is_named(number, step, outputs):
         report_of(outputs)
 
 
-def test_a_step_that_evaluated_nothing_is_named(outputs):
-    write_rows(outputs / "reward/logs/metrics.jsonl", [{"phase": "done", "step": 1, "seconds": 2.0}])
-    with pytest.raises(UserError, match="step 2 has evaluated no accuracy"):
-        report_of(outputs)
+def test_what_was_not_evaluated_is_said_and_the_rest_is_shown(outputs):
+    """The three steps may have trained for days by then."""
+    for step in ("reward", "ppo"):
+        write_rows(outputs / step / "logs/metrics.jsonl", [{"phase": "done", "step": 1, "seconds": 2.0}])
+    for name in ("before", "after"):
+        (outputs / "ppo/samples" / f"{name}.jsonl").unlink()
+    report = report_of(outputs, price_per_hour=36.0)
+    lines = render(report).splitlines()
+    assert [line.split("  ")[0] for line in lines if line.endswith("not evaluated")] == [
+        "step 2: accuracy of the reward model", "step 3: mean reward", "", ""]
+    assert report.perplexity is not None and "which cost $" in lines[-1]
 
 
 DIALOGUES = [(Message("user", "What is  one plus two?"),),

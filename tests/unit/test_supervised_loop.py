@@ -32,6 +32,7 @@ def evaluated_after(directory, *, epochs=2, eval_interval=0, stop_after=0, losse
     logged = [json.loads(line) for line in (directory / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged if row["phase"] == "eval"] == counts
     assert len(trained) == loop.total_steps
+    assert loop.scheduled_steps == 3 * epochs  # learning rates are those of the whole run, also where it stops early
     return counts
 
 
