@@ -46,7 +46,7 @@ class SupervisedLoop:
 
     @property
     def scheduled_steps(self) -> int:
-        """Optimizer steps of all epochs, over which the learning rate changes; a run that stops early is their start."""
+        """Optimizer steps of all epochs, over which the learning rate changes, also where the run stops early."""
         return self.epochs * self.sampler.steps_per_epoch
 
     @property

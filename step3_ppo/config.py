@@ -238,4 +238,5 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         # A default that was never made would be looked up on the hub.
         model = getattr(self, name)
         if model == options(PPOConfig)[name].default and not (Path(model) / "config.json").is_file():
-            raise UserError(f"no model at {model}, not a finished one at least: make it with `deepspeed {program}` or give --{name}")
+            raise UserError(f"no model, or none that is finished, at {model}: make it with `deepspeed {program}` or "
+                            f"give --{name}")

@@ -20,8 +20,8 @@ UPDATES = 2
 
 def shared_models(model: str, codec, stage: int) -> dict:
     """Whether the scores of a rollout are the reward model's own, and its values, before and after updates."""
-    config = PPOConfig(dtype="fp32", deepspeed_config=DEEPSPEED, actor_zero_stage=stage, critic_zero_stage=stage, actor_lora_dim=4,
-                       critic_lora_dim=4, per_device_training_batch_size=ROWS // world_size() // 2,
+    config = PPOConfig(dtype="fp32", deepspeed_config=DEEPSPEED, actor_zero_stage=stage, critic_zero_stage=stage,
+                       actor_lora_dim=4, critic_lora_dim=4, per_device_training_batch_size=ROWS // world_size() // 2,
                        gradient_accumulation_steps=2, critic_learning_rate=0.1, critic_lora_learning_rate=0.1,
                        num_warmup_steps=0, lr_scheduler_type="constant")
     models = build_models(config, codec, model, model, Calibration(2.0, 3.0), UPDATES)

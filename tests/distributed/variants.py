@@ -1,8 +1,7 @@
 """What the programs of this directory run with: ways to cut up a step, engines that roll out, runs that break off."""
 from pathlib import Path
 
-# So small that ZeRO-3 partitions some layers of tiny models and keeps others whole, and that gradients of an engine need
-# several buckets.
+# So that ZeRO-3 partitions some layers of tiny models and keeps others whole, and gradients need several buckets.
 DEEPSPEED = str(Path(__file__).with_name("deepspeed.json"))
 
 
@@ -29,7 +28,8 @@ VARIANTS_AT_LENGTH = {
 
 _GENERATION = {f"zero{stage}-{kind}-{dtype}": (stage, kind == "lora", dtype)
                for stage in (0, 1, 2, 3) for kind in ("full", "lora") for dtype in ("fp32", "bf16")}
-_LESS_LIKELY_TO_FAIL = ("zero0-full-bf16", "zero2-full-fp32", "zero2-lora-bf16")
+_LESS_LIKELY_TO_FAIL = ("zero0-full-bf16", "zero0-lora-bf16", "zero2-full-fp32", "zero2-lora-bf16",
+                         "zero3-full-bf16")
 
 # Name: ZeRO stage, LoRA, dtype of the actor that rollouts are made with.
 GENERATION = {name: case for name, case in _GENERATION.items() if case[0] != 1 and name not in _LESS_LIKELY_TO_FAIL}

@@ -18,7 +18,8 @@ TIMES = {"seconds", "step_seconds"}
 WHY = {
     "empty": f"{OPTIMIZER} has 0 bytes, not", "truncated": f"{WEIGHTS} has 1,000 bytes, not",
     "bit-flipped": f"{OPTIMIZER} has other content than was written", "all": f"{OPTIMIZER} has other content",
-    "missing": "rank1.safetensors: No such file or directory", "no-manifest": "manifest.json: No such file or directory",
+    "missing": "rank1.safetensors: No such file or directory",
+    "no-manifest": "manifest.json: No such file or directory",
 }
 HOSTILE = {"hostile-weights", "hostile-optimizer"}
 REFUSED = {
@@ -88,6 +89,7 @@ def test_a_disk_that_refuses_a_save_costs_that_save_alone(case, found, output):
     assert metrics(output / case) == metrics(output / "whole")
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_no_run_before_its_result_is_written(tmp_path):
     """Neither metrics nor events nor checkpoints find room; what was saved before is there to go on from."""
     output = tmp_path / "sft"

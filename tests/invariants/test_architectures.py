@@ -1,5 +1,6 @@
 """What must hold for a model of every supported architecture, whatever stands beside a row in its batch."""
 import inspect
+import shutil
 
 import pytest
 import torch
@@ -82,7 +83,22 @@ def test_padding_changes_no_log_prob_and_no_value(directory, codec, batch):
 
 @torch.no_grad()
 def test_reward_model_scores_alike_in_plain_transformers(directory, codec, batch, tmp_path):
-    tokens, mask = batch
+    assert_scores_alike(directory, codec, *batch, tmp_path)
+
+
+@torch.no_grad()
+def test_so_it_does_where_the_tokenizer_came_with_its_end_token_for_padding(directory, batch, tmp_path):
+    directory = shutil.copytree(directory, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(directory)
+    assert AutoTokenizer.from_pretrained(directory).pad_token_id == tokenizer.eos_token_id
+    codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
+    assert_scores_alike(directory, codec, *batch, tmp_path / "written")
+
+
+def assert_scores_alike(directory, codec, tokens, mask, tmp_path):
+    """Ours and those of plain transformers for what we have written; rows of unequal lengths, both paddings."""
     model = scalar(directory, codec)
     ours = score_at_last_token(model(tokens, mask), mask.sum(1))
     assert len(set(ours.tolist())) == 3
