@@ -15,6 +15,7 @@ from textwrap import wrap
 from common.data.builtin import builtin_rows, true_reward
 from common.data.templates import TEMPLATE_NAMES, ChatTemplate, get_template
 from common.errors import UserError
+from common.harmless import harmless
 
 STEPS = ("sft", "reward", "ppo")
 TEXT_TEMPLATES = [get_template(name) for name in TEMPLATE_NAMES if name != ChatTemplate.name]
@@ -145,7 +146,8 @@ def _spread(before: Sequence[dict], after: Sequence[dict]) -> Iterator[Answers]:
 
 def render(report: Report) -> str:
     """The report as text for a terminal."""
-    return "\n".join([*_figures(report), *(["", *_side_by_side(report.answers)] if report.answers else [])])
+    lines = [*_figures(report), *(["", *_side_by_side(report.answers)] if report.answers else [])]
+    return harmless("\n".join(lines))
 
 
 def write_summary(report: Report, path: Path) -> None:

@@ -23,11 +23,12 @@ from common.config import option, parse
 from common.data.records import Prompt
 from common.distributed import run_program
 from common.errors import UserError
+from common.harmless import harmless_json
 from inference.decoding import answer_prompts
 from inference.loading import Loaded, load_speaker
 from inference.options import MODEL, DecodingOptions, LoadOptions, PromptOptions
 from inference.prompts import read_prompts, single_prompt
-from inference.terminal import harmless_json, until_reader_leaves
+from inference.terminal import until_reader_leaves
 
 # Prompts are sorted by length among so many batches; more would keep the first answers waiting.
 _BATCHES_SORTED_TOGETHER = 16

@@ -7,6 +7,7 @@ from itertools import chain, count, islice
 from common import peers
 from common.data.sampler import MicroBatch, StepSampler
 from common.distributed import say
+from common.harmless import harmless
 from common.loop import describe
 from common.memory import named_when_out_of_memory
 from common.stopping import training_begins
@@ -85,4 +86,4 @@ def print_answers(trainer: PPOTrainer) -> None:
     """Show a few of the answers of the iteration just made."""
     for row in trainer.latest_samples(PRINTED_ANSWERS):
         say(f"--- reward {row['reward']:.3f}, kl {row['kl']:.3f}")
-        say(f"{row['prompt'].strip()}\n>>> {row['response'].strip()}")
+        say(harmless(f"{row['prompt'].strip()}\n>>> {row['response'].strip()}"))

@@ -1,6 +1,6 @@
 """All three steps on preference data, for each combination of the matrix, in one process per rank.
 
-Run under the launcher: matrix_cases.py [--long] DATA TEXTS MODEL OUTPUT_DIR
+Run under the launcher: matrix_cases.py [--long|--sharded] DATA TEXTS MODEL OUTPUT_DIR
 """
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from common.distributed import run_program, world_size
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
-from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHORT, Combination
+from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHARDED, SHORT, Combination
 from tests.distributed.variants import DEEPSPEED
 
 
 def main(argv) -> None:
     data, texts, model, output = [word for word in sys.argv[1:] if not word.startswith("--")]
-    for combination in SHORT + LONG if "--long" in sys.argv else SHORT:
+    combinations = SHARDED if "--sharded" in sys.argv else SHORT + LONG if "--long" in sys.argv else SHORT
+    for combination in combinations:
         run(combination, data, texts, model, Path(output) / str(world_size()) / combination.name)
 
 

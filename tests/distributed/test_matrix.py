@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.architectures import build_model
-from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHORT
-from tests.launching import ROOT, at_length, launch_each
+from tests.architectures import CONFIGS, build_model
+from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHARDED, SHORT
+from tests.launching import ROOT, at_length, launch, launch_each
 
 PROGRAM = ROOT / "tests" / "distributed" / "matrix_cases.py"
 
@@ -33,12 +33,17 @@ RANKS = pytest.mark.parametrize("ranks", (1, 2))
 def results(tmp_path_factory, builtin_cache, hh_data, length) -> Path:
     """RANKS/COMBINATION/{sft,reward,ppo}; one launch for each number of ranks."""
     output = tmp_path_factory.mktemp("matrix")
-    model = build_model("llama", output / "model", builtin_cache)
+    launch_each(PROGRAM, *length, *inputs(output, "llama", builtin_cache, hh_data), timeout=1800)
+    return output
+
+
+def inputs(output: Path, architecture: str, builtin_cache, hh_data) -> list[str]:
+    """The arguments of `matrix_cases`."""
+    model = build_model(architecture, output / "model", builtin_cache)
     texts = output / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"The number {n} comes before the number {n + 1}."}) + "\n"
                              for n in range(60)))
-    launch_each(PROGRAM, *length, str(hh_data), str(texts), str(model), str(output), timeout=1800)
-    return output
+    return [str(hh_data), str(texts), str(model), str(output)]
 
 
 def logged(directory: Path, phase: str) -> list[dict]:
@@ -148,3 +153,14 @@ def test_ranks_and_stages_give_the_same_run(results, combination):
             assert found == pytest.approx(expected, **tolerance), (step, metric, twin)
         assert [row["response"] for row in samples(ours / "ppo", "before")] == \
                [row["response"] for row in samples(twin / "ppo", "before")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", sorted(CONFIGS.keys() - {"llama"}))
+def test_every_architecture_goes_through_the_three_steps(architecture, tmp_path, builtin_cache, hh_data):
+    """Partitioned over two ranks, full and LoRA; the other tests have the one that is left out."""
+    launch(PROGRAM, "--sharded", *inputs(tmp_path, architecture, builtin_cache, hh_data), ranks=2)
+    for combination in SHARDED:
+        test_step_1_learns_and_saves_what_it_measured(tmp_path, combination, 2)
+        test_step_2_saves_a_model_that_scores_as_measured(tmp_path, combination, 2)
+        test_step_3_starts_at_the_reference_and_moves(tmp_path, combination, 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import ROOT, environment, free_port
+from tests.launching import ROOT, environment
 
 PROGRAM = ROOT / "step1_sft" / "main.py"
 
@@ -49,8 +49,9 @@ def kill(launcher: subprocess.Popen) -> None:
 
 
 def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
-    output, port = tmp_path / "sft", free_port()
-    first = run(output, port, "first", "--num_train_epochs", "10000")
+    output, default, taken = tmp_path / "sft", listening(29500), listening(0)
+    port = taken.getsockname()[1]
+    first = run(output, None, "first", "--num_train_epochs", "10000")
     metrics = output / "logs" / "metrics.jsonl"
     while not (metrics.is_file() and '"train"' in metrics.read_text()):
         assert first.poll() is None, (tmp_path / "first").read_text()
@@ -59,14 +60,7 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
                  if process.environ().get("RANK") == "0"]
 
     signal_ranks(first, signal.SIGSTOP)  # they would only take the time of the others
-    same_directory, same_port = (run(output, free_port(), "same directory"),
-                                 run(tmp_path / "other", port, "same port"))
-    with socket.socket() as default:  # that of the launcher, in use by others
-        with contextlib.suppress(OSError):  # already so
-            default.bind(("", 29500))
-        default.listen()
-        other_port = run(tmp_path / "third", None, "other port", "--enable_test_mode", "--test_stop_step", "1")
-        assert other_port.wait(timeout=120) == 0, (tmp_path / "other port").read_text()
+    same_directory, same_port = (run(output, None, "same directory"), run(tmp_path / "other", port, "same port"))
     for second, name in ((same_directory, "same directory"), (same_port, "same port")):
         assert second.wait(timeout=120) == 2, (tmp_path / name).read_text()
         assert "Traceback" not in (tmp_path / name).read_text()
@@ -82,8 +76,18 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
         assert first.poll() is None, (tmp_path / "first").read_text()
         time.sleep(0.2)
     kill(first)
-    again = run(output, port, "again", "--enable_test_mode", "--test_stop_step", "1", "--resume", "never")
+    again = run(output, None, "again", "--enable_test_mode", "--test_stop_step", "1", "--resume", "never")
     assert again.wait(timeout=120) == 0, "the dead hold no lock: " + (tmp_path / "again").read_text()
+    default.close(), taken.close()
+
+
+def listening(port: int) -> socket.socket:
+    """Takes a port, if nobody else has it; 29500 is the launcher's default."""
+    taken = socket.socket()
+    with contextlib.suppress(OSError):
+        taken.bind(("", port))
+        taken.listen()
+    return taken
 
 
 def signal_ranks(launcher: subprocess.Popen, number: signal.Signals) -> None:

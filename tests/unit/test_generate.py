@@ -7,8 +7,8 @@ from chat_model import AGAIN, ANSWERS, CAPITAL, RED, prompt_of
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
 from common.errors import UserError
+from common.harmless import harmless
 from inference.generate import main
-from inference.terminal import harmless
 
 
 def write(path, rows) -> str:

@@ -145,3 +145,10 @@ def test_a_question_comes_out_of_its_prompt(template, messages):
 def test_a_question_of_the_task_is_found_in_any_wording(around):
     assert [question_of(around.format(question)) for question in QUESTIONS] == QUESTIONS
     assert question_of(around.format("Who are you?")) == around.format("Who are you?").strip()
+
+
+def test_no_answer_drives_the_terminal(outputs):
+    prompt = "\n\nHuman: Hi\n\nAssistant:"
+    write_rows(outputs / "ppo/samples/after.jsonl", [{"prompt": prompt, "response": "\x1b[2J"}] * 8)
+    shown = render(report_of(outputs))
+    assert "[2J" in shown and "\x1b" not in shown
