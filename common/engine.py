@@ -183,8 +183,7 @@ def training_engine(model: nn.Module, settings: EngineSettings, optimizer: Optim
     config = deepspeed_config(settings)
     adamw = build_optimizer(groups, "offload_optimizer" in config["zero_optimization"])
     schedule = build_scheduler(adamw, optimizer.scheduler, optimizer.warmup_steps, optimizer.total_steps)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, lr_scheduler=schedule,
-                                      config=config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, lr_scheduler=schedule, config=config)
     _forget_start_up_step(adamw)
     engine.gradients = GradientSize(model)
     engine.train()  # transformers loads models in evaluation mode, without dropout

@@ -104,7 +104,8 @@ class ActorRollouts:
         return joined(requests, responses, rows.prompt_index.repeat_interleave(sampling.samples_per_prompt),
                       self.end_id, self.pad_id)
 
-    def _plainly(self, prompts: PromptBatch, sampling: Sampling, iteration: int, progress) -> Rollout:
+    def _plainly(self, prompts: PromptBatch, sampling: Sampling, iteration: int,
+                 progress: Callable[[int], None]) -> Rollout:
         parts = [generate(self.engine, prompts, sampling, end_id=self.end_id, pad_id=self.pad_id, seed=self.seed,
                           iteration=iteration, sample=sample, progress=progress)
                  for sample in range(sampling.samples_per_prompt)]
@@ -150,7 +151,6 @@ class _ForcedChoice(LogitsProcessor):
         has_ended = (input_ids[:, self.prompt_width:] == self.end_id).any(1) | (tokens == self.end_id)
         self.show(int(has_ended.sum()))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
-
 
     def show(self, ended: int) -> None:
         """So many responses have ended by now."""

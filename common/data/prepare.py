@@ -46,8 +46,8 @@ class DataRequest:
     Attributes:
         data_path: the blend, see `common.data.blend.parse_data_path`.
         kind: "demonstration", "comparison", "prompt" or "text".
-        phase: 0, 1 or 2 takes this phase's share of the prompts, of the sources' own test data for evaluation; None
-            takes all of them.
+        phase: 0, 1 or 2 takes this phase's share of the prompts, to train on or, of the sources' own test data, to
+            evaluate on; None takes all of them.
         data_split, eval_fraction: see `common.data.split.assignment`. Held-out prompts are held out of every
             phase, so each phase evaluates on all of them.
         columns, max_rows: see `common.data.reading.read_records`.
