@@ -28,5 +28,5 @@ setup(
         "tqdm>=4.70",
         "transformers>=5.23",
     ],
-    extras_require={"test": ["pytest>=9.2", "hypothesis>=6.170", "scipy>=1.17"]},
+    extras_require={"test": ["pytest>=9.2", "hypothesis>=6.170", "scipy>=1.17", "pytest-xdist>=3.8"]},
 )

@@ -95,7 +95,8 @@ def goes_on(runs: Path, case: str) -> None:
         assert other.pop("phase") == record.pop("phase")
         assert other == pytest.approx(record, rel=1e-3 if precise else 0.02, abs=1e-4 if precise else 0.02)
         losses = [name for name in record if name.endswith("loss") and precise]
-        assert [other[name] for name in losses] == pytest.approx([record[name] for name in losses], rel=1e-5, abs=1e-8)
+        # The terms of a policy loss are of order 1 and cancel out.
+        assert [other[name] for name in losses] == pytest.approx([record[name] for name in losses], rel=1e-5, abs=1e-6)
     for samples in (whole / "samples").iterdir():
         assert not precise or answers(moved / "samples" / samples.name) == answers(samples)
     for model in whole.rglob("*.safetensors"):
