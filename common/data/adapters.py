@@ -21,15 +21,16 @@ The sets known by name, and their columns:
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from common.data.dialogues import BadRow, clean_text, make_prompt
+from common.data.dialogues import make_prompt
 from common.data.layouts import (COMPARISONS, DEMONSTRATIONS, DIALOGUE_PAIR, INSTRUCTION, LAYOUTS,
                                  PROMPT_PAIR, QUESTION_RESPONSE, Example, Layout,
-                                 as_question)
+                                 as_question, described)
 from common.data.records import Message
+from common.data.values import BadRow, clean_answer, clean_text
 from common.errors import UserError, did_you_mean
 
 _CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
@@ -39,20 +40,20 @@ def _orca_chat(row: dict[str, Any]) -> Example:
     turns = row["conversation"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise BadRow("'conversation' is not a list of input and output")
-    messages = [Message(role, clean_text(turn.get(key), key))
-                for turn in turns for role, key in (("user", "input"), ("assistant", "output"))]
+    messages = [Message(role, clean(turn.get(key), key)) for turn in turns
+                for role, key, clean in (("user", "input", clean_text), ("assistant", "output", clean_answer))]
     system = clean_text(row["instruction"], "instruction")
-    return Example(make_prompt(messages[:-1], "conversation", system), response=messages[-1].content)
+    return Example(make_prompt(messages[:-1], "conversation", system), messages[-1].content)
 
 
 def _shp(row: dict[str, Any]) -> Example:
     label = str(row["labels"])
     if label not in ("0", "1"):
         raise BadRow(f"'labels' is {label}, neither 0 nor 1")
-    a, b = (clean_text(row[column], column) for column in ("human_ref_A", "human_ref_B"))
+    a, b = (clean_answer(row[column], column) for column in ("human_ref_A", "human_ref_B"))
     chosen, rejected = (a, b) if label == "1" else (b, a)
     prompt = make_prompt([Message("user", clean_text(row["history"], "history"))], "history")
-    return Example(prompt, chosen=chosen, rejected=rejected)
+    return Example(prompt, chosen, ((chosen, rejected),))
 
 
 def _webgpt(row: dict[str, Any]) -> Example:
@@ -65,9 +66,9 @@ def _webgpt(row: dict[str, Any]) -> Example:
     except (TypeError, ValueError):
         raise BadRow("'score_0' or 'score_1' is no number") from None
     # Citations refer to quotes that the model never sees.
-    answers = [_CITATION.sub("", clean_text(row[column], column)) for column in ("answer_0", "answer_1")]
+    answers = [_CITATION.sub("", clean_answer(row[column], column)) for column in ("answer_0", "answer_1")]
     chosen, rejected = answers if first >= second else answers[::-1]
-    return Example(prompt, chosen=chosen, rejected=rejected, tied=first == second)
+    return Example(prompt, chosen, ((chosen, rejected),), tied=first == second)
 
 
 def _orca_asked(row: dict[str, Any]) -> list[Any]:
@@ -87,6 +88,7 @@ SHP = Layout(("history", "human_ref_A", "human_ref_B", "labels"), COMPARISONS, _
 WEBGPT = Layout(("question", "answer_0", "answer_1", "score_0", "score_1"), COMPARISONS, _webgpt,
                 asked=_webgpt_asked)
 
+_OTHERS = (ORCA_CHAT, SHP, WEBGPT)
 NAMED = {
     "dahoas/rm-static": PROMPT_PAIR,
     "dahoas/full-hh-rlhf": PROMPT_PAIR,
@@ -115,6 +117,12 @@ def named_layout(name: str) -> Layout | None:
     return None
 
 
+def _known_columns() -> list[str]:
+    """The columns of all layouts, those of sets known by name included."""
+    return list(dict.fromkeys(column for layout in (*LAYOUTS, *_OTHERS)
+                              for column in layout.required + layout.optional))
+
+
 class ColumnMap:
     """The user's names for the columns understood: ``{'prompt': 'question', 'chosen': 'good', 'rejected':
     'bad'}``.
@@ -125,8 +133,7 @@ class ColumnMap:
 
     def __init__(self, names: Mapping[str, str] | None):
         self.names = dict(names or {})
-        known = list(dict.fromkeys(column for layout in LAYOUTS
-                                   for column in layout.required + layout.optional))
+        known = _known_columns()
         for key in self.names:
             if key not in known:
                 raise UserError(f"--columns: '{key}' is no column that is understood{did_you_mean(key, known)}; "
@@ -135,7 +142,7 @@ class ColumnMap:
     def for_kind(self, kind: str) -> ColumnMap:
         """The part of the map that has to do with records of ``kind``: text and dialogues may lie in
         different sources."""
-        known = {column for layout in LAYOUTS if kind in layout.kinds
+        known = {column for layout in LAYOUTS if kind in layout.kinds or kind == "comparison" and layout.ranked
                  for column in layout.required + layout.optional}
         return ColumnMap({key: column for key, column in self.names.items() if key in known})
 
@@ -149,8 +156,18 @@ class ColumnMap:
                         f"{did_you_mean(column, found)}; it has {', '.join(sorted(found))}")
 
     def within(self, found: Collection[str]) -> ColumnMap:
-        """This map, or an empty one where the ``found`` columns are not those it speaks of."""
-        return self if self._fits(found) else ColumnMap(None)
+        """This map, or an empty one where the ``found`` columns are not those it speaks of, and with it the columns
+        whose names differ in case or spaces alone from those that are understood: ``Prompt``, `` response``."""
+        mine = dict(self.names) if self._fits(found) else {}
+        taken = {*mine, *mine.values(), *found}
+        likes: dict[str, list[str]] = {}
+        for column in set(found) - set(mine.values()):
+            likes.setdefault(column.strip().lower(), []).append(column)
+        mine.update({known: likes[known.lower()][0] for known in _known_columns()
+                     if known not in taken and len(likes.get(known.lower(), ())) == 1})
+        mapped = ColumnMap(None)
+        mapped.names = mine
+        return mapped
 
     def _fits(self, found: Collection[str]) -> bool:
         return set(self.names.values()) <= set(found)
@@ -169,23 +186,24 @@ class ColumnMap:
         return kept | {key: row.get(column) for key, column in self.names.items()}
 
 
-def choose_layout(name: str, columns: Collection[str], kind: str, label: str) -> Layout:
-    """The layout by which the source ``name`` with these ``columns`` gives records of ``kind``.
+def choose_layout(name: str, columns: Collection[str], kind: str, label: str,
+                  rows: Sequence[dict[str, Any]] = ()) -> Layout:
+    """The layout by which the source ``name`` with these ``columns`` gives records of ``kind``, judging by some of its
+    ``rows`` where the columns do not tell.
 
     Raises UserError if no layout fits the columns, or none that fits gives that kind; ``label`` names the
     file.
     """
     named = named_layout(name)
-    understood = [*([named] if named else []), *LAYOUTS, ORCA_CHAT, SHP, WEBGPT]
+    understood = [*([named] if named else []), *LAYOUTS, *_OTHERS]
     fitting = [layout for layout in understood if set(layout.required) <= set(columns)]
     for layout in fitting:
-        if kind in layout.kinds:
+        if layout.gives(kind, rows):
             return layout
     found = ", ".join(sorted(columns)) or "none"
     if fitting:
-        giving = " or ".join(str(layout) for layout in LAYOUTS if kind in layout.kinds)
         able = " and ".join(_PLURALS[given] for given in fitting[0].kinds)
         raise UserError(f"{label}: its columns ({found}) give {able}, not {_PLURALS[kind]}, "
-                        f"which need {giving}")
-    raise UserError(f"{label}: unknown layout; columns found: {found}; understood: "
-                    f"{', '.join(map(str, dict.fromkeys(understood)))}; name others with --columns")
+                        f"which need {described(kind)}")
+    raise UserError(f"{label}: unknown layout; columns found: {found}; understood: {described()}, "
+                    f"{', '.join(map(str, _OTHERS))}; name others with --columns")

@@ -3,37 +3,31 @@ role/content."""
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
-from common.data.records import Message, Prompt
+from common.data.records import Answer, Message, Prompt
+from common.data.values import BadRow, as_text, clean_answer, clean_text, own_indentation
 
 _ROLES = {"Human": "user", "Assistant": "assistant"}
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_SPEAKERS = {  # by the names that public sets use, in any case
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "person": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "bot": "assistant", "ai": "assistant", "chatbot": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool",
+    "function_response": "tool"}
+_CALLS = ("function_call", "tool_call")    # roles whose text is a call, as JSON
+_SHAPES = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"), ("role", "text"))
+_MORE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tool_call_id", "name")
+_LEFT = ("weight", "train")     # say whether an answer is trained
 _CUE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _INLINE_CUE = re.compile(r"(?:\A|(?<=\s))(Human|Assistant):")
 _BOTH_CUES = re.compile(r"\s*Human:.*\n\nAssistant:", re.S)
-
-
-class BadRow(ValueError):
-    """A row that cannot be used; the message says why, in a few words."""
-
-
-def clean_text(value: Any, column: str) -> str:
-    """``value`` without surrounding white space; '' for None. Raises BadRow if it is not text that can be
-    encoded."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BadRow(f"'{column}' is not text but {type(value).__name__}")
-    if "\0" in value:
-        raise BadRow(f"'{column}' has NUL bytes")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow(f"'{column}' is invalid UTF-8") from None
-    return value.strip()
 
 
 def is_transcript(value: Any) -> bool:
@@ -44,63 +38,115 @@ def is_transcript(value: Any) -> bool:
 def is_whole_dialogue(value: Any) -> bool:
     """Whether a value holds a dialogue with its answer: a transcript with both cues, or a list of
     messages."""
-    return isinstance(value, list) or (isinstance(value, str) and _BOTH_CUES.match(value) is not None)
+    return isinstance(value, (list, dict)) or (isinstance(value, str) and _BOTH_CUES.match(value) is not None)
 
 
 def read_dialogue(value: Any, column: str) -> list[Message]:
-    """The messages of a transcript or of a list of ``{'role', 'content'}`` or, as ShareGPT has them,
-    ``{'from', 'value'}``; empty ones included.
+    """The messages of a transcript, of a list of ``{'role', 'content'}`` or, as ShareGPT has them,
+    ``{'from', 'value'}``, or of one of these alone; empty ones included.
 
     A cue counts where it opens the text or follows an empty line, since answers may quote the words. A text
     with no more than one such cue is read with cues after any white space, if its speakers then take turns.
     """
-    if isinstance(value, list):
-        return [_message(item, column) for item in value]
-    text = clean_text(value, column)
+    if isinstance(value, (list, dict)):
+        return [_message(item, column) for item in (value if isinstance(value, list) else [value])]
+    text = as_text(value, column).rstrip()
     cues = list(_CUE.finditer(text))
     if len(cues) <= 1:
         inline = list(_INLINE_CUE.finditer(text))
         if all(cue[1] == ("Human", "Assistant")[turn % 2] for turn, cue in enumerate(inline)):
             cues = inline
-    if not cues or cues[0].start() != 0:
+    if not cues or text[:cues[0].start()].strip():
         raise BadRow(f"'{column}' is no dialogue that begins with 'Human:'")
     ends = [cue.start() for cue in cues[1:]] + [len(text)]
-    return [Message(_ROLES[cue[1]], text[cue.end():end].strip()) for cue, end in zip(cues, ends)]
+    spoken = [(_ROLES[cue[1]], text[cue.end():end]) for cue, end in zip(cues, ends)]
+    return [Message(role, own_indentation(said) if role == "assistant" else said.strip()) for role, said in spoken]
+
+
+def message_keys() -> frozenset[str]:
+    """The keys of a message that are understood."""
+    return frozenset({*chain.from_iterable(_SHAPES), *_MORE, *_LEFT})
 
 
 def _message(item: Any, column: str) -> Message:
-    if isinstance(item, dict) and {"role", "content"} <= item.keys():
-        role, content = item["role"], item["content"]
-    elif isinstance(item, dict) and {"from", "value"} <= item.keys():
-        role, content = _SHAREGPT_ROLES.get(str(item["from"]), item["from"]), item["value"]
-    else:
-        raise BadRow(f"'{column}' holds something without 'role' and 'content', or 'from' and 'value'")
-    if role not in ("system", "user", "assistant"):
-        raise BadRow(f"'{column}' has the role {role!r}, not system, user or assistant")
-    return Message(role, clean_text(content, column))
+    """One message of a list. Raises BadRow if it is none, or has a speaker that is not known."""
+    speaker, content, more = _spoken(item, column)
+    if speaker in _CALLS:
+        speaker, content, more["tool_calls"] = "assistant", None, [_call(content, column)]
+    role = _SPEAKERS.get(speaker)
+    if role is None:
+        raise BadRow(f"'{column}' has the role {speaker!r}; known are {', '.join(_SPEAKERS)}")
+    if role != "assistant":  # who else has a name is no matter, and thinks aloud
+        more = {key: value for key, value in more.items() if role == "tool" and key in ("tool_call_id", "name")}
+    elif "function_call" in more:
+        more.setdefault("tool_calls", [{"type": "function", "function": more.pop("function_call")}])
+    if "reasoning" in more:
+        more.setdefault("reasoning_content", more.pop("reasoning"))
+    for key in ("reasoning_content", "thinking"):
+        if key in more and not (text := clean_text(more[key], f"{column}: {key}")):
+            del more[key]
+        elif key in more:
+            more[key] = text
+    text = (clean_answer if role == "assistant" else clean_text)(content, column)
+    trained = item.get("weight") not in (0, "0") and item.get("train") not in (False, "false")
+    return Message(role, text, _as_json(more, column) if more else "", trained)
+
+
+def _spoken(item: Any, column: str) -> tuple[str, Any, dict[str, Any]]:
+    """(speaker, text, what else the message says)."""
+    for who, what in _SHAPES:
+        # A message that is a call need not have any text.
+        if isinstance(item, dict) and who in item and (what in item or any(key in item for key in _MORE)):
+            return str(item[who]).strip().lower(), item.get(what), {
+                key: item[key] for key in _MORE if item.get(key) not in (None, "", [], {})}
+    raise BadRow(f"'{column}' holds something without 'role' and 'content', or 'from' and 'value'")
+
+
+def _call(text: Any, column: str) -> dict[str, Any]:
+    """A tool call out of the text of a turn that is one."""
+    try:
+        call = json.loads(as_text(text, column))
+        return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadRow(f"'{column}' has a call that is no JSON object with 'name' and 'arguments'") from None
+
+
+def _as_json(value: Any, column: str) -> str:
+    try:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+        text.encode("utf-8")
+        return text
+    except (TypeError, ValueError, RecursionError):  # lone surrogates are a ValueError
+        raise BadRow(f"'{column}' has a message that cannot be written as JSON") from None
+
+
+def read_question(value: Any, column: str) -> list[Message]:
+    """The messages of a plain question, a transcript (with or without the last "Assistant:" cue) or a list of
+    messages."""
+    if not isinstance(value, (list, dict)) and not is_transcript(value):
+        return [Message("user", clean_text(value, column))]
+    messages = read_dialogue(value, column)
+    if len(messages) > 1 and messages[-1] == Message("assistant", ""):
+        messages.pop()
+    return messages
 
 
 def read_prompt(value: Any, column: str, system: str = "") -> Prompt:
-    """A prompt from a plain question, a transcript (with or without the last "Assistant:" cue) or a list of
-    messages."""
-    if isinstance(value, list) or is_transcript(value):
-        messages = read_dialogue(value, column)
-        if len(messages) > 1 and messages[-1] == Message("assistant", ""):
-            messages.pop()
-    else:
-        messages = [Message("user", clean_text(value, column))]
-    return make_prompt(messages, column, system)
+    """A prompt from what `read_question` reads."""
+    return make_prompt(read_question(value, column), column, system)
 
 
 def opening(value: Any) -> str:
     """The user's first message in a plain question, a transcript or a list of messages, as `make_prompt` keeps
     it, whatever is wrong with the rest; '' if there is none to be read."""
+    if isinstance(value, (bool, int, float)):
+        value = as_text(value, "")
     if isinstance(value, str):
         text = value.encode("utf-8", "replace").decode().replace("\0", "?")
         if not is_transcript(text):
             return text.strip()
         value = [{"role": message.role, "content": message.content} for message in read_dialogue(text, "")]
-    for item in value if isinstance(value, list) else ():
+    for item in value if isinstance(value, list) else [value] if isinstance(value, dict) else ():
         with contextlib.suppress(BadRow):
             message = _message(item, "")
             if message.role == "user" and message.content:
@@ -108,31 +154,35 @@ def opening(value: Any) -> str:
     return ""
 
 
-def read_answered(value: Any, column: str) -> tuple[list[Message], str]:
-    """(everything before the last answer, that answer, which may be ''). Raises BadRow if it does not end
-    with one."""
-    *before, last = read_dialogue(value, column) or [Message("user", "")]
-    if last.role != "assistant":
-        raise BadRow(f"'{column}' does not end with an answer of the assistant")
-    return before, last.content
+def answer_of(messages: Sequence[Message]) -> Answer:
+    """Messages as an answer: their text alone where there is one message that has nothing else."""
+    if len(messages) == 1 and not messages[0].more:
+        return messages[0].content
+    return tuple(messages)
 
 
-def make_prompt(messages: Sequence[Message], column: str, system: str = "") -> Prompt:
-    """The prompt made of ``messages``: a system message first, if any; empty messages left out; turns of one
-    speaker in a row joined to one, as chat templates demand, with the user's first one kept as the opening.
-    Raises BadRow if it does not end with the user's turn."""
+def joined(messages: Sequence[Message]) -> list[Message]:
+    """Without empty messages, and with turns of one speaker in a row joined to one, as chat templates demand."""
     turns: list[Message] = []
-    for message in [Message("system", system), *messages]:
-        if not message.content:
+    for message in messages:
+        if not message.content and not message.more:
             continue
-        if turns and turns[-1].role == message.role:
-            turns[-1] = Message(message.role, f"{turns[-1].content}\n\n{message.content}")
+        last = turns[-1] if turns else None
+        if last and last.role == message.role != "tool" and not last.more and not message.more:
+            turns[-1] = replace(message, content=f"{last.content}\n\n{message.content}")
         else:
             turns.append(message)
-    if not turns or turns[-1].role != "user":
+    return turns
+
+
+def make_prompt(messages: Sequence[Message], column: str, system: str = "", tools: str = "") -> Prompt:
+    """The prompt made of ``messages``: a system message first, if any, and turns as `joined` makes them, with the
+    user's first one kept as the opening. Raises BadRow if it does not end with the turn of the user or of a tool."""
+    turns = joined([Message("system", system), *messages])
+    opening = next((message.content for message in messages if message.role == "user" and message.content), None)
+    if not turns or opening is None or turns[-1].role not in ("user", "tool"):
         empty = not any(message.content for message in messages)
         raise BadRow(f"'{column}' is empty" if empty else f"'{column}': no user's turn before the answer")
     if any(turn.role == "system" for turn in turns[1:]):
         raise BadRow(f"'{column}' has a system message after the first turn")
-    opening = next(message.content for message in messages if message.role == "user" and message.content)
-    return Prompt(tuple(turns), opening)
+    return Prompt(tuple(turns), opening, tools)

@@ -1,62 +1,100 @@
 """Column layouts understood without configuration, and what each gives.
 
-- ``prompt, chosen, rejected``: a comparison; the prompt is a question, a transcript or a list of messages.
-  If chosen and rejected are whole dialogues themselves, the next line applies. Optional: ``system_prompt``,
-  and ``response``, the demonstration (else ``chosen`` is).
-- ``chosen, rejected``: two dialogues, "\\n\\nHuman: ...\\n\\nAssistant: ..." or lists of messages, which
-  share all but the last answer: what they share is the prompt.
-- ``prompt, response``: a demonstration. Optional: ``system_prompt``.
-- ``instruction, output``: a demonstration (Alpaca). Optional: ``input``, put after the instruction and an
-  empty line.
-- ``question, response``: a demonstration. Optional: ``system_prompt``.
-- ``messages``, ``conversations``: a list of role/content or, as ShareGPT has it, of from/value (human, gpt,
-  system): the last assistant message is the response; as a prompt alone, the answer may be missing.
-- ``prompt``: a prompt. Optional: ``system_prompt``.
+A layout names the columns it needs; the table is `LAYOUTS`, at the end. What the names mean:
+
+- ``prompt``, ``question``, ``instruction``, ``input``: what is asked: a plain question, a transcript
+  ("\\n\\nHuman: ...\\n\\nAssistant:"), or a list of messages (role/content, or from/value as ShareGPT has it).
+- ``response``, ``completion``, ``output``, ``answer``: its answer: a text, a message, or messages the last of which
+  answers. A list of texts is a ranking, the best first: comparisons of each with all behind it.
+- ``chosen``, ``rejected``: the better and the worse answer; lists of texts are several of them: comparisons of each
+  chosen with each rejected one. Both may be whole dialogues: what they share is the prompt, and they are compared
+  from their first difference on.
+- ``messages``, ``conversations``: a whole dialogue: its last assistant message is the response, and what comes before
+  it the prompt. As a prompt alone, a dialogue that ends with a question asks that.
 - ``text``: plain text. Blank texts, by which some sets part paragraphs, are left out.
+
+Optional columns, wherever they have a sense: ``system_prompt`` or ``system``; ``context``, ``input``, ``document``,
+``passage``, put behind the question and an empty line; ``history``, pairs of earlier questions and answers;
+``tools``, for chat templates; ``label``, whether an answer is a good one (bad ones demonstrate nothing); the scores of
+a pair or their ``margin``, equal ones being ties, which are left out.
 
 A comparison also serves as a demonstration, and all but plain text as prompts.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from common.data.dialogues import (BadRow, clean_text, is_transcript, is_whole_dialogue, make_prompt, opening,
-                                   read_answered, read_dialogue, read_prompt)
-from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record
+from common.data.dialogues import (answer_of, is_transcript, is_whole_dialogue, joined, make_prompt, message_keys,
+                                   opening, read_dialogue, read_question)
+from common.data.records import Answer, Comparison, Demonstration, Message, PlainText, Prompt, Record
+from common.data.values import BadRow, as_text, clean_answer, clean_text, is_texts
+
+COMPARISONS = ("comparison", "demonstration", "prompt")
+DEMONSTRATIONS = ("demonstration", "prompt")
+COMPANIONS = ("context", "input", "document", "passage")
+_SYSTEM = ("system_prompt", "system")
+_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
+           ("chosen-rating", "rejected-rating"))
+_RANKS = ("scores", "ranks")    # of the answers in a list: higher scores are better, lower ranks
+_BESIDE = (*_SYSTEM, *COMPANIONS, "history", "tools")
+_BESIDE_PAIR = (*_BESIDE, "margin", *(name for pair in _SCORES for name in pair))
+
+
+class LeftOut(Exception):
+    """A row that gives no record of the kind asked for, without fault; the message is the reason, for a count."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """All that one row says; '' for what is empty or missing. ``tied``: the two answers are as good as each
-    other."""
+    """All that one row says.
+
+    ``answer``: the one to be learnt, '' where it is empty or missing. ``pairs``: of a better and a worse one.
+    ``asks``: what is to be answered, where it is not ``prompt``. ``tied``: no answer is better. ``label``: False for
+    an answer that is marked as a bad one.
+    """
 
     prompt: Prompt | None = None
-    response: str = ""
-    chosen: str = ""
-    rejected: str = ""
+    answer: Answer = ""
+    pairs: tuple[tuple[Answer, Answer], ...] = ()
+    asks: Prompt | None = None
     text: str = ""
     tied: bool = False
+    label: bool = True
 
 
 @dataclass(frozen=True)
 class Layout:
     """``read`` turns a row's columns into an Example or raises BadRow. ``kinds``: the records it can give.
-    ``asked``: the values of a row that begin with the user's first message, see `dialogues.opening`."""
+    ``asked``: the values of a row that begin with the user's first message, see `dialogues.opening`. ``ranked``: a
+    column that, where it holds lists of answers, gives comparisons too."""
 
     required: tuple[str, ...]
     kinds: tuple[str, ...]
     read: Callable[[dict[str, Any]], Example]
     optional: tuple[str, ...] = ()
     asked: Callable[[dict[str, Any]], Sequence[Any]] = lambda row: ()
+    ranked: str | None = None
+
+    def gives(self, kind: str, rows: Sequence[dict[str, Any]]) -> bool:
+        """Whether rows such as these give records of ``kind``."""
+        return kind in self.kinds or kind == "comparison" and self.ranked is not None and any(
+            isinstance(row.get(self.ranked), list) and len(_answers(row[self.ranked], self.ranked)) > 1 for row in rows)
 
     def __str__(self) -> str:
         return "/".join(self.required)
 
-
-COMPARISONS = ("comparison", "demonstration", "prompt")
-DEMONSTRATIONS = ("demonstration", "prompt")
+    def unused(self, row: dict[str, Any]) -> Iterator[str]:
+        """The columns of a row, and the keys of its messages, that `read` does not look at."""
+        for column, value in row.items():
+            if column not in self.required and column not in self.optional:
+                yield column
+            elif isinstance(value, list) and column not in ("tools", "history"):
+                for message in value:
+                    if isinstance(message, dict):
+                        yield from (f"{column}: {key}" for key in message.keys() - message_keys())
 
 
 def openings(layout: Layout, row: dict[str, Any]) -> set[str]:
@@ -68,82 +106,241 @@ def openings(layout: Layout, row: dict[str, Any]) -> set[str]:
         return set()
 
 
-def to_record(layout: Layout, row: dict[str, Any], kind: str) -> Record | None:
-    """The row as a record of ``kind`` (one of ``layout.kinds``); None for a tie where a comparison is asked
-    for, and for a blank text.
+def to_records(layout: Layout, row: dict[str, Any], kind: str) -> list[Record]:
+    """The row as records of ``kind`` (one of ``layout.kinds``): one, but none of a blank text, and several comparisons
+    of several answers.
 
-    Raises BadRow if a column is missing or empty, of the wrong type, or chosen == rejected.
+    Raises BadRow if a column is missing or empty, of the wrong type, or chosen == rejected; LeftOut for a tie where
+    comparisons are asked for, and for an answer that is not to be learnt from.
     """
     for column in layout.required:
         if row.get(column) is None:
             raise BadRow(f"'{column}' is missing")
     example = layout.read(row)
     if kind == "text":
-        return PlainText(example.text) if example.text else None
+        return [PlainText(example.text)] if example.text else []
     if kind == "prompt":
-        return example.prompt
+        return [example.asks or example.prompt]
     if kind == "demonstration":
-        return Demonstration(example.prompt, _filled(example.response or example.chosen, "answer"))
+        return [_demonstration(example)]
     if example.tied:
-        return None
-    chosen, rejected = _filled(example.chosen, "chosen answer"), _filled(example.rejected, "rejected answer")
-    if chosen == rejected:
-        raise BadRow("chosen and rejected are the same")
-    return Comparison(example.prompt, chosen, rejected)
+        raise LeftOut("tie of both answers")
+    return [Comparison(example.prompt, *pair) for pair in _pairs(example)]
 
 
-def _filled(text: str, name: str) -> str:
-    if not text:
+def _demonstration(example: Example) -> Demonstration:
+    if not example.label:
+        raise LeftOut("answer labelled as a bad one")
+    prompt, answer = example.prompt, _filled(example.answer, "answer")
+    if isinstance(answer, str):
+        return Demonstration(prompt, answer)
+    # Of several turns, the last one that is to be trained is the answer.
+    trained = [at for at, message in enumerate(answer) if message.role == "assistant" and message.trained]
+    if not trained:
+        raise LeftOut("no answer that is to be trained")
+    *before, last = answer[:trained[-1] + 1]
+    whole = make_prompt([*prompt.messages, *before], "chosen", tools=prompt.tools)
+    return Demonstration(replace(whole, opening=prompt.opening), _filled(answer_of([last]), "answer"))
+
+
+def _pairs(example: Example) -> list[tuple[Answer, Answer]]:
+    for chosen, rejected in example.pairs:
+        _filled(chosen, "chosen answer")
+        _filled(rejected, "rejected answer")
+    different = [(chosen, rejected) for chosen, rejected in dict.fromkeys(example.pairs) if chosen != rejected]
+    if not different:
+        raise BadRow("chosen and rejected are the same" if example.pairs else "there is one answer, and none beside it")
+    return different
+
+
+def _filled(answer: Answer, name: str) -> Answer:
+    if not answer or not isinstance(answer, str) and not (answer[-1].content or answer[-1].more):
         raise BadRow(f"the {name} is empty")
-    return text
+    return answer
 
 
-def _comparison(row: dict[str, Any]) -> Example:
-    if is_whole_dialogue(row["chosen"]) and is_whole_dialogue(row["rejected"]):
-        return _dialogues(row)
-    prompt = read_prompt(row["prompt"], "prompt", _system(row))
-    response, chosen, rejected = (_answer(row, column) for column in ("response", "chosen", "rejected"))
-    return Example(prompt, response=response, chosen=chosen, rejected=rejected)
-
+# ---- what stands beside a question
 
 def _system(row: dict[str, Any]) -> str:
-    return clean_text(row.get("system_prompt"), "system_prompt")
+    return "\n\n".join(filter(None, (clean_text(row.get(column), column) for column in _SYSTEM)))
 
 
-def _answer(row: dict[str, Any], column: str) -> str:
-    answer = clean_text(row.get(column), column)
+def _companions(row: dict[str, Any], beside: Sequence[str] = COMPANIONS) -> list[str]:
+    return [text for column in beside if (text := clean_text(row.get(column), column))]
+
+
+def _history(row: dict[str, Any]) -> list[Message]:
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise BadRow("'history' is not a list of pairs, question and answer")
+    return [Message(role, clean_text(text, "history")) for pair in pairs for role, text in
+            zip(("user", "assistant"), pair)]
+
+
+def _tools(row: dict[str, Any]) -> str:
+    tools = row.get("tools") or ""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise BadRow("'tools' is no JSON") from None
+    if not tools or not isinstance(tools, list):
+        if tools and not isinstance(tools, str):
+            raise BadRow("'tools' is not a list")
+        return ""
+    return json.dumps(tools, sort_keys=True)
+
+
+def _asked(row: dict[str, Any], column: str, beside: Sequence[str] = COMPANIONS) -> Prompt:
+    """What the row asks in ``column``, with all that belongs to it."""
+    return _with_all(row, read_question(row[column], column), column, beside)
+
+
+def _with_all(row: dict[str, Any], messages: Sequence[Message], column: str,
+              beside: Sequence[str] = COMPANIONS) -> Prompt:
+    messages = [*_history(row), *messages]
+    added = _companions(row, beside)
+    if added:
+        last = max((at for at, message in enumerate(messages) if message.role == "user"), default=None)
+        if last is None:
+            raise BadRow(f"'{column}': no user's turn before the answer")
+        messages[last] = replace(messages[last], content="\n\n".join(filter(None, (messages[last].content, *added))))
+    return make_prompt(messages, column, _system(row), _tools(row))
+
+
+def _first_asked(*columns: str, beside: Sequence[str] = COMPANIONS) -> Callable[[dict[str, Any]], list[Any]]:
+    """What `Layout.asked` gives for a question in one of the columns."""
+    def asked(row: dict[str, Any]) -> list[Any]:
+        return [_with_beside(row, row.get(column), beside) for column in columns]
+    return asked
+
+
+def _with_beside(row: dict[str, Any], value: Any, beside: Sequence[str] = COMPANIONS) -> Any:
+    """The value that begins with the user's first message, which what stands beside it may be a part of."""
+    if isinstance(row.get("history"), list) and row["history"]:
+        pair = row["history"][0]
+        return as_question(pair[0] if isinstance(pair, list) and pair else None)
+    if value is None or not any(row.get(column) for column in beside):
+        return value
+    if not isinstance(value, (list, dict)) and not is_transcript(value):
+        return as_question("\n\n".join(filter(None, (clean_text(value, ""), *_companions(row, beside)))))
+    return [{"role": "user", "content": _with_all(row, read_question(value, ""), "", beside).opening}]
+
+
+# ---- what answers it
+
+def _answer(value: Any, column: str, asked: Any = None) -> Answer:
+    """One answer: a text, or messages of which the last is the assistant's."""
+    if isinstance(value, (list, dict)) and not is_texts(value):
+        messages = read_dialogue(value, column)
+        while messages and messages[-1].role != "assistant":
+            messages.pop()
+        return answer_of(messages) if messages else ""
+    text = clean_answer(value, column)
     # Some sets leave the cue out of the prompt and begin the answer with it.
-    return answer.removeprefix("Assistant:").lstrip() if is_transcript(row["prompt"]) else answer
+    return clean_answer(text.removeprefix("Assistant:"), column) if is_transcript(asked) else text
 
 
-def _dialogues(row: dict[str, Any]) -> Example:
-    before, chosen = read_answered(row["chosen"], "chosen")
-    before_rejected, rejected = read_answered(row["rejected"], "rejected")
-    if before != before_rejected:
-        raise BadRow("chosen and rejected differ before the last answer")
-    if isinstance(row["chosen"], list) and all(message.role == "assistant" for message in before):
-        # Lists that hold the answers alone; what comes before them is in the prompt.
-        prompt = row.get("prompt")
-        before = [*(read_dialogue(prompt, "prompt") if isinstance(prompt, list)
-                    else [Message("user", clean_text(prompt, "prompt"))]), *before]
-    return Example(make_prompt(before, "chosen", _system(row)), chosen=chosen, rejected=rejected)
+def _answers(value: Any, column: str, asked: Any = None) -> tuple[Answer, ...]:
+    """One or several: a list of texts, or of lists of messages, is several answers."""
+    several = is_texts(value) or isinstance(value, list) and value and all(isinstance(item, list) for item in value)
+    return tuple(_answer(item, column, asked) for item in (value if several else [value]))
 
 
-def _instruction(row: dict[str, Any]) -> Example:
-    prompt = make_prompt([Message("user", _instructed(row))], "instruction")
-    return Example(prompt, response=clean_text(row["output"], "output"))
-
-
-def _instructed(row: dict[str, Any]) -> str:
-    parts = [clean_text(row.get(column), column) for column in ("instruction", "input")]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _answered(question: str) -> Callable[[dict[str, Any]], Example]:
+def _answered(question: str, answer: str, beside: Sequence[str] = COMPANIONS) -> Callable[[dict[str, Any]], Example]:
     def read(row: dict[str, Any]) -> Example:
-        prompt = read_prompt(row[question], question, _system(row))
-        return Example(prompt, response=clean_text(row["response"], "response"))
+        prompt, answers = _asked(row, question, beside), _answers(row[answer], answer, row[question])
+        if len(answers) == 1:
+            return Example(prompt, answers[0], label=_label(row))
+        goodness = _goodness(row, len(answers))
+        order = sorted(range(len(answers)), key=lambda at: -goodness[at])
+        pairs = tuple((answers[better], answers[worse]) for at, better in enumerate(order) for worse in order[at + 1:]
+                      if goodness[better] > goodness[worse])
+        return Example(prompt, answers[order[0]], pairs, tied=not pairs)
     return read
+
+
+def _goodness(row: dict[str, Any], count: int) -> list[float]:
+    """A number for each of the answers of a list, higher for a better one: without scores or ranks, by their order."""
+    for column, sign in zip(_RANKS, (1, -1)):
+        if row.get(column) is not None:
+            try:
+                found = [sign * float(value) for value in row[column]]
+            except (TypeError, ValueError):
+                raise BadRow(f"'{column}' is no list of numbers") from None
+            if len(found) != count:
+                raise BadRow(f"'{column}' has {len(found)} numbers for {count} answers")
+            return found
+    return [-float(at) for at in range(count)]
+
+
+def _label(row: dict[str, Any]) -> bool:
+    label = row.get("label")
+    known = {"true": True, "1": True, "1.0": True, "": True, "false": False, "0": False, "0.0": False, "-1": False}
+    text = as_text(label, "label").strip().lower()
+    if text not in known:
+        raise BadRow(f"'label' is {text[:20]!r}, neither true nor false")
+    return known[text]
+
+
+def _tied(row: dict[str, Any]) -> bool:
+    """Whether the row says that its answers are as good as each other."""
+    scores = [(row[one], row[other]) for one, other in _SCORES
+              if row.get(one) is not None and row.get(other) is not None]
+    if row.get("margin") is not None:
+        scores.append((row["margin"], 0))
+    try:
+        return any(float(one) == float(other) for one, other in scores)
+    except (TypeError, ValueError):
+        raise BadRow("a score or margin is no number") from None
+
+
+def _compared(question: str) -> Callable[[dict[str, Any]], Example]:
+    """A pair whose prompt is in a column of its own, unless both are whole dialogues."""
+    def read(row: dict[str, Any]) -> Example:
+        if is_whole_dialogue(row["chosen"]) and is_whole_dialogue(row["rejected"]) and not (
+                is_texts(row["chosen"]) or is_texts(row["rejected"])):
+            return _dialogues(row, question)
+        prompt, asked = _asked(row, question), row[question]
+        good, bad = (_answers(row[column], column, asked) for column in ("chosen", "rejected"))
+        pairs = tuple((better, worse) for better in good for worse in bad)
+        shown = _answer(row.get("response"), "response", asked)
+        return Example(prompt, shown or good[0], pairs, tied=_tied(row))
+    return read
+
+
+def _dialogues(row: dict[str, Any], question: str = "prompt") -> Example:
+    chosen, rejected = (_with_answer(row[column], column) for column in ("chosen", "rejected"))
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if chosen[shared].role != "assistant" or rejected[shared].role != "assistant":
+        raise BadRow("chosen and rejected differ before the last answer, in what is asked")
+    before = chosen[:shared]
+    if not any(message.role == "user" for message in before):
+        # Dialogues that hold the answers alone; what comes before them is in the prompt.
+        before = [*(read_question(row[question], question) if row.get(question) is not None else ()), *before]
+    prompt = _with_all(row, before, "chosen")
+    pair = _turns(chosen[shared:], "chosen"), _turns(rejected[shared:], "rejected")
+    return Example(prompt, pair[0], (pair,), tied=_tied(row))
+
+
+def _turns(messages: Sequence[Message], column: str) -> Answer:
+    """The messages from the first one in which two dialogues differ, as an answer; '' if the last one is empty."""
+    turns = joined(messages)
+    if not messages[-1].content and not messages[-1].more:
+        return ""
+    if turns[0].role != "assistant":
+        raise BadRow(f"'{column}' has an empty answer before its last one")
+    return answer_of(turns)
+
+
+def _with_answer(value: Any, column: str) -> list[Message]:
+    """The messages of a dialogue that ends with an answer, which may be ''. Raises BadRow if it does not."""
+    messages = read_dialogue(value, column)
+    if not messages or messages[-1].role != "assistant":
+        raise BadRow(f"'{column}' does not end with an answer of the assistant")
+    return messages
 
 
 def _messages(column: str) -> Callable[[dict[str, Any]], Example]:
@@ -151,28 +348,35 @@ def _messages(column: str) -> Callable[[dict[str, Any]], Example]:
         if not isinstance(row[column], list):
             raise BadRow(f"'{column}' is not a list")
         messages = read_dialogue(row[column], column)
-        answers = [at for at, message in enumerate(messages) if message.role == "assistant" and message.content]
+        answers = [at for at, message in enumerate(messages)
+                   if message.role == "assistant" and (message.content or message.more)]
         if not answers:
-            return Example(make_prompt(messages, column))
-        return Example(make_prompt(messages[:answers[-1]], column), response=messages[answers[-1]].content)
+            return Example(_with_all(row, messages, column, ()))
+        last = answers[-1]
+        goes_on = any(message.content for message in messages[last + 1:])
+        asks = _with_all(row, messages if goes_on else messages[:last], column, ())
+        last = max((at for at in answers if messages[at].trained), default=last)
+        answer = messages[last]
+        return Example(_with_all(row, messages[:last], column, ()), answer_of([answer]) if answer.trained else (answer,),
+                       asks=asks)
     return read
 
 
 def _prompt(row: dict[str, Any]) -> Example:
-    return Example(read_prompt(row["prompt"], "prompt", _system(row)))
+    return Example(_asked(row, "prompt"))
 
 
 def _text(row: dict[str, Any]) -> Example:
     return Example(text=clean_text(row["text"], "text"))
 
 
-def _in(*columns: str) -> Callable[[dict[str, Any]], list[Any]]:
-    return lambda row: [row.get(column) for column in columns]
-
-
-def _in_pair(row: dict[str, Any]) -> list[Any]:
-    dialogues = [row.get(column) for column in ("chosen", "rejected")]
-    return [row.get("prompt"), *(value for value in dialogues if isinstance(value, list) or is_transcript(value))]
+def _in_pair(question: str) -> Callable[[dict[str, Any]], list[Any]]:
+    def asked(row: dict[str, Any]) -> list[Any]:
+        dialogues = [row.get(column) for column in ("chosen", "rejected")]
+        values = [row.get(question), *(value for value in dialogues
+                                       if isinstance(value, list) and not is_texts(value) or is_transcript(value))]
+        return [_with_beside(row, value) for value in values if value is not None]
+    return asked
 
 
 def as_question(text: Any) -> list[dict[str, Any]]:
@@ -180,20 +384,40 @@ def as_question(text: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-PROMPT_PAIR = Layout(("prompt", "chosen", "rejected"), COMPARISONS, _comparison,
-                     ("response", "system_prompt"), _in_pair)
-DIALOGUE_PAIR = Layout(("chosen", "rejected"), COMPARISONS, _dialogues, ("system_prompt",), _in_pair)
-PROMPT_RESPONSE = Layout(("prompt", "response"), DEMONSTRATIONS, _answered("prompt"), ("system_prompt",),
-                         _in("prompt"))
-INSTRUCTION = Layout(("instruction", "output"), DEMONSTRATIONS, _instruction, ("input",),
-                     lambda row: [as_question(_instructed(row))])
-QUESTION_RESPONSE = Layout(("question", "response"), DEMONSTRATIONS, _answered("question"),
-                           ("system_prompt",), _in("question"))
-MESSAGES = Layout(("messages",), DEMONSTRATIONS, _messages("messages"), asked=_in("messages"))
-CONVERSATIONS = Layout(("conversations",), DEMONSTRATIONS, _messages("conversations"), asked=_in("conversations"))
-PROMPT = Layout(("prompt",), ("prompt",), _prompt, ("system_prompt",), _in("prompt"))
+def _pair_of(question: str) -> Layout:
+    return Layout((question, "chosen", "rejected"), COMPARISONS, _compared(question),
+                  tuple(column for column in ("response", *_BESIDE_PAIR) if column != question), _in_pair(question))
+
+
+def _answer_to(question: str, answer: str) -> Layout:
+    beside = tuple(column for column in COMPANIONS if column != question)
+    return Layout((question, answer), DEMONSTRATIONS, _answered(question, answer, beside),
+                  (*_SYSTEM, *beside, "history", "tools", "label", *_RANKS), _first_asked(question, beside=beside),
+                  ranked=answer)
+
+
+_QUESTIONS = ("prompt", "instruction", "question", "query", "input")
+_ANSWERS = ("response", "completion", "output", "answer", "responses", "completions", "answers")
+_PAIRS = tuple(_pair_of(question) for question in (*_QUESTIONS, "conversations", "messages"))
+_ANSWERED = {(question, answer): _answer_to(question, answer) for question in _QUESTIONS for answer in _ANSWERS}
+PROMPT_PAIR = _PAIRS[0]
+DIALOGUE_PAIR = Layout(("chosen", "rejected"), COMPARISONS, _dialogues, _BESIDE_PAIR, _in_pair("prompt"))
+PROMPT_RESPONSE = _ANSWERED["prompt", "response"]
+INSTRUCTION = _ANSWERED["instruction", "output"]
+QUESTION_RESPONSE = _ANSWERED["question", "response"]
+_MESSAGES = tuple(Layout((column,), DEMONSTRATIONS, _messages(column), (*_SYSTEM, "tools"),
+                         _first_asked(column, beside=())) for column in ("messages", "conversations"))
+PROMPT = Layout(("prompt",), ("prompt",), _prompt, _BESIDE, _first_asked("prompt"))
 TEXT = Layout(("text",), ("text",), _text)
 
 # In the order in which they are tried: the first that fits the columns and gives the kind asked for.
-LAYOUTS = (PROMPT_PAIR, DIALOGUE_PAIR, PROMPT_RESPONSE, INSTRUCTION, QUESTION_RESPONSE, MESSAGES,
-           CONVERSATIONS, PROMPT, TEXT)
+LAYOUTS = (*_PAIRS, DIALOGUE_PAIR, *_ANSWERED.values(), *_MESSAGES, PROMPT, TEXT)
+
+
+def described(kind: str | None = None) -> str:
+    """The layouts that give records of ``kind``, or all, for a message."""
+    groups = (((PROMPT_PAIR, DIALOGUE_PAIR), "prompt/chosen/rejected, chosen/rejected"),
+              ((PROMPT_RESPONSE,), f"prompt/response, instruction/output and the like ({' or '.join(_QUESTIONS)} with "
+                                   f"{' or '.join(_ANSWERS)})"),
+              (_MESSAGES, "messages, conversations"), ((PROMPT,), "prompt"), ((TEXT,), "text"))
+    return ", ".join(text for (layout, *_), text in groups if kind is None or kind in layout.kinds)

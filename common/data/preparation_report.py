@@ -52,9 +52,7 @@ class PreparationReport:
         """The sums of both."""
         read = ReadReport(dict(self.read.sources), self.read.notes + other.read.notes)
         for source, counts in other.read.sources.items():
-            known = read.sources.get(source, Counts())
-            read.sources[source] = Counts(**{name: vars(known)[name] + count
-                                             for name, count in vars(counts).items()})
+            read.sources[source] = read.sources.get(source, Counts()).joined(counts)
         rest = {name: value + vars(other)[name] for name, value in vars(self).items() if name != "read"}
         return PreparationReport(read, **rest)
 

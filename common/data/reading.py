@@ -3,18 +3,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from common.data.adapters import ColumnMap, choose_layout, named_layout
 from common.data.blend import SourceSpec
-from common.data.dialogues import BadRow
 from common.data.files import Row
-from common.data.layouts import openings, to_record
+from common.data.layouts import LeftOut, openings, to_records
 from common.data.records import RECORD_KINDS, Record, identity
 from common.data.sources import Part, open_source
 from common.data.split import dialogue_hash
+from common.data.values import BadRow
 from common.errors import UserError
 
 _SHOWN = 5      # bad rows shown with their place
@@ -37,13 +38,25 @@ class SourcedRecord:
 
 @dataclass
 class Counts:
-    """Rows of one source. What is neither usable nor bad is left out without fault (a tie has no better
-    answer, a blank text nothing to learn). ``first_bad``: the first bad ones, as (where, why)."""
+    """Rows of one source. ``left_out``: those that are neither usable nor bad, by reason (a tie has no better answer, a
+    blank text nothing to learn). ``first_bad``: the first bad ones, as (where, why). ``unused``: the columns, and
+    the keys of messages, that nothing was made of."""
 
     total: int = 0
     usable: int = 0
     bad: int = 0
     first_bad: list[tuple[str, str]] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+    def leave_out(self, reason: str) -> None:
+        self.left_out[reason] = self.left_out.get(reason, 0) + 1
+
+    def joined(self, other: Counts) -> Counts:
+        """The sums of both."""
+        reasons = Counter(self.left_out) + Counter(other.left_out)
+        return Counts(self.total + other.total, self.usable + other.usable, self.bad + other.bad,
+                      self.first_bad + other.first_bad, dict(reasons), list(dict.fromkeys(self.unused + other.unused)))
 
 
 @dataclass
@@ -77,13 +90,14 @@ class ReadReport:
 
 
 def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str, str] | None = None,
-                 max_rows: int | None = None, report: ReadReport,
+                 max_rows: int | None = None, pairs_per_prompt: int | None = None, report: ReadReport,
                  tested: set[int] | None = None) -> Iterator[SourcedRecord]:
     """The records of ``kind`` (one of ``RECORD_KINDS``) of all sources: first their own test data, then the
     rest.
 
     ``columns``: see `adapters.ColumnMap`; ``max_rows``: rows read at most of each source's training data,
     and given and counted of its test data, which are read whole, so that no test prompt is trained on.
+    ``pairs_per_prompt``: comparisons taken of one row at most.
     ``tested``: a set to be filled with the `split.dialogue_hash` of every test prompt, also of those whose row
     gives no record of the kind. Bad rows are counted in ``report`` and skipped. Streams: what is kept in memory
     is ``tested``. Raises UserError for a source that cannot be read or cannot give records of that kind.
@@ -106,45 +120,50 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
             parts = [part for part in source.parts if part.split == split]
             records = chain.from_iterable(_part_records(spec, part, kind, column_map) for part in parts)
             limit = None if split == "test" else max_rows
-            for number, (row, record, problem, asked) in enumerate(islice(records, limit)):
+            for number, (row, found, problem, asked, unused) in enumerate(islice(records, limit)):
                 if split == "test":
                     tested.update(map(dialogue_hash, asked))
                 if max_rows is not None and number >= max_rows:
                     continue
                 counts.total += 1
-                if problem:
-                    report.count_bad(spec.name, row.where, problem)
-                if record is None:
-                    continue
-                counts.usable += 1
-                dialogue = dialogue_hash(identity(record))
-                side = "test" if dialogue in tested else "train"
-                for copy in range(spec.copies(identity(record))):
-                    yield SourcedRecord(record, row.where, side, dialogue, copy)
+                counts.unused += [column for column in unused if column not in counts.unused]
+                if isinstance(problem, LeftOut):
+                    counts.leave_out(str(problem))
+                elif problem:
+                    report.count_bad(spec.name, row.where, str(problem))
+                counts.usable += bool(found)
+                for record in found[:pairs_per_prompt]:
+                    dialogue = dialogue_hash(identity(record))
+                    side = "test" if dialogue in tested else "train"
+                    for copy in range(spec.copies(identity(record))):
+                        yield SourcedRecord(record, row.where, side, dialogue, copy)
 
 
-def _part_records(spec: SourceSpec, part: Part, kind: str,
-                  column_map: ColumnMap) -> Iterator[tuple[Row, Record | None, str | None, set[str]]]:
-    """(row, its record if it has one, what is wrong with it if something is, what the user first asks in it)."""
+def _part_records(
+        spec: SourceSpec, part: Part, kind: str, column_map: ColumnMap
+) -> Iterator[tuple[Row, list[Record], str | Exception | None, set[str], Collection[str]]]:
+    """(row, its records, why it has none if so, what the user first asks in it, what of it is not used)."""
     rows, layout = part.rows(), None
     for sample, found in _samples(rows):
         if found:
             names = column_map.within(found)
-            layout = choose_layout(spec.name, names.columns(found), kind, part.label)
+            layout = choose_layout(spec.name, names.columns(found), kind, part.label,
+                                   [names.rename(row.values) for row in sample if row.values is not None])
         else:
-            yield from ((row, None, row.problem or "no columns", set()) for row in sample)
+            yield from ((row, [], row.problem or "no columns", set(), ()) for row in sample)
     if layout is None:
         return
     for row in chain(sample, rows):
-        record, problem, asked = None, row.problem, set()
+        records, problem, asked, unused = [], row.problem, set(), ()
         if row.values is not None:
             values = names.rename(row.values)
+            unused = sorted(layout.unused(values))
             try:
-                record = to_record(layout, values, kind)
-            except BadRow as error:
-                problem = str(error)
-            asked = openings(layout, values) if record is None else {identity(record)}
-        yield row, record, problem, asked
+                records = to_records(layout, values, kind)
+            except (BadRow, LeftOut) as error:
+                problem = error
+            asked = {identity(record) for record in records} or openings(layout, values)
+        yield row, records, problem, asked, unused
 
 
 def _samples(rows: Iterator[Row]) -> Iterator[tuple[list[Row], set[str]]]:

@@ -1,38 +1,54 @@
 """The canonical records every data source is turned into, whatever its own columns were called.
 
 A comparison can serve as a demonstration (its chosen answer), and both can serve as a prompt; the readers in
-``common.data.layouts`` do that conversion. Texts carry no template, no cue and no surrounding white space:
-``common.data.templates`` alone decides how a record is written out.
+``common.data.layouts`` do that conversion. Texts carry no template and no cue, and no surrounding white space but
+an answer's own indentation: ``common.data.templates`` alone decides how a record is written out.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal, Union
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 RECORD_KINDS = ("prompt", "demonstration", "comparison", "text")
 
 
 @dataclass(frozen=True)
 class Message:
+    """One turn of a dialogue.
+
+    ``more``: what a message has beside its text and only a chat template can write, as JSON with sorted keys:
+    ``reasoning_content``, ``thinking``, ``tool_calls``, ``tool_call_id``, ``name``; '' for nothing. ``trained``:
+    False for an answer that its row keeps from training; it takes no part in comparing messages.
+    """
+
     role: Role
     content: str
+    more: str = ""
+    trained: bool = field(default=True, compare=False, repr=False)
+
+
+# An answer is its text. Where that does not say all, it is messages, the first and the last of them the
+# assistant's: one with `more` beside its text, or several turns.
+Answer = Union[str, tuple[Message, ...]]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialogue that waits for the assistant: the last message is the user's.
+    """A dialogue that waits for the assistant: the last message is the user's, or a tool's result.
 
     ``opening``: the user's first message as the source has it, where ``messages`` joins it with the next
-    ones; it takes no part in comparing prompts.
+    ones; it takes no part in comparing prompts. ``tools``: the tools that may be called, a JSON list of their
+    schemas; '' for none.
     """
 
     messages: tuple[Message, ...]
     opening: str | None = field(default=None, compare=False, repr=False)
+    tools: str = ""
 
     def __post_init__(self):
-        if not self.messages or self.messages[-1].role != "user":
-            raise ValueError("the last message of a prompt is the user's")
+        if not self.messages or self.messages[-1].role not in ("user", "tool"):
+            raise ValueError("the last message of a prompt is the user's or a tool's")
 
     @property
     def first_user_turn(self) -> str:
@@ -43,14 +59,14 @@ class Prompt:
 @dataclass(frozen=True)
 class Demonstration:
     prompt: Prompt
-    response: str
+    response: Answer
 
 
 @dataclass(frozen=True)
 class Comparison:
     prompt: Prompt
-    chosen: str
-    rejected: str
+    chosen: Answer
+    rejected: Answer
 
 
 @dataclass(frozen=True)

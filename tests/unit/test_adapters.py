@@ -2,18 +2,23 @@
 import pytest
 
 from common.data.adapters import NAMED, ColumnMap, choose_layout, named_layout
-from common.data.dialogues import BadRow
-from common.data.layouts import openings, to_record
+from common.data.layouts import LeftOut, openings, to_records
 from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, identity
+from common.data.values import BadRow
 from common.errors import UserError
 
 
-def record(row, kind, name="somewhere/data.jsonl", columns=None):
+def records(row, kind, name="somewhere/data.jsonl", columns=None):
     names = ColumnMap(columns)
     names.check({"data.jsonl": row.keys()})
     names = names.within(row.keys())
-    layout = choose_layout(name, names.columns(row.keys()), kind, "data.jsonl")
-    return to_record(layout, names.rename(row), kind)
+    layout = choose_layout(name, names.columns(row.keys()), kind, "data.jsonl", [row])
+    return to_records(layout, names.rename(row), kind)
+
+
+def record(row, kind, name="somewhere/data.jsonl", columns=None):
+    (only,) = records(row, kind, name, columns)
+    return only
 
 
 def chat(*turns):
@@ -78,7 +83,6 @@ DEMONSTRATIONS = {
                  dialogue("q1", "b", "q2", system="s")),
     "ShareGPT, other names": ({"conversations": sharegpt("user", "q", "assistant", "a")}, dialogue("q")),
     "messages by another name": ({"conversations": chat("q", "a")}, dialogue("q")),
-    "messages that go on": ({"messages": chat("q", "a", "thanks")}, dialogue("q")),
 }
 
 
@@ -95,7 +99,7 @@ def test_demonstrations_serve_as_prompts(row, prompt):
 def test_what_a_row_asks_is_known_without_its_answers(row):
     """So that a test prompt is recognised by what it asks, even in a row that can be used for nothing else."""
     layout = choose_layout("somewhere/data.jsonl", row.keys(), "prompt", "data.jsonl")
-    expected = {identity(to_record(layout, row, "prompt"))}
+    expected = {identity(record(row, "prompt"))}
     assert openings(layout, row) == expected
     for column in {"chosen", "rejected", "response", "output"} & row.keys():
         spoilt = {**row, column: row[column] + "\0" if isinstance(row[column], str) else [*row[column], 7]}
@@ -119,7 +123,7 @@ def test_prompts_and_texts():
 
 
 def test_a_blank_text_is_no_record():
-    assert record({"text": " \n"}, "text") is None
+    assert records({"text": " \n"}, "text") == []
 
 
 def test_words_that_look_like_cues_stay_in_the_text():
@@ -139,7 +143,8 @@ BAD = {
     "empty chosen": ({"prompt": "q", "chosen": " ", "rejected": "a"}, "comparison", "chosen answer is empty"),
     "no rejected": ({"prompt": "q", "chosen": "a", "rejected": None}, "comparison", "'rejected' is missing"),
     "empty prompt": ({"prompt": "\n", "chosen": "a", "rejected": "b"}, "comparison", "'prompt' is empty"),
-    "number": ({"prompt": "q", "response": 3}, "demonstration", "'response' is not text but int"),
+    "object": ({"prompt": "q", "response": {"a": 3}}, "demonstration", "'response'.*'role'"),
+    "nested list": ({"prompt": "q", "output": "a", "input": [["x"]]}, "demonstration", "'input' is not text but list"),
     "NUL": ({"prompt": "q\0", "response": "a"}, "demonstration", "NUL"),
     "surrogate": ({"prompt": "q", "response": "\ud800"}, "demonstration", "'response' is invalid UTF-8"),
     "different dialogues": ({"chosen": "\n\nHuman: q\n\nAssistant: a",
@@ -151,9 +156,9 @@ BAD = {
                         "comparison", "does not end with an answer"),
     "no transcript": ({"chosen": "a", "rejected": "b"}, "comparison", "begins with 'Human:'"),
     "prompt with an answer": ({"prompt": TRANSCRIPT + " a2"}, "prompt", "no user's turn"),
-    "unknown role": ({"messages": [{"role": "tool", "content": "x"}]}, "prompt", "role 'tool'"),
+    "unknown role": ({"messages": [{"role": "critic", "content": "x"}]}, "prompt", "role 'critic'"),
     "no role": ({"messages": ["x"]}, "prompt", "'role'"),
-    "unknown speaker": ({"conversations": sharegpt("tool", "x")}, "prompt", "'conversations'.*'tool'"),
+    "unknown speaker": ({"conversations": sharegpt("critic", "x")}, "prompt", "'conversations'.*'critic'"),
     "no speaker": ({"conversations": [{"value": "x"}]}, "prompt", "'from'"),
     "conversations without an answer": ({"conversations": sharegpt("human", "q")}, "demonstration", "answer is empty"),
     "no list of turns": ({"conversations": "x"}, "prompt", "'conversations' is not a list"),
@@ -247,6 +252,7 @@ def test_the_preferred_answer_of_shp_follows_the_label():
 
 def test_a_tie_is_no_comparison_but_a_demonstration_and_a_prompt():
     tie = WEBGPT | {"score_0": 0.0, "score_1": 0.0}
-    assert record(tie, "comparison", "openai/webgpt_comparisons") is None
+    with pytest.raises(LeftOut, match="tie"):
+        record(tie, "comparison", "openai/webgpt_comparisons")
     assert record(tie, "demonstration", "openai/webgpt_comparisons").response == "zero."
     assert record(tie, "prompt", "openai/webgpt_comparisons") == dialogue("q")

@@ -1,0 +1,70 @@
+"""Single values of a row: what counts as text, and as no text."""
+from __future__ import annotations
+
+import json
+import unicodedata
+from typing import Any
+
+# Letters and symbols that show nothing, though Unicode does not file them under formatting.
+_BLANK = frozenset("\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+_UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"})  # controls, formatting, spaces, marks on no letter
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message says why, in a few words."""
+
+
+def as_text(value: Any, column: str) -> str:
+    """``value`` as it stands; '' for None and for text of invisible characters only.
+
+    A number or truth value is written as JSON writes it, and the text parts of a list such as
+    ``[{'type': 'text', 'text': ...}]`` are joined. Raises BadRow if it is not text that can be encoded.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, (bool, int, float)):
+        value = json.dumps(value)
+    elif _is_parts(value):
+        value = "".join(as_text(part.get("text"), column) for part in value)
+    if not isinstance(value, str):
+        raise BadRow(f"'{column}' is not text but {type(value).__name__}")
+    if "\0" in value:
+        raise BadRow(f"'{column}' has NUL bytes")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(f"'{column}' is invalid UTF-8") from None
+    return value if is_visible(value) else ""
+
+
+def clean_text(value: Any, column: str) -> str:
+    """`as_text` without surrounding white space."""
+    return as_text(value, column).strip()
+
+
+def clean_answer(value: Any, column: str) -> str:
+    """`as_text` without blank lines before it, white space behind it, and one space before its first word, by which
+    some sets set an answer off from the cue. Indentation stays: it belongs to code."""
+    return own_indentation(as_text(value, column))
+
+
+def own_indentation(text: str) -> str:
+    """What `clean_answer` leaves of a text."""
+    first = len(text) - len(text.lstrip())
+    text = text[text.rfind("\n", 0, first) + 1:].rstrip()
+    return text[1:] if text[:1] == " " and text[1:2].strip() else text
+
+
+def is_visible(text: str) -> bool:
+    """Whether anything in a text can be seen: zero-width spaces, marks of direction and the like cannot."""
+    return any(char not in _BLANK and unicodedata.category(char) not in _UNSEEN for char in text)
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of texts, numbers included."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, (str, int, float)) for item in value)
+
+
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(part, dict) and part.get("type") == "text" and "text" in part for part in value)
