@@ -67,7 +67,7 @@ class PlainPPO:
         width = batch.input_ids.shape[1]
         requests = [Request(tuple(ids[width - length:].tolist()), *rest) for ids, length, *rest in
                     zip(batch.input_ids, batch.lengths.tolist(), uniform, lengths.tolist(), lengths.tolist())]
-        rollout = joined(requests, responses, batch.prompt_index, trainer.codec.end_id, trainer.codec.pad_id)
+        rollout = joined(requests, responses, batch.prompt_index, trainer.codec.end_ids, trainer.codec.pad_id)
         return rollout.select(range(len(requests)), micro_batch.real)
 
     def _over(self, rollout: Rollout, numbers: Callable[[Rollout], Tensor]) -> Tensor:

@@ -94,8 +94,8 @@ def main(argv=None) -> None:
     def product() -> list[list[int]]:
         nonlocal cache
         with generation_mode(engine) as model:
-            decoder = Decoder(model, sampling, slots=config.per_device_generation_batch_size, end_id=codec.end_id,
-                              cache=cache)
+            decoder = Decoder(model, sampling, slots=config.per_device_generation_batch_size,
+                              end_ids=codec.end_ids, cache=cache)
             responses = decoder.run(requests)
         cache = decoder.cache
         return responses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import ClassVar
 
@@ -53,6 +54,8 @@ class DataOptions(Config):
     eval_fraction: float = option(0.05, "share of the prompts held out for evaluation", low=0, below=1)
     columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question chosen=good")
     template: str = option("human_assistant", "the wording around questions and answers", choices=TEMPLATE_NAMES)
+    template_date: str = option("2025-01-01", "YYYY-MM-DD, what a chat template that writes the date writes, in all "
+                                "steps and whenever they run")
     add_eot_token: bool = option(False, "end answers with --eot_token, not with the tokenizer's end token")
     eot_token: str = option("<|endoftext|>", "text of the end token that --add_eot_token adds")
     max_rows: int | None = option(None, "rows read from each source at most", low=1)
@@ -67,6 +70,10 @@ class DataOptions(Config):
             raise UserError(f"--data_split {self.data_split} leaves nothing for step {self.phase + 1}: "
                             f"make part {self.phase + 1} greater than 0")
         self.only_with("--add_eot_token", self.add_eot_token, "eot_token")
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError:
+            raise UserError(f"--template_date {self.template_date}: give a date as YYYY-MM-DD") from None
 
     def all_sources(self) -> list[SourceSpec]:
         """Every data source that the step reads."""

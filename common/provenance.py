@@ -40,6 +40,7 @@ class Provenance:
         base: the model it was trained from; a directory by its absolute path, once written.
         tokenizer: fingerprint of the tokenizer, see `common.data.tokenization.tokenizer_fingerprint`.
         template: name of the template.
+        template_date: what a chat template that writes the date wrote, YYYY-MM-DD; '' for one that does not.
         end_token, pad_token: the tokens' texts.
         data_path: the data sources; files and directories by their resolved paths.
         unsplit_data_path: those that were given to this step whole.
@@ -57,6 +58,7 @@ class Provenance:
     eval_fraction: float
     data_path: tuple[str, ...] = ()
     unsplit_data_path: tuple[str, ...] = ()
+    template_date: str = ""
     score_mean: float | None = None
     score_std: float | None = None
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})

@@ -13,12 +13,11 @@ from pathlib import Path
 from textwrap import wrap
 
 from common.data.builtin import builtin_rows, true_reward
-from common.data.templates import TEMPLATE_NAMES, ChatTemplate, get_template
+from common.data.templates import TEXT_TEMPLATES
 from common.errors import UserError
 from common.harmless import harmless
 
 STEPS = ("sft", "reward", "ppo")
-TEXT_TEMPLATES = [get_template(name) for name in TEMPLATE_NAMES if name != ChatTemplate.name]
 SHOWN_ANSWERS = 6
 COLUMN = 36  # characters of each column of answers
 QUESTION_LINES = 3  # of a longer question the end is shown, where it mostly asks
@@ -127,8 +126,8 @@ def question_of(prompt: str) -> str:
     the whole prompt.
     """
     text = "\n\n" + prompt.strip()
-    for template in TEXT_TEMPLATES:
-        if text.endswith(template.cue):
+    for template in TEXT_TEMPLATES.values():
+        if template.cue and text.endswith(template.cue):
             return text.removesuffix(template.cue).rpartition("\n\n" + template.question)[2].strip()
     return next((question for question in _builtin_questions() if question in text), text.strip())
 

@@ -14,7 +14,7 @@ from common.data.blend import parse_data_path
 from common.data.collate import unmasked
 from common.data.prepare import DataRequest, PreparedData
 from common.data.sampler import StepSampler
-from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
+from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.distributed import barrier, device, is_main, on_every_rank, rank, say, world_size
 from common.errors import DIVERGED, Diverged, TrainingFailure, UserError
 from common.options import DataOptions
@@ -56,7 +56,11 @@ def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
         UserError: the model was trained with another template, end token or tokenizer.
     """
     codec = make_codec(load_tokenizer(source, trust_remote_code=config.trust_remote_code), config.template,
-                       add_eot_token=config.add_eot_token, eot_token=config.eot_token)
+                       add_eot_token=config.add_eot_token, eot_token=config.eot_token, date=config.template_date)
+    codec.end_at(published_ends(source))
+    if codec.date:
+        say(f"note: the chat template of {source} writes the date: prompts of all steps say {codec.date}, whenever they "
+            "are made (--template_date)")
     provenance = read_provenance(source)
     if provenance is not None:
         _check_text(provenance, codec, f"{flag} {source}", "this run")
@@ -94,7 +98,7 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration:
 
 def _check_text(provenance: Provenance, codec: Codec, made: str, used: str) -> None:
     now = text_of(codec)
-    for what in ("template", "end_token", "tokenizer"):
+    for what in ("template", "template_date", "end_token", "tokenizer"):
         was = getattr(provenance, what)
         if was != now[what]:
             raise UserError(f"{made} was trained with {what.replace('_', ' ')} {was[:24]!r}, but {used} has "
@@ -104,7 +108,7 @@ def _check_text(provenance: Provenance, codec: Codec, made: str, used: str) -> N
 def text_of(codec: Codec) -> dict[str, str]:
     """The part of a provenance that says how text becomes ids."""
     return {"tokenizer": tokenizer_fingerprint(codec.tokenizer), "template": codec.template.name,
-            "end_token": codec.end_token, "pad_token": codec.pad_token}
+            "template_date": codec.date, "end_token": codec.end_token, "pad_token": codec.pad_token}
 
 
 def data_request(config: DataOptions, kind: str, max_tokens: int, length_flag: str) -> DataRequest:

@@ -114,7 +114,7 @@ def _generate(speaker: Loaded, input_ids: Tensor, attention_mask: Tensor, decodi
     sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens, num_beams=decoding.num_beams, do_sample=sampled,
-        use_cache=True, eos_token_id=speaker.codec.end_id, pad_token_id=speaker.codec.pad_id,
+        use_cache=True, eos_token_id=list(speaker.codec.end_ids), pad_token_id=speaker.codec.pad_id,
         **(sampling if sampled else {}))
     # What the model's directory recommends must not change what the options say.
     speaker.model.generation_config = GenerationConfig()
@@ -170,7 +170,5 @@ class _Stop(StoppingCriteria):
 
 
 def _to_answer(speaker: Loaded, ids: list[int]) -> Answer:
-    end = speaker.codec.end_id
-    ended = end in ids
-    ids = ids[:ids.index(end)] if ended else ids
-    return Answer(speaker.codec.decode_response(ids), tuple(ids), ended)
+    end = speaker.codec.end_of(ids)
+    return Answer(speaker.codec.decode_response(ids), tuple(ids[:end]), end < len(ids))

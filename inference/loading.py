@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from common.data.templates import TEMPLATE_NAMES
-from common.data.tokenization import Codec, load_tokenizer, make_codec, tokenizer_fingerprint
+from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.engine import DTYPES, resolve_dtype
 from common.errors import UserError
 from common.models.factory import explained, load_causal_lm, load_config, load_scalar_model
@@ -98,11 +98,11 @@ def load_whole(files: ModelFiles, codec: Codec, trust_remote_code: bool, dtype: 
         return model.to(dtype)
 
 
-def open_codec(files: ModelFiles, trust_remote_code: bool, template: str | None = None) -> Codec:
+def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto") -> Codec:
     """The text rules that the model was trained with.
 
     Args:
-        template: for a model of unknown origin; None: its tokenizer's chat template, if there is one.
+        template: for a model of unknown origin; auto: its tokenizer's chat template, if there is one.
 
     Raises:
         UserError: --template contradicts the training, or the tokenizer is not the one of the training.
@@ -113,12 +113,17 @@ def open_codec(files: ModelFiles, trust_remote_code: bool, template: str | None 
         if tokenizer.eos_token_id is None:
             raise UserError(f"{files.name}: the tokenizer has no end token, so no answer would ever end")
         guess = "chat" if getattr(tokenizer, "chat_template", None) else _DEFAULT_TEMPLATE
-        return make_codec(tokenizer, template or guess)
-    if template not in (None, trained.template):
+        codec = make_codec(tokenizer, guess if template == "auto" else template)
+        codec.end_at(published_ends(files.weights))
+        return codec
+    if template not in ("auto", trained.template):
         raise UserError(f"--template {template}: {files.name} was trained with the template "
                         f"{trained.template}: leave --template out")
-    codec = make_codec(tokenizer, trained.template, add_eot_token=trained.end_token != tokenizer.eos_token,
-                       eot_token=trained.end_token)
+    codec = make_codec(tokenizer, trained.template, date=trained.template_date)
+    if codec.end_token != trained.end_token:
+        codec = make_codec(tokenizer, trained.template, add_eot_token=True, eot_token=trained.end_token,
+                           date=trained.template_date)
+    codec.end_at(published_ends(files.weights))
     if tokenizer_fingerprint(codec.tokenizer) != trained.tokenizer:
         raise UserError(f"{files.name}: the tokenizer in {files.tokenizer} is not the one of the training: "
                         "restore the directory or train the model again")
@@ -163,7 +168,7 @@ def _gives_scores(files: ModelFiles, trust_remote_code: bool) -> bool:
 def _load(files: ModelFiles, options: LoadOptions) -> Loaded:
     device = choose_device(options.device)
     codec = open_codec(files, options.trust_remote_code, options.template)
-    if files.provenance is None and options.template is None:
+    if files.provenance is None and options.template == "auto":
         print(f"note: {files.name} does not say how it was trained (it has no provenance.json): template "
               f"{codec.template.name} is used; --template chooses another of {', '.join(TEMPLATE_NAMES)}",
               file=sys.stderr, flush=True)

@@ -25,9 +25,9 @@ class SourceOptions(Config):
 class LoadOptions(SourceOptions):
     """Loading"""
 
-    template: str | None = option(
-        None, "the wording around questions and answers; none: the one the model was trained with, else the "
-        "tokenizer's chat template", choices=TEMPLATE_NAMES)
+    template: str = option(
+        "auto", "the wording around questions and answers; auto: the one the model was trained with, else the "
+        "tokenizer's chat template", choices=("auto", *TEMPLATE_NAMES))
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
     dtype: str = option("auto", "number format of the weights; auto is bf16 on a GPU, fp32 on a CPU",
                         choices=("auto", "bf16", "fp16", "fp32"))

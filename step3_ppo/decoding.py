@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from common.stopping import told
 from step3_ppo.cache_attention import attention_in, fastest_cache_dtype
-from step3_ppo.sampling import NO_TOKEN, Sampling, sample_tokens
+from step3_ppo.sampling import NO_TOKEN, Sampling, sample_tokens, without_ends
 
 PREFILL_TOKENS = 8192  # of one prefill pass, padding included: bounds its memory
 PREFILL_PADDING = 512  # of one prefill pass: about as many tokens take the time that a further pass costs
@@ -121,14 +121,15 @@ class Decoder:
     Args:
         model: of transformers; `can_decode` says whether it can be served.
         slots: sequences in one forward pass.
-        end_id: token that ends a response.
+        end_ids: tokens that end a response.
         cache: one of an earlier decoder to use again, if it is large enough.
         cache_dtype: of keys and values, if not the one with which the model attends fastest.
     """
 
-    def __init__(self, model, sampling: Sampling, *, slots: int, end_id: int, cache: SlotCache | None = None,
+    def __init__(self, model, sampling: Sampling, *, slots: int, end_ids: Sequence[int], cache: SlotCache | None = None,
                  cache_dtype: torch.dtype | None = None):
-        self.model, self.sampling, self.slots, self.end_id, self.cache = model, sampling, slots, end_id, cache
+        self.model, self.sampling, self.slots, self.cache = model, sampling, slots, cache
+        self.ends = torch.tensor(end_ids)
         self.device, self.cache_dtype = model.device, cache_dtype or fastest_cache_dtype(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         # A prompt is put in when so many slots are free: prefilling prompts one by one would cost more than it gains.
@@ -170,12 +171,12 @@ class Decoder:
                 written = torch.cat([written, torch.zeros(len(admitted), dtype=torch.long)])
             logits = self._forward(fed, length)
             if held_back:
-                logits[(written < minima[index]).to(self.device), self.end_id] = -torch.inf
+                logits = without_ends(logits, (written < minima[index]).to(self.device), self.ends.to(self.device))
             fed = sample_tokens(logits, uniform[index.to(self.device), written.to(self.device)], self.sampling).cpu()
             for request, token in zip(index.tolist(), fed.tolist()):
                 responses[request].append(token)
             length, written = length + 1, written + 1
-            going = (fed != self.end_id) & (fed != NO_TOKEN) & (written < limits[index])
+            going = ~torch.isin(fed, self.ends) & (fed != NO_TOKEN) & (written < limits[index])
             if not going.all():
                 progress(int((~going).sum()))
                 order = self._close_gaps(going, length)
@@ -192,7 +193,7 @@ class Decoder:
         for group in prefill_groups([prompt for prompt in dict.fromkeys(prompts) if len(prompt) > 1]):
             lengths = torch.tensor([len(prompt) - 1 for prompt in group])
             width = int(lengths[0])
-            ids = torch.full((len(group), width), self.end_id)
+            ids = torch.full((len(group), width), int(self.ends[0]))
             for row, prompt in enumerate(group):
                 ids[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
             mask = (torch.arange(width) < lengths[:, None]).long()

@@ -20,7 +20,7 @@ from common.stopping import told
 from step3_ppo.decoding import Decoder, Request, SlotCache, can_decode
 from step3_ppo.experience import Rollout
 from step3_ppo.generation_mode import generation_mode, whole_model_fits
-from step3_ppo.sampling import NO_TOKEN, Sampling, response_limits, sample_tokens, uniforms
+from step3_ppo.sampling import NO_TOKEN, Sampling, response_limits, sample_tokens, uniforms, without_ends
 
 SECONDS_BEFORE_BAR = 15  # a rollout that takes longer shows how far it is
 
@@ -32,13 +32,14 @@ class ActorRollouts:
         engine: the actor's DeepSpeed engine.
         slots: sequences that this rank decodes at a time.
         seed: of the random numbers.
+        end_ids: tokens that end a response.
         gather: under ZeRO-3 gather the whole model on each rank, where that fits.
         keep_cache: keep the memory of keys and values from one rollout to the next.
     """
 
-    def __init__(self, engine, *, slots: int, seed: int, end_id: int, pad_id: int, gather: bool = True,
+    def __init__(self, engine, *, slots: int, seed: int, end_ids: Sequence[int], pad_id: int, gather: bool = True,
                  keep_cache: bool = True):
-        self.engine, self.slots, self.seed, self.end_id, self.pad_id = engine, slots, seed, end_id, pad_id
+        self.engine, self.slots, self.seed, self.end_ids, self.pad_id = engine, slots, seed, end_ids, pad_id
         self.gather, self.keep_cache = gather, keep_cache
         self.cache: SlotCache | None = None
         self._said = ""
@@ -96,24 +97,24 @@ class ActorRollouts:
         # Those of one prompt next to each other.
         requests = [request for row in range(len(ids)) for request in requests[row::len(ids)]]
         with _bar(len(requests)) as bar, generation_mode(self.engine) as model:
-            decoder = Decoder(model, sampling, slots=self.slots, end_id=self.end_id, cache=self.cache)
+            decoder = Decoder(model, sampling, slots=self.slots, end_ids=self.end_ids, cache=self.cache)
             responses = decoder.run(requests, progress=bar.update)
         self.cache = decoder.cache if self.keep_cache else None
         if told():
             return None
         return joined(requests, responses, rows.prompt_index.repeat_interleave(sampling.samples_per_prompt),
-                      self.end_id, self.pad_id)
+                      self.end_ids, self.pad_id)
 
     def _plainly(self, prompts: PromptBatch, sampling: Sampling, iteration: int,
                  progress: Callable[[int], None]) -> Rollout:
-        parts = [generate(self.engine, prompts, sampling, end_id=self.end_id, pad_id=self.pad_id, seed=self.seed,
+        parts = [generate(self.engine, prompts, sampling, end_ids=self.end_ids, pad_id=self.pad_id, seed=self.seed,
                           iteration=iteration, sample=sample, progress=progress)
                  for sample in range(sampling.samples_per_prompt)]
         order = torch.arange(len(parts) * len(prompts.lengths)).view(len(parts), -1).T.flatten()
         return Rollout.concat(parts).select(order)
 
 
-def joined(requests: Sequence[Request], responses: Sequence[list[int]], prompt_index: Tensor, end_id: int,
+def joined(requests: Sequence[Request], responses: Sequence[list[int]], prompt_index: Tensor, end_ids: Sequence[int],
            pad_id: int) -> Rollout:
     """Prompts and responses as a rollout, on the CPU. prompt_index (B,) long."""
     rows = [torch.tensor([*request.prompt, *response]) for request, response in zip(requests, responses)]
@@ -121,7 +122,7 @@ def joined(requests: Sequence[Request], responses: Sequence[list[int]], prompt_i
               else torch.empty(0, 1, dtype=torch.long))
     return Rollout(tokens, torch.tensor([len(request.prompt) for request in requests], dtype=torch.long),
                    torch.tensor([len(response) for response in responses], dtype=torch.long),
-                   torch.tensor([response[-1] == end_id for response in responses], dtype=torch.bool), prompt_index,
+                   torch.tensor([response[-1] in end_ids for response in responses], dtype=torch.bool), prompt_index,
                    torch.ones(len(rows), dtype=torch.bool))
 
 
@@ -132,23 +133,23 @@ def _bar(answers: int) -> tqdm:
 class _ForcedChoice(LogitsProcessor):
     """Makes `generate`, whose cache and stopping serve every architecture, take the tokens we sample."""
 
-    def __init__(self, prompt_width: int, uniform: Tensor, limits: Tensor, sampling: Sampling, end_id: int,
-                 progress: Callable[[int], None]):
+    def __init__(self, prompt_width: int, uniform: Tensor, limits: Tensor, sampling: Sampling,
+                 end_ids: Sequence[int], progress: Callable[[int], None]):
         self.prompt_width, self.uniform, self.limits = prompt_width, uniform, limits
-        self.sampling, self.end_id, self.progress, self.ended = sampling, end_id, progress, 0
+        self.sampling, self.progress, self.ended = sampling, progress, 0
+        self.ends = torch.tensor(end_ids, device=limits.device)
         self.broken = torch.zeros(len(limits), dtype=torch.bool, device=limits.device)  # rows that had no token to take
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.prompt_width
-        scores = scores.clone()
-        scores[position < self.limits[:, 0], self.end_id] = -torch.inf
+        scores = without_ends(scores, position < self.limits[:, 0], self.ends)
         tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
         # What follows a response that has come to its own limit is cut off; ending it saves the time. So does ending
         # all of them when the rollout will not be used; under ZeRO-3 no rank may leave by itself.
         self.broken |= tokens == NO_TOKEN
         over = self.broken | (position >= self.limits[:, 1]) | bool(told())
-        tokens = tokens.masked_fill(over, self.end_id)
-        has_ended = (input_ids[:, self.prompt_width:] == self.end_id).any(1) | (tokens == self.end_id)
+        tokens = torch.where(over, self.ends[0], tokens)
+        has_ended = torch.isin(input_ids[:, self.prompt_width:], self.ends).any(1) | torch.isin(tokens, self.ends)
         self.show(int(has_ended.sum()))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
 
@@ -159,8 +160,8 @@ class _ForcedChoice(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_id: int, pad_id: int, seed: int,
-             iteration: int, sample: int = 0, progress: Callable[[int], None] = lambda finished: None) -> Rollout:
+def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_ids: Sequence[int], pad_id: int,
+             seed: int, iteration: int, sample: int = 0, progress: Callable[[int], None] = lambda finished: None) -> Rollout:
     """One response to every prompt of the batch, the plain way. The batch goes on until its last response has ended.
 
     Under ZeRO-3 all ranks must call it together and stay in step until the last of them has finished.
@@ -174,21 +175,21 @@ def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_id: int, p
     uniform = uniforms(seed, iteration, prompts.prompt_index, sampling.max_new_tokens, sample).to(there)
     limits = response_limits(seed, iteration, prompts.prompt_index, sampling, sample).to(there)
     width = prompts.input_ids.shape[1]
-    choice = _ForcedChoice(width, uniform, limits, sampling, end_id, progress)
+    choice = _ForcedChoice(width, uniform, limits, sampling, end_ids, progress)
     engine.eval()
     sequences = engine.module.generate(
         input_ids=prompts.input_ids, attention_mask=prompts.attention_mask,
         generation_config=GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, use_cache=True,
-                                           eos_token_id=end_id, pad_token_id=pad_id),
+                                           eos_token_id=list(end_ids), pad_token_id=pad_id),
         logits_processor=LogitsProcessorList([choice]),
         synced_gpus=engine.zero_optimization_partition_weights() and engine.dp_world_size > 1)
     engine.train()
     choice.show(len(limits))
     sequences[:, width].masked_fill_(choice.broken, NO_TOKEN)
-    return to_rollout(sequences, prompts, end_id, pad_id, limits[:, 1])
+    return to_rollout(sequences, prompts, end_ids, pad_id, limits[:, 1])
 
 
-def to_rollout(sequences: Tensor, prompts: PromptBatch, end_id: int, pad_id: int, limits: Tensor) -> Rollout:
+def to_rollout(sequences: Tensor, prompts: PromptBatch, end_ids: Sequence[int], pad_id: int, limits: Tensor) -> Rollout:
     """Cut responses at their first end token and join them to their prompts without a gap.
 
     Args:
@@ -198,7 +199,7 @@ def to_rollout(sequences: Tensor, prompts: PromptBatch, end_id: int, pad_id: int
     width = prompts.input_ids.shape[1]
     responses = sequences[:, width:width + int(limits.max())]
     columns = torch.arange(responses.shape[1], device=sequences.device)
-    ends = (responses == end_id) & (columns < limits[:, None])
+    ends = torch.isin(responses, responses.new_tensor(end_ids)) & (columns < limits[:, None])
     finished = ends.any(1)
     response_lengths = torch.where(finished, ends.int().argmax(1) + 1, limits.clamp_max(responses.shape[1]))
     # Rolling each row left by its padding moves the padding behind the response.

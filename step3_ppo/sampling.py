@@ -25,7 +25,7 @@ class Sampling:
         temperature: divides the logits; 0 is greedy decoding.
         top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
         top_k: keep the most probable k tokens; 0 keeps all.
-        min_new_tokens: the end token is impossible before so many tokens.
+        min_new_tokens: no end token is possible before so many tokens.
         max_new_tokens: a response that has not ended by then is cut.
         draw_lengths: every response gets a length of its own, drawn evenly from these two limits, and has exactly that.
         samples_per_prompt: responses to each prompt.
@@ -53,6 +53,12 @@ class Sampling:
         """As the options of step 3 say."""
         return cls(config.temperature, config.top_p, config.top_k, config.min_answer_seq_len,
                    config.max_answer_seq_len, config.draw_answer_lengths, config.answers_per_prompt)
+
+
+def without_ends(logits: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """Logits (B, V) by which none of the tokens `ends` (E,) is drawn in `rows` (B,) bool."""
+    held_back = logits[:, ends].masked_fill(rows[:, None], -torch.inf)
+    return logits.index_copy(1, ends, held_back)
 
 
 def uniforms(seed: int, iteration: int, prompt_index: Tensor, positions: int, sample: int = 0) -> Tensor:

@@ -55,7 +55,7 @@ class PPOTrainer:
         self.calibration = calibration
         self.sampling = Sampling.from_config(config)
         self.rollouts = ActorRollouts(models.actor, slots=config.per_device_generation_batch_size, seed=config.seed,
-                                      end_id=codec.end_id, pad_id=codec.pad_id,
+                                      end_ids=codec.end_ids, pad_id=codec.pad_id,
                                       gather=not config.unpin_actor_parameters,
                                       keep_cache=not (config.release_inference_cache or config.offload_in_rollouts))
         self.states = StatesAway([models.actor, models.critic] if config.offload_in_rollouts and on_gpu() else [])

@@ -172,7 +172,7 @@ def _key(request: DataRequest, codec: Codec) -> str:
              if name not in ("cache_dir", "max_bad_fraction", "length_flag")}
     asked["data_path"] = [[spec.name, _fingerprint(spec, request)] for spec in request.data_path]
     asked["columns"] = dict(request.columns or {})
-    asked["codec"] = [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.end_token]
+    asked["codec"] = [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.date, codec.end_token]
     asked["code"] = _code()
     asked["libraries"] = [transformers.__version__, tokenizers.__version__]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,37 +1,50 @@
 """The wording around a dialogue: which text asks the model, and which text follows as its answer.
 
 A template renders a prompt up to and including the cue after which the assistant speaks, and joins an answer
-to that cue by its `lead`. The end token is no part of a template; it belongs to the codec.
+to that cue by its `lead`. What it writes comes as pieces, so that text of users and special tokens of a template,
+which may look the same, stay apart. `common.data.chat_template` has the templates that come with tokenizers.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from jinja2.exceptions import TemplateError
-
-from common.data.records import Prompt
+from common.data.records import Answer, Message, Prompt
 from common.errors import UserError
+
+
+class Piece(NamedTuple):
+    """A stretch of text; where it is `raw`, what looks like a special token in it is one."""
+
+    text: str
+    raw: bool
 
 
 class Template(Protocol):
     name: str
     lead: str  # what stands between the assistant's cue and an answer
+    tail: str  # what stands between an answer and its end token
+    end_token: str | None  # the token that ends an answer, if the template has one of its own
+    dated: bool  # whether it writes the `date`, YYYY-MM-DD
+    date: str
 
-    def prompt_text(self, prompt: Prompt) -> str:
-        """The prompt, up to and including the assistant's cue."""
+    def prompt_pieces(self, prompt: Prompt) -> list[Piece]:
+        """The prompt, up to and including the assistant's cue. Raises UserError if the template cannot write it."""
 
-    def response_text(self, text: str) -> str:
-        """An answer as it follows the cue."""
+    def response_pieces(self, answer: Answer, prompt: Prompt | None = None) -> list[Piece]:
+        """An answer as it follows the cue of its prompt (of any, if None), up to its end token. Raises as above."""
 
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """Plain text, the same for every tokenizer: blocks with a blank line between them.
+    """Plain text, the same for every tokenizer: blocks with a blank line (`between`) between them.
 
     A system prompt is a block of its own at the start; without one the dialogue starts with `opening`, if
-    there is any ("" puts a blank line before the first question).
+    there is any ("" puts a blank line before the first question). Where it is `raw`, text is taken as it is: what
+    looks like a special token is one.
     """
 
     name: str
@@ -39,69 +52,43 @@ class TextTemplate:
     cue: str
     lead: str
     opening: str | None = None
+    between: str = "\n\n"
+    raw: bool = False
+    tail = date = ""
+    end_token, dated = None, False
 
     def prompt_text(self, prompt: Prompt) -> str:
         blocks = [] if self.opening is None or prompt.messages[0].role == "system" else [self.opening]
+        if prompt.tools:
+            raise self._cannot_write("tools")
+        blocks += [self._block(message) for message in prompt.messages]
+        return self.between.join([*blocks, self.cue])
+
+    def response_text(self, answer: Answer) -> str:
+        """An answer as it follows the cue."""
+        if isinstance(answer, str):
+            return self.lead + answer
+        text = self.between.join(map(self._block, answer))
+        return text.removeprefix(self.cue)
+
+    def prompt_pieces(self, prompt: Prompt) -> list[Piece]:
+        return [Piece(self.prompt_text(prompt), self.raw)]
+
+    def response_pieces(self, answer: Answer, prompt: Prompt | None = None) -> list[Piece]:
+        return [Piece(self.response_text(answer), self.raw)]
+
+    def _block(self, message: Message) -> str:
         wrapping = {"system": "", "user": self.question, "assistant": self.cue + self.lead}
-        blocks += [wrapping[message.role] + message.content for message in prompt.messages]
-        return "\n\n".join([*blocks, self.cue])
+        if message.more or message.role not in wrapping:
+            raise self._cannot_write(message.more.split('"')[1] if message.more else "turns of a tool")
+        return wrapping[message.role] + message.content
 
-    def response_text(self, text: str) -> str:
-        return self.lead + text
-
-
-class ChatTemplate:
-    """The chat template that came with a tokenizer.
-
-    The lead, and whether the template trims answers, are read off a rendered probe: a chat template is a
-    program and can be asked nothing else.
-
-    Raises:
-        UserError: the tokenizer has no chat template, or one whose answers do not continue its own prompts.
-    """
-
-    name = "chat"
-    _PROBE = "\tprobe\t"
-
-    def __init__(self, tokenizer):
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError("--template chat: the tokenizer has no chat template; choose one of "
-                            f"{', '.join(sorted(_TEXT_TEMPLATES))}")
-        self._tokenizer = tokenizer
-        question = [{"role": "user", "content": "question"}]
-        asked = self._apply(question, tokenize=False, add_generation_prompt=True)
-        answered = self._apply([*question, {"role": "assistant", "content": self._PROBE}], tokenize=False)
-        answer = answered[len(asked):]
-        if not answered.startswith(asked) or self._PROBE.strip() not in answer:
-            raise UserError("--template chat: the tokenizer's chat template does not render an answer as the "
-                            f"continuation of its prompt; choose one of {', '.join(sorted(_TEXT_TEMPLATES))}")
-        self._trims = self._PROBE not in answer
-        self.lead = answer[:answer.index(self._PROBE.strip() if self._trims else self._PROBE)]
-
-    def prompt_text(self, prompt: Prompt) -> str:
-        return self._apply(_as_dicts(prompt), tokenize=False, add_generation_prompt=True)
-
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The rendered prompt as ids. Special tokens are the template's own; users' are text."""
-        return self._apply(_as_dicts(prompt), tokenize=True, add_generation_prompt=True, return_dict=False,
-                           sanitize_control_tokens=True)
-
-    def response_text(self, text: str) -> str:
-        return self.lead + (text.strip() if self._trims else text)
-
-    def _apply(self, messages: list[dict[str, str]], **options):
-        try:
-            return self._tokenizer.apply_chat_template(messages, **options)
-        except (TemplateError, ValueError) as error:
-            raise UserError(f"--template chat: the tokenizer's chat template refuses a dialogue of the roles "
-                            f"{', '.join(message['role'] for message in messages)}: {error}") from None
+    def _cannot_write(self, what: str) -> UserError:
+        return UserError(f"--template {self.name} cannot write {what}: use --template chat with a tokenizer whose chat "
+                         "template can, or leave that out of the data")
 
 
-def _as_dicts(prompt: Prompt) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in prompt.messages]
-
-
-_TEXT_TEMPLATES = {template.name: template for template in (
+TEXT_TEMPLATES = {template.name: template for template in (
     # The layout of Anthropic's HH-RLHF transcripts.
     TextTemplate("human_assistant", question="Human: ", cue="Assistant:", lead=" ", opening=""),
     TextTemplate("question_answer", question="Question: ", cue="Answer:", lead=" "),
@@ -110,19 +97,32 @@ _TEXT_TEMPLATES = {template.name: template for template in (
     TextTemplate("alpaca", question="### Instruction:\n", cue="### Response:", lead="\n",
                  opening="Below is an instruction that describes a task. "
                          "Write a response that appropriately completes the request."),
+    # Text that is ready: rendered already, or to be gone on with.
+    TextTemplate("none", question="", cue="", lead="", between="", raw=True),
 )}
 
-TEMPLATE_NAMES = (*_TEXT_TEMPLATES, ChatTemplate.name)
+CHAT = "chat"
+TEMPLATE_NAMES = ("human_assistant", "question_answer", "alpaca", CHAT, "none")
+
+# What templates in use put around turns. Text that has them has been through one.
+_MARKS = re.compile(r"\n\n(?:Human|Assistant):|<\|im_(?:start|end)\|>|\[/?INST\]|<\|(?:start_header_id|eot_id)\|>|"
+                    r"<(?:start|end)_of_turn>|^### (?:Instruction|Response):|<\|(?:user|assistant|system|end)\|>", re.M)
 
 
-def get_template(name: str, tokenizer=None) -> Template:
-    """The template called `name`; `chat` is made from the `tokenizer` it belongs to.
+def marks(text: str) -> Iterator[str]:
+    """The marks of templates in a text that should have none."""
+    return (found[0].strip() for found in _MARKS.finditer(text))
+
+
+def get_template(name: str, tokenizer=None, date: str | None = None) -> Template:
+    """The template called `name`; `chat` is made from the `tokenizer` it belongs to, see `ChatTemplate`.
 
     Raises:
         UserError: no such template, or `chat` with a tokenizer that has none that can be used.
     """
-    if name == ChatTemplate.name:
-        return ChatTemplate(tokenizer)
-    if name not in _TEXT_TEMPLATES:
+    if name == CHAT:
+        from common.data.chat_template import ChatTemplate
+        return ChatTemplate(tokenizer, *([date] if date else []))
+    if name not in TEXT_TEMPLATES:
         raise UserError(f"--template {name}: no such template; choose one of {', '.join(TEMPLATE_NAMES)}")
-    return _TEXT_TEMPLATES[name]
+    return TEXT_TEMPLATES[name]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from common.data.records import Prompt
-from common.data.templates import ChatTemplate, Template, get_template
+from common.data.chat_template import control_tokens
+from common.data.records import Answer, Prompt
+from common.data.templates import CHAT, Piece, Template, get_template
 from common.errors import UserError, reason_of
 
 # Something for each usual normalizer and pre-tokenizer to change: case, accents (composed and not), compatibility
@@ -46,9 +47,19 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     return tokenizer
 
 
+def published_ends(name_or_path: str) -> list[int]:
+    """The tokens at which a model's publisher ends its answers, by its generation_config.json; none without one."""
+    try:
+        ends = GenerationConfig.from_pretrained(name_or_path).eos_token_id
+    except (OSError, ValueError, TypeError, AttributeError):  # missing, or damaged, which loading the model tells
+        return []
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
+
+
 def make_codec(tokenizer: PreTrainedTokenizerBase, template_name: str, *, add_eot_token: bool = False,
-               eot_token: str = "<|endoftext|>") -> Codec:
-    """A tokenizer's codec. The end token is the tokenizer's own, or `eot_token` with `add_eot_token`.
+               eot_token: str = "<|endoftext|>", date: str | None = None) -> Codec:
+    """A tokenizer's codec. The end token is the one by which a chat template ends an answer, else the tokenizer's own,
+    or `eot_token` with `add_eot_token`. `date` is for chat templates that write it, see `ChatTemplate`.
 
     Changes the tokenizer in the latter case: `eot_token` becomes a special token (under its old id where the
     vocabulary has it) and the tokenizer's `eos_token`, so what is saved with the model says where it stops.
@@ -59,9 +70,14 @@ def make_codec(tokenizer: PreTrainedTokenizerBase, template_name: str, *, add_eo
     if add_eot_token:
         tokenizer.add_special_tokens({"eos_token": AddedToken(eot_token, special=True, normalized=False)})
         _separate_padding(tokenizer)
-    if tokenizer.eos_token_id is None:
+    template = get_template(template_name, tokenizer, date)
+    end_token = None if add_eot_token else template.end_token
+    if end_token is None and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token: pass --add_eot_token (and --eot_token for its name)")
-    return Codec(tokenizer, get_template(template_name, tokenizer), tokenizer.eos_token)
+    if end_token is not None and tokenizer.eos_token_id is None:
+        tokenizer.eos_token = end_token
+    _separate_padding(tokenizer, end_token)
+    return Codec(tokenizer, template, end_token or tokenizer.eos_token)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -95,7 +111,9 @@ class Codec:
     Attributes:
         tokenizer, template: as given.
         end_token, end_id: ends every response.
+        end_ids: all that end an answer of a model: the end token first, the tokenizer's own, others by `end_at`.
         pad_token, pad_id: never equal to the end token.
+        date: what a chat template that writes the date writes, YYYY-MM-DD; '' for any other template.
         shortest_prompt: tokens of a prompt that is cut to the last one.
     """
 
@@ -103,9 +121,12 @@ class Codec:
         self.tokenizer = tokenizer
         self.template = template
         self.end_token = end_token
+        self.date = template.date if template.dated else ""
         self.end_id: int = tokenizer.convert_tokens_to_ids(end_token)
         self.pad_token: str = tokenizer.pad_token
         self.pad_id: int = tokenizer.pad_token_id
+        self.end_ids: tuple[int, ...] = (self.end_id,)
+        self.end_at([tokenizer.eos_token_id])
         self._start = _start_ids(tokenizer)
         self.shortest_prompt = len(self._start) + 1
         self._special = _special_ids(tokenizer)
@@ -115,16 +136,20 @@ class Codec:
         self._adds_space = " " in self._decoded(letter + letter).strip()
         # Their decoders take one leading space away again: this one, where a response is decoded.
         self._space = self._plain_ids(" ") if self._adds_space else []
+        self._lead = self._ids([Piece(template.lead, template.name == CHAT)], continues=True)
+
+    def end_at(self, ids: Iterable[int]) -> None:
+        """Take an answer as ended at these tokens too."""
+        self.end_ids = tuple(dict.fromkeys((*self.end_ids, *ids)))
 
     def encode_prompt(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
         """Ids of the prompt up to and including the assistant's cue, cut as `cut_prompt` does.
 
         The tokenizer's start tokens come first if it puts any before a text (a chat template brings its own).
         """
-        if isinstance(self.template, ChatTemplate):
-            ids = self.template.prompt_ids(prompt)
-        else:
-            ids = self._start + self._text_ids(self.template.prompt_text(prompt))
+        ids = self._ids(self.template.prompt_pieces(prompt))
+        if self.template.name != CHAT and ids[:len(self._start)] != self._start:
+            ids = self._start + ids
         return ids if max_tokens is None else self.cut_prompt(ids, max_tokens)
 
     def cut_prompt(self, ids: list[int], max_tokens: int) -> list[int]:
@@ -134,9 +159,11 @@ class Codec:
         start = self._start if ids[:len(self._start)] == self._start else []
         return start + ids[len(ids) - max(max_tokens - len(start), 0):]
 
-    def encode_response(self, text: str) -> list[int]:
-        """Ids of an answer as it follows the cue, and the end token."""
-        return self._text_ids(self.template.response_text(text), continues=True) + [self.end_id]
+    def encode_response(self, answer: Answer, prompt: Prompt | None = None) -> list[int]:
+        """Ids of an answer as it follows the cue, and the end token. A chat template may write it otherwise for
+        another prompt; None stands for a plain question."""
+        ids = self._ids(self.template.response_pieces(answer, prompt), continues=True)
+        return ids if ids[-1:] == [self.end_id] else [*ids, self.end_id]
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a plain document: start tokens, the text, the end token. No template."""
@@ -145,17 +172,28 @@ class Codec:
     def decode_response(self, ids: Sequence[int]) -> str:
         """The answer in `ids`, up to the end token if any, without special tokens and the template's lead."""
         ids = list(ids)
-        if self.end_id in ids:
-            ids = ids[:ids.index(self.end_id)]
-        context = self._decoded(self._space)
-        return self._decoded(self._space + ids)[len(context):].removeprefix(self.template.lead)
+        ids = ids[:self.end_of(ids)]
+        if self._lead[:len(ids)] == ids:
+            return ""
+        if ids[:len(self._lead)] == self._lead:
+            text = self._shown(ids[len(self._lead):])
+        else:  # the lead's end and the answer's beginning may be one token
+            text = self._shown(ids).removeprefix(self.template.lead)
+        return text.removesuffix(self.template.tail) if self.template.tail else text
+
+    def end_of(self, ids: Sequence[int]) -> int:
+        """The place of the first token that ends an answer; the length where there is none."""
+        return next((at for at, token in enumerate(ids) if token in self.end_ids), len(ids))
+
+    def _shown(self, ids: list[int]) -> str:
+        return self._decoded(self._space + ids)[len(self._decoded(self._space)):]
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The answer piece by piece, while its ids arrive; together they are its `decode_response`."""
         seen: list[int] = []
         shown = ""
         for token in ids:
-            if token == self.end_id:
+            if token in self.end_ids:
                 break
             seen.append(token)
             text = self.decode_response(seen)
@@ -176,24 +214,36 @@ class Codec:
         """Ids of text in which special tokens are spelt out."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
-    def _continued_ids(self, text: str) -> list[int]:
-        """Ids of text that does not start a sentence: what they are after a newline."""
-        if not self._adds_space:
-            return self._plain_ids(text)
-        before, both = self._plain_ids("\n"), self._plain_ids("\n" + text)
-        return both[len(before):] if both[:len(before)] == before else self._plain_ids(text)
+    def _raw_ids(self, text: str) -> list[int]:
+        """Ids of text in which special tokens are what they look like."""
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def _ids(self, pieces: Iterable[Piece], *, continues: bool = False) -> list[int]:
+        ids: list[int] = []
+        for number, (text, raw) in enumerate(pieces):
+            follows = continues or number > 0
+            ids += self._continued(self._raw_ids, text, follows) if raw else self._text_ids(text, continues=follows)
+        return ids
+
+    def _continued(self, encode: Callable[[str], list[int]], text: str, continues: bool = True) -> list[int]:
+        """Ids of text that does not start a sentence, if it `continues`: what they are after a newline."""
+        if not (self._adds_space and continues):
+            return encode(text)
+        before, both = encode("\n"), encode("\n" + text)
+        return both[len(before):] if both[:len(before)] == before else encode(text)
 
     def _text_ids(self, text: str, *, continues: bool = False) -> list[int]:
-        encode = self._continued_ids if continues else self._plain_ids
-        ids = encode(text)
+        ids = self._continued(self._plain_ids, text, continues)
         found = self._special.intersection(ids)
         if not found:
             return ids
-        # A vocabulary can hold merges that lead from plain characters to a special token: keep these apart.
+        # A vocabulary can hold merges that lead from plain characters to a special token, and added tokens that are not
+        # called special are found in any text: keep their characters apart.
         spelt = self.tokenizer.convert_ids_to_tokens(sorted(found))
         apart = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelt)
         first, *others = re.split(apart, text)
-        ids = encode(first) + [token for piece in others for token in self._continued_ids(piece)]
+        ids = self._continued(self._plain_ids, first, continues)
+        ids += [token for piece in others for token in self._continued(self._plain_ids, piece)]
         if self._special.intersection(ids):
             raise UserError(f"the tokenizer turns plain text into its special token {' or '.join(spelt)}: "
                             "choose a tokenizer that keeps special tokens out of text")
@@ -210,19 +260,20 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that steer the model. The unknown token is none: it stands for text."""
-    steering = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    steering.update(tokenizer.all_special_ids)
+    steering = set(tokenizer.convert_tokens_to_ids(sorted(control_tokens(tokenizer))))
     named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     return steering if tokenizer.unk_token_id in named else steering - {tokenizer.unk_token_id}
 
 
-def _separate_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer a padding token that is not its end token: a model must see the end it is to learn.
+def _separate_padding(tokenizer: PreTrainedTokenizerBase, end_token: str | None = None) -> None:
+    """Give the tokenizer a padding token that is not its end token, nor `end_token`: a model must see the end it is to
+    learn.
 
     In order: its own; the unknown token; a special token made for padding or kept in reserve; a new one.
     """
-    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    ends = {tokenizer.eos_token_id, *([tokenizer.convert_tokens_to_ids(end_token)] if end_token else [])}
+    taken = {*ends, tokenizer.bos_token_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in taken:
         tokenizer.pad_token = tokenizer.unk_token

@@ -186,9 +186,11 @@ def _fit(model, codec: Codec, gradient_checkpointing: bool):
             start_row(model, codec.end_id, old_end[0] if isinstance(old_end, list) else old_end)
     model.config.pad_token_id, model.config.eos_token_id = codec.pad_id, codec.end_id
     if model.can_generate():
+        ends = list(codec.end_ids)
         # A fresh one: what a model's publisher thinks of sampling (penalties, suppressed tokens) would alter rollouts.
         model.generation_config = GenerationConfig(bos_token_id=codec.tokenizer.bos_token_id,
-                                                   eos_token_id=codec.end_id, pad_token_id=codec.pad_id)
+                                                   eos_token_id=ends[0] if len(ends) == 1 else ends,
+                                                   pad_token_id=codec.pad_id)
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

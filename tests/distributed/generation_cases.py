@@ -91,7 +91,7 @@ def roll_out(engine, codec, way: str) -> list[list[int]]:
     ids = [torch.randint(10, 200, (2 + 5 * number % 13,), generator=generator).tolist() for number in range(PROMPTS)]
     prompts = Dataset.from_dict({"prompt_ids": ids})
     (batch,) = evaluation_batches([len(row) for row in ids], -(-PROMPTS // world_size()), world_size(), rank())
-    rollouts = ActorRollouts(engine, slots=3, seed=7, end_id=codec.end_id, pad_id=codec.pad_id)
+    rollouts = ActorRollouts(engine, slots=3, seed=7, end_ids=codec.end_ids, pad_id=codec.pad_id)
     if way == "plain":
         mine = [rollouts._plainly(part, SAMPLING, 1, lambda finished: None)
                 for part in collate_prompts(prompts, batch, codec.pad_id).split(3)]

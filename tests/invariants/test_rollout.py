@@ -62,13 +62,13 @@ def prompts(rows, pad_id) -> PromptBatch:
 
 def roll_out(actor, rows, sampling, slots=4):
     engine, codec = actor
-    rollouts = ActorRollouts(engine, slots=slots, seed=5, end_id=codec.end_id, pad_id=codec.pad_id)
+    rollouts = ActorRollouts(engine, slots=slots, seed=5, end_ids=codec.end_ids, pad_id=codec.pad_id)
     return rollouts.roll_out(prompts(rows, codec.pad_id), sampling, iteration=1)
 
 
 def plainly(actor, rows, sampling):
     engine, codec = actor
-    return generate(engine, prompts(rows, codec.pad_id), sampling, end_id=codec.end_id, pad_id=codec.pad_id, seed=5,
+    return generate(engine, prompts(rows, codec.pad_id), sampling, end_ids=codec.end_ids, pad_id=codec.pad_id, seed=5,
                     iteration=1)
 
 
@@ -117,7 +117,7 @@ def test_continuous_batching_gives_the_tokens_of_the_plain_way(actor, slots, sam
 
 def plainly_sample(actor, sampling, sample):
     engine, codec = actor
-    return responses(generate(engine, prompts(range(len(LENGTHS)), codec.pad_id), sampling, end_id=codec.end_id,
+    return responses(generate(engine, prompts(range(len(LENGTHS)), codec.pad_id), sampling, end_ids=codec.end_ids,
                               pad_id=codec.pad_id, seed=5, iteration=1, sample=sample))
 
 
@@ -130,7 +130,7 @@ def test_a_cache_of_more_precision_changes_no_token(actor):
     uniform = uniforms(5, 1, batch.prompt_index, SAMPLED.max_new_tokens)
     requests = [Request(tuple(ids[-length:]), numbers, 0, SAMPLED.max_new_tokens) for ids, length, numbers
                 in zip(batch.input_ids.tolist(), LENGTHS, uniform)]
-    decoder = Decoder(engine.module.eval(), SAMPLED, slots=4, end_id=codec.end_id, cache_dtype=torch.float64)
+    decoder = Decoder(engine.module.eval(), SAMPLED, slots=4, end_ids=codec.end_ids, cache_dtype=torch.float64)
     found = decoder.run(requests)
     assert decoder.cache.layers[0].keys.dtype == torch.float64
     assert engine.module.config._attn_implementation == "sdpa" and engine.module.dtype == torch.float32
@@ -173,8 +173,8 @@ def test_drawn_lengths_are_exact_and_reach_both_limits(actor, shortest, longest,
 
 def test_a_kept_cache_leaves_nothing_of_earlier_rollouts(actor):
     engine, codec = actor
-    rollouts = ActorRollouts(engine, slots=4, seed=5, end_id=codec.end_id, pad_id=codec.pad_id)
-    again = ActorRollouts(engine, slots=4, seed=5, end_id=codec.end_id, pad_id=codec.pad_id, keep_cache=False)
+    rollouts = ActorRollouts(engine, slots=4, seed=5, end_ids=codec.end_ids, pad_id=codec.pad_id)
+    again = ActorRollouts(engine, slots=4, seed=5, end_ids=codec.end_ids, pad_id=codec.pad_id, keep_cache=False)
     batch = prompts(range(len(LENGTHS)), codec.pad_id)
     for sampling in (SAMPLED, replace(SAMPLED, max_new_tokens=3), replace(SAMPLED, max_new_tokens=20)):
         assert responses(rollouts.roll_out(batch, sampling, 1)) == responses(again.roll_out(batch, sampling, 1))
@@ -185,14 +185,14 @@ def test_fillers_are_not_answered(actor):
     engine, codec = actor
     batch = prompts([0, 1, 1], codec.pad_id)
     batch.real[2] = False
-    rollouts = ActorRollouts(engine, slots=2, seed=5, end_id=codec.end_id, pad_id=codec.pad_id)
+    rollouts = ActorRollouts(engine, slots=2, seed=5, end_ids=codec.end_ids, pad_id=codec.pad_id)
     rollout = rollouts.roll_out(batch, GREEDY, 0)
     assert rollout.prompt_index.tolist() == [0, 1]
 
 
 def test_deepspeeds_rollout_interface_gives_the_same_tokens(actor):
     engine, codec = actor
-    rollouts = ActorRollouts(engine, slots=2, seed=5, end_id=codec.end_id, pad_id=codec.pad_id)
+    rollouts = ActorRollouts(engine, slots=2, seed=5, end_ids=codec.end_ids, pad_id=codec.pad_id)
     theirs = ActorRolloutEngine(rollouts)
     batch = prompts(range(3), codec.pad_id)
     theirs.sync_weights(1)
@@ -208,7 +208,7 @@ def test_deepspeeds_rollout_interface_gives_the_same_tokens(actor):
 
 def test_an_abandoned_rollout_is_told_apart_from_an_empty_one(actor, monkeypatch):
     engine, codec = actor
-    theirs = ActorRolloutEngine(ActorRollouts(engine, slots=2, seed=5, end_id=codec.end_id, pad_id=codec.pad_id))
+    theirs = ActorRolloutEngine(ActorRollouts(engine, slots=2, seed=5, end_ids=codec.end_ids, pad_id=codec.pad_id))
     batch = prompts(range(3), codec.pad_id)
     monkeypatch.setattr(rollout_module, "told", lambda: "SIGTERM")
     with pytest.raises(RolloutAbandoned):
@@ -231,7 +231,7 @@ def test_min_new_tokens_holds_back_the_end_token(actor):
 def test_a_long_rollout_shows_how_far_it_is(actor, monkeypatch, capsys):
     monkeypatch.setattr(rollout_module, "SECONDS_BEFORE_BAR", 0)
     monkeypatch.setattr(rollout_module, "tqdm", partial(rollout_module.tqdm, mininterval=0, miniters=1))
-    fast = ActorRollouts(actor[0], slots=4, seed=5, end_id=actor[1].end_id, pad_id=actor[1].pad_id)
+    fast = ActorRollouts(actor[0], slots=4, seed=5, end_ids=actor[1].end_ids, pad_id=actor[1].pad_id)
     plain = copy.copy(fast)
     plain._why_plain = lambda longest: "a test asks for it"
     for rollouts in (fast, plain):
@@ -284,7 +284,7 @@ def test_uniforms_are_keyed_by_everything_and_nothing_else():
 def test_a_response_is_cut_after_its_first_end_token_even_where_that_is_the_padding():
     batch = prompts([3, 0], pad_id=2)  # prompt lengths 2 and 4
     generated = torch.tensor([[50, 2, 2, 2], [60, 61, 62, 63]])
-    rollout = to_rollout(torch.cat([batch.input_ids, generated], 1), batch, end_id=2, pad_id=2,
+    rollout = to_rollout(torch.cat([batch.input_ids, generated], 1), batch, end_ids=(2,), pad_id=2,
                          limits=torch.tensor([4, 4]))
     assert rollout.response_lengths.tolist() == [2, 4]
     assert rollout.finished.tolist() == [True, False]
