@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from datetime import datetime
 
-from common.data.records import Answer, Message, Prompt
+from common.data.records import Answer, Message, Prompt, turns_of
 from common.data.templates import CHAT, TEXT_TEMPLATES, Piece
 from common.errors import UserError
 
@@ -75,7 +75,7 @@ class ChatTemplate:
 
     def response_pieces(self, answer: Answer, prompt: Prompt | None = None) -> list[Piece]:
         prompt = prompt or _QUESTION
-        turns = [Message("assistant", answer)] if isinstance(answer, str) else list(answer)
+        turns = turns_of(answer)
         asked, whole = self._asked(prompt), self._render(prompt, turns)
         if not whole.startswith(asked) or not whole.endswith(self._close):
             raise UserError("--template chat: the tokenizer's chat template does not render this answer as the "

@@ -9,7 +9,8 @@ from datasets import Features, Value
 
 from common.data.preparation_report import PreparationReport
 from common.data.reading import SourcedRecord
-from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record
+from common.data.records import Answer, Comparison, Demonstration, PlainText, Prompt, Record, turns_of
+from common.data.templates import marks
 from common.data.tokenization import Codec
 from common.errors import UserError
 
@@ -61,16 +62,16 @@ class Encoder:
         for is_eval, sourced in chunk:
             try:
                 rows[is_eval].extend({**columns, "dialogue": sourced.dialogue}
-                                     for columns in self._encoded(sourced.record, report))
+                                     for columns in self._encoded(sourced, report))
             except UserError as error:
                 report.refuse(sourced.where, str(error))
         schema = features(self.kind).arrow_schema
         train, held_out = (pyarrow.Table.from_pylist(side, schema) for side in rows)
         return train, held_out, report
 
-    def _encoded(self, record: Record, report: PreparationReport) -> Iterator[dict]:
+    def _encoded(self, sourced: SourcedRecord, report: PreparationReport) -> Iterator[dict]:
         """The row of ids of a record, none if it does not fit, or as many as a plain text needs."""
-        codec = self.codec
+        codec, record = self.codec, sourced.record
         if isinstance(record, PlainText):
             ids = codec.encode_text(record.text)
             for start in range(0, len(ids), self.max_tokens):
@@ -78,26 +79,41 @@ class Encoder:
                 if len(piece) > 1:  # a single token has nothing it could be predicted from
                     yield {"input_ids": piece, "length": len(piece)}
             return
-        responses: dict[str, list[int]] = {}
-        if isinstance(record, Demonstration):
-            responses = {"response_ids": codec.encode_response(record.response)}
-        elif isinstance(record, Comparison):
-            responses = {"chosen_ids": codec.encode_response(record.chosen),
-                         "rejected_ids": codec.encode_response(record.rejected)}
+        prompt = record if isinstance(record, Prompt) else record.prompt
+        responses = {f"{name}_ids": codec.encode_response(answer, prompt) for name, answer in _answers(record).items()}
+        self._note_marks(sourced, prompt, report)
         longest = max(map(len, responses.values()), default=0)
         room = self.max_tokens - longest
         if room < codec.shortest_prompt:
             report.too_long += 1
             return
-        whole = codec.encode_prompt(record if isinstance(record, Prompt) else record.prompt)
+        whole = codec.encode_prompt(prompt)
         prompt_ids = codec.cut_prompt(whole, room)
         report.prompts_cut += len(prompt_ids) < len(whole)
         yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest}
+
+
+    def _note_marks(self, sourced: SourcedRecord, prompt: Prompt, report: PreparationReport) -> None:
+        """Text that has been through a template is wrapped in another now, mostly by mistake."""
+        if self.codec.template.name == "none":
+            return
+        texts = [turn.content for answer in _answers(sourced.record).values() for turn in turns_of(answer)]
+        for text in (*texts, *(turn.content for turn in prompt.messages)):
+            if mark := next(marks(text), None):
+                report.mark(sourced.where, mark)
+                return
 
 
 def _characters(record: Record) -> int:
     if isinstance(record, PlainText):
         return len(record.text)
     prompt = record if isinstance(record, Prompt) else record.prompt
-    answers = [text for name, text in vars(record).items() if name in ("response", "chosen", "rejected")]
-    return sum(len(message.content) for message in prompt.messages) + sum(map(len, answers))
+    turns = [*prompt.messages, *(turn for answer in _answers(record).values() for turn in turns_of(answer))]
+    return sum(len(turn.content) + len(turn.more) for turn in turns)
+
+
+def _answers(record: Record) -> dict[str, Answer]:
+    """The answers of a record by their names."""
+    if isinstance(record, Comparison):
+        return {"chosen": record.chosen, "rejected": record.rejected}
+    return {"response": record.response} if isinstance(record, Demonstration) else {}

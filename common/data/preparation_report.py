@@ -20,6 +20,7 @@ class PreparationReport:
     Attributes:
         read: the rows of each source, and those that could not be used.
         refused: records that cannot be written with the template; `first_refused` says where and why.
+        marked: records whose text has the marks of a template; `first_marked` says where and which.
         other_phases: records whose prompts belong to another step.
         repeated_prompts: dropped, where prompts alone are wanted.
         too_long: dropped, since the response does not fit; `prompts_cut`: the prompt lost its beginning.
@@ -31,6 +32,8 @@ class PreparationReport:
     first_refused: list[tuple[str, str]] = field(default_factory=list)
     other_phases: int = 0
     repeated_prompts: int = 0
+    marked: int = 0
+    first_marked: list[tuple[str, str]] = field(default_factory=list)
     too_long: int = 0
     prompts_cut: int = 0
     train_rows: int = 0
@@ -41,10 +44,16 @@ class PreparationReport:
         if len(self.first_refused) < _SHOWN:
             self.first_refused.append((where, why))
 
+    def mark(self, where: str, mark: str) -> None:
+        self.marked += 1
+        self.first_marked = self.first_marked or [(where, mark)]
+
     def add(self, encoded: PreparationReport) -> None:
         """Count what became of further records on their way from record to ids."""
         self.refused += encoded.refused
         self.first_refused = (self.first_refused + encoded.first_refused)[:_SHOWN]
+        self.marked += encoded.marked
+        self.first_marked = self.first_marked or encoded.first_marked
         self.too_long += encoded.too_long
         self.prompts_cut += encoded.prompts_cut
 
@@ -82,6 +91,14 @@ class PreparationReport:
                   (self.prompts_cut, "prompt", "cut on the left"))
         left = [f"{_counted(self.train_rows, 'row')} to train on", f"{self.eval_rows:,} to evaluate on"]
         summary.append(", ".join(left + [f"{_counted(count, noun)} {what}" for count, noun, what in others if count]))
+        for where, mark in self.first_marked[:1]:
+            summary.append(f"warning: {_counted(self.marked, 'row')}, {where} first, {_has(self.marked)} the marks of a "
+                           f"template ({mark!r}), and --template wraps the text again: give it without them, or "
+                           "--template none if it is ready as it is")
+        for source, counts in self.read.sources.items():
+            if counts.unused:
+                summary.append(f"note: {source}: not used: {', '.join(counts.unused)}; --columns gives a column a meaning, "
+                               "as in --columns context=NAME, which puts it behind the question")
         mend = "raise --eval_fraction or give more data"
         if not self.eval_rows:
             summary.append(f"note: no row is held out, so nothing is evaluated: {mend}")
@@ -107,6 +124,10 @@ class PreparationReport:
             raise UserError(f"no row of {data_flag} is left to train on: "
                             f"{self.other_phases:,} belong to other steps (--data_split) and "
                             f"{self.eval_rows:,} are held out (--eval_fraction)")
+
+
+def _has(count: int) -> str:
+    return "has" if count == 1 else "have"
 
 
 def _counted(count: int, noun: str) -> str:

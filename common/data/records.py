@@ -33,6 +33,11 @@ class Message:
 Answer = Union[str, tuple[Message, ...]]
 
 
+def turns_of(answer: Answer) -> tuple[Message, ...]:
+    """An answer as messages."""
+    return (Message("assistant", answer),) if isinstance(answer, str) else answer
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A dialogue that waits for the assistant: the last message is the user's, or a tool's result.
