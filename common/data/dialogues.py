@@ -92,20 +92,21 @@ def read_prompt(value: Any, column: str, system: str = "") -> Prompt:
     return make_prompt(messages, column, system)
 
 
-def opening(value: Any) -> str:
-    """The user's first message in a plain question, a transcript or a list of messages, as `make_prompt` keeps
-    it, whatever is wrong with the rest; '' if there is none to be read."""
+def questions(value: Any) -> tuple[str, ...]:
+    """The user's messages in a plain question, a transcript or a list of messages, as `make_prompt` keeps them,
+    whatever is wrong with the rest; none if none can be read."""
     if isinstance(value, str):
         text = value.encode("utf-8", "replace").decode().replace("\0", "?")
         if not is_transcript(text):
-            return text.strip()
+            return tuple(filter(None, [text.strip()]))
         value = [{"role": message.role, "content": message.content} for message in read_dialogue(text, "")]
+    found = []
     for item in value if isinstance(value, list) else ():
         with contextlib.suppress(BadRow):
             message = _message(item, "")
             if message.role == "user" and message.content:
-                return message.content
-    return ""
+                found.append(message.content)
+    return tuple(found)
 
 
 def read_answered(value: Any, column: str) -> tuple[list[Message], str]:
@@ -119,7 +120,7 @@ def read_answered(value: Any, column: str) -> tuple[list[Message], str]:
 
 def make_prompt(messages: Sequence[Message], column: str, system: str = "") -> Prompt:
     """The prompt made of ``messages``: a system message first, if any; empty messages left out; turns of one
-    speaker in a row joined to one, as chat templates demand, with the user's first one kept as the opening.
+    speaker in a row joined to one, as chat templates demand, with the user's kept one by one in `asked`.
     Raises BadRow if it does not end with the user's turn."""
     turns: list[Message] = []
     for message in [Message("system", system), *messages]:
@@ -134,5 +135,5 @@ def make_prompt(messages: Sequence[Message], column: str, system: str = "") -> P
         raise BadRow(f"'{column}' is empty" if empty else f"'{column}': no user's turn before the answer")
     if any(turn.role == "system" for turn in turns[1:]):
         raise BadRow(f"'{column}' has a system message after the first turn")
-    opening = next(message.content for message in messages if message.role == "user" and message.content)
-    return Prompt(tuple(turns), opening)
+    asked = tuple(message.content for message in messages if message.role == "user" and message.content)
+    return Prompt(tuple(turns), asked)

@@ -18,13 +18,15 @@ A comparison also serves as a demonstration, and all but plain text as prompts.
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.data.dialogues import (BadRow, clean_text, is_transcript, is_whole_dialogue, make_prompt, opening,
+from common.data.dialogues import (BadRow, clean_text, is_transcript, is_whole_dialogue, make_prompt, questions,
                                    read_answered, read_dialogue, read_prompt)
-from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record
+from common.data.records import (Comparison, Demonstration, Message, PlainText, Prompt, Record,
+                                 user_turns)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Example:
 @dataclass(frozen=True)
 class Layout:
     """``read`` turns a row's columns into an Example or raises BadRow. ``kinds``: the records it can give.
-    ``asked``: the values of a row that begin with the user's first message, see `dialogues.opening`."""
+    ``asked``: the values of a row that hold the user's messages, see `dialogues.questions`."""
 
     required: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -59,13 +61,14 @@ COMPARISONS = ("comparison", "demonstration", "prompt")
 DEMONSTRATIONS = ("demonstration", "prompt")
 
 
-def openings(layout: Layout, row: dict[str, Any]) -> set[str]:
-    """The user's first message, whatever is wrong with the rest of the row; more than one where the columns
-    differ about it."""
-    try:
-        return {found for value in layout.asked(row) if (found := opening(value))}
-    except BadRow:
-        return set()
+def asked(layout: Layout, row: dict[str, Any]) -> set[tuple[str, ...]]:
+    """The user's messages in a row, whatever kind of record is wanted of it: as its prompt has them or, where it has
+    none, as they can be read; more than one sequence where the columns then differ about them."""
+    with contextlib.suppress(BadRow):
+        return {user_turns(to_record(layout, row, "prompt"))}
+    with contextlib.suppress(BadRow):
+        return {found for value in layout.asked(row) if (found := questions(value))}
+    return set()
 
 
 def to_record(layout: Layout, row: dict[str, Any], kind: str) -> Record | None:

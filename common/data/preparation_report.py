@@ -50,13 +50,8 @@ class PreparationReport:
 
     def joined(self, other: PreparationReport) -> PreparationReport:
         """The sums of both."""
-        read = ReadReport(dict(self.read.sources), self.read.notes + other.read.notes)
-        for source, counts in other.read.sources.items():
-            known = read.sources.get(source, Counts())
-            read.sources[source] = Counts(**{name: vars(known)[name] + count
-                                             for name, count in vars(counts).items()})
         rest = {name: value + vars(other)[name] for name, value in vars(self).items() if name != "read"}
-        return PreparationReport(read, **rest)
+        return PreparationReport(self.read.joined(other.read), **rest)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -73,9 +68,12 @@ class PreparationReport:
 
     def lines(self) -> list[str]:
         """A summary for the log."""
-        summary = [f"{source}: {_counted(counts.total, 'row')} read, {counts.bad:,} unusable"
-                   for source, counts in self.read.sources.items()]
+        summary = []
+        for source, counts in self.read.sources.items():
+            left_out = [f", {count:,} left out ({reason})" for reason, count in counts.left_out.items()]
+            summary.append(f"{source}: {_counted(counts.total, 'row')} read, {counts.bad:,} unusable{''.join(left_out)}")
         summary += self.read.notes
+        summary += [f"note: {line}" for line in self.read.inseparable]
         summary += [f"unusable: {where}: {why}" for where, why in [*self.read.first_bad, *self.first_refused]]
         others = ((self.other_phases, "row", "for other steps"),
                   (self.repeated_prompts, "repeated prompt", "left out"),
@@ -108,7 +106,8 @@ class PreparationReport:
         if not self.train_rows:
             raise UserError(f"no row of {data_flag} is left to train on: "
                             f"{self.other_phases:,} belong to other steps (--data_split) and "
-                            f"{self.eval_rows:,} are held out (--eval_fraction)")
+                            f"{self.eval_rows:,} are held out (--eval_fraction)"
+                            + "".join(f"; {line}" for line in self.read.inseparable))
 
 
 def _counted(count: int, noun: str) -> str:

@@ -3,8 +3,8 @@ import pytest
 
 from common.data.adapters import NAMED, ColumnMap, choose_layout, named_layout
 from common.data.dialogues import BadRow
-from common.data.layouts import openings, to_record
-from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, identity
+from common.data.layouts import asked, to_record
+from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, user_turns
 from common.errors import UserError
 
 
@@ -95,11 +95,11 @@ def test_demonstrations_serve_as_prompts(row, prompt):
 def test_what_a_row_asks_is_known_without_its_answers(row):
     """So that a test prompt is recognised by what it asks, even in a row that can be used for nothing else."""
     layout = choose_layout("somewhere/data.jsonl", row.keys(), "prompt", "data.jsonl")
-    expected = {identity(to_record(layout, row, "prompt"))}
-    assert openings(layout, row) == expected
+    expected = {user_turns(to_record(layout, row, "prompt"))}
+    assert asked(layout, row) == expected
     for column in {"chosen", "rejected", "response", "output"} & row.keys():
         spoilt = {**row, column: row[column] + "\0" if isinstance(row[column], str) else [*row[column], 7]}
-        assert openings(layout, spoilt) == expected
+        assert asked(layout, spoilt) == expected
 
 
 def test_a_response_beside_a_comparison_is_the_demonstration():
