@@ -136,22 +136,23 @@ def read_prompt(value: Any, column: str, system: str = "") -> Prompt:
     return make_prompt(read_question(value, column), column, system)
 
 
-def opening(value: Any) -> str:
-    """The user's first message in a plain question, a transcript or a list of messages, as `make_prompt` keeps
-    it, whatever is wrong with the rest; '' if there is none to be read."""
+def questions(value: Any) -> tuple[str, ...]:
+    """The user's messages in a plain question, a transcript or a list of messages, as `make_prompt` keeps them,
+    whatever is wrong with the rest; none if none can be read."""
     if isinstance(value, (bool, int, float)):
         value = as_text(value, "")
     if isinstance(value, str):
         text = value.encode("utf-8", "replace").decode().replace("\0", "?")
         if not is_transcript(text):
-            return text.strip()
+            return tuple(filter(None, [text.strip()]))
         value = [{"role": message.role, "content": message.content} for message in read_dialogue(text, "")]
+    found = []
     for item in value if isinstance(value, list) else [value] if isinstance(value, dict) else ():
         with contextlib.suppress(BadRow):
             message = _message(item, "")
             if message.role == "user" and message.content:
-                return message.content
-    return ""
+                found.append(message.content)
+    return tuple(found)
 
 
 def answer_of(messages: Sequence[Message]) -> Answer:
@@ -177,12 +178,12 @@ def joined(messages: Sequence[Message]) -> list[Message]:
 
 def make_prompt(messages: Sequence[Message], column: str, system: str = "", tools: str = "") -> Prompt:
     """The prompt made of ``messages``: a system message first, if any, and turns as `joined` makes them, with the
-    user's first one kept as the opening. Raises BadRow if it does not end with the turn of the user or of a tool."""
+    user's kept one by one in `asked`. Raises BadRow if it does not end with the turn of the user or of a tool."""
     turns = joined([Message("system", system), *messages])
-    opening = next((message.content for message in messages if message.role == "user" and message.content), None)
-    if not turns or opening is None or turns[-1].role not in ("user", "tool"):
+    asked = tuple(message.content for message in messages if message.role == "user" and message.content)
+    if not turns or not asked or turns[-1].role not in ("user", "tool"):
         empty = not any(message.content for message in messages)
         raise BadRow(f"'{column}' is empty" if empty else f"'{column}': no user's turn before the answer")
     if any(turn.role == "system" for turn in turns[1:]):
         raise BadRow(f"'{column}' has a system message after the first turn")
-    return Prompt(tuple(turns), opening, tools)
+    return Prompt(tuple(turns), asked, tools)

@@ -22,14 +22,16 @@ A comparison also serves as a demonstration, and all but plain text as prompts.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from common.data.dialogues import (answer_of, is_transcript, is_whole_dialogue, joined, make_prompt, message_keys,
-                                   opening, read_dialogue, read_question)
-from common.data.records import Answer, Comparison, Demonstration, Message, PlainText, Prompt, Record
+                                   questions, read_dialogue, read_question)
+from common.data.records import (Answer, Comparison, Demonstration, Message, PlainText, Prompt, Record,
+                                 user_turns)
 from common.data.values import BadRow, as_text, clean_answer, clean_text, is_texts
 
 COMPARISONS = ("comparison", "demonstration", "prompt")
@@ -68,8 +70,8 @@ class Example:
 @dataclass(frozen=True)
 class Layout:
     """``read`` turns a row's columns into an Example or raises BadRow. ``kinds``: the records it can give.
-    ``asked``: the values of a row that begin with the user's first message, see `dialogues.opening`. ``ranked``: a
-    column that, where it holds lists of answers, gives comparisons too."""
+    ``asked``: the values of a row that hold the user's messages, see `dialogues.questions`. ``ranked``: a column that,
+    where it holds lists of answers, gives comparisons too."""
 
     required: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -97,28 +99,30 @@ class Layout:
                         yield from (f"{column}: {key}" for key in message.keys() - message_keys())
 
 
-def openings(layout: Layout, row: dict[str, Any]) -> set[str]:
-    """The user's first message, whatever is wrong with the rest of the row; more than one where the columns
-    differ about it."""
-    try:
-        return {found for value in layout.asked(row) if (found := opening(value))}
-    except BadRow:
-        return set()
+def asked(layout: Layout, row: dict[str, Any]) -> set[tuple[str, ...]]:
+    """The user's messages in a row, whatever kind of record is wanted of it: as its prompt has them or, where it has
+    none, as they can be read; more than one sequence where the columns then differ about them."""
+    with contextlib.suppress(BadRow):
+        return {user_turns(record) for record in to_records(layout, row, "prompt")}
+    with contextlib.suppress(BadRow):
+        return {found for value in layout.asked(row) if (found := questions(value))}
+    return set()
 
 
 def to_records(layout: Layout, row: dict[str, Any], kind: str) -> list[Record]:
-    """The row as records of ``kind`` (one of ``layout.kinds``): one, but none of a blank text, and several comparisons
-    of several answers.
+    """The row as records of ``kind`` (one of ``layout.kinds``): one, or several comparisons of several answers.
 
     Raises BadRow if a column is missing or empty, of the wrong type, or chosen == rejected; LeftOut for a tie where
-    comparisons are asked for, and for an answer that is not to be learnt from.
+    comparisons are asked for, an answer that is not to be learnt from, and a blank text.
     """
     for column in layout.required:
         if row.get(column) is None:
             raise BadRow(f"'{column}' is missing")
     example = layout.read(row)
     if kind == "text":
-        return [PlainText(example.text)] if example.text else []
+        if not example.text:
+            raise LeftOut("blank")
+        return [PlainText(example.text)]
     if kind == "prompt":
         return [example.asks or example.prompt]
     if kind == "demonstration":
@@ -140,7 +144,8 @@ def _demonstration(example: Example) -> Demonstration:
         raise LeftOut("no answer that is to be trained")
     *before, last = answer[:trained[-1] + 1]
     whole = make_prompt([*prompt.messages, *before], "chosen", tools=prompt.tools)
-    return Demonstration(replace(whole, opening=prompt.opening), _filled(answer_of([last]), "answer"))
+    return Demonstration(replace(whole, asked=prompt.asked + whole.asked[len(prompt.asked):]),
+                         _filled(answer_of([last]), "answer"))
 
 
 def _pairs(example: Example) -> list[tuple[Answer, Answer]]:
@@ -216,15 +221,11 @@ def _first_asked(*columns: str, beside: Sequence[str] = COMPANIONS) -> Callable[
 
 
 def _with_beside(row: dict[str, Any], value: Any, beside: Sequence[str] = COMPANIONS) -> Any:
-    """The value that begins with the user's first message, which what stands beside it may be a part of."""
-    if isinstance(row.get("history"), list) and row["history"]:
-        pair = row["history"][0]
-        return as_question(pair[0] if isinstance(pair, list) and pair else None)
-    if value is None or not any(row.get(column) for column in beside):
+    """A value with the user's messages, and what stands beside it that belongs to these."""
+    if value is None or not (row.get("history") or any(row.get(column) for column in beside)):
         return value
-    if not isinstance(value, (list, dict)) and not is_transcript(value):
-        return as_question("\n\n".join(filter(None, (clean_text(value, ""), *_companions(row, beside)))))
-    return [{"role": "user", "content": _with_all(row, read_question(value, ""), "", beside).opening}]
+    column = "prompt"
+    return [{"role": "user", "content": turn} for turn in _with_all(row, read_question(value, column), column, beside).asked]
 
 
 # ---- what answers it

@@ -59,11 +59,8 @@ class PreparationReport:
 
     def joined(self, other: PreparationReport) -> PreparationReport:
         """The sums of both."""
-        read = ReadReport(dict(self.read.sources), self.read.notes + other.read.notes)
-        for source, counts in other.read.sources.items():
-            read.sources[source] = read.sources.get(source, Counts()).joined(counts)
         rest = {name: value + vars(other)[name] for name, value in vars(self).items() if name != "read"}
-        return PreparationReport(read, **rest)
+        return PreparationReport(self.read.joined(other.read), **rest)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -80,9 +77,12 @@ class PreparationReport:
 
     def lines(self) -> list[str]:
         """A summary for the log."""
-        summary = [f"{source}: {_counted(counts.total, 'row')} read, {counts.bad:,} unusable"
-                   for source, counts in self.read.sources.items()]
+        summary = []
+        for source, counts in self.read.sources.items():
+            left_out = [f", {count:,} left out ({reason})" for reason, count in counts.left_out.items()]
+            summary.append(f"{source}: {_counted(counts.total, 'row')} read, {counts.bad:,} unusable{''.join(left_out)}")
         summary += self.read.notes
+        summary += [f"note: {line}" for line in self.read.inseparable]
         summary += [f"unusable: {where}: {why}" for where, why in [*self.read.first_bad, *self.first_refused]]
         others = ((self.other_phases, "row", "for other steps"),
                   (self.repeated_prompts, "repeated prompt", "left out"),
@@ -123,7 +123,8 @@ class PreparationReport:
         if not self.train_rows:
             raise UserError(f"no row of {data_flag} is left to train on: "
                             f"{self.other_phases:,} belong to other steps (--data_split) and "
-                            f"{self.eval_rows:,} are held out (--eval_fraction)")
+                            f"{self.eval_rows:,} are held out (--eval_fraction)"
+                            + "".join(f"; {line}" for line in self.read.inseparable))
 
 
 def _has(count: int) -> str:

@@ -4,14 +4,15 @@ memory."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,16 +25,17 @@ from filelock import FileLock, Timeout
 
 from common.data.blend import SourceSpec
 from common.data.encoding import Encoder, chunks, features
+from common.data.openings import all_keys
 from common.data.parallel import in_order
 from common.data.preparation_report import PreparationReport
+from common.data.prepared_files import Damaged, seal, unseal
 from common.data.reading import SourcedRecord, fingerprint, read_records
-from common.data.records import Prompt, identity
-from common.data.split import assignment
+from common.data.records import Prompt, user_turns
+from common.data.split import assignment, parse_data_split, parse_split_by
 from common.data.tokenization import Codec, tokenizer_fingerprint
 from common.distributed import gather_objects
 from common.errors import UserError
 
-_READY = "READY"
 _TESTED = "tested.npy"
 _PATIENCE = 10      # seconds until a rank says what it waits for
 _SETTLED = 2        # seconds after which a further change of a file shows in its time
@@ -50,6 +52,7 @@ class DataRequest:
             evaluate on; None takes all of them.
         data_split, eval_fraction: see `common.data.split.assignment`. Held-out prompts are held out of every
             phase, so each phase evaluates on all of them.
+        split_by, shared: by what dialogues are told apart, see `common.data.reading.read_records`.
         columns, max_rows: see `common.data.reading.read_records`.
         max_tokens: of a whole sequence, prompt and response with its end token; of a piece of plain text.
         max_bad_fraction: more unusable rows than this share of a source's are an error.
@@ -64,6 +67,8 @@ class DataRequest:
     cache_dir: str | Path
     data_split: str = "2,4,4"
     eval_fraction: float = 0.05
+    split_by: str = "auto"
+    shared: Mapping[str, Collection[int]] | None = None
     columns: Mapping[str, str] | None = None
     max_rows: int | None = None
     max_bad_fraction: float = 0.02
@@ -75,9 +80,10 @@ class PreparedData:
     """Memory-mapped rows of ids.
 
     Columns, by kind: `prompt_ids` and `response_ids` | `prompt_ids`, `chosen_ids` and `rejected_ids` |
-    `prompt_ids` | `input_ids`. Always `length`, the tokens of the row's longest sequence, and `dialogue`, a
-    64-bit hash of the normalised first user turn. `tested`: these hashes of all prompts of the sources' own
-    test data, whatever became of their rows. `key`: a hash of all that decided the content.
+    `prompt_ids` | `input_ids`. Always `length`, the tokens of the row's longest sequence, and `dialogue`, see
+    `common.data.openings.Key`. `tested`: the dialogues that are not trained on, by any rule: all prompts of the
+    sources' own test data, whatever became of their rows, and what is held out. `key`: a hash of all that decided the
+    content.
     """
 
     train: Dataset
@@ -128,24 +134,32 @@ def _from_cache(request: DataRequest, codec: Codec) -> PreparedData:
     cache = Path(request.cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{request.kind}-{_key(request, codec)}"
-    with _locked(Path(f"{target}.lock"), "the data to be prepared"):
-        data = _load(target)
+    with _locked(Path(f"{target}.lock"), "the data to be prepared") as writable:
+        data = _load(target, again=writable)
+        if data is None and not writable:
+            raise UserError(f"--data_output_path {cache}: cannot be written to, and what this run needs is not prepared "
+                            "there: name a directory that can be written to")
         if data is None:
             _build(request, codec, target)
-            data = _load(target)
+            data = _load(target, again=False)
     return data
 
 
 @contextlib.contextmanager
-def _locked(path: Path, awaited: str) -> Iterator[None]:
-    lock = FileLock(path)
+def _locked(path: Path, awaited: str) -> Iterator[bool]:
+    """Within it no other process is; False where nothing may be written, and so nothing can change either."""
+    lock, writable = FileLock(path), True
     try:
         lock.acquire(timeout=_PATIENCE)
     except Timeout:
         print(f"local rank {os.environ.get('LOCAL_RANK', '0')}: waiting for {awaited}", flush=True)
         lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        writable = False
     try:
-        yield
+        yield writable
     finally:
         lock.release()
 
@@ -154,16 +168,15 @@ def _joined(parts: Sequence[PreparedData]) -> PreparedData:
     held_out = concatenate_datasets([part.eval for part in parts])
     train = concatenate_datasets([part.train for part in parts])
     tested = np.concatenate([part.tested for part in parts])
-    seen = np.isin(_dialogues(train), np.concatenate([_dialogues(held_out), tested]))
-    if seen.any():
-        train = train.select(np.flatnonzero(~seen))
+    train = _without(train, tested)
     report = functools.reduce(PreparationReport.joined, (part.report for part in parts))
     return PreparedData(train, held_out, tested, replace(report, train_rows=len(train)),
                         " ".join(part.key for part in parts))
 
 
-def _dialogues(dataset: Dataset) -> np.ndarray:
-    return dataset.data.column("dialogue").to_numpy()
+def _without(train: Dataset, tested: np.ndarray) -> Dataset:
+    seen = np.isin(train.data.column("dialogue").to_numpy(), tested)
+    return train.select(np.flatnonzero(~seen)) if seen.any() else train
 
 
 def _key(request: DataRequest, codec: Codec) -> str:
@@ -172,6 +185,7 @@ def _key(request: DataRequest, codec: Codec) -> str:
              if name not in ("cache_dir", "max_bad_fraction", "length_flag")}
     asked["data_path"] = [[spec.name, _fingerprint(spec, request)] for spec in request.data_path]
     asked["columns"] = dict(request.columns or {})
+    asked["shared"] = {source: sorted(openings) for source, openings in (request.shared or {}).items()}
     asked["codec"] = [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.date, codec.end_token]
     asked["code"] = _code()
     asked["libraries"] = [transformers.__version__, tokenizers.__version__]
@@ -187,7 +201,7 @@ def _fingerprint(spec: SourceSpec, request: DataRequest) -> str:
     path = Path(spec.name).expanduser()
     if not path.exists():
         return fingerprint(spec, request.columns, request.max_rows)
-    with _locked(Path(request.cache_dir) / "sources.lock", f"{spec.name} to be hashed"):
+    with _locked(Path(request.cache_dir) / "sources.lock", f"{spec.name} to be hashed") as writable:
         files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
         stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         state = [stats, spec.name, spec.weight, dict(request.columns or {}), request.max_rows, _code()]
@@ -196,28 +210,35 @@ def _fingerprint(spec: SourceSpec, request: DataRequest) -> str:
         if note.is_file() and len(noted := note.read_text().strip()) == 64:
             return noted
         found = fingerprint(spec, request.columns, request.max_rows)
-        if max((time_ns for *_, time_ns in stats), default=0) < time.time_ns() - _SETTLED * 10**9:
+        if writable and max((time_ns for *_, time_ns in stats), default=0) < time.time_ns() - _SETTLED * 10**9:
             note.write_text(f"{found}\n")
         return found
 
 
-def _load(directory: Path) -> PreparedData | None:
-    """What lies prepared in a directory; None if that is not the whole of it."""
+def _load(directory: Path, again: bool) -> PreparedData | None:
+    """What lies prepared in a directory; None if that is not the whole of it, which is said if it is made ``again``."""
+    if not directory.is_dir():
+        return None
     try:
-        report = PreparationReport.from_json((directory / _READY).read_text(encoding="utf-8"))
+        report = PreparationReport.from_json(unseal(directory))
         train, held_out = (Dataset.from_file(str(directory / f"{side}.arrow")) for side in ("train", "eval"))
         tested = np.load(directory / _TESTED)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):  # broken JSON or Arrow: a ValueError
+        if (len(train), len(held_out)) != (report.train_rows, report.eval_rows):
+            raise Damaged("its rows are not those of its report")
+    except (Damaged, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if again:
+            print(f"{directory} is damaged: {error}; it is prepared again", flush=True)
         return None
-    whole = len(train) == report.train_rows and len(held_out) == report.eval_rows
-    return PreparedData(train, held_out, tested, report, directory.name) if whole else None
+    train = _without(train, tested)
+    return PreparedData(train, held_out, tested, replace(report, train_rows=len(train)), directory.name)
 
 
 def _build(request: DataRequest, codec: Codec, target: Path) -> None:
     """Prepare into a directory of its own and move that into place: what is there is whole."""
     for left_over in (target, *target.parent.glob(f"{target.name}.tmp*")):
         shutil.rmtree(left_over, ignore_errors=True)
-    directory = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp", dir=target.parent))
+    directory = target.with_name(f"{target.name}.tmp{secrets.token_hex(4)}")
+    directory.mkdir()   # which colleagues may read, if the umask lets them: not so a temporary directory
     try:
         report, tested = PreparationReport(), set()
         encode = Encoder(request.kind, request.max_tokens, codec)
@@ -232,7 +253,7 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
             report.train_rows, _ = train.finalize()
             report.eval_rows, _ = held_out.finalize()
         np.save(directory / _TESTED, np.fromiter(tested, np.int64))
-        (directory / _READY).write_text(report.to_json(), encoding="utf-8")
+        seal(directory, report.to_json())
         directory.rename(target)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
@@ -243,10 +264,12 @@ def _taken(request: DataRequest, report: PreparationReport,
            tested: set[int]) -> Iterator[tuple[bool, SourcedRecord]]:
     """(is for evaluation, record) for each record of this step."""
     records = read_records(request.data_path, request.kind, columns=request.columns,
-                           max_rows=request.max_rows, report=report.read, tested=tested)
+                           max_rows=request.max_rows, report=report.read, tested=tested, split_by=request.split_by,
+                           shared=request.shared)
+    by_turns = parse_split_by(request.split_by) is None
     prompts_seen: set[tuple[int, int]] = set()
     for sourced in records:
-        place = assignment(identity(sourced.record), request.data_split, request.eval_fraction)
+        place = assignment(sourced.key, request.data_split, request.eval_fraction)
         if not place.is_eval and request.phase not in (None, place.phase):
             # Test data too: another step may have a source, without such data, that trains it on the same prompt.
             report.other_phases += 1
@@ -261,7 +284,12 @@ def _taken(request: DataRequest, report: PreparationReport,
                 report.repeated_prompts += 1
                 continue
             prompts_seen.add(prompt)
+        if is_eval:  # by the rule of this source; another may key the same dialogue by fewer turns or by more
+            tested.update(all_keys(user_turns(sourced.record)) if by_turns else [sourced.dialogue])
         yield is_eval, sourced
+    parts = sum(share > 0 for share in parse_data_split(request.data_split)) if request.phase is not None else 1
+    if parts == 1 and not request.eval_fraction:
+        report.read.inseparable.clear()     # and no need to be
 
 
 def _hash(text: str) -> int:

@@ -42,13 +42,13 @@ def turns_of(answer: Answer) -> tuple[Message, ...]:
 class Prompt:
     """A dialogue that waits for the assistant: the last message is the user's, or a tool's result.
 
-    ``opening``: the user's first message as the source has it, where ``messages`` joins it with the next
-    ones; it takes no part in comparing prompts. ``tools``: the tools that may be called, a JSON list of their
-    schemas; '' for none.
+    ``asked``: the user's messages one by one as the source has them, where ``messages`` joins several in a row; it
+    takes no part in comparing prompts. ``tools``: the tools that may be called, a JSON list of their schemas; '' for
+    none.
     """
 
     messages: tuple[Message, ...]
-    opening: str | None = field(default=None, compare=False, repr=False)
+    asked: tuple[str, ...] = field(default=(), compare=False, repr=False)
     tools: str = ""
 
     def __post_init__(self):
@@ -84,10 +84,14 @@ class PlainText:
 Record = Union[Prompt, Demonstration, Comparison, PlainText]
 
 
-def identity(record: Record) -> str:
-    """The text by which a record is assigned to a phase and kept or dropped by a blend's weight:
-    the user's first message, or the text itself where there is no dialogue."""
+def user_turns(record: Record) -> tuple[str, ...]:
+    """All that the user says, in order; the text itself where there is no dialogue."""
     if isinstance(record, PlainText):
-        return record.text
+        return (record.text,)
     prompt = record if isinstance(record, Prompt) else record.prompt
-    return prompt.first_user_turn if prompt.opening is None else prompt.opening
+    return prompt.asked or tuple(message.content for message in prompt.messages if message.role == "user")
+
+
+def identity(record: Record) -> str:
+    """The user's first message, by which most dialogues are told apart (see `common.data.openings`)."""
+    return user_turns(record)[0]

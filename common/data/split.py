@@ -1,8 +1,9 @@
 """Which phase (1 SFT, 2 reward model, 3 PPO) and which side (training, evaluation) a dialogue belongs to.
 
-The assignment is a function of the dialogue's first user turn alone. A dialogue's later prompts contain its
-earlier answers, so all of them must fall on the same side; and nothing else, neither seed, node, order nor
-the version of the data, may move a prompt from training to evaluation.
+The assignment is a function of the dialogue's key alone: its first user turn, or what --split_by names. A
+dialogue's later prompts contain its earlier answers, so all of them must fall on the same side; and neither seed,
+node nor order may move a prompt from training to evaluation. `common.data.openings` says which dialogues are keyed
+by more turns than the first.
 """
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
+
+
+SPLIT_BY = ("auto", "opening", "prompt")    # or column:NAME
+_COLUMN = "column:"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,17 @@ def check_eval_fraction(value: float) -> float:
     return value
 
 
+def parse_split_by(value: str) -> str | None:
+    """The column of ``column:NAME``; None for the other ways to split. Raises UserError for what is neither."""
+    if value in SPLIT_BY:
+        return None
+    column = value.removeprefix(_COLUMN)
+    if column == value or not column.strip():
+        raise UserError(f"--split_by {value}: choose {', '.join(SPLIT_BY)} or column:NAME"
+                        f"{did_you_mean(value, SPLIT_BY)}")
+    return column
+
+
 def normalised(text: str) -> str:
     """``text`` without differences of Unicode form, case or white space, so that near-identical prompts
     meet."""
@@ -67,6 +83,15 @@ def dialogue_hash(first_user_turn: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 
+def beginnings(turns: Sequence[str]) -> list[int]:
+    """A hash for every number of turns from the first one on, as `dialogue_hash` makes it of the first."""
+    digest, found = hashlib.blake2b(digest_size=8), []
+    for number, turn in enumerate(turns):
+        digest.update(b"\0" * bool(number) + normalised(turn).encode("utf-8", "surrogatepass"))
+        found.append(int.from_bytes(digest.digest(), "big", signed=True))
+    return found
+
+
 def fractions(text: str, purpose: str, count: int) -> tuple[float, ...]:
     """``count`` (at most 4) independent numbers in [0, 1) that depend on the normalised text and the purpose
     alone."""
@@ -76,13 +101,13 @@ def fractions(text: str, purpose: str, count: int) -> tuple[float, ...]:
     return tuple((int.from_bytes(digest[8 * i:8 * i + 8], "big") >> 11) / 2**53 for i in range(count))
 
 
-def assignment(first_user_turn: str, data_split: str | Sequence[float], eval_fraction: float) -> Assignment:
-    """The phase and side of a dialogue, by a hash of its normalised first user turn.
+def assignment(key: str, data_split: str | Sequence[float], eval_fraction: float) -> Assignment:
+    """The phase and side of a dialogue, by a hash of its normalised key (its first user turn, mostly).
 
     ``data_split``: the phases' parts (see `parse_data_split`); ``eval_fraction``: in [0, 1), of each phase.
     """
     shares = parse_data_split(data_split)
-    which, side = fractions(first_user_turn, "split", 2)
+    which, side = fractions(key, "split", 2)
     position, end, phase = which * sum(shares), 0.0, 0
     for index, share in enumerate(shares):
         end += share

@@ -2,8 +2,8 @@
 import pytest
 
 from common.data.adapters import NAMED, ColumnMap, choose_layout, named_layout
-from common.data.layouts import LeftOut, openings, to_records
-from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, identity
+from common.data.layouts import LeftOut, asked, to_records
+from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, user_turns
 from common.data.values import BadRow
 from common.errors import UserError
 
@@ -99,11 +99,11 @@ def test_demonstrations_serve_as_prompts(row, prompt):
 def test_what_a_row_asks_is_known_without_its_answers(row):
     """So that a test prompt is recognised by what it asks, even in a row that can be used for nothing else."""
     layout = choose_layout("somewhere/data.jsonl", row.keys(), "prompt", "data.jsonl")
-    expected = {identity(record(row, "prompt"))}
-    assert openings(layout, row) == expected
+    expected = {user_turns(record(row, "prompt"))}
+    assert asked(layout, row) == expected
     for column in {"chosen", "rejected", "response", "output"} & row.keys():
         spoilt = {**row, column: row[column] + "\0" if isinstance(row[column], str) else [*row[column], 7]}
-        assert openings(layout, spoilt) == expected
+        assert asked(layout, spoilt) == expected
 
 
 def test_a_response_beside_a_comparison_is_the_demonstration():
@@ -123,7 +123,8 @@ def test_prompts_and_texts():
 
 
 def test_a_blank_text_is_no_record():
-    assert records({"text": " \n"}, "text") == []
+    with pytest.raises(LeftOut, match="blank"):
+        records({"text": " \n"}, "text")
 
 
 def test_words_that_look_like_cues_stay_in_the_text():

@@ -93,7 +93,9 @@ def test_blank_texts_are_left_out_without_fault(tmp_path):
     path = lines(tmp_path / "data.jsonl", *[{"text": ""}, {"text": " \n"}] * 20, {"text": " = Title = "}, "{oops")
     found, report = read([path], "text")
     assert [item.record.text for item in found] == ["= Title ="]
-    assert report.sources[path] == Counts(total=42, usable=1, bad=1, first_bad=[(f"{path}:42", "broken JSON")])
+    assert report.sources[path] == Counts(total=42, usable=1, bad=1, first_bad=[(f"{path}:42", "broken JSON")],
+                                          left_out={"blank": 40})
+    assert f"{path}: 42 rows read, 1 unusable, 40 left out (blank)" in PreparationReport(report).lines()
 
 
 def test_a_source_without_a_usable_row_is_an_error_even_in_a_blend(tmp_path):

@@ -1,0 +1,96 @@
+"""Whether files lie in a directory as they were written there, by their sizes and checksums."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+from pathlib import Path
+
+import psutil
+import xxhash
+
+READY = "READY"         # says that the directory is whole
+_VERIFIED = "VERIFIED"  # says who has read all of it, and in which state
+_BLOCK = 2**22
+
+
+class Damaged(ValueError):
+    """What is wrong with a directory, in a few words."""
+
+
+def seal(directory: Path, report: str) -> None:
+    """Write down what lies in a directory, and a report (JSON) about it."""
+    files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(directory.iterdir())}
+    content = json.dumps({"files": files, "report": json.loads(report)}, indent=2)
+    (directory / READY).write_text(f"{_text_checksum(content)}\n{content}\n", encoding="utf-8")
+
+
+def unseal(directory: Path) -> str:
+    """The report of a directory that is as `seal` has seen it. Reads all bytes, at the speed of the disk or of some
+    GB a second; of the ranks that one launcher starts on a machine the first does it for all.
+
+    Raises:
+        Damaged: a file is missing, or is not what was written.
+    """
+    try:
+        checksum, content = (directory / READY).read_text(encoding="utf-8").split("\n", 1)
+        content = content.removesuffix("\n")
+        if checksum != _text_checksum(content):
+            raise Damaged(f"{READY} has changed")
+        values = json.loads(content)
+        paths = {directory / name: tuple(written) for name, written in values["files"].items()}
+        if not _verified(directory, paths):
+            for path, (size, checksum) in paths.items():
+                if path.stat().st_size != size:
+                    raise Damaged(f"{path.name} has {path.stat().st_size:,} bytes, not {size:,}")
+                if _checksum(path) != checksum:
+                    raise Damaged(f"{path.name} has changed")
+            _note_verified(directory, paths)
+        return json.dumps(values["report"])
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from None
+    except Damaged:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"it cannot be read ({error})") from None
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128, _bufsize=_BLOCK).hexdigest()
+
+
+def _text_checksum(text: str) -> str:
+    return xxhash.xxh3_128(text.encode("utf-8")).hexdigest()
+
+
+def _verified(directory: Path, paths) -> bool:
+    """Whether another rank of this launch has read the files already, and they are the same since."""
+    launch = _launch()
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return launch is not None and json.loads((directory / _VERIFIED).read_text()) == [launch, _state(paths)]
+    return False
+
+
+def _note_verified(directory: Path, paths) -> None:
+    if (launch := _launch()) is not None:
+        with contextlib.suppress(OSError):  # a directory that may only be read
+            (directory / _VERIFIED).write_text(json.dumps([launch, _state(paths)]))
+
+
+def _launch() -> list | None:
+    """What all ranks have in common that one launcher starts on a machine; None for a rank alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    try:
+        launcher = psutil.Process(os.getppid())
+        return [socket.gethostname(), launcher.pid, launcher.create_time()]
+    except psutil.Error:
+        return None
+
+
+def _state(paths) -> list:
+    found = [path.stat() for path in paths]
+    return [[stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in found]
