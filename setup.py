@@ -27,6 +27,7 @@ setup(
         "tokenizers>=0.23",
         "tqdm>=4.70",
         "transformers>=5.23",
+        "xxhash>=4.1",
     ],
     extras_require={"test": ["pytest>=9.2", "hypothesis>=6.170", "scipy>=1.17", "pytest-xdist>=3.8"]},
 )

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from common.config import Config, option
 from common.data.blend import SourceSpec, parse_data_path
-from common.data.split import parse_data_split
+from common.data.split import parse_data_split, parse_split_by
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
 
@@ -52,6 +52,10 @@ class DataOptions(Config):
         "name:1.3 all of them and 30 percent a second time")
     data_split: str = option("2,4,4", "parts of the prompts for the steps 1, 2 and 3")
     eval_fraction: float = option(0.05, "share of the prompts held out for evaluation", low=0, below=1)
+    split_by: str = option(
+        "auto", "what keeps rows together in both: opening: the user's first turn; auto: the same, and as many more "
+        "turns as it takes where over 1 percent of a source's dialogues begin alike; prompt: all of the user's turns; "
+        "column:NAME: what a column of the data holds, such as the id of a conversation")
     columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question chosen=good")
     template: str = option("human_assistant", "the wording around questions and answers", choices=TEMPLATE_NAMES)
     template_date: str = option("2025-01-01", "YYYY-MM-DD, what a chat template that writes the date writes, in all "
@@ -65,6 +69,7 @@ class DataOptions(Config):
     def validate(self) -> None:
         super().validate()
         parse_data_path(self.data_path)
+        parse_split_by(self.split_by)
         unsplit = self.unsplit_sources()
         if not parse_data_split(self.data_split)[self.phase] and not unsplit:
             raise UserError(f"--data_split {self.data_split} leaves nothing for step {self.phase + 1}: "

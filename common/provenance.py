@@ -44,7 +44,8 @@ class Provenance:
         end_token, pad_token: the tokens' texts.
         data_path: the data sources; files and directories by their resolved paths.
         unsplit_data_path: those that were given to this step whole.
-        data_split, eval_fraction: the rule that kept the steps' prompts apart, see `common.split_rule`.
+        data_split, eval_fraction, split_by: the rule that kept the steps' prompts apart, see `common.split_rule`.
+        shared_openings: by source, the openings that "auto" keyed by more turns, see `common.data.openings.KeyRule`.
         score_mean, score_std: of a reward model's raw scores over held-out answers.
         versions: of the libraries that trained it.
     """
@@ -59,6 +60,8 @@ class Provenance:
     data_path: tuple[str, ...] = ()
     unsplit_data_path: tuple[str, ...] = ()
     template_date: str = ""
+    split_by: str = "opening"  # of those that do not say
+    shared_openings: dict[str, list[int]] = field(default_factory=dict)
     score_mean: float | None = None
     score_std: float | None = None
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})

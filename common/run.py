@@ -24,7 +24,7 @@ from common.models.scalar import is_scalar_config
 from common.output_lock import lock_output
 from common.provenance import FILE as PROVENANCE_FILE
 from common.provenance import RAW, Calibration, Provenance, read_provenance
-from common.split_rule import check_split_rule, split_rule_of
+from common.split_rule import check_split_rule, known_openings, openings_of, split_rule_of
 from common.tracking import Tracker, quiet_libraries
 
 CONFIG_FILE = "run_config.yaml"
@@ -115,8 +115,8 @@ def data_request(config: DataOptions, kind: str, max_tokens: int, length_flag: s
     """This step's part of `--data_path`, to be prepared as records of `kind`; `length_flag` set `max_tokens`."""
     return DataRequest(
         data_path=parse_data_path(config.data_path), kind=kind, phase=config.phase, data_split=config.data_split,
-        eval_fraction=config.eval_fraction, columns=config.columns or None, max_tokens=max_tokens,
-        length_flag=length_flag, max_rows=config.max_rows, max_bad_fraction=config.max_bad_rows,
+        eval_fraction=config.eval_fraction, split_by=config.split_by, shared=known_openings(config),
+        columns=config.columns or None, max_tokens=max_tokens, length_flag=length_flag, max_rows=config.max_rows, max_bad_fraction=config.max_bad_rows,
         cache_dir=config.data_output_path)
 
 
@@ -128,7 +128,7 @@ def say_data(data: PreparedData) -> None:
 
 @contextlib.contextmanager
 def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], step: str, base: str,
-               parts: Sequence[str] = (), **calibration: float):
+               data: PreparedData | None = None, parts: Sequence[str] = (), **calibration: float):
     """Export within this context: provenance.json is gone while it lasts, and written when it ends well.
 
     So an output directory that has one is whole, also when it is used again. The resolved configuration goes with it;
@@ -136,6 +136,7 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
 
     Args:
         engines: what is to be exported, by names for the user.
+        data: what it was trained on.
         parts: model directories inside the output directory; each gets the provenance too, so that it can be moved.
 
     Raises:
@@ -154,7 +155,9 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
         yield
         if is_main():
             save_config(config, output / CONFIG_FILE)
-            provenance = Provenance(step=step, base=base, **split_rule_of(config), **text_of(codec), **calibration)
+            openings = openings_of(data) if data is not None else {}
+            provenance = Provenance(step=step, base=base, shared_openings=openings, **split_rule_of(config),
+                                    **text_of(codec), **calibration)
             for directory in (*(output / part for part in parts), output):
                 provenance.write(directory)
     except (OSError, SafetensorError) as error:

@@ -5,11 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.config import options
 from common.data.blend import SourceSpec, parse_data_path
+from common.data.openings import KeyRule
+from common.data.prepare import PreparedData
 from common.data.split import proportions
 from common.errors import UserError
 from common.options import DataOptions
-from common.provenance import Provenance
+from common.provenance import Provenance, read_provenance
+
+
+_BY_OPENING = ("auto", "opening")
 
 
 @dataclass(frozen=True)
@@ -18,22 +24,77 @@ class _Use:
 
     data_split: str | None
     eval_fraction: float
+    split_by: str
 
     def __str__(self) -> str:
         how = "whole (--sft_only_data_path)" if self.data_split is None else f"with --data_split {self.data_split}"
-        return f"{how} and --eval_fraction {self.eval_fraction:g}"
+        by = "" if self.split_by in _BY_OPENING else f" and --split_by {self.split_by}"
+        return f"{how} and --eval_fraction {self.eval_fraction:g}{by}"
 
     def agrees(self, other: _Use) -> bool:
-        if self.eval_fraction != other.eval_fraction or None in (self.data_split, other.data_split):
-            return self == other
-        return proportions(self.data_split) == proportions(other.data_split)
+        """Whether both are one rule, but for the openings that `known_openings` compares."""
+        by = {"opening" if use.split_by in _BY_OPENING else use.split_by for use in (self, other)}
+        if len(by) > 1 or self.eval_fraction != other.eval_fraction or (
+                (self.data_split is None) != (other.data_split is None)):
+            return False
+        return self.data_split is None or proportions(self.data_split) == proportions(other.data_split)
 
 
 def split_rule_of(config: DataOptions) -> dict[str, tuple[str, ...] | str | float]:
     """The part of a provenance that says which data was taken, and by which rule."""
     return {"data_path": _places(parse_data_path(config.data_path)),
             "unsplit_data_path": _places(config.unsplit_sources()),
-            "data_split": config.data_split, "eval_fraction": config.eval_fraction}
+            "data_split": config.data_split, "eval_fraction": config.eval_fraction, "split_by": config.split_by}
+
+
+def openings_of(data: PreparedData) -> dict[str, list[int]]:
+    """The part of a provenance that says which openings were keyed by more turns."""
+    return {_place(source): openings for source, openings in data.report.read.shared.items()}
+
+
+def key_rule(provenance: Provenance, source: str) -> KeyRule:
+    """How the step that wrote the provenance would key the rows of a source."""
+    openings = _openings(provenance, source)
+    if openings is None:
+        openings = set().union(*provenance.shared_openings.values())
+    return KeyRule(provenance.split_by, frozenset(openings))
+
+
+def known_openings(config: DataOptions) -> dict[str, list[int]]:
+    """By source, the openings that the steps before have keyed by more turns: data may have grown since.
+
+    Raises:
+        UserError: they differ about it, or this run is not to do as they did.
+    """
+    if config.split_by not in _BY_OPENING:
+        return {}
+    found = {}
+    models = {f"--{name} {getattr(config, name)}": read_provenance(getattr(config, name))
+              for name in options(type(config)) if name.endswith("model_name_or_path") and getattr(config, name)}
+    for name in dict.fromkeys(spec.name for spec in config.all_sources()):
+        known = [(model, openings) for model, provenance in models.items()
+                 if provenance is not None and (openings := _openings(provenance, name)) is not None]
+        for model, openings in known:
+            if openings != known[0][1]:
+                raise UserError(f"{known[0][0]} and {model} were trained on {name} split in two ways (it has changed in "
+                                "between, or --split_by has), so prompts would be in two steps or on both sides: train "
+                                "one of them again, or use other data")
+            if openings and config.split_by == "opening":
+                raise UserError(f"{model} was trained on {name} with --split_by auto, which split {len(openings)} of "
+                                "its openings further; with --split_by opening prompts would be in two steps or on "
+                                "both sides: use the same in every step, or other data")
+            found[name] = sorted(openings)
+    return found
+
+
+def _openings(provenance: Provenance, source: str) -> set[int] | None:
+    """Those keyed by more turns in a source, or in what holds it or lies in it; None if it was not trained on."""
+    trained_on = [place for place in (*provenance.data_path, *provenance.unsplit_data_path)
+                  if _overlap(_place(source), _place(place))]
+    if trained_on and provenance.split_by == "opening":
+        return set()
+    said = [provenance.shared_openings[place] for place in trained_on if place in provenance.shared_openings]
+    return set().union(*said) if said else None
 
 
 def check_split_rule(provenance: Provenance, config: DataOptions, made: str) -> None:
@@ -46,7 +107,8 @@ def check_split_rule(provenance: Provenance, config: DataOptions, made: str) -> 
         UserError: this run takes a source, or a part of one, by another rule than the model was trained under.
     """
     now = _uses(**split_rule_of(config))
-    before = _uses(provenance.data_path, provenance.unsplit_data_path, provenance.data_split, provenance.eval_fraction)
+    before = _uses(provenance.data_path, provenance.unsplit_data_path, provenance.data_split, provenance.eval_fraction,
+                   provenance.split_by)
     for source, use in now:
         for trained_on, used in before:
             if _overlap(source, _place(trained_on)) and not use.agrees(used):
@@ -56,9 +118,9 @@ def check_split_rule(provenance: Provenance, config: DataOptions, made: str) -> 
 
 
 def _uses(data_path: Sequence[str], unsplit_data_path: Sequence[str], data_split: str,
-          eval_fraction: float) -> list[tuple[str, _Use]]:
-    return [*((source, _Use(data_split, eval_fraction)) for source in data_path),
-            *((source, _Use(None, eval_fraction)) for source in unsplit_data_path)]
+          eval_fraction: float, split_by: str) -> list[tuple[str, _Use]]:
+    return [*((source, _Use(data_split, eval_fraction, split_by)) for source in data_path),
+            *((source, _Use(None, eval_fraction, split_by)) for source in unsplit_data_path)]
 
 
 def _places(specs: Sequence[SourceSpec]) -> tuple[str, ...]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from common.data.blend import parse_data_path
 from common.data.dialogues import BadRow, read_prompt
+from common.data.openings import KeyRule
 from common.data.reading import ReadReport, SourcedRecord, read_records
-from common.data.records import Prompt, identity
-from common.data.split import assignment
+from common.data.records import Prompt, user_turns
+from common.data.split import assignment, parse_split_by
 from common.errors import UserError
 from common.provenance import Provenance
+from common.split_rule import key_rule
 from inference.options import PromptOptions
 
 _MANY = 100_000  # records, which take some seconds to read
@@ -49,11 +51,12 @@ def held_out_prompts(options: PromptOptions, trained: Sequence[Provenance], seed
         UserError: there is none.
     """
     prompts: dict[Prompt, None] = {}
-    for number, sourced in enumerate(_read(options)):
+    rules = {spec.name: [key_rule(model, spec.name) for model in trained] for spec in parse_data_path(options.data_path)}
+    for number, sourced in enumerate(_read(options, rules)):
         if number == _MANY and options.max_rows is None:
             print("note: --data_path is large, and all of it is read to find what was held out; --max_rows N reads N "
                   "rows of each source", file=sys.stderr, flush=True)
-        if _is_held_out(sourced, trained):
+        if _is_held_out(sourced, trained, rules[sourced.source]):
             prompts[sourced.record] = None
     if not prompts:
         raise UserError("--data_path holds no prompt that was kept from training: pass --which_prompts all, "
@@ -68,15 +71,25 @@ def choose(prompts: list[Prompt], count: int | None, seed: int) -> list[Prompt]:
     return random.Random(seed).sample(prompts, count)
 
 
-def _is_held_out(sourced: SourcedRecord, trained: Sequence[Provenance]) -> bool:
+def _is_held_out(sourced: SourcedRecord, trained: Sequence[Provenance], rules: Sequence[KeyRule]) -> bool:
     if sourced.split == "test":
         return True
-    first = identity(sourced.record)
-    return bool(trained) and all(assignment(first, rule.data_split, rule.eval_fraction).is_eval for rule in trained)
+    turns = user_turns(sourced.record)
+    keys = [rule.key(turns).text if parse_split_by(rule.split_by) is None else sourced.key for rule in rules]
+    return bool(trained) and all(assignment(key, model.data_split, model.eval_fraction).is_eval
+                                 for key, model in zip(keys, trained))
 
 
-def _read(options: PromptOptions) -> Iterator[SourcedRecord]:
+def _read(options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None = None) -> Iterator[SourcedRecord]:
+    """All rows, keyed by what tells most of them apart under any of a source's rules."""
+    ways = {rule.split_by for of_source in (rules or {}).values() for rule in of_source}
+    columns = {way for way in ways if parse_split_by(way) is not None}
+    if len(columns) > 1:
+        raise UserError(f"--path: the models were trained with --split_by {' and '.join(sorted(columns))}, so no prompt "
+                        "is known to be held out of both: compare models that were split alike")
+    split_by = next((way for way in (*columns, "prompt", "auto") if way in ways), "opening")
+    shared = {name: set().union(*(rule.shared for rule in of_source)) for name, of_source in (rules or {}).items()}
     report = ReadReport()
     yield from read_records(parse_data_path(options.data_path), "prompt", columns=options.columns or None,
-                            max_rows=options.max_rows, report=report)
+                            max_rows=options.max_rows, report=report, split_by=split_by, shared=shared)
     report.check(options.max_bad_rows)

@@ -18,7 +18,7 @@ from datasets import Dataset
 from common.checkpoint import export_model
 from common.config import parse
 from common.data.collate import TokenBatch, collate_texts
-from common.data.prepare import DataRequest, agree_on, prepare
+from common.data.prepare import DataRequest, PreparedData, agree_on, prepare
 from common.data.sampler import StepSampler
 from common.data.tokenization import Codec
 from common.distributed import rank, run_program, say, start, world_size
@@ -79,7 +79,7 @@ def main(argv=None) -> None:
     with checkpoints.naming_last_good():
         done = checkpoints.restore(found, training_state(models, trainer), tracker)
         metrics = run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.after)
-        save(config, models, codec, calibration)
+        save(config, models, codec, calibration, data)
     report_done(tracker, iterations, metrics, config.output_dir)
     checkpoints.discard()
     models.destroy()
@@ -153,13 +153,13 @@ def warn(config: PPOConfig) -> None:
             "trained: the ratio of new to old policy is then only approximate")
 
 
-def save(config: PPOConfig, models: PPOModels, codec: Codec, calibration: Calibration) -> None:
+def save(config: PPOConfig, models: PPOModels, codec: Codec, calibration: Calibration, data: PreparedData) -> None:
     """actor/, critic/ and, if it was kept, ema/, each a directory that transformers loads."""
     output = Path(config.output_dir)
     parts = ["actor", "critic"] + (["ema"] if models.ema is not None else [])
     engines = {"actor": models.actor, "critic": models.critic}
-    with publishing(config, codec, engines, step="ppo", base=config.actor_model_name_or_path, parts=parts,
-                    score_mean=calibration.mean, score_std=calibration.std):
+    with publishing(config, codec, engines, step="ppo", base=config.actor_model_name_or_path, data=data,
+                    parts=parts, score_mean=calibration.mean, score_std=calibration.std):
         export_model(models.actor, codec, output / "actor", output / "adapter" / "actor")
         export_model(models.critic, codec, output / "critic", output / "adapter" / "critic")
         if models.ema is not None:

@@ -240,19 +240,19 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
     directory = target.with_name(f"{target.name}.tmp{secrets.token_hex(4)}")
     directory.mkdir()   # which colleagues may read, if the umask lets them: not so a temporary directory
     try:
-        report, tested = PreparationReport(), set()
+        report, tested, held_out_keys = PreparationReport(), set(), set()
         encode = Encoder(request.kind, request.max_tokens, codec)
         write = functools.partial(ArrowWriter, features=features(request.kind))
         with (write(path=str(directory / "train.arrow")) as train,
               write(path=str(directory / "eval.arrow")) as held_out):
-            for *sides, outcome in in_order(encode, chunks(_taken(request, report, tested))):
+            for *sides, outcome in in_order(encode, chunks(_taken(request, report, tested, held_out_keys))):
                 for writer, rows in zip((train, held_out), sides):
                     if len(rows):
                         writer.write_table(rows)
                 report.add(outcome)
             report.train_rows, _ = train.finalize()
             report.eval_rows, _ = held_out.finalize()
-        np.save(directory / _TESTED, np.fromiter(tested, np.int64))
+        np.save(directory / _TESTED, np.fromiter(tested | held_out_keys, np.int64))
         seal(directory, report.to_json())
         directory.rename(target)
     except BaseException:
@@ -260,8 +260,8 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
         raise
 
 
-def _taken(request: DataRequest, report: PreparationReport,
-           tested: set[int]) -> Iterator[tuple[bool, SourcedRecord]]:
+def _taken(request: DataRequest, report: PreparationReport, tested: set[int],
+           held_out_keys: set[int]) -> Iterator[tuple[bool, SourcedRecord]]:
     """(is for evaluation, record) for each record of this step."""
     records = read_records(request.data_path, request.kind, columns=request.columns,
                            max_rows=request.max_rows, report=report.read, tested=tested, split_by=request.split_by,
@@ -285,7 +285,7 @@ def _taken(request: DataRequest, report: PreparationReport,
                 continue
             prompts_seen.add(prompt)
         if is_eval:  # by the rule of this source; another may key the same dialogue by fewer turns or by more
-            tested.update(all_keys(user_turns(sourced.record)) if by_turns else [sourced.dialogue])
+            held_out_keys.update(all_keys(user_turns(sourced.record)) if by_turns else [sourced.dialogue])
         yield is_eval, sourced
     parts = sum(share > 0 for share in parse_data_split(request.data_split)) if request.phase is not None else 1
     if parts == 1 and not request.eval_fraction:

@@ -13,7 +13,6 @@ import xxhash
 
 READY = "READY"         # says that the directory is whole
 _VERIFIED = "VERIFIED"  # says who has read all of it, and in which state
-_BLOCK = 2**22
 
 
 class Damaged(ValueError):
@@ -59,7 +58,7 @@ def unseal(directory: Path) -> str:
 
 def _checksum(path: Path) -> str:
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_128, _bufsize=_BLOCK).hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def _text_checksum(text: str) -> str:
