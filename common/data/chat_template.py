@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from datetime import datetime
+from functools import lru_cache
 
 from common.data.records import Answer, Message, Prompt, turns_of
 from common.data.templates import CHAT, TEXT_TEMPLATES, Piece
@@ -20,6 +21,7 @@ _PROBE = "\tprobe\t"
 _QUESTION = Prompt((Message("user", "question"),))
 # Around a user's control tokens while a dialogue is rendered. Unicode keeps both from any text that is exchanged.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_TIME = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1).)*)\1\s*\)""", re.S)
 _MARKED, _TORN = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}"), re.compile(f"[{_OPEN}{_CLOSE}]")
 
 
@@ -48,6 +50,9 @@ class ChatTemplate:
         self.date, self._now = date, datetime.fromisoformat(date)
         self._last: tuple[Prompt | None, str] = (None, "")
         asked = self._render(_QUESTION, cue=True)
+        if self._render(_QUESTION, cue=True) != asked:
+            raise UserError("--template chat: the tokenizer's chat template renders the same dialogue differently from "
+                            f"one time to the next; choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
         answered = self._render(_QUESTION, [Message("assistant", _PROBE)])
         at = answered.find(_PROBE.strip(), len(asked))
         if not answered.startswith(asked) or at < 0:
@@ -119,9 +124,7 @@ class ChatTemplate:
                             "them, or take them out of the data")
 
     def _is_dated(self, asked: str) -> bool:
-        if self._render(_QUESTION, cue=True) != asked:
-            raise UserError("--template chat: the tokenizer's chat template renders the same dialogue differently from "
-                            f"one time to the next; choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
+        """Whether another time changes what is rendered."""
         now, self._now = self._now, datetime(1999, 11, 23, 13, 47, 58)
         try:
             return self._render(_QUESTION, cue=True) != asked
@@ -130,11 +133,13 @@ class ChatTemplate:
 
     def _render(self, prompt: Prompt, turns: Iterable[Message] = (), *, cue: bool = False) -> str:
         messages = [*prompt.messages, *turns]
+        tools = self._marked(json.loads(prompt.tools)) if prompt.tools else None
         try:
             return self._tokenizer.apply_chat_template(
                 [self._as_dict(message) for message in messages], tokenize=False, add_generation_prompt=cue,
-                tools=self._marked(json.loads(prompt.tools)) if prompt.tools else None,
-                strftime_now=lambda form: self._now.strftime(form))
+                tools=tools, chat_template=at_time(self._tokenizer.get_chat_template(tools=tools), self._now))
+        except UserError:
+            raise
         except Exception as error:  # a template is a program, and raises what it likes
             raise UserError("--template chat: the tokenizer's chat template refuses a dialogue of the roles "
                             f"{', '.join(message.role for message in messages)}: {error}") from None
@@ -161,6 +166,21 @@ class ChatTemplate:
         if isinstance(value, list):
             return [self._marked(item) for item in value]
         return {key: self._marked(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@lru_cache
+def at_time(chat_template: str, now: datetime) -> str:
+    """The template with the time written in where it asks for the present one.
+
+    Raises:
+        UserError: it asks in a way that is not understood.
+    """
+    fixed = _TIME.sub(lambda call: json.dumps(now.strftime(call[2]), ensure_ascii=False), chat_template)
+    if "strftime_now(" in fixed.replace(" ", ""):
+        raise UserError("--template chat: the tokenizer's chat template writes the present time by a format that it "
+                        "makes up itself, so no two runs would have the same prompts: write the format into the "
+                        "template, or remove the time")
+    return fixed
 
 
 def control_tokens(tokenizer) -> set[str]:
