@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.config import Config, option
+from common.config import Config, PathName, option
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.split import parse_data_split
 from common.data.templates import TEMPLATE_NAMES
@@ -46,7 +46,7 @@ class DataOptions(Config):
 
     phase: ClassVar[int]  # 0 SFT, 1 reward model, 2 PPO: which part of --data_split is this step's
 
-    data_path: tuple[str, ...] = option(
+    data_path: tuple[PathName, ...] = option(
         ("Dahoas/rm-static",), "builtin:*, files, directories or hub names; name:0.3 takes 30 percent of its prompts, "
         "name:1.3 all of them and 30 percent a second time")
     data_split: str = option("2,4,4", "parts of the prompts for the steps 1, 2 and 3")
@@ -57,7 +57,7 @@ class DataOptions(Config):
     eot_token: str = option("<|endoftext|>", "text of the end token that --add_eot_token adds")
     max_rows: int | None = option(None, "rows read from each source at most", low=1)
     max_bad_rows: float = option(0.02, "share of unusable rows above which the run stops", low=0, high=1)
-    data_output_path: str = option("output/data", "directory where prepared data is kept for the next run")
+    data_output_path: PathName = option("output/data", "directory where prepared data is kept for the next run")
 
     def validate(self) -> None:
         super().validate()
@@ -108,17 +108,18 @@ class RunOptions(Config):
     dtype: str = option("auto", "number format of forward and backward; auto is bf16 on a GPU, fp32 on a CPU",
                         choices=("auto", "bf16", "fp16", "fp32"))
     seed: int = option(1234, "seed of data order, initialisation and sampling", low=0, high=2**32 - 1)
-    deepspeed_config: str | None = option(None, "JSON file laid over the generated DeepSpeed configuration")
+    deepspeed_config: PathName | None = option(None, "JSON file laid over the generated DeepSpeed configuration")
     timeout: int = option(1800, "longest wait for other ranks", unit="seconds", low=1)
     trust_remote_code: bool = option(False, "allow models to bring and run their own Python code")
     save_interval: int = option(500, "save a checkpoint every N; in step 3 when the iteration ends; 0: never",
                                 unit="optimizer steps", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints stay; all go when the result is saved", low=1)
-    resume: str = option("auto", "auto: go on from the newest whole checkpoint in the output directory, if there is "
-                         "one; never: start anew; or the path of a checkpoint")
+    resume: PathName = option(
+        "auto", "auto: go on from the newest whole checkpoint in the output directory, if there is one; never: start "
+        "anew; or the path of a checkpoint")
     resume_anyway: bool = option(False, "resume even though settings have changed")
     enable_tensorboard: bool = option(True, "write TensorBoard events")
-    tensorboard_path: str | None = option(None, "directory of TensorBoard events; none: in OUTPUT_DIR/logs")
+    tensorboard_path: PathName | None = option(None, "directory of TensorBoard events; none: in OUTPUT_DIR/logs")
     enable_test_mode: bool = option(False, "stop after --test_stop_step")
     test_stop_step: int = option(0, "where --enable_test_mode stops", unit="optimizer steps, in step 3 iterations",
                                  low=0)

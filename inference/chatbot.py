@@ -13,7 +13,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 import torch
 
-from common.config import option, parse
+from common.config import PathName, option, parse
 from common.distributed import run_program
 from inference.decoding import stream_answer
 from inference.dialogue import Dialogue
@@ -32,7 +32,7 @@ Ctrl-C stops an answer; at the prompt it leaves."""
 class ChatConfig(DecodingOptions, LoadOptions):
     """Chat"""
 
-    path: str = option("output/ppo", MODEL)
+    path: PathName = option("output/ppo", MODEL)
     system: str | None = option(None, "system prompt, said before every dialogue")
 
 

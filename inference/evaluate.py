@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 import torch
 
-from common.config import option, options, parse
+from common.config import PathName, option, options, parse
 from common.data.builtin import true_reward
 from common.data.records import Prompt
 from common.distributed import run_program
@@ -35,9 +35,9 @@ _TASK = "builtin:courtesy"
 class EvaluateConfig(DecodingOptions, PromptOptions, LoadOptions):
     """Evaluation"""
 
-    path: tuple[str, ...] = option(("output/sft", "output/ppo"), "one model, or two to compare")
-    reward_model_path: str = option("output/reward", "reward model that scores the answers")
-    output_file: str = option("output/evaluation.json", "JSON file of the result")
+    path: tuple[PathName, ...] = option(("output/sft", "output/ppo"), "one model, or two to compare")
+    reward_model_path: PathName = option("output/reward", "reward model that scores the answers")
+    output_file: PathName = option("output/evaluation.json", "JSON file of the result")
     which_prompts: str = option("held_out", "held_out: those that no step trained on; all: every one",
                                 choices=("held_out", "all"))
     max_prompts: int | None = option(256, "prompts answered at most; chosen by --seed", low=1)

@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 import torch
 
-from common.config import option, parse
+from common.config import PathName, option, parse
 from common.data.records import Prompt
 from common.distributed import run_program
 from common.errors import UserError
@@ -38,9 +38,9 @@ _BATCHES_SORTED_TOGETHER = 16
 class GenerateConfig(DecodingOptions, PromptOptions, LoadOptions):
     """Generation"""
 
-    path: str = option("output/ppo", MODEL)
+    path: PathName = option("output/ppo", MODEL)
     prompt: str | None = option(None, "one question, in the place of --data_path")
-    output_file: str | None = option(None, "JSON lines of the answers; none: standard output")
+    output_file: PathName | None = option(None, "JSON lines of the answers; none: standard output")
     max_new_tokens: int = option(128, "longest answer", unit="tokens", low=1)
 
     def validate(self) -> None:

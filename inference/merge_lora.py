@@ -9,7 +9,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
     require_environment()
 
 from common.checkpoint import write_model
-from common.config import option, parse
+from common.config import PathName, option, parse
 from common.distributed import run_program, say
 from common.engine import DTYPES
 from common.errors import UserError
@@ -24,9 +24,9 @@ from inference.options import SourceOptions
 class MergeConfig(SourceOptions):
     """Merging"""
 
-    path: str | None = option(None, "directory of the adapter, with adapter_config.json")
-    base: str | None = option(None, "base model; none: the one that the adapter names")
-    output_dir: str | None = option(None, "directory of the merged model")
+    path: PathName | None = option(None, "directory of the adapter, with adapter_config.json")
+    base: PathName | None = option(None, "base model; none: the one that the adapter names")
+    output_dir: PathName | None = option(None, "directory of the merged model")
     dtype: str = option("fp32", "number format the result is saved in; the sum is done in fp32",
                         choices=tuple(sorted(DTYPES)))
 
@@ -43,7 +43,7 @@ def main(argv=None) -> None:
     quiet()
     files = find_model(config.path, "--path", config.data_output_path, config.base)
     if files.adapter is None:
-        inside = adapters_inside(Path(config.path).expanduser())
+        inside = adapters_inside(Path(config.path))
         hint = f": name {' or '.join(map(str, inside))}" if inside else ""
         raise UserError(f"{files.name} is no adapter, with nothing to merge: it holds no adapter_config.json{hint}")
     check_output_dir(config.output_dir, base=files.weights)

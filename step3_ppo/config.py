@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import ClassVar
 
-from common.config import Config, option, options
+from common.config import Config, PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
 from common.errors import UserError
 from common.options import Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
@@ -103,7 +103,7 @@ class UpdateOptions(ScheduleOptions):
     enable_ema: bool = option(
         False, "keep a moving average of the actor's weights, in fp32 beside them, and save it too")
     ema_decay: float = option(0.992, "weight of the old average at each optimizer step", low=0, below=1)
-    unsupervised_dataset_name: str | None = option(None, "plain text to mix into the actor's updates")
+    unsupervised_dataset_name: PathName | None = option(None, "plain text to mix into the actor's updates")
     unsupervised_dataset_config_name: str | None = option(None, "configuration of that data set on the hub")
     unsup_coef: float = option(27.8, "weight of the loss on plain text", low=0)
 
@@ -163,9 +163,9 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
 
     phase: ClassVar[int] = 2
 
-    actor_model_name_or_path: str = option("output/sft", "the fine-tuned model of step 1")
-    critic_model_name_or_path: str = option("output/reward", "the reward model of step 2; the critic's start")
-    output_dir: str = option("output/ppo", "directory of the result")
+    actor_model_name_or_path: PathName = option("output/sft", "the fine-tuned model of step 1")
+    critic_model_name_or_path: PathName = option("output/reward", "the reward model of step 2; the critic's start")
+    output_dir: PathName = option("output/ppo", "directory of the result")
     offload: bool = option(False, "keep optimizer states (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory")
     offload_in_rollouts: bool = option(
         False, "keep optimizer states in CPU memory during rollouts, and so leave their room to keys and values, which "

@@ -184,7 +184,7 @@ def _code() -> list[str]:
 
 def _fingerprint(spec: SourceSpec, request: DataRequest) -> str:
     """`reading.fingerprint`, which reads all of the source's bytes; of local files it is noted in the cache."""
-    path = Path(spec.name).expanduser()
+    path = Path(spec.name)
     if not path.exists():
         return fingerprint(spec, request.columns, request.max_rows)
     with _locked(Path(request.cache_dir) / "sources.lock", f"{spec.name} to be hashed"):

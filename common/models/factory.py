@@ -32,7 +32,7 @@ def resolve_model(name: str, flag: str, cache_dir: Path) -> str:
     check_model_name(name, flag)
     if name in BUILTIN_MODELS:
         return str(materialise(name, cache_dir))
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         return str(path)
     announce_lookup(name)
@@ -45,7 +45,7 @@ def check_model_name(name: str, flag: str) -> None:
         if name not in BUILTIN_MODELS:
             raise UserError(f"{flag} {name}: no such built-in model; there are {', '.join(BUILTIN_MODELS)}")
         return
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         config = path / "config.json"
         if not config.is_file():
