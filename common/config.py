@@ -121,7 +121,7 @@ def _add_again(layer: dict[str, _Setting], meta: Option, setting: _Setting, note
         layer[meta.name] = setting
         return
     _add(layer, meta.name, setting)
-    if other and other.value != setting.value and not meta.ignored:  # a script's flag and then the user's, as often as a slip
+    if other and other.value != setting.value and not meta.ignored:  # a script's flag, then the user's; or a slip
         notes[meta.name] = f"{setting.where} {setting.value} takes the place of {other.where} {other.value}"
 
 

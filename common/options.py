@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.config import Config, PathName, option
+from common.config import Config, PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.split import parse_data_split
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
-
-SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+from common.learning_rate import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,9 @@ class ScheduleOptions(Config):
         5, "an optimizer step with a loss or gradient that is not finite is skipped; so many in a row end the run",
         unit="optimizer steps", low=1)
     lr_scheduler_type: str = option("cosine", "schedule of the learning rate", choices=SCHEDULES)
+    num_warmup_steps: int = option(
+        0, "learning rates rise this long, from 1/N of the highest in the first step; a run that is shorter is all "
+        "warm-up", unit="optimizer steps", low=0)
     max_grad_norm: float = option(1.0, "clip gradients to this global norm; 0 turns it off", low=0)
 
     def validate(self) -> None:
@@ -99,6 +101,10 @@ class ScheduleOptions(Config):
         if self.auto_micro_batch and self.max_tokens_per_micro_batch:
             raise UserError(f"--auto_micro_batch and --max_tokens_per_micro_batch {self.max_tokens_per_micro_batch} "
                             "contradict each other: keep one")
+        if self.lr_scheduler_type == "constant" and self.num_warmup_steps not in (
+                0, options(type(self))["num_warmup_steps"].default):
+            raise UserError(f"--num_warmup_steps {self.num_warmup_steps} has no meaning with --lr_scheduler_type "
+                            "constant: use constant_with_warmup, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

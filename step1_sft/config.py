@@ -20,7 +20,6 @@ class SFTConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
     output_dir: PathName = option("output/sft", "directory of the result")
     # The rate of DeepSpeed-Chat's published OPT-1.3B script for several GPUs.
     learning_rate: float = option(9.65e-6, "highest learning rate", low=0)
-    num_warmup_steps: int = option(0, "the learning rate rises this long", unit="optimizer steps", low=0)
     sft_only_data_path: tuple[PathName, ...] = option((), "further data sources, given to this step whole")
     train_on_prompt: bool = option(False, "train on the tokens of prompts too")
     packing: bool = option(

@@ -82,7 +82,8 @@ class UpdateOptions(ScheduleOptions):
     """PPO"""
 
     max_iterations: int = option(0, "stop after so many iterations; 0: as --num_train_epochs says", low=0)
-    num_warmup_steps: int = option(100, "steps over which learning rates rise", unit="optimizer steps", low=0)
+    num_warmup_steps: int = option(
+        100, options(ScheduleOptions)["num_warmup_steps"].help, unit="optimizer steps", low=0)
     per_device_training_batch_size: int = option(
         16, "answers per rank in a micro-batch", aliases=("per_device_mini_train_batch_size",), low=1)
     ppo_epochs: int = option(1, "passes over each iteration's rollouts", low=1)

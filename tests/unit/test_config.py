@@ -190,7 +190,8 @@ def test_no_option_that_is_a_path_by_its_name_is_declared_as_text():
 
 
 @pytest.mark.parametrize("typed, part", [
-    ("$NOT_SET/x", "environment variable NOT_SET is not set"), ("${NOT_SET}", "environment variable NOT_SET is not set"),
+    ("$NOT_SET/x", "the environment variable NOT_SET is not set"),
+    ("${NOT_SET}", "the environment variable NOT_SET is not set"),
     ("~nobody-here/x", "there is no user nobody-here: for a path of that name write ./~nobody-here")])
 def test_a_home_or_variable_that_is_not_there_is_refused_by_flag_or_line(typed, part, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -308,6 +309,8 @@ def test_recipes_that_are_no_text_or_empty(tmp_path):
     (SFTConfig, "--disable_dropout --dropout 0.1", "--disable_dropout"),
     (SFTConfig, "--offload", "--zero_stage"),
     (SFTConfig, "--lora_dropout 0.1", "--lora_dim above 0"),
+    (SFTConfig, "--lr_scheduler_type constant --num_warmup_steps 5", "--num_warmup_steps 5"),
+    (PPOConfig, MODELS + "--lr_scheduler_type constant --num_warmup_steps 5", "constant_with_warmup"),
     (SFTConfig, "--eot_token x", "--add_eot_token"),
     (SFTConfig, "--enable_test_mode", "--test_stop_step"),
     (SFTConfig, "--test_stop_step 5", "--enable_test_mode"),
@@ -335,6 +338,12 @@ def test_values_that_do_not_go_together(cls, line, part):
 ])
 def test_the_first_kl_coefficient_depends_on_the_controller(line, coefficient):
     assert read(PPOConfig, MODELS + line).first_kl_coef == coefficient
+
+
+@pytest.mark.parametrize("line", ["", "--num_warmup_steps 0"])
+def test_a_schedule_without_a_warm_up_takes_the_default_and_none(line):
+    assert read(PPOConfig, MODELS + "--lr_scheduler_type constant " + line).lr_scheduler_type == "constant"
+    assert read(PPOConfig, MODELS).num_warmup_steps == 100 and read(SFTConfig).num_warmup_steps == 0
 
 
 def test_checks_hold_for_configs_made_in_python():
