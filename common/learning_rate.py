@@ -12,8 +12,8 @@ def share_of_highest(schedule: str, step: int, warmup: int, total: int) -> float
     """What optimizer step `step`, from 0, of a run of `total` multiplies the highest learning rate by.
 
     The steps of the warm-up take 1/warmup, 2/warmup, ... 1 of it; a warm-up longer than the run takes all
-    of it. Afterwards it falls from 1 towards 0, which the step after the last would take; `polynomial` is of power 1, and
-    `cosine_with_restarts` has one cycle, so nothing restarts. No step of a run takes 0.
+    of it. Afterwards it falls from 1 towards 0, which the step after the last would take; no step of a run takes 0.
+    `polynomial` is of power 1, and `cosine_with_restarts` has one cycle, so nothing restarts.
     """
     if schedule == "constant":
         return 1.0

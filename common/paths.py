@@ -1,12 +1,13 @@
 """Paths and hub names, which look alike: `output/sft`, `facebook/opt-1.3b`. What exists locally is never looked up."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import UserError, did_you_mean
@@ -81,6 +82,23 @@ def content_digest(paths: Iterable[Path]) -> str:
             while block := stream.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def writing_to(flag: str, directory: str | Path) -> Iterator[None]:
+    """Within it a directory is made and files are written there, and what it refuses is a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and not _concerns(Path(str(error.filename)), Path(directory)):
+            raise
+        raise UserError(f"{flag} {directory}: cannot be written to: {error.strerror or error}: free space there or "
+                        "make it writable, or name another directory") from error
+
+
+def _concerns(path: Path, directory: Path) -> bool:
+    path, directory = path.absolute(), directory.absolute()
+    return path.is_relative_to(directory) or directory.is_relative_to(path)
 
 
 def from_anywhere(name: str) -> str:

@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 import torch
 
-from common.config import PathName, option, options, parse
+from common.config import PathName, option, options
 from common.data.builtin import true_reward
 from common.data.records import Prompt
 from common.distributed import run_program
@@ -24,7 +24,7 @@ from inference.decoding import Answer, answer_prompts
 from inference.generate import open_output, plain
 from inference.loading import load_judge, load_speaker
 from inference.locating import find_model
-from inference.options import DecodingOptions, LoadOptions, PromptOptions
+from inference.options import DecodingOptions, LoadOptions, PromptOptions, read_options
 from inference.prompts import choose, held_out_prompts, read_prompts
 from inference.scoring import score_answers
 
@@ -74,7 +74,7 @@ class Judged:
 
 def main(argv=None) -> None:
     """Parse, answer with each model, score, report."""
-    config = parse(EvaluateConfig, argv, prog="inference/evaluate.py")
+    config = read_options(EvaluateConfig, argv, prog="inference/evaluate.py")
     prompts = find_prompts(config)
     judge = load_judge(config.reward_model_path, "--reward_model_path", config)
     with open_output(config.output_file) as output:

@@ -9,7 +9,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
     require_environment()
 
 from common.checkpoint import write_model
-from common.config import PathName, option, parse
+from common.config import PathName, option
 from common.distributed import run_program, say
 from common.engine import DTYPES
 from common.errors import UserError
@@ -17,7 +17,7 @@ from common.models.factory import load_config
 from common.options import check_output_dir
 from inference.loading import load_whole, open_codec, quiet
 from inference.locating import adapters_inside, find_model
-from inference.options import SourceOptions
+from inference.options import SourceOptions, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class MergeConfig(SourceOptions):
 
 def main(argv=None) -> None:
     """Parse, load, merge, save."""
-    config = parse(MergeConfig, argv, prog="inference/merge_lora.py")
+    config = read_options(MergeConfig, argv, prog="inference/merge_lora.py")
     quiet()
     files = find_model(config.path, "--path", config.data_output_path, config.base)
     if files.adapter is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 
-from common.config import Config, PathName, option
+from common.config import Config, ConfigType, PathName, option, parse
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
 
@@ -69,3 +70,11 @@ class PromptOptions(Config):
     max_rows: int | None = option(None, "rows read from each source at most", low=1)
     max_bad_rows: float = option(0.02, "share of unusable rows above which the run stops", low=0, high=1)
     batch_size: int = option(16, "prompts answered together", low=1)
+
+
+def read_options(cls: type[ConfigType], argv: list[str] | None, prog: str) -> ConfigType:
+    """The config of this command line; its notes go to standard error, as standard output is for answers."""
+    config = parse(cls, argv, prog=prog)
+    for note in config.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return config

@@ -32,6 +32,7 @@ from common.data.split import assignment
 from common.data.tokenization import Codec, tokenizer_fingerprint
 from common.distributed import gather_objects
 from common.errors import UserError
+from common.paths import writing_to
 
 _READY = "READY"
 _TESTED = "tested.npy"
@@ -103,7 +104,8 @@ def prepare(request: DataRequest, codec: Codec) -> PreparedData:
 def prepare_many(requests: Sequence[DataRequest], codec: Codec) -> PreparedData:
     """The data of several requests of one kind in a row. What one holds out, none trains on. Raises as
     `prepare`."""
-    parts = [_from_cache(request, codec) for request in requests]
+    with writing_to("--data_output_path", requests[0].cache_dir):
+        parts = [_from_cache(request, codec) for request in requests]
     data = parts[0] if len(parts) == 1 else _joined(parts)
     flags = dict.fromkeys(spec.flag for request in requests for spec in request.data_path)
     data.report.check(max(request.max_bad_fraction for request in requests),

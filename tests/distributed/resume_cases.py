@@ -21,7 +21,8 @@ from common.resume import Checkpoints
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
-from tests.distributed.variants import DEEPSPEED, EVALUATED_OTHERWISE, RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
+from tests.distributed.variants import (DEEPSPEED, EVALUATED_OTHERWISE, RESHAPED, RESHAPED_AT_LENGTH, RESUMED,
+                                        RESUMED_AT_LENGTH)
 
 PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
 
