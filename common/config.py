@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import re
 import sys
 import typing
 from collections.abc import Iterable, Sequence
@@ -19,9 +20,10 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from common.errors import UserError, did_you_mean
-from common.option_types import Option, convert, convert_words, kind_of, option
+from common.option_types import Option, PathName, convert, convert_words, joined, kind_of, option
+from common.paths import as_typed_in_a_shell
 
-__all__ = ["Config", "Option", "ignored_options", "option", "options", "parse", "save_config"]
+__all__ = ["Config", "Option", "PathName", "ignored_options", "option", "options", "parse", "save_config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +56,10 @@ def options(cls: type[Config]) -> dict[str, Option]:
     result = {}
     for name in (name for name in groups if name in declared):
         item = declared[name]
-        kind, optional = kind_of(hints[name])
         default = item.default_factory() if item.default is MISSING else item.default
         title = inspect.getdoc(groups[name]).splitlines()[0].rstrip(".")
-        result[name] = replace(item.metadata["option"], name=name, kind=kind, optional=optional,
-                               default=default, group=title)
+        result[name] = replace(item.metadata["option"], name=name, default=default, group=title,
+                               **kind_of(hints[name]))
     return result
 
 
@@ -70,10 +71,10 @@ def ignored_options(cls: type[Config]) -> dict[str, str]:
 def parse(cls: type[ConfigType], argv: Sequence[str] | None = None, prog: str | None = None) -> ConfigType:
     """The validated config of this command line (None: the program's own arguments).
 
-    `config.notes` has a line for each option given that has no effect. Raises UserError; --help exits.
+    `config.notes` has a line for each option given that has no effect, or twice. Raises UserError; --help exits.
     """
-    recipes, given = _read_command_line(cls, list(sys.argv[1:] if argv is None else argv), prog)
-    known, values, notes = options(cls), {}, {}
+    recipes, given, notes = _read_command_line(cls, list(sys.argv[1:] if argv is None else argv), prog)
+    known, values = options(cls), {}
     for layer in [*(_read_recipe(cls, path) for path in recipes), given]:
         for name, setting in layer.items():
             values[name] = setting.value
@@ -109,11 +110,27 @@ def _add(layer: dict[str, _Setting], name: str, setting: _Setting) -> None:
     layer[name] = setting
 
 
+def _add_again(layer: dict[str, _Setting], meta: Option, setting: _Setting, notes: dict[str, str]) -> None:
+    """As `_add`, for the command line: what takes several values gets those of each time that its flag is given."""
+    other = layer.get(meta.name)
+    if other and meta.kind in (tuple, dict):
+        try:
+            setting = setting._replace(value=joined(other.value, setting.value))
+        except ValueError:
+            raise UserError(f"{setting.where} is given twice with different values for one name: keep one") from None
+        layer[meta.name] = setting
+        return
+    _add(layer, meta.name, setting)
+    if other and other.value != setting.value and not meta.ignored:  # a script's flag, then the user's; or a slip
+        notes[meta.name] = f"{setting.where} {setting.value} takes the place of {other.where} {other.value}"
+
+
 def _hint(word: str, known: Iterable[str], before: str = "") -> str:
     return did_you_mean(word, known, ": ", before) or ": --help lists what there is"
 
 
 def _read_recipe(cls: type[Config], path: str) -> dict[str, _Setting]:
+    path = as_typed_in_a_shell(path, "--config")
     try:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
         root = loader.get_single_node()
@@ -137,6 +154,9 @@ def _read_recipe(cls: type[Config], path: str) -> dict[str, _Setting]:
         if key in seen:
             raise UserError(f"{place}: {key} is given twice: keep one")
         seen.add(key)
+        if isinstance(value_node, yaml.MappingNode) and len({name.value for name, _ in value_node.value}) < len(
+                value_node.value):
+            raise UserError(f"{place}: {key}: one name is given twice: keep one")
         try:
             raw = loader.construct_object(value_node, deep=True)
         except (yaml.YAMLError, ValueError, TypeError):
@@ -147,6 +167,11 @@ def _read_recipe(cls: type[Config], path: str) -> dict[str, _Setting]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        # argparse before Python 3.14 takes -1e-3 for a flag; no flag of ours begins with one dash and a number.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message.removeprefix("argument "))
 
@@ -186,6 +211,8 @@ def _build_parser(cls: type[Config], prog: str | None) -> _Parser:
 def _metavar(meta: Option) -> str:
     if meta.choices:
         return "{" + ",".join(map(str, meta.choices)) + "}"
+    if meta.path:
+        return "PATH"
     names = {bool: "true|false", int: "N", float: "X", str: "TEXT", tuple: "TEXT", dict: "NAME=VALUE"}
     return names[meta.kind]
 
@@ -211,8 +238,8 @@ def _with_underscores(word: str) -> str:
 
 def _read_command_line(
     cls: type[Config], argv: list[str], prog: str | None
-) -> tuple[list[str], dict[str, _Setting]]:
-    """The recipes named and the options given."""
+) -> tuple[list[str], dict[str, _Setting], dict[str, str]]:
+    """The recipes named, the options given, and notes on some of them by name."""
     known = _spellings(cls)
     negations = {f"no_{spelling}": spelling for spelling, meta in known.items() if meta.kind is bool}
     words = [_with_underscores(word) for word in argv]
@@ -221,13 +248,14 @@ def _read_command_line(
         raise UserError(f"unknown flag --{flag}{_hint(flag, [*known, *negations, 'config'], '--')}")
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]}: every value follows its --flag")
-    recipes, layer = [], {}
+    recipes, layer, notes = [], {}, {}
     for flag, values in namespace.given:
         where = f"--{flag}"
         if flag == "config":
             recipes += values
         elif flag in negations:
-            _add(layer, known[negations[flag]].name, _Setting(where, negations[flag], False))
+            _add_again(layer, known[negations[flag]], _Setting(where, negations[flag], False), notes)
         else:
-            _add(layer, known[flag].name, _Setting(where, flag, convert_words(known[flag], values, where)))
-    return recipes, layer
+            value = convert_words(known[flag], values, where)
+            _add_again(layer, known[flag], _Setting(where, flag, value), notes)
+    return recipes, layer, notes

@@ -17,7 +17,7 @@ from torch import nn
 from common.distributed import device, on_gpu, world_size
 from common.errors import UserError
 from common.gradients import GradientSize
-from common.optim import build_optimizer, build_scheduler, parameter_groups
+from common.optim import Untrained, build_optimizer, build_scheduler, parameter_groups, say_shortened_warmup
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -83,6 +83,7 @@ class OptimizerSettings:
     @classmethod
     def from_config(cls, config, total_steps: int) -> OptimizerSettings:
         """Those of a step with one model."""
+        say_shortened_warmup(config, total_steps)
         return cls(config.learning_rate, config.lora_learning_rate, config.weight_decay, config.lr_scheduler_type,
                    config.num_warmup_steps, total_steps)
 
@@ -186,6 +187,7 @@ def training_engine(model: nn.Module, settings: EngineSettings, optimizer: Optim
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, lr_scheduler=schedule, config=config)
     _forget_start_up_step(adamw)
     engine.gradients = GradientSize(model)
+    engine.untrained = Untrained(model)
     engine.train()  # transformers loads models in evaluation mode, without dropout
     return engine
 

@@ -55,7 +55,7 @@ class Result:
                 for path in self.output.glob(pattern)}
 
     def _digests(self) -> dict[str, str | None]:
-        return {name: model and _digest(Path(model).expanduser()) for name, model in self.models.items()}
+        return {name: model and _digest(Path(model)) for name, model in self.models.items()}
 
 
 def _digest(model: Path) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from common.distributed import on_gpu
+from common.distributed import on_every_rank, on_gpu, say
 from common.errors import UserError
+from common.learning_rate import share_of_highest
 
 BETAS = (0.9, 0.95)  # the betas of InstructGPT's and DeepSpeed-Chat's training
 
@@ -54,8 +55,39 @@ def cpu_adam(groups: list[dict]) -> torch.optim.Optimizer:
                         f"out ({error.__cause__ or error})") from error
 
 
+def say_shortened_warmup(config, total_steps: int) -> None:
+    """Say where a run is all warm-up, as the default of step 3 has it for little data."""
+    if config.num_warmup_steps > total_steps and config.lr_scheduler_type != "constant":
+        say(f"note: --num_warmup_steps {config.num_warmup_steps} is shortened to the {total_steps} optimizer "
+            f"step{'s' if total_steps > 1 else ''} that this run has")
+
+
 def build_scheduler(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, total_steps: int):
-    """A transformers learning-rate schedule over `total_steps` optimizer steps."""
-    from transformers import get_scheduler
-    return get_scheduler(name, optimizer, num_warmup_steps=min(warmup_steps, total_steps),
-                         num_training_steps=total_steps)
+    """The learning-rate schedule `name` over `total_steps` optimizer steps."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: share_of_highest(name, step, warmup_steps, total_steps))
+
+
+class Untrained:
+    """Tells whether training has left every weight of a model as it was, bit for bit.
+
+    Made before the first step (and before a checkpoint is loaded, as a resumed run begins with the same weights).
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model, self._before = model, _checksums(model)
+
+    def still(self) -> bool:
+        """The same on all ranks; all must call it."""
+        return on_every_rank(_checksums(self._model) == self._before)
+
+
+@torch.no_grad()
+def _checksums(model: nn.Module) -> list[int]:
+    """A sum over the bits of each trainable parameter; under ZeRO-3 over this rank's part of it."""
+    sums = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            values = getattr(parameter, "ds_tensor", parameter).detach()
+            sums.append(values.view(torch.int32 if values.element_size() == 4 else torch.int16).sum(dtype=torch.int64))
+    return torch.stack(sums).tolist() if sums else []

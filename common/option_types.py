@@ -7,16 +7,19 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NewType
 
 from common.errors import UserError
+from common.paths import as_typed_in_a_shell
+
+PathName = NewType("PathName", str)  # a path; or what looks like one: a hub name, builtin:*, a path and its weight
 
 
 @dataclass(frozen=True)
 class Option:
     """What is known about one field. The range includes `low` and `high`, but not `above` and `below`.
 
-    `name`, `kind`, `optional`, `default` and `group` are filled in from the dataclass that has the field.
+    `name`, `kind`, `path`, `optional`, `default` and `group` are filled in from the dataclass that has the field.
     """
 
     help: str
@@ -31,6 +34,7 @@ class Option:
     below: float | None = None
     name: str = ""
     kind: type = str
+    path: bool = False
     optional: bool = False
     default: Any = None
     group: str = ""
@@ -73,7 +77,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field annotated bool, int, float, str, these `| None`, tuple[str, ...] or dict[str, str].
+    """A dataclass field annotated bool, int, float, str, PathName, these `| None`, tuple of texts or dict[str, str].
 
     `aliases` are other names of the option. `ignored` says why it has no effect: it is accepted, mentioned
     when given (unless `quiet`), and left out of equality and of saved recipes.
@@ -84,13 +88,15 @@ def option(
     return field(**value, compare=ignored is None, metadata={"option": meta})
 
 
-def kind_of(annotation: Any) -> tuple[type, bool]:
-    """`int | None` -> (int, True); `tuple[str, ...]` -> (tuple, False)."""
+def kind_of(annotation: Any) -> dict[str, Any]:
+    """What an annotation says of an option: `tuple[PathName, ...] | None` is a tuple, of paths, and optional."""
     members = typing.get_args(annotation)
     optional = types.NoneType in members
     if optional:
         annotation = next(member for member in members if member is not types.NoneType)
-    return typing.get_origin(annotation) or annotation, optional
+    kind = typing.get_origin(annotation) or annotation
+    return {"kind": str if kind is PathName else kind, "path": PathName in (annotation, *typing.get_args(annotation)),
+            "optional": optional}
 
 
 def convert(meta: Option, raw: Any, where: str) -> Any:
@@ -99,10 +105,10 @@ def convert(meta: Option, raw: Any, where: str) -> Any:
         return None
     try:
         value = _CONVERTERS[meta.kind](raw)
-        if meta.permits(value):
-            return value
     except (ValueError, OverflowError):
-        pass
+        value = None
+    if value is not None and meta.permits(value):
+        return _expanded(value, where) if meta.path else value
     shown = "nothing" if raw is None else repr(raw)
     raise UserError(f"{where}: expected {meta.allowed()}, got {shown}")
 
@@ -114,8 +120,26 @@ def convert_words(meta: Option, words: list[str], where: str) -> Any:
     if meta.kind is tuple:
         return convert(meta, words, where)
     if meta.kind is dict and all("=" in word for word in words):
-        return convert(meta, dict(word.split("=", 1) for word in words), where)
+        pairs = dict(word.split("=", 1) for word in words)
+        if len(pairs) < len(set(words)):
+            raise UserError(f"{where} has different values for one name: keep one")
+        return convert(meta, pairs, where)
     return convert(meta, " ".join(words), where)
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Both values of an option that takes several; raises ValueError for a name=value pair that is there otherwise."""
+    if isinstance(first, tuple):
+        return first + second
+    if any(first[name] != second[name] for name in first.keys() & second.keys()):
+        raise ValueError
+    return first | second
+
+
+def _expanded(value: str | tuple[str, ...], where: str) -> str | tuple[str, ...]:
+    if isinstance(value, tuple):
+        return tuple(as_typed_in_a_shell(item, where) for item in value)
+    return as_typed_in_a_shell(value, where)
 
 
 def _to_bool(raw: Any) -> bool:

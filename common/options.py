@@ -8,13 +8,12 @@ from datetime import date
 from pathlib import Path
 from typing import ClassVar
 
-from common.config import Config, option
+from common.config import Config, PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.split import parse_data_split, parse_split_by
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
-
-SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+from common.learning_rate import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class DataOptions(Config):
 
     phase: ClassVar[int]  # 0 SFT, 1 reward model, 2 PPO: which part of --data_split is this step's
 
-    data_path: tuple[str, ...] = option(
+    data_path: tuple[PathName, ...] = option(
         ("Dahoas/rm-static",), "builtin:*, files, directories or hub names; name:0.3 takes 30 percent of its prompts, "
         "name:1.3 all of them and 30 percent a second time")
     data_split: str = option("2,4,4", "parts of the prompts for the steps 1, 2 and 3")
@@ -64,7 +63,7 @@ class DataOptions(Config):
     eot_token: str = option("<|endoftext|>", "text of the end token that --add_eot_token adds")
     max_rows: int | None = option(None, "rows read from each source at most", low=1)
     max_bad_rows: float = option(0.02, "share of unusable rows above which the run stops", low=0, high=1)
-    data_output_path: str = option("output/data", "directory where prepared data is kept for the next run")
+    data_output_path: PathName = option("output/data", "directory where prepared data is kept for the next run")
 
     def validate(self) -> None:
         super().validate()
@@ -104,6 +103,9 @@ class ScheduleOptions(Config):
         5, "an optimizer step with a loss or gradient that is not finite is skipped; so many in a row end the run",
         unit="optimizer steps", low=1)
     lr_scheduler_type: str = option("cosine", "schedule of the learning rate", choices=SCHEDULES)
+    num_warmup_steps: int = option(
+        0, "learning rates rise this long, from 1/N of the highest in the first step; a run that is shorter is all "
+        "warm-up", unit="optimizer steps", low=0)
     max_grad_norm: float = option(1.0, "clip gradients to this global norm; 0 turns it off", low=0)
 
     def validate(self) -> None:
@@ -111,6 +113,10 @@ class ScheduleOptions(Config):
         if self.auto_micro_batch and self.max_tokens_per_micro_batch:
             raise UserError(f"--auto_micro_batch and --max_tokens_per_micro_batch {self.max_tokens_per_micro_batch} "
                             "contradict each other: keep one")
+        if self.lr_scheduler_type == "constant" and self.num_warmup_steps not in (
+                0, options(type(self))["num_warmup_steps"].default):
+            raise UserError(f"--num_warmup_steps {self.num_warmup_steps} has no meaning with --lr_scheduler_type "
+                            "constant: use constant_with_warmup, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +126,18 @@ class RunOptions(Config):
     dtype: str = option("auto", "number format of forward and backward; auto is bf16 on a GPU, fp32 on a CPU",
                         choices=("auto", "bf16", "fp16", "fp32"))
     seed: int = option(1234, "seed of data order, initialisation and sampling", low=0, high=2**32 - 1)
-    deepspeed_config: str | None = option(None, "JSON file laid over the generated DeepSpeed configuration")
+    deepspeed_config: PathName | None = option(None, "JSON file laid over the generated DeepSpeed configuration")
     timeout: int = option(1800, "longest wait for other ranks", unit="seconds", low=1)
     trust_remote_code: bool = option(False, "allow models to bring and run their own Python code")
     save_interval: int = option(500, "save a checkpoint every N; in step 3 when the iteration ends; 0: never",
                                 unit="optimizer steps", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints stay; all go when the result is saved", low=1)
-    resume: str = option("auto", "auto: go on from the newest whole checkpoint in the output directory, if there is "
-                         "one; never: start anew; or the path of a checkpoint")
+    resume: PathName = option(
+        "auto", "auto: go on from the newest whole checkpoint in the output directory, if there is one; never: start "
+        "anew; or the path of a checkpoint")
     resume_anyway: bool = option(False, "resume even though settings have changed")
     enable_tensorboard: bool = option(True, "write TensorBoard events")
-    tensorboard_path: str | None = option(None, "directory of TensorBoard events; none: in OUTPUT_DIR/logs")
+    tensorboard_path: PathName | None = option(None, "directory of TensorBoard events; none: in OUTPUT_DIR/logs")
     enable_test_mode: bool = option(False, "stop after --test_stop_step")
     test_stop_step: int = option(0, "where --enable_test_mode stops", unit="optimizer steps, in step 3 iterations",
                                  low=0)

@@ -1,16 +1,44 @@
 """Paths and hub names, which look alike: `output/sft`, `facebook/opt-1.3b`. What exists locally is never looked up."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.distributed import is_main
-from common.errors import did_you_mean
+from common.errors import UserError, did_you_mean
 
 OUTPUT = "output"  # where the programs write unless told otherwise
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[^}]*\})")
+
+
+def as_typed_in_a_shell(text: str, where: str) -> str:
+    """A path with `~`, `~user`, `$NAME` and `${NAME}` replaced, which a shell leaves in quotes and after `--flag=`, and
+    which nobody replaces in a recipe.
+
+    Args:
+        where: the flag or the line of a recipe, for messages.
+
+    Raises:
+        UserError: there is no such user or variable, and no such path either.
+    """
+    def value(match: re.Match) -> str:
+        if found := os.environ.get(match[1].strip("{}")):
+            return found
+        raise UserError(f"{where}: {text!r}: the environment variable {match[1].strip('{}')} is not set, or empty: set "
+                        "it, or write the path out")
+
+    if os.path.exists(text) and not text.startswith("~"):
+        return text
+    path = os.path.expanduser(_VARIABLE.sub(value, text))
+    if path.startswith("~") and not os.path.exists(path):
+        user = path.partition("/")[0]
+        raise UserError(f"{where}: {text!r}: there is no user {user[1:]}: for a path of that name write ./{user}")
+    return path
 
 
 def may_be_on_hub(name: str) -> bool:
@@ -33,6 +61,8 @@ def announce_lookup(name: str) -> None:
     From here on huggingface_hub tries again without a line per attempt; if all fail, that is an error of ours.
     """
     from huggingface_hub.utils import logging
+
+    from common.distributed import is_main
     logging.set_verbosity_error()
     if is_main():  # on stderr: the answers of inference/generate.py go to stdout
         print(f"{name} is no local path: looking it up on the Hugging Face hub", file=sys.stderr, flush=True)
@@ -54,7 +84,24 @@ def content_digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def writing_to(flag: str, directory: str | Path) -> Iterator[None]:
+    """Within it a directory is made and files are written there, and what it refuses is a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and not _concerns(Path(str(error.filename)), Path(directory)):
+            raise
+        raise UserError(f"{flag} {directory}: cannot be written to: {error.strerror or error}: free space there or "
+                        "make it writable, or name another directory") from error
+
+
+def _concerns(path: Path, directory: Path) -> bool:
+    path, directory = path.absolute(), directory.absolute()
+    return path.is_relative_to(directory) or directory.is_relative_to(path)
+
+
 def from_anywhere(name: str) -> str:
     """A path or name to be written down: a directory's absolute path; a hub name or builtin:* as it is."""
-    path = Path(name).expanduser()
+    path = Path(name)
     return str(path.absolute()) if path.is_dir() else name

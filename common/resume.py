@@ -40,6 +40,9 @@ MAY_CHANGE = frozenset({
     "print_answers_interval", "enable_test_mode", "test_stop_step",
     "release_inference_cache", "offload_in_rollouts", "max_skipped_steps", "max_kl", "max_reward", "min_reward"})
 
+# What may differ too, though the result has more or fewer figures of it: evaluation draws on no random numbers of
+# training, and takes no part in it.
+ONLY_EVALUATES = frozenset({"eval_interval", "eval_iters", "eval_prompts", "per_device_eval_batch_size"})
 STOPS_EARLY = {"enable_test_mode", "test_stop_step"}  # what has ended otherwise has another result
 
 
@@ -240,7 +243,7 @@ class Checkpoints:
             shards.add(STATE, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
     def _check_config(self, values: dict, path: Path) -> None:
-        ours, theirs, may_change = _plain(self.config), values["config"], set(MAY_CHANGE)
+        ours, theirs, may_change = _plain(self.config), values["config"], {*MAY_CHANGE, *ONLY_EVALUATES}
         if values["world_size"] != world_size():
             self._check_batches(values, path)
             may_change.update(flag for batch in self.config.batches() for flag in batch.flags)

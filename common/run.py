@@ -146,6 +146,9 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
     enter("saving the result")
     for name, engine in engines.items():
         _check_usable(engine, name, codec)
+        if engine.untrained.still():
+            say(f"warning: training has left every weight of the {name} as it was: its learning rate is 0 or too small "
+                "for --dtype, or every optimizer step was skipped")
     output = Path(config.output_dir)
     try:
         if is_main():

@@ -129,7 +129,7 @@ def _places(specs: Sequence[SourceSpec]) -> tuple[str, ...]:
 
 def _place(source: str) -> str:
     """A file or directory by the one path that all its spellings lead to; a hub name or builtin:* as it is."""
-    path = Path(source).expanduser()
+    path = Path(source)
     return str(path.resolve()) if path.exists() else source
 
 

@@ -13,12 +13,12 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 import torch
 
-from common.config import option, parse
+from common.config import PathName, option
 from common.distributed import run_program
 from inference.decoding import stream_answer
 from inference.dialogue import Dialogue
 from inference.loading import Loaded, load_speaker
-from inference.options import MODEL, DecodingOptions, LoadOptions
+from inference.options import MODEL, DecodingOptions, LoadOptions, read_options
 from inference.terminal import Terminal, until_reader_leaves
 
 HELP = """\
@@ -32,13 +32,13 @@ Ctrl-C stops an answer; at the prompt it leaves."""
 class ChatConfig(DecodingOptions, LoadOptions):
     """Chat"""
 
-    path: str = option("output/ppo", MODEL)
+    path: PathName = option("output/ppo", MODEL)
     system: str | None = option(None, "system prompt, said before every dialogue")
 
 
 def main(argv=None) -> None:
     """Parse, load, talk until the input ends."""
-    config = parse(ChatConfig, argv, prog="inference/chatbot.py")
+    config = read_options(ChatConfig, argv, prog="inference/chatbot.py")
     speaker = load_speaker(config.path, "--path", config)
     dialogue = Dialogue(speaker.codec, speaker.room(config.max_new_tokens), config.system)
     torch.manual_seed(config.seed)

@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 import torch
 
-from common.config import option, options, parse
+from common.config import PathName, option, options
 from common.data.builtin import true_reward
 from common.data.records import Prompt
 from common.distributed import run_program
@@ -24,7 +24,7 @@ from inference.decoding import Answer, answer_prompts
 from inference.generate import open_output, plain
 from inference.loading import load_judge, load_speaker
 from inference.locating import find_model
-from inference.options import DecodingOptions, LoadOptions, PromptOptions
+from inference.options import DecodingOptions, LoadOptions, PromptOptions, read_options
 from inference.prompts import choose, held_out_prompts, read_prompts
 from inference.scoring import score_answers
 
@@ -35,9 +35,9 @@ _TASK = "builtin:courtesy"
 class EvaluateConfig(DecodingOptions, PromptOptions, LoadOptions):
     """Evaluation"""
 
-    path: tuple[str, ...] = option(("output/sft", "output/ppo"), "one model, or two to compare")
-    reward_model_path: str = option("output/reward", "reward model that scores the answers")
-    output_file: str = option("output/evaluation.json", "JSON file of the result")
+    path: tuple[PathName, ...] = option(("output/sft", "output/ppo"), "one model, or two to compare")
+    reward_model_path: PathName = option("output/reward", "reward model that scores the answers")
+    output_file: PathName = option("output/evaluation.json", "JSON file of the result")
     which_prompts: str = option("held_out", "held_out: those that no step trained on; all: every one",
                                 choices=("held_out", "all"))
     max_prompts: int | None = option(256, "prompts answered at most; chosen by --seed", low=1)
@@ -74,7 +74,7 @@ class Judged:
 
 def main(argv=None) -> None:
     """Parse, answer with each model, score, report."""
-    config = parse(EvaluateConfig, argv, prog="inference/evaluate.py")
+    config = read_options(EvaluateConfig, argv, prog="inference/evaluate.py")
     prompts = find_prompts(config)
     judge = load_judge(config.reward_model_path, "--reward_model_path", config)
     with open_output(config.output_file) as output:

@@ -19,14 +19,14 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 import torch
 
-from common.config import option, parse
+from common.config import PathName, option
 from common.data.records import Prompt
 from common.distributed import run_program
 from common.errors import UserError
 from common.harmless import harmless_json
 from inference.decoding import answer_prompts
 from inference.loading import Loaded, load_speaker
-from inference.options import MODEL, DecodingOptions, LoadOptions, PromptOptions
+from inference.options import MODEL, DecodingOptions, LoadOptions, PromptOptions, read_options
 from inference.prompts import read_prompts, single_prompt
 from inference.terminal import until_reader_leaves
 
@@ -38,9 +38,9 @@ _BATCHES_SORTED_TOGETHER = 16
 class GenerateConfig(DecodingOptions, PromptOptions, LoadOptions):
     """Generation"""
 
-    path: str = option("output/ppo", MODEL)
+    path: PathName = option("output/ppo", MODEL)
     prompt: str | None = option(None, "one question, in the place of --data_path")
-    output_file: str | None = option(None, "JSON lines of the answers; none: standard output")
+    output_file: PathName | None = option(None, "JSON lines of the answers; none: standard output")
     max_new_tokens: int = option(128, "longest answer", unit="tokens", low=1)
 
     def validate(self) -> None:
@@ -51,7 +51,7 @@ class GenerateConfig(DecodingOptions, PromptOptions, LoadOptions):
 
 def main(argv=None) -> None:
     """Parse, load, answer every prompt in the order of the data."""
-    config = parse(GenerateConfig, argv, prog="inference/generate.py")
+    config = read_options(GenerateConfig, argv, prog="inference/generate.py")
     prompts = iter([single_prompt(config.prompt, "--prompt")]) if config.prompt else read_prompts(config)
     first = list(islice(prompts, 1))  # before the model is loaded, so that errors in the data come at once
     with open_output(config.output_file) as output, until_reader_leaves():

@@ -46,7 +46,7 @@ def find_model(path: str, flag: str, cache_dir: str, base: str | None = None) ->
     Raises:
         UserError: there is no such model.
     """
-    name, directory = f"{flag} {path}", Path(path).expanduser()
+    name, directory = f"{flag} {path}", Path(path)
     if not (directory / "config.json").exists() and (directory / "actor" / "config.json").exists():
         directory = directory / "actor"
     if (directory / _ADAPTER_CONFIG).is_file():

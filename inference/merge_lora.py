@@ -9,7 +9,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
     require_environment()
 
 from common.checkpoint import write_model
-from common.config import option, parse
+from common.config import PathName, option
 from common.distributed import run_program, say
 from common.engine import DTYPES
 from common.errors import UserError
@@ -17,16 +17,16 @@ from common.models.factory import load_config
 from common.options import check_output_dir
 from inference.loading import load_whole, open_codec, quiet
 from inference.locating import adapters_inside, find_model
-from inference.options import SourceOptions
+from inference.options import SourceOptions, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(SourceOptions):
     """Merging"""
 
-    path: str | None = option(None, "directory of the adapter, with adapter_config.json")
-    base: str | None = option(None, "base model; none: the one that the adapter names")
-    output_dir: str | None = option(None, "directory of the merged model")
+    path: PathName | None = option(None, "directory of the adapter, with adapter_config.json")
+    base: PathName | None = option(None, "base model; none: the one that the adapter names")
+    output_dir: PathName | None = option(None, "directory of the merged model")
     dtype: str = option("fp32", "number format the result is saved in; the sum is done in fp32",
                         choices=tuple(sorted(DTYPES)))
 
@@ -39,11 +39,11 @@ class MergeConfig(SourceOptions):
 
 def main(argv=None) -> None:
     """Parse, load, merge, save."""
-    config = parse(MergeConfig, argv, prog="inference/merge_lora.py")
+    config = read_options(MergeConfig, argv, prog="inference/merge_lora.py")
     quiet()
     files = find_model(config.path, "--path", config.data_output_path, config.base)
     if files.adapter is None:
-        inside = adapters_inside(Path(config.path).expanduser())
+        inside = adapters_inside(Path(config.path))
         hint = f": name {' or '.join(map(str, inside))}" if inside else ""
         raise UserError(f"{files.name} is no adapter, with nothing to merge: it holds no adapter_config.json{hint}")
     check_output_dir(config.output_dir, base=files.weights)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 
-from common.config import Config, option
+from common.config import Config, ConfigType, PathName, option, parse
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
 
@@ -18,7 +19,7 @@ class SourceOptions(Config):
     """Source"""
 
     trust_remote_code: bool = option(False, "allow models to bring and run their own Python code")
-    data_output_path: str = option("output/data", "directory where built-in models are kept")
+    data_output_path: PathName = option("output/data", "directory where built-in models are kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +64,17 @@ class DecodingOptions(Config):
 class PromptOptions(Config):
     """Prompts"""
 
-    data_path: tuple[str, ...] = option((), "the prompts: builtin:*, files, directories or hub names")
+    data_path: tuple[PathName, ...] = option((), "the prompts: builtin:*, files, directories or hub names")
     columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question")
     max_prompts: int | None = option(None, "prompts answered at most", low=1)
     max_rows: int | None = option(None, "rows read from each source at most", low=1)
     max_bad_rows: float = option(0.02, "share of unusable rows above which the run stops", low=0, high=1)
     batch_size: int = option(16, "prompts answered together", low=1)
+
+
+def read_options(cls: type[ConfigType], argv: list[str] | None, prog: str) -> ConfigType:
+    """The config of this command line; its notes go to standard error, as standard output is for answers."""
+    config = parse(cls, argv, prog=prog)
+    for note in config.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return config

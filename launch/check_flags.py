@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         for step, config in steps:
             _for_step(step, check_engine_options, config)
             _for_step(step, _check_inputs, config, made)
-            made.add(Path(config.output_dir).expanduser().resolve())
+            made.add(Path(config.output_dir).resolve())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,7 +69,7 @@ def _check_inputs(config: Config, made: set[Path]) -> None:
         local_source(spec)
     for name in options(type(config)):
         value = getattr(config, name)
-        if name.endswith("model_name_or_path") and value is not None and Path(value).expanduser().resolve() not in made:
+        if name.endswith("model_name_or_path") and value is not None and Path(value).resolve() not in made:
             check_model_name(value, f"--{name}")
 
 

@@ -15,6 +15,7 @@ _environment_main() {
     local root venv extras="" wanted state
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return
     venv=${RLHF_VENV:-$root/.venv}
+    case $venv in "~"/*) venv=$HOME/${venv#"~/"} ;; esac  # as files of variables leave it
     case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
     if [ "${1:-}" = --with-tests ]; then extras="[test]"; fi
 

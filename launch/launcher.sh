@@ -3,11 +3,6 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
-if ! command -v nvidia-smi > /dev/null; then
-    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-    # Threads that spin while they wait take the cores from those that work: ten times slower on a busy machine.
-    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-fi
 
 # number NAME VALUE: VALUE, or one line and exit code 2 if it is no whole number above 0.
 number() {
@@ -22,11 +17,24 @@ use_environment() {
     command -v deepspeed > /dev/null || source "$root/launch/environment.sh"
 }
 
+# DeepSpeed takes the CPU where torch finds no GPU: nvidia-smi is missing beside ROCm's GPUs and in many containers.
+choose_accelerator() {
+    if [ -z "${DS_ACCELERATOR:-}" ] &&
+            ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
+        export DS_ACCELERATOR=cpu
+    fi
+    if [ "${DS_ACCELERATOR:-}" = cpu ]; then
+        # Threads that spin while they wait take the cores from those that work: ten times slower on a busy machine.
+        export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+    fi
+}
+
 # step_command PROGRAM GPUS FLAGS...: puts into `command` what runs PROGRAM/main.py on GPUS ranks.
 step_command() {
     local program=$1 gpus=$2 port
     shift 2
     use_environment
+    choose_accelerator
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     command=(deepspeed --log_level critical --num_gpus "$gpus" --master_port "$port" "$root/$program/main.py" "$@")
 }

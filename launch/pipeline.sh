@@ -57,6 +57,10 @@ while [ $# -gt 0 ]; do
     shift
 done
 
+use_environment
+recipes=$(python "$root/launch/typed_path.py" --recipes "$recipes")
+output=$(python "$root/launch/typed_path.py" --output_dir "$output")
+
 # batches NAME: the flags that give each GPU its share of the batches of the recipe NAME.
 batches() {
     local option rows
@@ -75,7 +79,6 @@ reward=(--config "$recipes/reward.yaml" --output_dir "$output/reward" "${data[@]
 ppo=(--config "$recipes/ppo.yaml" --output_dir "$output/ppo" "${data[@]}" $(batches ppo)
      --actor_model_name_or_path "$output/sft/" --critic_model_name_or_path "$output/reward/"
      $ppo_flags ${every[@]+"${every[@]}"})
-use_environment
 python "$root/launch/check_flags.py" "$usage" sft "${sft[@]}" -- reward "${reward[@]}" -- ppo "${ppo[@]}"
 
 seconds=()

@@ -6,25 +6,27 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.errors import UserError
+from common.paths import as_typed_in_a_shell
 from common.report import STEPS, make_report, render, write_summary
 
 
 def main() -> int:
     """Print the summary and write OUTPUT_DIR/summary.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output_dir", type=Path, help="directory that holds sft/, reward/ and ppo/")
+    parser.add_argument("output_dir", help="directory that holds sft/, reward/ and ppo/")
     parser.add_argument("--seconds", type=float, nargs=3, metavar="S", help="wall-clock time of each step")
     parser.add_argument("--price_per_hour", type=float, help="price of the machine, in dollars")
     args = parser.parse_args()
     try:
-        report = make_report(*(args.output_dir / step for step in STEPS), seconds=args.seconds,
+        output = Path(as_typed_in_a_shell(args.output_dir, "OUTPUT_DIR"))
+        report = make_report(*(output / step for step in STEPS), seconds=args.seconds,
                              price_per_hour=args.price_per_hour)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(render(report))
-    write_summary(report, args.output_dir / "summary.json")
-    print(f"\nsaved to {args.output_dir / 'summary.json'}")
+    write_summary(report, output / "summary.json")
+    print(f"\nsaved to {output / 'summary.json'}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config import option
+from common.config import PathName, option
 from common.data.blend import SourceSpec, parse_data_path
 from common.options import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
 
@@ -16,12 +16,11 @@ class SFTConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
 
     phase: ClassVar[int] = 0
 
-    model_name_or_path: str = option("facebook/opt-1.3b", "model to train: hub name, directory or builtin:*")
-    output_dir: str = option("output/sft", "directory of the result")
+    model_name_or_path: PathName = option("facebook/opt-1.3b", "model to train: hub name, directory or builtin:*")
+    output_dir: PathName = option("output/sft", "directory of the result")
     # The rate of DeepSpeed-Chat's published OPT-1.3B script for several GPUs.
     learning_rate: float = option(9.65e-6, "highest learning rate", low=0)
-    num_warmup_steps: int = option(0, "the learning rate rises this long", unit="optimizer steps", low=0)
-    sft_only_data_path: tuple[str, ...] = option((), "further data sources, given to this step whole")
+    sft_only_data_path: tuple[PathName, ...] = option((), "further data sources, given to this step whole")
     train_on_prompt: bool = option(False, "train on the tokens of prompts too")
     packing: bool = option(
         False, "let whole rows share sequences of --max_seq_len tokens, each blind to the others: the same steps, loss "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config import option
+from common.config import PathName, option
 from common.options import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
 
 
@@ -15,10 +15,9 @@ class RewardConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
 
     phase: ClassVar[int] = 1
 
-    model_name_or_path: str = option("facebook/opt-350m", "model to train: hub name, directory or builtin:*")
-    output_dir: str = option("output/reward", "directory of the result")
+    model_name_or_path: PathName = option("facebook/opt-350m", "model to train: hub name, directory or builtin:*")
+    output_dir: PathName = option("output/reward", "directory of the result")
     learning_rate: float = option(5e-5, "highest learning rate", low=0)
-    num_warmup_steps: int = option(0, "the learning rate rises this long", unit="optimizer steps", low=0)
     margin: float = option(0.0, "wanted distance of chosen and rejected score", unit="raw score", low=0)
     centring_coef: float = option(0.0, "weight of the loss that keeps a pair's scores around 0", low=0)
     eval_iters: int = option(100, "evaluation batches over all ranks at most; 0: all", low=0)

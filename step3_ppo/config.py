@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import ClassVar
 
-from common.config import Config, option, options
+from common.config import Config, PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
 from common.errors import UserError
 from common.options import Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
@@ -82,7 +82,8 @@ class UpdateOptions(ScheduleOptions):
     """PPO"""
 
     max_iterations: int = option(0, "stop after so many iterations; 0: as --num_train_epochs says", low=0)
-    num_warmup_steps: int = option(100, "steps over which learning rates rise", unit="optimizer steps", low=0)
+    num_warmup_steps: int = option(
+        100, options(ScheduleOptions)["num_warmup_steps"].help, unit="optimizer steps", low=0)
     per_device_training_batch_size: int = option(
         16, "answers per rank in a micro-batch", aliases=("per_device_mini_train_batch_size",), low=1)
     ppo_epochs: int = option(1, "passes over each iteration's rollouts", low=1)
@@ -103,7 +104,7 @@ class UpdateOptions(ScheduleOptions):
     enable_ema: bool = option(
         False, "keep a moving average of the actor's weights, in fp32 beside them, and save it too")
     ema_decay: float = option(0.992, "weight of the old average at each optimizer step", low=0, below=1)
-    unsupervised_dataset_name: str | None = option(None, "plain text to mix into the actor's updates")
+    unsupervised_dataset_name: PathName | None = option(None, "plain text to mix into the actor's updates")
     unsupervised_dataset_config_name: str | None = option(None, "configuration of that data set on the hub")
     unsup_coef: float = option(27.8, "weight of the loss on plain text", low=0)
 
@@ -163,9 +164,9 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
 
     phase: ClassVar[int] = 2
 
-    actor_model_name_or_path: str = option("output/sft", "the fine-tuned model of step 1")
-    critic_model_name_or_path: str = option("output/reward", "the reward model of step 2; the critic's start")
-    output_dir: str = option("output/ppo", "directory of the result")
+    actor_model_name_or_path: PathName = option("output/sft", "the fine-tuned model of step 1")
+    critic_model_name_or_path: PathName = option("output/reward", "the reward model of step 2; the critic's start")
+    output_dir: PathName = option("output/ppo", "directory of the result")
     offload: bool = option(False, "keep optimizer states (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory")
     offload_in_rollouts: bool = option(
         False, "keep optimizer states in CPU memory during rollouts, and so leave their room to keys and values, which "

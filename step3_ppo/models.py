@@ -20,6 +20,7 @@ from common.lora import adapters_disabled, add_lora
 from common.models.factory import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
 from common.models.scorer import score_at_last_token
+from common.optim import say_shortened_warmup
 from common.provenance import RAW, Calibration
 from step3_ppo.config import PPOConfig
 from step3_ppo.ema import EMA
@@ -106,6 +107,7 @@ def build_models(config: PPOConfig, codec: Codec, actor_source: str, critic_sour
         optimizer_steps: of the whole run, for the learning-rate schedules.
     """
     dtype = resolve_dtype(config.dtype)
+    say_shortened_warmup(config, optimizer_steps)
     _say_what_is_shared(config)
 
     def engine_settings(stage: int, offload: bool) -> EngineSettings:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,18 +42,23 @@ def parse_data_path(values: Sequence[str], *, flag: str = "--data_path",
                     config_name: str | None = None) -> list[SourceSpec]:
     """``['a', 'b:0.3', 'builtin:courtesy']`` -> sources with weights 1, 0.3 and 1.
 
-    Only a trailing ``:number`` is a weight. Raises UserError for no source, an empty name or a weight that
-    is not a positive number.
+    Only a trailing ``:number`` is a weight, and not where a path of the whole name exists: of a folder ``snap:2``
+    half is ``snap:2:0.5``. Raises UserError for no source, an empty name, a weight that is not a positive number, or
+    several sources in one value.
     """
     if not values:
         raise UserError(f"{flag}: name at least one data source (builtin:..., a file, a directory "
                         "or a hub data set)")
     specs = []
     for value in values:
-        match = _WEIGHTED.fullmatch(value)
+        match = None if os.path.exists(value) else _WEIGHTED.fullmatch(value)
         name, weight = (match["name"], float(match["weight"])) if match else (value, 1.0)
         if not name.strip():
             raise UserError(f"{flag} {value!r}: there is no name; write NAME or NAME:WEIGHT")
+        several = [part for part in re.split(r"[,;\s]+", value) if part]
+        if len(several) > 1 and not os.path.exists(name):
+            raise UserError(f"{flag} {value!r}: there is no such path; several sources are words of their own, "
+                            f"{flag} {' '.join(several)}, and a list in a recipe: [{', '.join(several)}]")
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{flag} {value!r}: the weight must be a number above zero")
         specs.append(SourceSpec(name, weight, config_name, flag))

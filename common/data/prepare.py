@@ -35,6 +35,7 @@ from common.data.split import assignment, parse_data_split, parse_split_by
 from common.data.tokenization import Codec, tokenizer_fingerprint
 from common.distributed import gather_objects
 from common.errors import UserError
+from common.paths import writing_to
 
 _TESTED = "tested.npy"
 _PATIENCE = 10      # seconds until a rank says what it waits for
@@ -109,7 +110,8 @@ def prepare(request: DataRequest, codec: Codec) -> PreparedData:
 def prepare_many(requests: Sequence[DataRequest], codec: Codec) -> PreparedData:
     """The data of several requests of one kind in a row. What one holds out, none trains on. Raises as
     `prepare`."""
-    parts = [_from_cache(request, codec) for request in requests]
+    with writing_to("--data_output_path", requests[0].cache_dir):
+        parts = [_from_cache(request, codec) for request in requests]
     data = parts[0] if len(parts) == 1 else _joined(parts)
     flags = dict.fromkeys(spec.flag for request in requests for spec in request.data_path)
     data.report.check(max(request.max_bad_fraction for request in requests),
@@ -198,7 +200,7 @@ def _code() -> list[str]:
 
 def _fingerprint(spec: SourceSpec, request: DataRequest) -> str:
     """`reading.fingerprint`, which reads all of the source's bytes; of local files it is noted in the cache."""
-    path = Path(spec.name).expanduser()
+    path = Path(spec.name)
     if not path.exists():
         return fingerprint(spec, request.columns, request.max_rows)
     with _locked(Path(request.cache_dir) / "sources.lock", f"{spec.name} to be hashed") as writable:

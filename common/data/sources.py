@@ -63,7 +63,7 @@ def local_source(spec: SourceSpec) -> Source | None:
     """A builtin task or a path as a source; None for what may be a name on the hub. Raises UserError for neither."""
     if spec.name.startswith(_BUILTIN):
         return _builtin(spec)
-    path = Path(spec.name).expanduser()
+    path = Path(spec.name)
     if path.is_file():
         if not is_data_file(path):
             raise UserError(f"{spec.flag}: {spec.name} is no data file; understood are {', '.join(SUFFIXES)}")

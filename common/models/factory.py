@@ -16,7 +16,7 @@ from common.errors import UserError, reason_of
 from common.models.builtin import BUILTIN_MODELS, materialise
 from common.models.new_token import start_row
 from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
-from common.paths import OUTPUT, announce_lookup, may_be_on_hub, similar_path
+from common.paths import OUTPUT, announce_lookup, may_be_on_hub, similar_path, writing_to
 from common.provenance import RAW, Calibration
 
 _MADE_BY = {f"{OUTPUT}/sft": "step1_sft/main.py", f"{OUTPUT}/reward": "step2_reward/main.py",
@@ -31,8 +31,9 @@ def resolve_model(name: str, flag: str, cache_dir: Path) -> str:
     """
     check_model_name(name, flag)
     if name in BUILTIN_MODELS:
-        return str(materialise(name, cache_dir))
-    path = Path(name).expanduser()
+        with writing_to("--data_output_path", cache_dir):
+            return str(materialise(name, cache_dir))
+    path = Path(name)
     if path.is_dir():
         return str(path)
     announce_lookup(name)
@@ -45,7 +46,7 @@ def check_model_name(name: str, flag: str) -> None:
         if name not in BUILTIN_MODELS:
             raise UserError(f"{flag} {name}: no such built-in model; there are {', '.join(BUILTIN_MODELS)}")
         return
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         config = path / "config.json"
         if not config.is_file():

@@ -21,7 +21,8 @@ from common.resume import Checkpoints
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
-from tests.distributed.variants import DEEPSPEED, RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
+from tests.distributed.variants import (DEEPSPEED, EVALUATED_OTHERWISE, RESHAPED, RESHAPED_AT_LENGTH, RESUMED,
+                                        RESUMED_AT_LENGTH)
 
 PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
 
@@ -36,13 +37,14 @@ def main(argv) -> None:
     if at_length:
         cases = moved = RESHAPED_AT_LENGTH
     else:
-        cases, moved = RESUMED | (RESUMED_AT_LENGTH if "--long" in sys.argv else {}), RESHAPED
+        evaluated = {name: case[:2] for name, case in EVALUATED_OTHERWISE.items()}
+        cases, moved = RESUMED | evaluated | (RESUMED_AT_LENGTH if "--long" in sys.argv else {}), RESHAPED
     output = Path(output) / str(world_size())
 
-    def run(name: str, place: Path, kind: str) -> None:
+    def run(name: str, place: Path, kind: str, *more: str) -> None:
         step, flags = cases[name]
         command = ppo(data, texts, place / "made") if step == "ppo" else supervised(data, model, place)
-        PROGRAMS[step]([*command, *flags, "--output_dir", str(place / kind / name)])
+        PROGRAMS[step]([*command, *flags, *more, "--output_dir", str(place / kind / name)])
 
     if part == "first":
         for step in ("sft", "reward"):  # for step 3 to begin with
@@ -55,7 +57,7 @@ def main(argv) -> None:
                 shutil.copytree(output / "broken" / name, output / "moved" / name)
     else:
         for name in cases if not at_length else ():
-            run(name, output, "broken")
+            run(name, output, "broken", *EVALUATED_OTHERWISE.get(name, [()])[-1])
         for other in sorted(set(output.parent.glob("[0-9]")) - {output}):
             for name in moved:
                 if (other / "moved" / name / "checkpoints").exists():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.architectures import build_model
-from tests.distributed.variants import RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
+from tests.distributed.variants import EVALUATED_OTHERWISE, RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
 from tests.launching import ROOT, at_length, launch, launch_each
 
 PROGRAM = ROOT / "tests" / "distributed" / "resume_cases.py"
@@ -39,14 +39,29 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(output, case, ranks):
     whole, resumed = (output / str(ranks) / kind / case for kind in ("whole", "broken"))
     assert metrics(resumed) == metrics(whole)
     assert [record["step"] for record in metrics(whole)] == sorted(record["step"] for record in metrics(whole))
+    same_weights(whole, resumed)
+    for samples in (whole / "samples").iterdir():
+        assert (resumed / "samples" / samples.name).read_text() == samples.read_text()
+    assert not (resumed / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("case", EVALUATED_OTHERWISE)
+def test_a_run_that_goes_on_with_other_evaluations_trains_the_same(output, case, ranks):
+    whole, resumed = (output / str(ranks) / kind / case for kind in ("whole", "broken"))
+    trained, evaluated = ([[record for record in metrics(run) if record["phase"] == phase] for run in (whole, resumed)]
+                          for phase in ("train", "eval"))
+    assert trained[0] == trained[1]
+    assert len(evaluated[1]) > len(evaluated[0])
+    same_weights(whole, resumed)
+
+
+def same_weights(whole: Path, resumed: Path) -> None:
     models = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
     assert models and models == sorted(path.relative_to(resumed) for path in resumed.rglob("*.safetensors"))
     for model in models:
         expected, found = load_file(whole / model), load_file(resumed / model)
         assert all(torch.equal(found[name], expected[name]) for name in expected), model
-    for samples in (whole / "samples").iterdir():
-        assert (resumed / "samples" / samples.name).read_text() == samples.read_text()
-    assert not (resumed / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("ranks", (1, 2))

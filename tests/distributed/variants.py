@@ -46,7 +46,14 @@ RESUMED = {
                                     "--actor_lora_dim", "4", "--critic_lora_dim", "4", "--enable_ema")),
 }
 
-# The same, at length.
+# Name: step, flags; then those that are added when it is resumed, which only change its evaluations.
+EVALUATED_OTHERWISE = {
+    "sft-dropout-evaluated": ("sft", ("--zero_stage", "2", "--dropout", "0.1", "--save_interval", "2"),
+                              ("--eval_interval", "1", "--eval_iters", "2", "--per_device_eval_batch_size", "3")),
+    "ppo-evaluated": ("ppo", (), ("--eval_interval", "1", "--eval_prompts", "7")),
+}
+
+# As RESUMED, at length.
 RESUMED_AT_LENGTH = {
     "sft-dropout": ("sft", ("--dropout", "0.1")),
     "sft-zero1-bf16": ("sft", ("--zero_stage", "1", "--dtype", "bf16")),

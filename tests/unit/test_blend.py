@@ -22,6 +22,19 @@ def test_what_cannot_be_a_source_is_named(bad):
         parse_data_path(bad)
 
 
+def test_a_path_that_exists_wins_over_a_weight(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("snap:2", "plain", "both", "both:0.5"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "rows.jsonl:3").write_text('{"prompt": "a", "response": "b"}\n')
+    (tmp_path / "one,two three.jsonl").touch()
+    specs = parse_data_path(["snap:2", "snap:2:0.5", f"{tmp_path}/snap:2:.3", "plain:2", "both:0.5", "both:0.25",
+                             "rows.jsonl:3", "one,two three.jsonl", "one,two three.jsonl:2"])
+    assert [(spec.name, spec.weight) for spec in specs] == [
+        ("snap:2", 1.0), ("snap:2", 0.5), (f"{tmp_path}/snap:2", 0.3), ("plain", 2.0), ("both:0.5", 1.0),
+        ("both", 0.25), ("rows.jsonl:3", 1.0), ("one,two three.jsonl", 1.0), ("one,two three.jsonl", 2.0)]
+
+
 def test_the_flag_in_messages_is_the_one_that_was_used():
     with pytest.raises(UserError, match="--sft_only_data_path"):
         parse_data_path(["a:0"], flag="--sft_only_data_path")

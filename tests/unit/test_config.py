@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,12 +17,17 @@ from hypothesis import strategies as st
 
 from common.config import ignored_options, option, options, parse, save_config
 from common.errors import UserError
+from inference.chatbot import ChatConfig
+from inference.evaluate import EvaluateConfig
+from inference.generate import GenerateConfig
+from inference.merge_lora import MergeConfig
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = (SFTConfig, RewardConfig, PPOConfig)
+PROGRAMS = (*STEPS, ChatConfig, EvaluateConfig, GenerateConfig, MergeConfig)
 MODELS = "--actor_model_name_or_path ./a --critic_model_name_or_path ./c "
 
 # The published command lines of the DeepSpeed recipe, as the launcher passes them on.
@@ -137,10 +144,79 @@ def test_values_in_recipes(tmp_path, text, wanted):
     ("--print_loss --no_print_loss", "print_loss", False), ("--max-seq-len 64", "max_seq_len", 64),
     ("--max-seq-len=64", "max_seq_len", 64), ("--output-dir my-dir", "output_dir", "my-dir"),
     ("--columns prompt=q chosen=a=b", "columns", {"prompt": "q", "chosen": "a=b"}),
-    ("--max_rows none", "max_rows", None), ("--data_path a --data_path b c", "data_path", ("b", "c")),
+    ("--columns prompt=q --columns chosen=a", "columns", {"prompt": "q", "chosen": "a"}),
+    ("--learning_rate 1e-3 --learning_rate 1e-4", "learning_rate", 1e-4),
+    ("--max_rows none", "max_rows", None), ("--data_path a --data_path b c", "data_path", ("a", "b", "c")),
 ])
 def test_values_on_the_command_line(line, name, wanted):
     assert getattr(read(SFTConfig, line), name) == wanted
+
+
+@pytest.mark.parametrize("word, wanted", [
+    ("-1e-3", -1e-3), ("-.5", -0.5), ("-1.", -1.0), ("-2", -2.0), ("-1E+2", -100.0), ("-.5e1", -5.0), ("-1_0", -10.0)])
+def test_a_number_below_zero_follows_its_flag_as_any_other(word, wanted):
+    for line in (f"--min_reward {word}", f"--min_reward={word}", f"--min-reward {word} --seed 3"):
+        assert read(PPOConfig, MODELS + line).min_reward == wanted
+    assert read(SFTConfig, f"--data_path a {word} --seed 3").data_path == ("a", word)
+
+
+@pytest.mark.parametrize("typed, wanted", [
+    ("~", "{home}"), ("~/out", "{home}/out"), ("~root/x", os.path.expanduser("~root/x")), ("$WORK/x", "/somewhere/x"),
+    ("${WORK}/x", "/somewhere/x"), ("~/$SUB-${SUB}", "{home}/deep-deep"), ("a~/b", "a~/b"), ("./~", "./~"),
+    ("price$5", "price$5"), ("there$NOT_SET", "there$NOT_SET")])
+def test_home_and_variables_in_every_path_on_the_command_line_and_in_recipes(typed, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"HOME": str(tmp_path / "home"), "WORK": "/somewhere", "SUB": "deep"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "there$NOT_SET").touch()
+    wanted = wanted.format(home=tmp_path / "home")
+    classes = {cls.__name__: cls for cls in PROGRAMS}
+    paths = {(program, name) for program, cls in classes.items() for name, meta in options(cls).items() if meta.path}
+    for program, name in paths:
+        cls, meta = classes[program], options(classes[program])[name]
+        unchecked = type(program, (Unchecked, cls), {"__doc__": cls.__doc__})
+        recipe(tmp_path / "r.yaml", yaml.safe_dump({name: typed}))
+        for argv in ([f"--{name}", typed], [f"--{name}={typed}"], ["--config", "r.yaml"]):
+            assert getattr(parse(unchecked, argv), name) == ((wanted,) if meta.kind is tuple else wanted)
+    assert {("SFTConfig", "output_dir"), ("PPOConfig", "resume"), ("RewardConfig", "deepspeed_config"),
+            ("SFTConfig", "tensorboard_path"), ("PPOConfig", "data_output_path"), ("ChatConfig", "path"),
+            ("EvaluateConfig", "output_file"), ("MergeConfig", "base")} <= paths
+
+
+def test_no_option_that_is_a_path_by_its_name_is_declared_as_text():
+    for cls in PROGRAMS:
+        for name, meta in options(cls).items():
+            assert meta.path or not re.search(r"(^|_)(path|dir|file|base|deepspeed_config)$", name), name
+
+
+@pytest.mark.parametrize("typed, part", [
+    ("$NOT_SET/x", "the environment variable NOT_SET is not set"),
+    ("${NOT_SET}", "the environment variable NOT_SET is not set"),
+    ("~nobody-here/x", "there is no user nobody-here: for a path of that name write ./~nobody-here")])
+def test_a_home_or_variable_that_is_not_there_is_refused_by_flag_or_line(typed, part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line, where in ((f"--output_dir '{typed}'", "--output_dir: "), (f"--data_path a '{typed}'", "--data_path: "),
+                        (f"--config '{typed}'", "--config: "),
+                        (recipe(tmp_path / "r.yaml", f"seed: 1\noutput_dir: {typed}\n"), "r.yaml:2: output_dir: ")):
+        said = message(SFTConfig, line)
+        assert where in said and repr(typed) in said and part in said
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_a_recipe_is_found_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe(tmp_path / "mine.yaml", "seed: 5\ndata_path: [~/a.jsonl, '~/b.jsonl:0.5']\n")
+    config = read(SFTConfig, "--config=~/mine.yaml")
+    assert (config.seed, config.data_path) == (5, (f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl:0.5"))
+
+
+def test_a_flag_that_is_given_twice_is_told(tmp_path):
+    config = read(PPOConfig, MODELS + "--seed 1 --seed 2 --gamma 1 --gamma 1.0 --data_path a --data_path b")
+    assert config.notes == ("--seed 2 takes the place of --seed 1",)
+    assert read(SFTConfig, recipe(tmp_path / "r.yaml", "seed: 1\n") + "--seed 2").notes == ()
+    # What takes several values takes those of each time; a recipe's as a whole give way to the command line's.
+    both = recipe(tmp_path / "r.yaml", "data_path: [x, y]\n") + "--data_path a --data-path=b"
+    assert read(SFTConfig, both).data_path == ("a", "b")
 
 
 @pytest.mark.parametrize("cls, line, parts", [
@@ -162,6 +238,14 @@ def test_values_on_the_command_line(line, name, wanted):
     (SFTConfig, "--zero_stage 4", ["--zero_stage", "0, 1, 2, 3"]),
     (SFTConfig, "--print_loss maybe", ["--print_loss", "true or false"]),
     (SFTConfig, "--columns prompt", ["--columns", "name=value"]),
+    (SFTConfig, "--columns a=x --columns b=y a=z", ["--columns", "given twice", "keep one"]),
+    (SFTConfig, "--columns a=x a=z", ["--columns", "different values for one name", "keep one"]),
+    (PPOConfig, "--min_reward -inf", ["--min_reward: expected a number, or none, got '-inf'"]),
+    (PPOConfig, "--min_reward -1e", ["--min_reward: expected a number, or none, got '-1e'"]),
+    (SFTConfig, "--seed -3", ["--seed: expected a whole number at least 0", "'-3'"]),
+    (SFTConfig, "--data_path a,b:0.5", ["--data_path 'a,b:0.5': there is no such path", "--data_path a b:0.5",
+                                        "[a, b:0.5]"]),
+    (SFTConfig, "--sft_only_data_path 'a, b'", ["--sft_only_data_path a b"]),
     (SFTConfig, "--output_dir ''", ["--output_dir", "text"]),
     (SFTConfig, "--config", ["--config", "expected at least one argument"]),
     (SFTConfig, "--config nowhere.yaml", ["--config nowhere.yaml", "No such file"]),
@@ -189,6 +273,7 @@ def test_two_names_with_the_same_value_or_on_two_levels_are_no_conflict(tmp_path
     ("seed:", ["seed", "got nothing"]),
     ("data_path: {a: 1}", ["data_path", "one or more values"]),
     ("columns: [a]", ["columns", "name=value"]),
+    ("seed: 2\ncolumns: {a: x, a: z}", [":2: columns", "given twice"]),
     ("seed: 1\nseed: 1\n", [":2:", "seed is given twice"]),
     ("- a\n", ["option: value"]),
     ("seed: [1\n", ["not valid YAML"]),
@@ -197,6 +282,10 @@ def test_two_names_with_the_same_value_or_on_two_levels_are_no_conflict(tmp_path
 def test_bad_recipes_get_one_clear_line(tmp_path, text, parts):
     said = message(SFTConfig, recipe(tmp_path / "r.yaml", text))
     assert str(tmp_path / "r.yaml") in said and all(part in said for part in parts)
+
+
+def test_several_sources_in_one_text_of_a_recipe(tmp_path):
+    assert "[a, b]" in message(SFTConfig, recipe(tmp_path / "r.yaml", "data_path: a b"))
 
 
 def test_conflicting_names_in_a_recipe(tmp_path):
@@ -220,6 +309,8 @@ def test_recipes_that_are_no_text_or_empty(tmp_path):
     (SFTConfig, "--disable_dropout --dropout 0.1", "--disable_dropout"),
     (SFTConfig, "--offload", "--zero_stage"),
     (SFTConfig, "--lora_dropout 0.1", "--lora_dim above 0"),
+    (SFTConfig, "--lr_scheduler_type constant --num_warmup_steps 5", "--num_warmup_steps 5"),
+    (PPOConfig, MODELS + "--lr_scheduler_type constant --num_warmup_steps 5", "constant_with_warmup"),
     (SFTConfig, "--eot_token x", "--add_eot_token"),
     (SFTConfig, "--enable_test_mode", "--test_stop_step"),
     (SFTConfig, "--test_stop_step 5", "--enable_test_mode"),
@@ -247,6 +338,12 @@ def test_values_that_do_not_go_together(cls, line, part):
 ])
 def test_the_first_kl_coefficient_depends_on_the_controller(line, coefficient):
     assert read(PPOConfig, MODELS + line).first_kl_coef == coefficient
+
+
+@pytest.mark.parametrize("line", ["", "--num_warmup_steps 0"])
+def test_a_schedule_without_a_warm_up_takes_the_default_and_none(line):
+    assert read(PPOConfig, MODELS + "--lr_scheduler_type constant " + line).lr_scheduler_type == "constant"
+    assert read(PPOConfig, MODELS).num_warmup_steps == 100 and read(SFTConfig).num_warmup_steps == 0
 
 
 def test_checks_hold_for_configs_made_in_python():
@@ -289,8 +386,8 @@ def test_options_without_effect_are_told_once_and_change_nothing(tmp_path):
 
 def values_of(meta):
     """Allowed values of an option."""
-    text = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(
-        lambda value: value.strip() and value.lower() != "none")
+    text = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="~$" if meta.path else ""),
+                   min_size=1).filter(lambda value: value.strip() and value.lower() != "none")
     numbers = {"min_value": meta.low if meta.above is None else meta.above,
                "max_value": meta.high if meta.below is None else meta.below}
     values = st.sampled_from(meta.choices) if meta.choices else {

@@ -4,10 +4,13 @@ import json
 import pytest
 import torch
 from torch import nn
+from transformers import get_scheduler
 
-from common.engine import EngineSettings, deepspeed_config, read_override, resolve_dtype
+from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, read_override, resolve_dtype
 from common.errors import UserError
-from common.optim import build_scheduler, parameter_groups
+from common.learning_rate import SCHEDULES
+from common.optim import Untrained, build_scheduler, parameter_groups
+from step1_sft.config import SFTConfig
 
 
 def written(path, content) -> str:
@@ -71,12 +74,62 @@ def test_adapters_have_their_own_rate_and_vectors_no_decay():
     assert found == {(1e-2, 0.1): [(4, 4)], (1e-2, 0.0): [(4,)], (1e-4, 0.1): [(4, 4)], (1e-4, 0.0): [(4,)]}
 
 
-def test_a_schedule_ends_at_zero_after_the_last_step():
+def rates_of(schedule: str, warmup: int, total: int) -> list[float]:
+    """The learning rates of a run whose highest is 1, and the one after it."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = build_scheduler(optimizer, "cosine", warmup_steps=5, total_steps=20)
+    scheduler = build_scheduler(optimizer, schedule, warmup_steps=warmup, total_steps=total)
     rates = []
-    for _ in range(20):
+    for _ in range(total):
         rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step(), schedule.step()
-    assert rates[0] == 0 and max(rates) == 1.0 == rates[5] and rates[-1] < 0.05
+        optimizer.step(), scheduler.step()
+    return [*rates, optimizer.param_groups[0]["lr"]]
+
+
+def test_a_schedule_ends_at_zero_after_the_last_step():
+    *rates, after = rates_of("cosine", 5, 20)
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0]) and 0 < rates[-1] < 0.05 and after == 0
     assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_takes_every_warm_up(schedule):
+    for total in (1, 2, 6):
+        for warmup in (0, 1, total - 1, total, total + 1, 100):
+            *rates, after = rates_of(schedule, warmup, total)
+            assert len(rates) == total and min(rates) > 0 and max(rates) == 1.0 and after >= 0
+            if schedule != "constant":
+                rising = min(warmup, total)
+                assert rates[:rising] == pytest.approx([(step + 1) / rising for step in range(rising)])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_after_the_warm_up_a_schedule_is_that_of_transformers(schedule):
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # at its default rate: polynomial measures in that
+    theirs = get_scheduler(schedule, optimizer, num_warmup_steps=4, num_training_steps=20)
+    expected = []
+    for _ in range(20):
+        expected.append(optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"])
+        optimizer.step(), theirs.step()
+    assert rates_of(schedule, 4, 20)[4:-1] == pytest.approx(expected[4:])
+
+
+@pytest.mark.parametrize("steps, told", [(6, ["note: --num_warmup_steps 100 is shortened to the 6 optimizer steps that "
+                                             "this run has"]), (100, []), (101, [])])
+def test_a_run_shorter_than_its_warm_up_says_so(steps, told, capsys):
+    config = SFTConfig(num_warmup_steps=100)
+    assert OptimizerSettings.from_config(config, steps).total_steps == steps
+    assert capsys.readouterr().out.splitlines() == told
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_change_of_a_trained_weight_is_seen(dtype):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(dtype)
+    module[0].requires_grad_(False)
+    untrained = Untrained(module)
+    with torch.no_grad():
+        module[0].weight.add_(1)  # is not trained
+        assert untrained.still()
+        module[1].bias[0] = torch.nextafter(module[1].bias[0].float(), torch.tensor(9.0)).to(dtype)
+        assert untrained.still() is (dtype != torch.float32)  # too small to show in half precision
+        module[1].bias[0] += 0.01
+    assert not untrained.still()

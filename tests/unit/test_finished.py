@@ -47,7 +47,7 @@ def test_the_same_command_finds_its_result(config):
 
 
 @pytest.mark.parametrize("changes", [
-    {"learning_rate": 0.5}, {"resume": "never"}, {"per_device_train_batch_size": 8}, {"seed": 9},
+    {"learning_rate": 0.5}, {"eval_iters": 5}, {"resume": "never"}, {"per_device_train_batch_size": 8}, {"seed": 9},
     {"enable_test_mode": True, "test_stop_step": 3}, {"model_name_or_path": "owner/other"}])
 def test_another_command_does_not(config, changes):
     finish(config)

@@ -56,6 +56,13 @@ def test_a_guessed_template_is_told_beside_the_answers_not_among_them(chat_model
     assert "human_assistant" in printed.err and "--template" in printed.err
 
 
+def test_a_flag_given_twice_is_told_beside_the_answers(chat_model, capsys):
+    main(["--path", str(chat_model), "--prompt", CAPITAL, "--max_new_tokens", "3", "--max_new_tokens", "2"])
+    printed = capsys.readouterr()
+    assert "note: --max_new_tokens 2 takes the place of --max_new_tokens 3" in printed.err.splitlines()
+    assert json.loads(printed.out)["prompt"] == CAPITAL
+
+
 def test_other_columns_and_fewer_prompts(chat_model, tmp_path):
     data = write(tmp_path / "prompts.jsonl", [{"q": question} for question in (RED, AGAIN, CAPITAL)])
     output = tmp_path / "answers.jsonl"

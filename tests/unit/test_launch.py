@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,17 @@ def test_every_requirement_is_pinned_within_its_bounds(monkeypatch):
         (pin,) = pins[requirement.name].specifier
         assert pin.operator == "==" and pin.version in requirement.specifier
     assert next(iter(pins)) == "torch"
+
+
+def test_what_the_programs_need_is_not_listed_as_needed_by_the_tests_alone(monkeypatch):
+    told = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: told.update(arguments))
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {})
+    directly, tests = re.search("# Used directly\n(.*?)\n\n# Used by the tests\n(.*?)\n\n",
+                                (ROOT / "constraints.txt").read_text(), re.S).groups()
+    listed, for_tests = ({Requirement(line).name for line in part.splitlines()} for part in (directly, tests))
+    assert {Requirement(line).name for line in told["install_requires"]} == {"torch", *listed}
+    assert for_tests == {Requirement(line).name for line in told["extras_require"]["test"]} and "psutil" in listed
 
 
 @pytest.mark.parametrize("flags, told", [
@@ -152,15 +164,55 @@ def test_a_program_outside_the_environment_says_how_to_enter_it(program):
      "chosen=b"]])
 def test_the_pipeline_hands_each_step_its_flags(flags, tmp_path):
     shutil.copytree(ROOT / "launch/recipes/1gpu", tmp_path / "mine")
-    said = tmp_path / "deepspeed"  # stands for the launcher: says what it was started with, and fails
-    said.write_text('#!/bin/sh\nshift 5\necho "$*"\nexit 3\n')
-    said.chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{environment()['PATH']}"}
+    env = stand_in(tmp_path, 'shift 5\necho "$*"\nexit 3')  # says what it was started with, and fails
     done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), *flags], env=env, cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     assert done.stdout.splitlines()[-1].split("main.py ")[-1] == (
         "--config mine/sft.yaml --output_dir out/sft --data_output_path out/data --seed 1 --columns prompt=a chosen=b")
+
+
+def test_home_in_the_pipelines_flags(tmp_path):
+    shutil.copytree(ROOT / "launch/recipes/1gpu", tmp_path / "home" / "mine")
+    env = {**stand_in(tmp_path, 'shift 5\necho "$*"\nexit 3'), "HOME": str(tmp_path / "home"), "SUB": "deep"}
+    done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), "--recipes=~/mine", "--output_dir", "~/$SUB/"],
+                          env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    home = tmp_path / "home"
+    assert done.stdout.splitlines()[-1].split("main.py ")[-1] == (
+        f"--config {home}/mine/sft.yaml --output_dir {home}/deep/sft --data_output_path {home}/deep/data")
+    refused = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), "--output_dir", "$NOT_SET/x"], env=env,
+                             cwd=tmp_path, capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr) == (
+        2, "error: --output_dir: '$NOT_SET/x': the environment variable NOT_SET is not set, or empty: set it, or write "
+        "the path out\n")
+    summed = subprocess.run([sys.executable, str(ROOT / "launch/summary.py"), "~/lost"], env=env, cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert summed.returncode == 2 and f"{home}/lost" in summed.stderr
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("gpus, asked, accelerator, wait", [
+    (True, "", "unset", "unset"), (False, "", "cpu", "passive"), (True, "cpu", "cpu", "passive"),
+    (False, "cuda", "cuda", "unset")])
+def test_a_script_asks_torch_for_gpus(gpus, asked, accelerator, wait, tmp_path):
+    """Not nvidia-smi, which this PATH has only where there are none."""
+    env = stand_in(tmp_path, 'echo "${DS_ACCELERATOR:-unset} ${OMP_WAIT_POLICY:-unset}"')
+    (tmp_path / "torch.py").write_text(f"class cuda:\n    is_available = lambda: {gpus}\n")
+    if not gpus:
+        (tmp_path / "nvidia-smi").symlink_to("/bin/true")
+    env = {name: value for name, value in env.items() if name not in ("DS_ACCELERATOR", "OMP_WAIT_POLICY")}
+    done = subprocess.run(["bash", str(ROOT / "launch/sft_1gpu.sh")], capture_output=True, text=True, cwd=tmp_path,
+                          env={**env, "PYTHONPATH": str(tmp_path), **({"DS_ACCELERATOR": asked} if asked else {})})
+    assert (done.stdout, done.stderr) == (f"{accelerator} {wait}\n", "")
+
+
+def stand_in(directory: Path, script: str) -> dict[str, str]:
+    """An environment in which `deepspeed` is this shell script."""
+    program = directory / "deepspeed"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{directory}:{environment()['PATH']}"}
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--num_gpus=2", "-h"]])

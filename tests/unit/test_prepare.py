@@ -1,4 +1,5 @@
 import os
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -6,10 +7,11 @@ from pathlib import Path
 import pytest
 from common.data import encoding, parallel
 from common.data.blend import parse_data_path
-from common.data.prepare import prepare, prepare_many
+from common.data.prepare import DataRequest, prepare, prepare_many
 from common.data.split import dialogue_hash
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from common.models.factory import resolve_model
 from preparation import pairs, request, write
 from tokenizers_built import byte_level_bpe, llama_sentencepiece
 
@@ -334,3 +336,44 @@ def test_a_prompt_of_several_comparisons_is_rolled_out_once(tmp_path, codec):
     assert data.report.repeated_prompts == 60
     twice = prepare(request(tmp_path, f"{path}:2", kind="prompt"), codec)
     assert len(twice.train) == 2 * len(data.train) and len(twice.eval) == len(data.eval)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True,
+                             text=True)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a file system: {mounted.stderr}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def refused(data: DataRequest, codec, reason: str) -> None:
+    place = str(data.cache_dir)
+    with pytest.raises(UserError) as caught:
+        prepare(data, codec)
+    assert str(caught.value).startswith(f"--data_output_path {place}: cannot be written to: ")
+    assert reason in str(caught.value) and "name another directory" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_for_prepared_data_is_one_line(tmp_path, codec, small_disk):
+    rows = write(tmp_path / "d.jsonl", pairs(200))
+    (small_disk / "ballast").write_bytes(bytes(2**20 - 2**14))
+    refused(replace(request(tmp_path, rows), cache_dir=small_disk / "data"), codec, "No space left on device")
+    assert not list((small_disk / "data").glob("*.arrow"))
+    (small_disk / "ballast").unlink()
+    assert len(prepare(replace(request(tmp_path, rows), cache_dir=small_disk / "data"), codec).train)
+
+
+def test_a_place_for_prepared_data_that_cannot_be_written_is_one_line(tmp_path, codec):
+    rows = write(tmp_path / "d.jsonl", pairs(20))
+    (tmp_path / "file").write_text("")
+    refused(replace(request(tmp_path, rows), cache_dir=tmp_path / "file"), codec, "File exists")
+    refused(replace(request(tmp_path, rows), cache_dir=tmp_path / "file" / "data"), codec, "Not a directory")
+    refused(replace(request(tmp_path, rows), cache_dir="/proc/data"), codec, "No such file or directory")
+    with pytest.raises(UserError, match="--data_output_path /proc/data: cannot be written to"):
+        resolve_model("builtin:tiny-opt", "--model_name_or_path", "/proc/data")

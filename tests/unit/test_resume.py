@@ -31,6 +31,8 @@ def test_the_newest_checkpoint_is_found(tmp_path):
     path = saved(tmp_path, 9)
     assert checkpoints(tmp_path).find() == path
     assert checkpoints(tmp_path, "--log_interval", "3", "--timeout", "9").find() == path
+    assert checkpoints(tmp_path, "--eval_interval", "3", "--eval_iters", "9", "--per_device_eval_batch_size", "2",
+                       "--save_interval", "1", "--print_loss").find() == path
 
 
 def test_a_certain_checkpoint_is_taken(tmp_path):
@@ -85,6 +87,13 @@ def test_both_batches_of_ppo_stay_the_same(tmp_path, monkeypatch):
     assert advice == ("--per_device_generation_batch_size 2 --generation_batches 2 "
                       "--per_device_training_batch_size 4 --gradient_accumulation_steps 1")
     assert checkpoints(tmp_path, *PPO, *advice.split(), config_class=PPOConfig).find() == path
+
+
+def test_ppo_goes_on_with_other_evaluations(tmp_path):
+    path = saved(tmp_path, made=checkpoints(tmp_path, *PPO, config_class=PPOConfig))
+    other = checkpoints(tmp_path, *PPO, "--eval_interval", "3", "--eval_prompts", "9", "--print_answers",
+                        config_class=PPOConfig)
+    assert other.find() == path
 
 
 def test_changes_that_are_meant_are_taken(tmp_path):
