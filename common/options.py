@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from common.config import Config, option
 from common.data.blend import SourceSpec, parse_data_path
+from common.data.rows import FileFormat
 from common.data.split import parse_data_split
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
@@ -52,6 +53,10 @@ class DataOptions(Config):
     data_split: str = option("2,4,4", "parts of the prompts for the steps 1, 2 and 3")
     eval_fraction: float = option(0.05, "share of the prompts held out for evaluation", low=0, below=1)
     columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question chosen=good")
+    data_field: str | None = option(
+        None, "key of the rows in JSON files that are one object; none: the only key that holds rows")
+    encoding: str | None = option(
+        None, "encoding of text files that are not UTF-8, as in cp1252; none: UTF-8, or UTF-16 by its mark")
     template: str = option("human_assistant", "the wording around questions and answers", choices=TEMPLATE_NAMES)
     add_eot_token: bool = option(False, "end answers with --eot_token, not with the tokenizer's end token")
     eot_token: str = option("<|endoftext|>", "text of the end token that --add_eot_token adds")
@@ -61,16 +66,24 @@ class DataOptions(Config):
 
     def validate(self) -> None:
         super().validate()
-        parse_data_path(self.data_path)
+        self.sources()
         unsplit = self.unsplit_sources()
         if not parse_data_split(self.data_split)[self.phase] and not unsplit:
             raise UserError(f"--data_split {self.data_split} leaves nothing for step {self.phase + 1}: "
                             f"make part {self.phase + 1} greater than 0")
         self.only_with("--add_eot_token", self.add_eot_token, "eot_token")
 
+    def sources(self) -> list[SourceSpec]:
+        """Those of `data_path`, which --data_split divides among the steps."""
+        return parse_data_path(self.data_path, form=self.file_format())
+
+    def file_format(self) -> FileFormat:
+        """What is said of the files. Raises UserError for an encoding that there is not."""
+        return FileFormat(self.data_field, self.encoding).checked()
+
     def all_sources(self) -> list[SourceSpec]:
         """Every data source that the step reads."""
-        return parse_data_path(self.data_path) + self.unsplit_sources()
+        return self.sources() + self.unsplit_sources()
 
     def unsplit_sources(self) -> list[SourceSpec]:
         """Sources that are given to this step whole, whatever --data_split says."""

@@ -77,6 +77,8 @@ def _is_held_out(sourced: SourcedRecord, trained: Sequence[Provenance]) -> bool:
 
 def _read(options: PromptOptions) -> Iterator[SourcedRecord]:
     report = ReadReport()
-    yield from read_records(parse_data_path(options.data_path), "prompt", columns=options.columns or None,
-                            max_rows=options.max_rows, report=report)
+    specs = parse_data_path(options.data_path, form=options.file_format())
+    yield from read_records(specs, "prompt", columns=options.columns or None, max_rows=options.max_rows, report=report)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
     report.check(options.max_bad_rows)

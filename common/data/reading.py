@@ -4,15 +4,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 
 from common.data.adapters import ColumnMap, choose_layout, named_layout
 from common.data.blend import SourceSpec
 from common.data.dialogues import BadRow
-from common.data.files import Row
 from common.data.layouts import openings, to_record
 from common.data.records import RECORD_KINDS, Record, identity
+from common.data.rows import Note, Row
 from common.data.sources import Part, open_source
 from common.data.split import dialogue_hash
 from common.errors import UserError
@@ -70,7 +70,8 @@ class ReadReport:
         for source, counts in self.sources.items():
             shown = "".join(f"; {where}: {why}" for where, why in counts.first_bad)
             if not counts.usable:
-                raise UserError(f"{source}: none of its {counts.total} rows can be used{shown}")
+                raise UserError(f"{source}: none of its {counts.total} rows can be used"
+                                f"{shown if counts.total else ': it is empty'}")
             if counts.bad > max_bad_fraction * counts.total:
                 raise UserError(f"{source}: {counts.bad} of {counts.total} rows cannot be used, "
                                 f"more than --max_bad_rows {max_bad_fraction:g} allows{shown}")
@@ -91,24 +92,29 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
     if kind not in RECORD_KINDS:
         raise ValueError(f"{kind!r} is none of {RECORD_KINDS}")
     column_map = ColumnMap(columns).for_kind(kind)
-    sources = [(spec, open_source(spec)) for spec in specs]
+    sources = [(spec, open_source(spec, kind)) for spec in specs]
     if column_map.names:
         files = {part.label: _columns(part) for _, source in sources for part in source.parts}
         column_map.check({label: found for label, found in files.items() if found})
     for spec, source in sources:
         report.sources.setdefault(spec.name, Counts())
+        report.notes += source.notes
         if source.left_out:
             report.notes.append(f"{spec.name}: left out, belonging to no split: {', '.join(source.left_out)}")
     tested = set() if tested is None else tested
-    for split in ("test", "train"):
+    for split in ("tested", "test", "train"):
         for spec, source in sources:
             counts = report.sources[spec.name]
             parts = [part for part in source.parts if part.split == split]
-            records = chain.from_iterable(_part_records(spec, part, kind, column_map) for part in parts)
-            limit = None if split == "test" else max_rows
+            wanted = "prompt" if split == "tested" else kind
+            records = chain.from_iterable(_part_records(spec, part, wanted, column_map, report.notes.append)
+                                          for part in parts)
+            limit = max_rows if split == "train" else None
             for number, (row, record, problem, asked) in enumerate(islice(records, limit)):
-                if split == "test":
+                if split != "train":
                     tested.update(map(dialogue_hash, asked))
+                if split == "tested":
+                    continue
                 if max_rows is not None and number >= max_rows:
                     continue
                 counts.total += 1
@@ -124,9 +130,9 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
 
 
 def _part_records(spec: SourceSpec, part: Part, kind: str,
-                  column_map: ColumnMap) -> Iterator[tuple[Row, Record | None, str | None, set[str]]]:
+                  column_map: ColumnMap, note: Note) -> Iterator[tuple[Row, Record | None, str | None, set[str]]]:
     """(row, its record if it has one, what is wrong with it if something is, what the user first asks in it)."""
-    rows, layout = part.rows(), None
+    rows, layout = part.rows(note), None
     for sample, found in _samples(rows):
         if found:
             names = column_map.within(found)
@@ -166,5 +172,6 @@ def fingerprint(spec: SourceSpec, columns: Mapping[str, str] | None, max_rows: i
     source = open_source(spec)
     layout = named_layout(spec.name)
     content = [[part.name, part.split, part.digest()] for part in source.parts]
-    state = [content, layout and str(layout), spec.weight, sorted((columns or {}).items()), max_rows]
+    state = [content, layout and str(layout), spec.weight, sorted((columns or {}).items()), max_rows,
+             asdict(spec.form)]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
