@@ -45,7 +45,7 @@ def json_rows(opened: Callable[[], TextIO], head: str, cut: bool, label: str, fo
     except Broken as broken:
         raise UserError(f"{label}: {broken}; mend it, or write one object per line (.jsonl), "
                         "where bad rows are skipped") from None
-    if what := _no_json(head):
+    if what := _no_json(head, cut):
         raise UserError(f"{label}: {what}")
     yield from _line_rows(opened(), label, note)
 
@@ -79,9 +79,9 @@ def _shape(head: str, cut: bool) -> tuple[str, str]:
     return ("lines" if whole_line or after not in (",", "{", "[") else "values"), ""
 
 
-def _no_json(head: str) -> str:
+def _no_json(head: str, cut: bool) -> str:
     """What the text is, if by its first lines it is no JSON; else ''."""
-    found = [line for line in map(str.strip, islice(head.split("\n"), _LOOKED_AT))
+    found = [line for line in map(str.strip, head.split("\n", _LOOKED_AT)[:-1 if cut else _LOOKED_AT])
              if line and not line.startswith(COMMENTS)]
     if found and all(line.startswith("{'") for line in found):
         return "its lines are Python's dictionaries, not JSON: write them with json.dumps"
