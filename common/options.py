@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from common.config import Config, PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
+from common.data.rows import FileFormat
 from common.data.split import parse_data_split, parse_split_by
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
@@ -56,6 +57,10 @@ class DataOptions(Config):
         "turns as it takes where over 1 percent of a source's dialogues begin alike; prompt: all of the user's turns; "
         "column:NAME: what a column of the data holds, such as the id of a conversation")
     columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question chosen=good")
+    data_field: str | None = option(
+        None, "key of the rows in JSON files that are one object; none: the only key that holds rows")
+    encoding: str | None = option(
+        None, "encoding of text files that are not UTF-8, as in cp1252; none: UTF-8, or UTF-16 by its mark")
     template: str = option("human_assistant", "the wording around questions and answers", choices=TEMPLATE_NAMES)
     template_date: str = option("2025-01-01", "YYYY-MM-DD, what a chat template that writes the date writes, in all "
                                 "steps and whenever they run")
@@ -67,7 +72,7 @@ class DataOptions(Config):
 
     def validate(self) -> None:
         super().validate()
-        parse_data_path(self.data_path)
+        self.sources()
         parse_split_by(self.split_by)
         unsplit = self.unsplit_sources()
         if not parse_data_split(self.data_split)[self.phase] and not unsplit:
@@ -79,9 +84,17 @@ class DataOptions(Config):
         except ValueError:
             raise UserError(f"--template_date {self.template_date}: give a date as YYYY-MM-DD") from None
 
+    def sources(self) -> list[SourceSpec]:
+        """Those of `data_path`, which --data_split divides among the steps."""
+        return parse_data_path(self.data_path, form=self.file_format())
+
+    def file_format(self) -> FileFormat:
+        """What is said of the files. Raises UserError for an encoding that there is not."""
+        return FileFormat(self.data_field, self.encoding).checked()
+
     def all_sources(self) -> list[SourceSpec]:
         """Every data source that the step reads."""
-        return parse_data_path(self.data_path) + self.unsplit_sources()
+        return self.sources() + self.unsplit_sources()
 
     def unsplit_sources(self) -> list[SourceSpec]:
         """Sources that are given to this step whole, whatever --data_split says."""

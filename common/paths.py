@@ -105,3 +105,17 @@ def from_anywhere(name: str) -> str:
     """A path or name to be written down: a directory's absolute path; a hub name or builtin:* as it is."""
     path = Path(name)
     return str(path.absolute()) if path.is_dir() else name
+
+
+def unreachable_hub(error: BaseException, cache: str) -> str | None:
+    """Why the hub was not reached, and where its files were looked for instead; None for any other error."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    why = "HF_HUB_OFFLINE=1 forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    return f"{why}, and the cache ({cache}) does not have it: copy it to a directory here, or load it once online"

@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 
 from common.config import save_config
-from common.data.blend import parse_data_path
 from common.data.collate import unmasked
 from common.data.prepare import DataRequest, PreparedData
 from common.data.sampler import StepSampler
@@ -114,9 +113,10 @@ def text_of(codec: Codec) -> dict[str, str]:
 def data_request(config: DataOptions, kind: str, max_tokens: int, length_flag: str) -> DataRequest:
     """This step's part of `--data_path`, to be prepared as records of `kind`; `length_flag` set `max_tokens`."""
     return DataRequest(
-        data_path=parse_data_path(config.data_path), kind=kind, phase=config.phase, data_split=config.data_split,
+        data_path=config.sources(), kind=kind, phase=config.phase, data_split=config.data_split,
         eval_fraction=config.eval_fraction, split_by=config.split_by, shared=known_openings(config),
-        columns=config.columns or None, max_tokens=max_tokens, length_flag=length_flag, max_rows=config.max_rows, max_bad_fraction=config.max_bad_rows,
+        columns=config.columns or None, max_tokens=max_tokens, length_flag=length_flag, max_rows=config.max_rows,
+        max_bad_fraction=config.max_bad_rows,
         cache_dir=config.data_output_path)
 
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from common.config import Config, ConfigType, PathName, option, parse
+from common.data.rows import FileFormat
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
 
@@ -66,10 +67,22 @@ class PromptOptions(Config):
 
     data_path: tuple[PathName, ...] = option((), "the prompts: builtin:*, files, directories or hub names")
     columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question")
+    data_field: str | None = option(
+        None, "key of the rows in JSON files that are one object; none: the only key that holds rows")
+    encoding: str | None = option(
+        None, "encoding of text files that are not UTF-8, as in cp1252; none: UTF-8, or UTF-16 by its mark")
     max_prompts: int | None = option(None, "prompts answered at most", low=1)
     max_rows: int | None = option(None, "rows read from each source at most", low=1)
     max_bad_rows: float = option(0.02, "share of unusable rows above which the run stops", low=0, high=1)
     batch_size: int = option(16, "prompts answered together", low=1)
+
+    def validate(self) -> None:
+        super().validate()
+        self.file_format()
+
+    def file_format(self) -> FileFormat:
+        """What is said of the files. Raises UserError for an encoding that there is not."""
+        return FileFormat(self.data_field, self.encoding).checked()
 
 
 def read_options(cls: type[ConfigType], argv: list[str] | None, prog: str) -> ConfigType:

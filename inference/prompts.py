@@ -90,6 +90,9 @@ def _read(options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None 
     split_by = next((way for way in (*columns, "prompt", "auto") if way in ways), "opening")
     shared = {name: set().union(*(rule.shared for rule in of_source)) for name, of_source in (rules or {}).items()}
     report = ReadReport()
-    yield from read_records(parse_data_path(options.data_path), "prompt", columns=options.columns or None,
-                            max_rows=options.max_rows, report=report, split_by=split_by, shared=shared)
+    specs = parse_data_path(options.data_path, form=options.file_format())
+    yield from read_records(specs, "prompt", columns=options.columns or None, max_rows=options.max_rows, report=report,
+                            split_by=split_by, shared=shared)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
     report.check(options.max_bad_rows)

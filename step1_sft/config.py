@@ -34,4 +34,4 @@ class SFTConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
     def unsplit_sources(self) -> list[SourceSpec]:
         if not self.sft_only_data_path:
             return []
-        return parse_data_path(self.sft_only_data_path, flag="--sft_only_data_path")
+        return parse_data_path(self.sft_only_data_path, flag="--sft_only_data_path", form=self.file_format())

@@ -195,7 +195,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         if not self.unsupervised_dataset_name:
             return []
         return parse_data_path([self.unsupervised_dataset_name], flag="--unsupervised_dataset_name",
-                               config_name=self.unsupervised_dataset_config_name)
+                               config_name=self.unsupervised_dataset_config_name, form=self.file_format())
 
     @property
     def kl_limit(self) -> float:

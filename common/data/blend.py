@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.data.rows import FileFormat
 from common.data.split import fractions
 from common.errors import UserError
 
@@ -19,13 +20,15 @@ class SourceSpec:
     """One source of a blend.
 
     ``weight``: the share of its prompts that is kept; 2.0 takes every row twice. ``config_name``: the
-    configuration of a hub data set that has several. ``flag``: the option that named it, for messages.
+    configuration of a hub data set that has several. ``flag``: the option that named it, for messages. ``form``:
+    what its files do not say of themselves.
     """
 
     name: str
     weight: float = 1.0
     config_name: str | None = None
     flag: str = "--data_path"
+    form: FileFormat = FileFormat()
 
     def copies(self, identity: str) -> int:
         """How often the rows of the dialogue with this identity (`records.identity`) are taken.
@@ -39,7 +42,7 @@ class SourceSpec:
 
 
 def parse_data_path(values: Sequence[str], *, flag: str = "--data_path",
-                    config_name: str | None = None) -> list[SourceSpec]:
+                    config_name: str | None = None, form: FileFormat = FileFormat()) -> list[SourceSpec]:
     """``['a', 'b:0.3', 'builtin:courtesy']`` -> sources with weights 1, 0.3 and 1.
 
     Only a trailing ``:number`` is a weight, and not where a path of the whole name exists: of a folder ``snap:2``
@@ -61,5 +64,5 @@ def parse_data_path(values: Sequence[str], *, flag: str = "--data_path",
                             f"{flag} {' '.join(several)}, and a list in a recipe: [{', '.join(several)}]")
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{flag} {value!r}: the weight must be a number above zero")
-        specs.append(SourceSpec(name, weight, config_name, flag))
+        specs.append(SourceSpec(name, weight, config_name, flag, form))
     return specs

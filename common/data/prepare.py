@@ -206,7 +206,7 @@ def _fingerprint(spec: SourceSpec, request: DataRequest) -> str:
     with _locked(Path(request.cache_dir) / "sources.lock", f"{spec.name} to be hashed") as writable:
         files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
         stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        state = [stats, spec.name, spec.weight, dict(request.columns or {}), request.max_rows, _code()]
+        state = [stats, spec.name, spec.weight, vars(spec.form), dict(request.columns or {}), request.max_rows, _code()]
         name = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
         note = Path(request.cache_dir) / f"source-{name}.sha256"
         if note.is_file() and len(noted := note.read_text().strip()) == 64:

@@ -7,19 +7,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import Any
 
 from common.data.adapters import ColumnMap, choose_layout, named_layout
 from common.data.blend import SourceSpec
-from common.data.files import Row
-from common.data.files import Row
 from common.data.keying import Keyer
 from common.data.layouts import Layout, LeftOut, to_records
 from common.data.layouts import asked as asked_in
 from common.data.openings import OpeningCounter
 from common.data.records import RECORD_KINDS, Record, user_turns
+from common.data.rows import Note, Row
 from common.data.sources import Part, Source, open_source
 from common.data.values import BadRow
 from common.errors import UserError, did_you_mean
@@ -106,7 +105,8 @@ class ReadReport:
         for source, counts in self.sources.items():
             shown = "".join(f"; {where}: {why}" for where, why in counts.first_bad)
             if not counts.usable:
-                raise UserError(f"{source}: none of its {counts.total} rows can be used{shown}")
+                raise UserError(f"{source}: none of its {counts.total} rows can be used"
+                                f"{shown if counts.total else ': it is empty'}")
             if counts.bad > max_bad_fraction * counts.total:
                 raise UserError(f"{source}: {counts.bad} of {counts.total} rows cannot be used, "
                                 f"more than --max_bad_rows {max_bad_fraction:g} allows{shown}")
@@ -131,13 +131,14 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
     if kind not in RECORD_KINDS:
         raise ValueError(f"{kind!r} is none of {RECORD_KINDS}")
     column_map = ColumnMap(columns).for_kind(kind)
-    sources = [(spec, open_source(spec)) for spec in specs]
+    sources = [(spec, open_source(spec, kind)) for spec in specs]
     if column_map.names:
         files = {part.label: _columns(part) for _, source in sources for part in source.parts}
         column_map.check({label: found for label, found in files.items() if found})
     keyers: dict[str, Keyer] = {}
     for spec, source in sources:
         report.sources.setdefault(spec.name, Counts())
+        report.notes += source.notes
         if source.left_out:
             report.notes.append(f"{spec.name}: left out, belonging to no split: {', '.join(source.left_out)}")
         if spec.name not in keyers:
@@ -147,19 +148,23 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
             keyers[spec.name] = Keyer(spec.name, split_by, frozenset(known))
             report.shared[spec.name] = sorted(known)
     tested = set() if tested is None else tested
-    for split in ("test", "train"):
+    for split in ("tested", "test", "train"):
         for spec, source in sources:
             keyer = keyers[spec.name]
             counts = report.sources[spec.name]
             parts = [part for part in source.parts if part.split == split]
-            rows = chain.from_iterable(_part_rows(spec, part, kind, columns, keyer.column) for part in parts)
-            limit = None if split == "test" else max_rows
+            wanted = "prompt" if split == "tested" else kind
+            rows = chain.from_iterable(_part_rows(spec, part, wanted, columns, keyer.column, report.notes.append)
+                                       for part in parts)
+            limit = max_rows if split == "train" else None
             for number, (row, reader) in enumerate(islice(rows, limit)):
                 records, problem = _records(row, reader)
-                whole_dialogue = split == "test" or keyer.rule.needs_all_turns
+                whole_dialogue = split != "train" or keyer.rule.needs_all_turns
                 asked = reader.asked(row, records, whole_dialogue) if reader is not None else set()
-                if split == "test":
+                if split != "train":
                     tested.update(keyer.tested(asked, row))
+                if split == "tested":
+                    continue
                 if max_rows is not None and number >= max_rows:
                     continue
                 counts.total += 1
@@ -222,9 +227,10 @@ def _records(row: Row, reader: _Reader | None) -> tuple[list[Record], str | Exce
 
 
 def _part_rows(spec: SourceSpec, part: Part, kind: str, columns: Mapping[str, str] | None,
-               split_column: str | None = None) -> Iterator[tuple[Row, _Reader | None]]:
+               split_column: str | None = None,
+               note: Note = lambda text: None) -> Iterator[tuple[Row, _Reader | None]]:
     """The rows of a file, and how to read them."""
-    rows, reader = part.rows(), None
+    rows, reader = part.rows(note), None
     for sample, found in _samples(rows):
         if found:
             if split_column is not None and split_column not in found:
@@ -280,5 +286,6 @@ def fingerprint(spec: SourceSpec, columns: Mapping[str, str] | None, max_rows: i
     source = open_source(spec)
     layout = named_layout(spec.name)
     content = [[part.name, part.split, part.digest()] for part in source.parts]
-    state = [content, layout and str(layout), spec.weight, sorted((columns or {}).items()), max_rows]
+    state = [content, layout and str(layout), spec.weight, sorted((columns or {}).items()), max_rows,
+             asdict(spec.form)]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()

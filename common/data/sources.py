@@ -1,75 +1,82 @@
-"""Where rows come from: ``builtin:NAME``, a local file, a directory of files, a saved data set, a hub data
-set.
+"""Where rows come from: ``builtin:NAME``, a local file, a directory or zip archive of files, a saved data set, a hub
+data set.
 
-A local path wins over a hub name. A source consists of parts (files, splits), each of which belongs to
-training or to the source's own test data. Splits are told from names as the hub does: a part named after
-train, or after test, validation, dev or eval; if some are named after train, those named after none are left
-out; if none is, those named after none are for training, and if all are test data, they are the source's
-data.
+A local path wins over a hub name. A source consists of parts (files, splits), each of which belongs to training or to
+the source's own test data, see `splits`.
 """
 from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.data import builtin
 from common.data.blend import SourceSpec
-from common.data.files import SUFFIXES, Row, is_data_file, read_rows
+from common.data.files import SUFFIXES, Row, is_data_file, is_plain_text, kind_of, members, read_rows
+from common.data.rows import FileFormat, Note, ignore
+from common.data.splits import choose_splits
 from common.errors import UserError
-from common.paths import announce_lookup, content_digest, may_be_on_hub, similar_path
+from common.paths import announce_lookup, content_digest, may_be_on_hub, similar_path, unreachable_hub
 
 _BUILTIN = "builtin:"
-_TRAIN = {"train", "training"}
-_TEST = {"test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation"}
+# Plain text that lies beside data and is none.
+_ABOUT = {"readme", "license", "licence", "notice", "changelog", "requirements"}
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """``label``: what messages and rows' places call it; ``name``: within its source; ``split``: 'train' or
-    'test'; ``digest``: a hash of its content."""
+    """``label``: what messages and rows' places call it; ``name``: within its source; ``split``: 'train', 'test' or
+    'tested', test data for another kind of record, whose prompts are not to be trained on; ``rows``: gives them, and
+    calls what it is given with each thing worth saying; ``digest``: a hash of its content."""
 
     label: str
     name: str
     split: str
-    rows: Callable[[], Iterator[Row]]
+    rows: Callable[..., Iterator[Row]]
     digest: Callable[[], str]
 
 
 @dataclass(frozen=True)
 class Source:
     parts: list[Part]
-    left_out: list[str]     # names of parts that belong to no split
+    left_out: list[str] = field(default_factory=list)   # names of parts that belong to no split
+    notes: list[str] = field(default_factory=list)
 
 
-def open_source(spec: SourceSpec) -> Source:
+def open_source(spec: SourceSpec, kind: str | None = None) -> Source:
     """The parts of a source, in an order that depends on their names alone. Reads no rows yet.
 
-    Raises UserError if the source does not exist, holds no data or cannot be reached.
+    ``kind``: the records wanted, where a source has splits for several; None: all parts. Raises UserError if the
+    source does not exist, holds no data or cannot be reached.
     """
-    source = local_source(spec)
+    source = local_source(spec, kind)
     if source is None:
         announce_lookup(spec.name)
-        source = hub_source(spec)
+        source = hub_source(spec, kind)
     return source
 
 
-def local_source(spec: SourceSpec) -> Source | None:
+def local_source(spec: SourceSpec, kind: str | None = None) -> Source | None:
     """A builtin task or a path as a source; None for what may be a name on the hub. Raises UserError for neither."""
     if spec.name.startswith(_BUILTIN):
         return _builtin(spec)
     path = Path(spec.name)
     if path.is_file():
+        inside = members(path, spec.name)
+        if inside:
+            return _of_files(spec, {name: (path, name) for name in inside}, kind)
         if not is_data_file(path):
-            raise UserError(f"{spec.flag}: {spec.name} is no data file; understood are {', '.join(SUFFIXES)}")
-        return Source([_file_part(path, spec.name, path.name, "train")], [])
+            raise UserError(f"{spec.flag}: {spec.name} is {kind_of(path) or 'no data file'}; "
+                            f"understood are {', '.join(SUFFIXES)}")
+        return Source([_file_part(path, spec.name, path.name, "train", spec.form)])
     if path.is_dir():
-        return _directory(spec, path)
+        return _directory(spec, path, kind)
+    if path.exists():
+        raise UserError(f"{spec.flag}: {spec.name} is neither a file nor a directory; write what it gives to a file")
     if is_data_file(path) or not may_be_on_hub(spec.name):
         raise UserError(f"{spec.flag}: {spec.name} does not exist; name a file, a directory, "
                         f"builtin:courtesy or a hub data set (name or owner/name){similar_path(path)}")
@@ -79,8 +86,8 @@ def local_source(spec: SourceSpec) -> Source | None:
 def _builtin(spec: SourceSpec) -> Source:
     task = spec.name.removeprefix(_BUILTIN)
     version = builtin.builtin_version(task)
-    return Source([Part(spec.name, task, "train", lambda: _numbered(builtin.builtin_rows(task), spec.name),
-                        lambda: version)], [])
+    return Source([Part(spec.name, task, "train", lambda note=ignore: _numbered(builtin.builtin_rows(task), spec.name),
+                        lambda: version)])
 
 
 def _numbered(rows: Any, label: str) -> Iterator[Row]:
@@ -88,8 +95,9 @@ def _numbered(rows: Any, label: str) -> Iterator[Row]:
         yield Row(f"{label}:{number}", values)
 
 
-def _file_part(path: Path, label: str, name: str, split: str) -> Part:
-    return Part(label, name, split, lambda: read_rows(path, label), lambda: _file_digest([path]))
+def _file_part(path: Path, label: str, name: str, split: str, form: FileFormat, member: str | None = None) -> Part:
+    return Part(label, name, split, lambda note=ignore: read_rows(path, label, form, note, member),
+                lambda: _file_digest([path]))
 
 
 def _file_digest(paths: list[Path]) -> str:
@@ -99,21 +107,44 @@ def _file_digest(paths: list[Path]) -> str:
         raise UserError(f"{error.filename}: cannot be read: {error}") from error
 
 
-def _directory(spec: SourceSpec, path: Path) -> Source:
+def _directory(spec: SourceSpec, path: Path, kind: str | None) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _saved(spec, path)
+        return _saved(spec, path, kind)
+    try:
+        os.listdir(path)    # what cannot be looked into would seem to be empty
+    except OSError as error:
+        raise UserError(f"{spec.flag}: the directory {spec.name} cannot be read: {error.strerror}") from None
     inside = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    names = sorted(name for name, file in inside.items() if is_data_file(file) and file.name not in _METADATA
-                   and not any(part.startswith(".") for part in name.split("/")))
-    if not names:
+    data = {name: file for name, file in inside.items() if is_data_file(file) and file.name not in _METADATA
+            and not any(part.startswith(".") for part in name.split("/"))}
+    if not all(map(is_plain_text, data)):
+        # Beside data, a text is about them.
+        data = {name: file for name, file in data.items() if not is_plain_text(name)}
+    found: dict[str, tuple[Path, str | None]] = {}
+    for name, file in data.items():
+        within = members(file, os.path.join(spec.name, name))
+        if within is not None:
+            found |= {f"{name}/{member}": (file, member) for member in within}
+        elif not (is_plain_text(name) and file.name.lower().partition(".")[0] in _ABOUT):
+            found[name] = file, None
+    if not found:
         raise UserError(f"{spec.flag}: the directory {spec.name} holds no data file; "
                         f"understood are {', '.join(SUFFIXES)}")
-    splits = _splits(names)
-    return Source([_file_part(inside[name], os.path.join(spec.name, name), name, splits[name])
-                   for name in names if name in splits], [name for name in names if name not in splits])
+    return _of_files(spec, found, kind)
 
 
-def _saved(spec: SourceSpec, path: Path) -> Source:
+def _of_files(spec: SourceSpec, files: dict[str, tuple[Path, str | None]], kind: str | None) -> Source:
+    """A source of files, given by their names in it, each with the zip archive's member that it is, if any."""
+    names = sorted(files)
+    choice = choose_splits(names, kind)
+    parts = []
+    for name in (name for name in names if name in choice.splits):
+        path, member = files[name]
+        parts.append(_file_part(path, os.path.join(spec.name, name), name, choice.splits[name], spec.form, member))
+    return Source(parts, choice.left_out, [f"{spec.name}: {said}" for said in choice.notes])
+
+
+def _saved(spec: SourceSpec, path: Path, kind: str | None) -> Source:
     from datasets import Dataset, load_from_disk
 
     try:
@@ -125,18 +156,18 @@ def _saved(spec: SourceSpec, path: Path) -> Source:
         tables, folders = {"train": saved}, {"train": path}
     else:
         tables, folders = dict(saved), {name: path / name for name in saved}
-    return _from_tables(spec, tables, lambda name: _file_digest(sorted(folders[name].glob("*.arrow"))))
+    return _from_tables(spec, tables, lambda name: _file_digest(sorted(folders[name].glob("*.arrow"))), kind)
 
 
-def hub_source(spec: SourceSpec) -> Source:
+def hub_source(spec: SourceSpec, kind: str | None = None) -> Source:
     """The training split of a hub data set and its own test and validation splits, if any."""
     tables = _load_hub(spec.name, spec.config_name, spec.flag)
-    return _from_tables(spec, tables, lambda name: tables[name]._fingerprint)
+    return _from_tables(spec, tables, lambda name: tables[name]._fingerprint, kind)
 
 
 @functools.lru_cache(maxsize=None)
 def _load_hub(name: str, config_name: str | None, flag: str) -> dict[str, Any]:
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
     try:
         try:
@@ -147,43 +178,24 @@ def _load_hub(name: str, config_name: str | None, flag: str) -> dict[str, Any]:
             # Sets defined by a program are not run; the hub keeps a converted copy of each on this branch.
             return dict(load_dataset(name, config_name, revision="refs/convert/parquet"))
     except Exception as error:  # unreachable, unknown, gated, no such configuration: each has its own class
+        reason = unreachable_hub(error, str(config.HF_DATASETS_CACHE)) or _first_line(error)
         raise UserError(f"{flag}: {name} is no local path, and it cannot be loaded as a hub data set: "
-                        f"{_first_line(error)}{similar_path(Path(name))}") from error
+                        f"{reason}{similar_path(Path(name))}") from error
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _from_tables(spec: SourceSpec, tables: dict[str, Any], digest: Callable[[str], str]) -> Source:
-    splits = _splits(list(tables))
+def _from_tables(spec: SourceSpec, tables: dict[str, Any], digest: Callable[[str], str], kind: str | None) -> Source:
+    choice = choose_splits(list(tables), kind)
     parts = []
-    for name, split in splits.items():
+    for name, split in choice.splits.items():
         label = f"{spec.name}[{name}]"
-        parts.append(Part(label, name, split, functools.partial(_numbered, tables[name], label),
+        parts.append(Part(label, name, split, functools.partial(_table_rows, tables[name], label),
                           functools.partial(digest, name)))
-    return Source(parts, [name for name in tables if name not in splits])
+    return Source(parts, choice.left_out, [f"{spec.name}: {said}" for said in choice.notes])
 
 
-def _splits(names: list[str]) -> dict[str, str]:
-    """Part name -> 'train' or 'test', in the order of ``names``, without those that belong to no split."""
-    splits = {name: _split_in_name(name) for name in names}
-    if "train" in splits:
-        # An exact name leaves no doubt; 'train_sft' and the like beside it hold the same rows again.
-        splits = {name: split for name, split in splits.items() if split != "train" or name == "train"}
-    if "train" in splits.values():
-        return {name: split for name, split in splits.items() if split}
-    if None in splits.values():
-        return {name: split or "train" for name, split in splits.items()}
-    return dict.fromkeys(splits, "train")
-
-
-def _split_in_name(name: str) -> str | None:
-    """The split a name speaks of; of several components of a path, the last that speaks decides."""
-    for component in reversed(name.lower().split("/")):
-        words = re.split(r"[^a-z]+", component)
-        if not _TRAIN.isdisjoint(words):
-            return "train"
-        if not _TEST.isdisjoint(words):
-            return "test"
-    return None
+def _table_rows(table: Any, label: str, note: Note = ignore) -> Iterator[Row]:
+    return _numbered(table, label)

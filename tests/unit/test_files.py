@@ -2,6 +2,7 @@
 but a file that cannot be read on."""
 import csv
 import gzip
+import io
 import json
 import resource
 import subprocess
@@ -13,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from common.data import files
+from common.data import files, json_cursor
 from common.data.blend import SourceSpec
 from common.data.files import MAX_ROW_BYTES, read_rows
 from common.data.reading import ReadReport, read_records
@@ -21,24 +22,36 @@ from common.errors import UserError
 
 ROWS = [{"prompt": f"Question {n}? \u00e9\n\"quoted\", [a] {{b}}", "response": f"Answer {n}"}
         for n in range(700)]
+TEXTS = [{"text": f"Line {n}: \u00e9, \"quoted\"; {{b}}\t|"} for n in range(700)]
 
 
 def write(path: Path, rows) -> Path:
     """Writes ``rows`` in the format that the name of ``path`` asks for."""
-    name = path.name.removesuffix(".gz")
+    packing = path.suffix if path.suffix in (".gz", ".zst", ".zip") else ""
+    name = path.name.removesuffix(packing)
     if name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100)
         return path
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8", newline="") as stream:
-        if name.endswith(".csv"):
-            writer = csv.DictWriter(stream, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-        elif name.endswith(".json"):
-            json.dump(rows, stream, indent=1)
-        else:
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    stream = io.StringIO(newline="")
+    if name.endswith((".csv", ".tsv")):
+        writer = csv.DictWriter(stream, rows[0].keys(), delimiter="\t" if name.endswith(".tsv") else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    elif name.endswith(".json"):
+        json.dump(rows, stream, indent=1)
+    elif name.endswith(".txt"):
+        stream.writelines(row["text"] + "\n" for row in rows)
+    else:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(packed(stream.getvalue().encode(), packing))
     return path
+
+
+def packed(content: bytes, packing: str) -> bytes:
+    """What a file of that suffix holds."""
+    if packing == ".gz":
+        return gzip.compress(content)
+    return pyarrow.Codec("zstd").compress(content).to_pybytes() if packing == ".zst" else content
 
 
 def good(path):
@@ -49,11 +62,12 @@ def bad(path):
     return [(row.where, row.problem) for row in read_rows(path, path.name) if row.problem is not None]
 
 
-@pytest.mark.parametrize("name", files.SUFFIXES)
+@pytest.mark.parametrize("name", [suffix for suffix in files.SUFFIXES if suffix != ".zip"])
 def test_every_format_gives_the_rows_that_were_written(tmp_path, name):
-    path = write(tmp_path / f"data{name}", ROWS)
+    written = TEXTS if ".txt" in name else ROWS
+    path = write(tmp_path / f"data{name}", written)
     rows = list(read_rows(path, "data"))
-    assert [row.values for row in rows] == ROWS
+    assert [row.values for row in rows] == written
     assert len({row.where for row in rows}) == len(ROWS)
 
 
@@ -76,11 +90,11 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | texts,
 def test_arrays_are_read_whatever_the_place_where_a_chunk_ends(tmp_path_factory, rows, indent, chunk):
     path = tmp_path_factory.mktemp("array") / "data.json"
     path.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
-    usual, files._CHUNK = files._CHUNK, chunk
+    usual, json_cursor._CHUNK = json_cursor._CHUNK, chunk
     try:
         assert good(path) == rows
     finally:
-        files._CHUNK = usual
+        json_cursor._CHUNK = usual
 
 
 def test_bad_lines_are_named_and_the_good_ones_between_them_kept(tmp_path):
@@ -160,15 +174,38 @@ def test_a_row_of_several_lines_is_named_by_its_first(tmp_path):
     assert bad(path) == [("data.csv:4", "3 fields where the header has 2")]
 
 
-@pytest.mark.parametrize("mark, name", [(";", "';'"), ("\t", "tabs"), ("|", "'|'")])
-def test_a_csv_file_with_another_separator_is_told(tmp_path, mark, name):
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["data.csv", "data.tsv"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_separator_and_the_line_ends_of_a_table_are_told_by_looking(tmp_path, mark, name, end):
+    path = tmp_path / name
+    others = "".join({",", ";", "\t", "|"} - {mark})
+    rows = [{"prompt": f"q{others} {n}", "response": f"a{mark}{end}\"{n}\"", "number": "007"} for n in range(30)]
+    with open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0], delimiter=mark, lineterminator=end)
+        writer.writeheader()
+        writer.writerows(rows)
+    assert good(path) == rows and not bad(path)
+
+
+def test_a_table_may_have_one_column(tmp_path):
     path = tmp_path / "data.csv"
-    path.write_text(f"prompt{mark}response\nq, r{mark}a\n")
-    with pytest.raises(UserError, match="data.csv:1: the header is one column") as error:
-        list(read_rows(path, "data.csv"))
-    assert f"separated by {name}" in str(error.value)
-    path.write_text("prompt\nq; r\n")
-    assert [row.values for row in read_rows(path, "data.csv")] == [{"prompt": "q; r"}]
+    for header in ("prompt", "prompt; or question"):
+        path.write_text(f"{header}\nq; r\n" if header == "prompt" else f"{header}\nq\nr\n")
+        assert [list(row) for row in good(path)] == [[header]] * (1 if header == "prompt" else 2)
+
+
+@pytest.mark.parametrize("text, rows", [
+    ('prompt, response\n"q 1", "a, 1"\n"q 2", "a 2"\n', [("q 1", "a, 1"), ("q 2", "a 2")]),
+    ('prompt,response\n"q 1", "a, 1"\n"q 2", "a ""2"""\n', [("q 1", "a, 1"), ("q 2", 'a "2"')]),
+    ('prompt; response\nq 1; a 1\nq 2; a 2\n', [("q 1", "a 1"), ("q 2", "a 2")]),
+    ('prompt,response\nq 1,    return 1\nq 2, 7\n', [("q 1", "    return 1"), ("q 2", " 7")]),
+    ('prompt , response \nq 1,a 1\n', [("q 1", "a 1")]),
+])
+def test_spaces_after_separators_belong_to_a_field_unless_the_table_is_written_so(tmp_path, text, rows):
+    path = tmp_path / "data.csv"
+    path.write_text(text)
+    assert good(path) == [{"prompt": prompt, "response": response} for prompt, response in rows]
 
 
 def test_a_csv_file_needs_distinct_column_names(tmp_path):
@@ -201,7 +238,7 @@ def test_damaged_files_are_named(tmp_path):
     whole = write(tmp_path / "whole.parquet", ROWS).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:-100])
     (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    for name, why in {"cut.jsonl.gz": "end", "none.jsonl.gz": "gzip", "cut.parquet": "parquet",
+    for name, why in {"cut.jsonl.gz": "end", "none.jsonl.gz": "no JSON: .*'not compressed'", "cut.parquet": "parquet",
                       "pointer.parquet": "git lfs pull"}.items():
         with pytest.raises(UserError, match=f"(?s){name}.*{why}"):
             good(tmp_path / name)

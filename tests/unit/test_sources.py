@@ -119,8 +119,9 @@ def test_the_nearest_path_is_offered(tmp_path):
 
 
 def test_what_holds_no_data(tmp_path):
-    (tmp_path / "notes.txt").write_text("text")
-    for name in (tmp_path, tmp_path / "notes.txt"):
+    (tmp_path / "README.txt").write_text("text")
+    (tmp_path / "notes.md").write_text("text")
+    for name in (tmp_path, tmp_path / "notes.md"):
         with pytest.raises(UserError, match="--data_path.*jsonl"):
             opened(name)
 

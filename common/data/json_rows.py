@@ -1,0 +1,240 @@
+"""Rows out of JSON text: objects in lines, arrays, objects over several lines, one object that holds the rows
+under a key, and tables by column.
+
+Lines are read one by one, so that a broken one costs its row alone. All else has no places at which to start anew, so
+what is broken there ends the reading. A row at a time is in memory, except of tables by column, whose rows are only
+known when all of the file is.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, TextIO
+
+from common.data.json_cursor import COMMENTS, Broken, Cursor
+from common.data.rows import TOO_LONG, FileFormat, Note, Row, lines, row_of
+from common.errors import UserError, did_you_mean
+
+_FIRST_LINES = 3    # in one of which a broken first row shows, if each row has a line of its own
+_LOOKED_AT = 50     # lines, to tell whether a file is JSON at all
+# Lists of objects that are a part of one row.
+_PARTS = {"conversation", "tools", "functions", "history"}
+_MESSAGE = ("role", "from")
+
+
+def json_rows(opened: Callable[[], TextIO], head: str, cut: bool, label: str, form: FileFormat,
+              note: Note) -> Iterator[Row]:
+    """The rows of JSON text.
+
+    ``opened`` gives the text from its start; ``head`` is its first part, all of it unless ``cut``.
+    Raises UserError for text that is no JSON, or broken where it does not keep to lines.
+    """
+    head = head.replace("\r\n", "\n").replace("\r", "\n")
+    shape, otherwise = _shape(head, cut)
+    try:
+        if shape == "object":
+            members = _members(Cursor(opened()), otherwise)
+            if members is not None:
+                yield from _object_rows(opened, members, label, form, note)
+                return
+            shape = otherwise
+        if shape == "values":
+            yield from _value_rows(Cursor(opened()), label, note)
+            return
+    except Broken as broken:
+        raise UserError(f"{label}: {broken}; mend it, or write one object per line (.jsonl), "
+                        "where bad rows are skipped") from None
+    if what := _no_json(head, cut):
+        raise UserError(f"{label}: {what}")
+    yield from _line_rows(opened(), label, note)
+
+
+def _shape(head: str, cut: bool) -> tuple[str, str]:
+    """'lines' of one value each; 'object': one, over all of the file; 'values': arrays or several objects that do not
+    keep to lines. And what it is if it turns out to be no single object."""
+    start = Cursor(None, head)
+    mark = start.peek()
+    if mark not in ("[", "{"):
+        return "lines", ""
+    rest = head[start.at:]
+    first = rest.partition("\n")[0]
+    try:
+        value, end = json.JSONDecoder().raw_decode(rest)
+    except RecursionError:
+        return ("values" if mark == "[" else "lines"), ""
+    except ValueError as error:
+        if mark == "[":
+            return "values", ""
+        # It goes on behind the head, or it is broken: in lines of their own that shows in one of the first.
+        goes_on = cut and (getattr(error, "lineno", 1) > _FIRST_LINES or "\n" not in rest[getattr(error, "pos", 0):])
+        return ("object" if goes_on or first.strip() == "{" else "lines"), ("values" if "\n" in rest else "lines")
+    whole_line = end <= len(first.rstrip()) and not rest[end:len(first)].strip()
+    if isinstance(value, list):
+        # Lists of texts line by line are rows of another kind, to be named one by one.
+        return ("lines" if whole_line and value and not isinstance(value[0], dict) else "values"), ""
+    after = Cursor(None, rest[end:]).peek()
+    if not cut and not after:
+        return "object", "values"
+    return ("lines" if whole_line or after not in (",", "{", "[") else "values"), ""
+
+
+def _no_json(head: str, cut: bool) -> str:
+    """What the text is, if by its first lines it is no JSON; else ''."""
+    found = [line for line in map(str.strip, head.split("\n", _LOOKED_AT)[:-1 if cut else _LOOKED_AT])
+             if line and not line.startswith(COMMENTS)]
+    if found and all(line.startswith("{'") for line in found):
+        return "its lines are Python's dictionaries, not JSON: write them with json.dumps"
+    if found and not any(line.startswith(("{", "[")) for line in found):
+        return (f"it is no JSON: its first line is {found[0][:60]!r}; name a file by what it holds: "
+                ".csv, .tsv, .txt, .parquet")
+    return ""
+
+
+def _line_rows(text: TextIO, label: str, note: Note) -> Iterator[Row]:
+    comments = 0
+    try:
+        for number, line in lines(text):
+            where = f"{label}:{number}"
+            if line is None:
+                yield Row(where, None, f"line {TOO_LONG}")
+            elif line := line.strip(" \t\r\n\ufeff"):
+                if line.startswith(COMMENTS):
+                    comments += 1
+                else:
+                    yield _parsed(where, line)
+    finally:
+        _tell_comments(comments, label, note)
+
+
+def _tell_comments(count: int, label: str, note: Note) -> None:
+    if count:
+        note(f"{label}: {count:,} comment line{'' if count == 1 else 's'} skipped")
+
+
+def _parsed(where: str, line: str) -> Row:
+    if "\0" in line:
+        return Row(where, None, "NUL bytes")
+    try:
+        return row_of(where, json.loads(line))
+    except (ValueError, RecursionError):
+        return Row(where, None, "broken JSON")
+
+
+def _array_rows(cursor: Cursor, label: str) -> Iterator[Row]:
+    for read in cursor.elements():
+        cursor.rows += 1
+        yield row_of(f"{label}:{cursor.rows}", read())
+
+
+def _value_rows(cursor: Cursor, label: str, note: Note) -> Iterator[Row]:
+    """Arrays of rows, rows, or both, one after another."""
+    while mark := cursor.peek():
+        if mark == "[":
+            yield from _array_rows(cursor, label)
+        else:
+            cursor.rows += 1
+            yield row_of(f"{label}:{cursor.rows}", cursor.value())
+        if cursor.peek() == ",":
+            cursor.take(",")
+    _tell_comments(cursor.comments, label, note)
+
+
+def _members(cursor: Cursor, otherwise: str) -> dict[str, str] | None:
+    """What kind of value each key of the only object has: 'rows' (a list of objects), 'list', 'object' or 'other'.
+
+    None if more than the object follows, or, in what may be ``otherwise`` lines, if it cannot be read.
+    """
+    members: dict[str, str] = {}
+    try:
+        for key in cursor.members():
+            mark = cursor.peek()
+            members[key] = {"[": "list", "{": "object"}.get(mark, "other")
+            cursor.rows = 0
+            for read in cursor.parts():
+                cursor.rows += 1
+                value = read()
+                if mark == "[" and cursor.rows == 1 and _is_row(value) and key not in _PARTS:
+                    members[key] = "rows"
+        return None if cursor.peek() else members
+    except Broken:
+        if otherwise == "lines":
+            return None
+        raise
+
+
+def _is_row(value: Any) -> bool:
+    """Whether an element of a list is a row, not a message of a dialogue."""
+    return isinstance(value, dict) and not any(name in value for name in _MESSAGE)
+
+
+def _object_rows(opened: Callable[[], TextIO], members: dict[str, str], label: str, form: FileFormat,
+                 note: Note) -> Iterator[Row]:
+    """The rows of a file that is one object."""
+    holding = [key for key, kind in members.items() if kind == "rows"]
+    field = form.data_field
+    if field is not None and field not in members:
+        raise UserError(f"{label}: --data_field {field}: the file is one JSON object without that key; it has "
+                        f"{_named(members)}{did_you_mean(field, members)}")
+    if field is None and len(holding) > 1:
+        raise UserError(f"{label}: it is one JSON object with rows under {_named(holding)}: "
+                        "say which are meant with --data_field NAME")
+    if field is None and not holding:
+        yield from _table_rows(Cursor(None, opened().read()).value(), label)
+        return
+    if field is None:
+        (field,) = holding
+        others = [key for key in members if key != field]
+        note(f"{label}: its rows are those under '{field}'" + (f"; not used: {_named(others)}" if others else ""))
+    cursor = Cursor(opened())
+    for key in cursor.members():
+        cursor.rows = 0
+        if key == field:
+            yield from (_array_rows(cursor, label) if cursor.peek() == "[" else _table_rows(cursor.value(), label))
+            return
+        for read in cursor.parts():
+            read()
+
+
+def _named(keys: Iterable[str]) -> str:
+    shown = [f"'{key}'" for key in islice(keys, 20)]
+    return ", ".join(shown)
+
+
+def _table_rows(value: Any, label: str) -> Iterator[Row]:
+    """The rows of an object that is a table, in any of the forms that pandas writes, or that is one row itself."""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if columns and all(isinstance(column, dict) and _is_row(column) for column in columns):
+        rows = _by_number(value) if _is_numbered(value) else columns
+    elif columns and all(isinstance(column, list) and not (column and isinstance(column[0], dict))
+                         for column in columns):
+        rows = _by_position(value, label)
+    else:
+        rows = [value]
+    for number, row in enumerate(rows, 1):
+        yield row_of(f"{label}:{number}", row)
+
+
+def _is_numbered(table: dict[str, dict]) -> bool:
+    """Whether the inner keys are the rows' numbers, so that the outer ones are the columns."""
+    return not all(map(str.isdecimal, table)) and all(map(str.isdecimal, chain.from_iterable(table.values())))
+
+
+def _by_number(table: dict[str, dict]) -> Iterator[dict[str, Any]]:
+    for number in dict.fromkeys(chain.from_iterable(table.values())):
+        yield {name: column.get(number) for name, column in table.items()}
+
+
+def _by_position(table: dict[str, list], label: str) -> Iterator[dict[str, Any]]:
+    if {"columns", "data"} <= set(table):
+        names, rows = table["columns"], table["data"]
+        if not all(isinstance(row, list) and len(row) == len(names) for row in rows):
+            raise UserError(f"{label}: it is a table with 'columns' and 'data', but not every list in 'data' has a "
+                            "value for each column")
+    else:
+        lengths = {name: len(column) for name, column in table.items()}
+        if len(set(lengths.values())) > 1:
+            raise UserError(f"{label}: it is one JSON object with lists of different lengths: "
+                            + ", ".join(f"'{name}' has {length}" for name, length in islice(lengths.items(), 5)))
+        names, rows = list(table), zip(*table.values())
+    return (dict(zip(names, row)) for row in rows)
