@@ -159,11 +159,19 @@ def on_every_rank(condition: bool) -> bool:
     return int(global_sum(torch.tensor(int(not condition), device=device()))) == 0
 
 
-def stop_agreed() -> str:
-    """What told the run to stop, or ''; the same on every rank. All ranks must call it."""
-    if on_every_rank(stopping.told() is None):
+def stop_agreed(trouble: str | None = None) -> str:
+    """What told the run to stop, or ''; the same on every rank. All ranks must call it.
+
+    Raises:
+        TrainingFailure: a rank has `trouble`, which it is the message of; on all ranks alike.
+    """
+    if on_every_rank(trouble is None and stopping.told() is None):
         return ""
-    return next(filter(None, gather_objects(stopping.told())))
+    everyone = gather_objects((trouble, stopping.told()))
+    for theirs, _ in everyone:
+        if theirs is not None:
+            raise TrainingFailure(theirs)
+    return next(filter(None, (told for _, told in everyone)))
 
 
 def memory_available() -> int:

@@ -141,9 +141,10 @@ class Checkpoints:
 
         Raises:
             Stopped: the run was told to stop; it is saved, where it may be.
+            TrainingFailure: the output directory has gone.
         """
         interval, done = self.config.save_interval, step if optimizer_steps is None else optimizer_steps
-        reason = stop_agreed()
+        reason = stop_agreed(self.tracker.lost())
         if self.state.steady():
             self.reached = step
             if self.unproven is not None:  # training has gone on well from it
