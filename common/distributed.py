@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from common import peers, stopping, watch
 from common.errors import Finished, TrainingFailure, UserError
+from common.streams import open_closed, outlast_readers
 
 _CGROUP = Path("/sys/fs/cgroup")
 _FIRST_OWN_PORT, _OWN_PORTS = 20_000, 9_000  # below those that systems give to connections
@@ -221,6 +222,8 @@ def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[
         and has saved its state; 130 for Ctrl-C in a program that does not train; 1 for anything else, with a traceback
         if it is no `TrainingFailure`.
     """
+    open_closed()
+    outlast_readers()
     prepare_environment()
     try:
         program(argv)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,6 +53,17 @@ def content_digest(paths: Iterable[Path]) -> str:
             while block := stream.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def follow_umask(*paths: Path) -> None:
+    """Give what we have made the rights that any new file or directory has.
+
+    Libraries that write weights, and temporary directories, leave what only their owner can read.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in paths:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def from_anywhere(name: str) -> str:

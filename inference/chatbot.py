@@ -15,11 +15,12 @@ import torch
 
 from common.config import option, parse
 from common.distributed import run_program
+from common.streams import until_reader_leaves
 from inference.decoding import stream_answer
 from inference.dialogue import Dialogue
 from inference.loading import Loaded, load_speaker
 from inference.options import MODEL, DecodingOptions, LoadOptions
-from inference.terminal import Terminal, until_reader_leaves
+from inference.terminal import Terminal
 
 HELP = """\
 /reset  start a new dialogue

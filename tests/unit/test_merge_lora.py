@@ -61,6 +61,8 @@ def test_the_merged_model_computes_what_base_and_adapter_do(adapter, chat_model,
     assert not torch.allclose(together, without, atol=0.1)
     assert whole.config.use_cache and not (merged / "adapter_config.json").exists()
     assert read_provenance(merged) == read_provenance(directory)
+    rights = {path.stat().st_mode for path in merged.iterdir()}
+    assert rights == {(merged / "config.json").stat().st_mode}, "who may read the one may read the others"
 
 
 def test_an_adapters_directory_is_loaded_as_its_merged_model_is(adapter, tmp_path):
