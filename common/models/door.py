@@ -78,7 +78,8 @@ def _named(name: str, path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{name}: {path} cannot be read: {error.strerror or reason_of(error)}") from None
     except SafetensorError as error:
-        raise UserError(f"{name}: {path} is damaged: {reason_of(error)}: copy or download it again") from None
+        raise UserError(f"{name}: {path} is damaged and cannot be loaded: {reason_of(error)}: copy or download "
+                        "it again") from None
     except Exception as error:  # libraries check little, and fail anywhere
         raise UserError(f"{name}: {path} describes no model: {type(error).__name__}: {reason_of(error)}") from None
 

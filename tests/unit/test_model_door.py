@@ -54,7 +54,7 @@ def test_generation_settings_that_are_none_are_named(content, directory):
     struct.pack("<Q", 2) + b"{}" + bytes(100)], ids=["absurd", "no json", "empty", "pickle", "longer"])
 def test_a_weight_file_that_is_none_is_named(content, directory):
     (directory / "model.safetensors").write_bytes(content)
-    assert f"{directory}/model.safetensors is damaged: " in refusal(directory)
+    assert f"{directory}/model.safetensors is damaged and cannot be loaded: " in refusal(directory)
 
 
 def test_a_folder_in_the_place_of_a_weight_file_is_named(directory):
