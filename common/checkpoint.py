@@ -10,6 +10,7 @@ from common.data.tokenization import Codec
 from common.distributed import barrier, is_main
 from common.lora import has_lora, merged_state_dict, save_adapter
 from common.models.scalar import ScalarModel
+from common.paths import follow_umask
 
 
 def full_state_dict(engine) -> dict[str, torch.Tensor] | None:
@@ -47,9 +48,11 @@ def write_model(module: nn.Module, state: dict[str, torch.Tensor] | None, codec:
         if has_lora(module):
             if adapter_directory is not None:
                 save_adapter(module, state, Path(adapter_directory))
+                follow_umask(*Path(adapter_directory).glob("*.safetensors"))
             state = merged_state_dict(module, state)
         use_cache, module.config.use_cache = module.config.use_cache, True
         module.save_pretrained(directory, state_dict=state)
         module.config.use_cache = use_cache
         codec.tokenizer.save_pretrained(directory)
+        follow_umask(*directory.glob("*.safetensors"))
     barrier()

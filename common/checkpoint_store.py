@@ -39,10 +39,11 @@ class CheckpointStore:
     Args:
         directory: holds a directory step-N for each.
         keep: how many of the newest stay, once training has gone on from the newest.
+        look: what else is wrong with a checkpoint whose files are as they were written; asked on rank 0.
     """
 
-    def __init__(self, directory: str | Path, keep: int):
-        self.directory, self.keep = Path(directory), keep
+    def __init__(self, directory: str | Path, keep: int, look: Callable[[Path], list[str]] = lambda path: []):
+        self.directory, self.keep, self.look = Path(directory), keep, look
 
     def save(self, step: int, write: Callable[[Shards], None]) -> Path:
         """Publish the files that `write`, called on every rank, adds to this rank's shards.
@@ -80,7 +81,8 @@ class CheckpointStore:
         return None
 
     def problems(self, path: Path) -> list[str]:
-        """What is wrong with a checkpoint: files missing, of another size or content. Empty if it is whole.
+        """What is wrong with a checkpoint: files missing, of another size or content, or of no use. Empty if it is
+        whole.
 
         Raises:
             UserError: on all ranks alike, if the disk refuses to read what is there; that tells nothing of the content.
@@ -92,7 +94,7 @@ class CheckpointStore:
             found = [] if expected else [f"{MANIFEST} lists no files"]
         except OSError as error:
             expected, found = [], _unread(MANIFEST, error, refused)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             expected, found = [], [f"{MANIFEST} cannot be read: {error}"]
         for name, size, digest in expected[rank()::world_size()]:
             found += _problem(path / name, name, size, digest, refused)
@@ -101,7 +103,8 @@ class CheckpointStore:
             if refusals:
                 raise UserError(f"checkpoint {path} cannot be read: {refusals[0]}: see to the disk and start again, or "
                                 "go on from another, --resume PATH, or anew, --resume never")
-        return sorted({problem for problems, _ in everyone for problem in problems})
+        problems = sorted({problem for problems, _ in everyone for problem in problems})
+        return problems or gather_objects(self.look(path) if is_main() else [])[0]
 
     def scratch(self) -> Path:
         """A directory, not made yet, for what lasts no longer than until `clean`, or the next save."""

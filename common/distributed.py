@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from common import peers, stopping, watch
 from common.errors import Finished, TrainingFailure, UserError
+from common.streams import open_closed, outlast_readers
 
 _CGROUP = Path("/sys/fs/cgroup")
 _FIRST_OWN_PORT, _OWN_PORTS = 20_000, 9_000  # below those that systems give to connections
@@ -159,11 +160,19 @@ def on_every_rank(condition: bool) -> bool:
     return int(global_sum(torch.tensor(int(not condition), device=device()))) == 0
 
 
-def stop_agreed() -> str:
-    """What told the run to stop, or ''; the same on every rank. All ranks must call it."""
-    if on_every_rank(stopping.told() is None):
+def stop_agreed(trouble: str | None = None) -> str:
+    """What told the run to stop, or ''; the same on every rank. All ranks must call it.
+
+    Raises:
+        TrainingFailure: a rank has `trouble`, which it is the message of; on all ranks alike.
+    """
+    if on_every_rank(trouble is None and stopping.told() is None):
         return ""
-    return next(filter(None, gather_objects(stopping.told())))
+    everyone = gather_objects((trouble, stopping.told()))
+    for theirs, _ in everyone:
+        if theirs is not None:
+            raise TrainingFailure(theirs)
+    return next(filter(None, (told for _, told in everyone)))
 
 
 def memory_available() -> int:
@@ -213,6 +222,8 @@ def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[
         and has saved its state; 130 for Ctrl-C in a program that does not train; 1 for anything else, with a traceback
         if it is no `TrainingFailure`.
     """
+    open_closed()
+    outlast_readers()
     prepare_environment()
     try:
         program(argv)

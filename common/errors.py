@@ -40,7 +40,8 @@ def reason_of(error: Exception) -> str:
     said = str(error).strip() or type(error).__name__
     if "trust_remote_code=True" in said:
         return "it comes with code of its own, which runs only with --trust_remote_code"
-    return said.splitlines()[0]
+    first, *others = said.splitlines()
+    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first
 
 
 def did_you_mean(word: str, known: Iterable[str], lead: str = "; ", before: str = "") -> str:

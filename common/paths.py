@@ -101,6 +101,17 @@ def _concerns(path: Path, directory: Path) -> bool:
     return path.is_relative_to(directory) or directory.is_relative_to(path)
 
 
+def follow_umask(*paths: Path) -> None:
+    """Give what we have made the rights that any new file or directory has.
+
+    Libraries that write weights, and temporary directories, leave what only their owner can read.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in paths:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def from_anywhere(name: str) -> str:
     """A path or name to be written down: a directory's absolute path; a hub name or builtin:* as it is."""
     path = Path(name)

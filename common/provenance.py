@@ -9,8 +9,11 @@ import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
 
-from common.errors import UserError
+from common.data.split import check_eval_fraction, proportions
+from common.errors import UserError, reason_of
 from common.paths import from_anywhere
 
 FILE = "provenance.json"
@@ -85,10 +88,40 @@ def read_provenance(model: str | Path) -> Provenance | None:
         if not path.is_file():
             continue
         try:
-            return Provenance(**json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): train the model again or remove the file") from None
+            return _checked(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({reason_of(error)}): train the model again or remove the file") from None
     return None
+
+
+def _checked(values) -> Provenance:
+    """Raises ValueError or TypeError for what no provenance holds."""
+    if not isinstance(values, dict):
+        raise ValueError("it is no object")
+    provenance = Provenance(**values)
+    for name, kind in get_type_hints(Provenance).items():
+        if not _fits(getattr(provenance, name), kind):
+            raise ValueError(f"{name} is {str(getattr(provenance, name))[:40]!r}")
+    try:
+        proportions(provenance.data_split)
+        check_eval_fraction(provenance.eval_fraction)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return provenance
+
+
+def _fits(value, kind) -> bool:
+    """Whether a value out of JSON is of a field's type."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(item, parts[1]) for item in value.values())
+    if kind is float:
+        return type(value) is float or type(value) is int and abs(value) < 2**63
+    return type(value) is kind
 
 
 def _refuse_constant(name: str):

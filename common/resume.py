@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from common.checkpoint_store import CheckpointStore, NotSaved
@@ -21,16 +21,16 @@ from common.config import Config, options
 from common.distributed import barrier, gather_objects, is_main, on_gpu, rank, say, seed_rank, stop_agreed, world_size
 from common.engine import read_override
 from common.engine_state import load_engine, save_engine
-from common.errors import Diverged, Finished, UserError
+from common.errors import Diverged, Finished, UserError, reason_of
 from common.finished import Result
 from common.joint_step import JointStep
 from common.peers import enter
+from common.run_state import RANDOM_STATE, STATE, rank_file, read_state, state_problems
 from common.shards import Shards
 from common.stopping import Stopped
 from common.tracking import Tracker
 from common.universal import loading_universal, make_universal
 
-STATE = "state.json"
 DIRECTORY = "checkpoints"
 
 # What may differ between a run and its continuation: it changes nothing that is computed.
@@ -81,7 +81,7 @@ class Checkpoints:
 
     def __init__(self, config, data: Sequence[str]):
         self.config, self.data = config, list(data)
-        self.store = CheckpointStore(Path(config.output_dir) / DIRECTORY, config.keep_checkpoints)
+        self.store = CheckpointStore(Path(config.output_dir) / DIRECTORY, config.keep_checkpoints, state_problems)
         self.state: TrainingState | None = None
         self.tracker: Tracker | None = None
         self.counted = 0  # optimizer steps at the last save
@@ -113,7 +113,7 @@ class Checkpoints:
             if problems := self.store.problems(path):
                 raise UserError(f"--resume {resume}: {problems[0]}: name a whole checkpoint, or --resume auto")
         if path is not None:
-            self._check_config(_read_state(path), path)
+            self._check_config(read_state(path), path)
         return path
 
     def restore(self, path: Path | None, state: TrainingState, tracker: Tracker) -> int:
@@ -124,13 +124,14 @@ class Checkpoints:
         if path is None:
             tracker.begin()
             return 0
-        values = _read_state(path)
+        values = read_state(path)
         self.saved = values["step"], path
         if values["world_size"] == world_size():
             self._load(path)
         else:
             self._load_reshaped(path, values)
-        state.recall(values["remember"])
+        with _fitting(path):
+            state.recall(values["remember"])
         tracker.begin(values["tracker"])
         self.counted, self.reached = values["optimizer_steps"], values["step"]
         say(f"resuming from {path}")
@@ -144,9 +145,10 @@ class Checkpoints:
 
         Raises:
             Stopped: the run was told to stop; it is saved, where it may be.
+            TrainingFailure: the output directory has gone.
         """
         interval, done = self.config.save_interval, step if optimizer_steps is None else optimizer_steps
-        reason = stop_agreed()
+        reason = stop_agreed(self.tracker.lost())
         if self.state.steady():
             self.reached = step
             if self.unproven is not None:  # training has gone on well from it
@@ -172,7 +174,7 @@ class Checkpoints:
 
     def remembered(self, path: Path | None, name: str):
         """A value of `TrainingState.remember` in the checkpoint to go on from; None where there is none."""
-        return None if path is None else _read_state(path)["remember"].get(name)
+        return None if path is None else read_state(path)["remember"].get(name)
 
     @contextmanager
     def naming_last_good(self) -> Iterator[None]:
@@ -207,10 +209,11 @@ class Checkpoints:
     def _load(self, path: Path) -> None:
         for name, engine in self.state.engines.items():
             load_engine(engine, path / name)
-        tensors = load_file(path / _rank_file(rank()))
-        for name, tensor in self.state.tensors().items():
-            tensor.copy_(tensors[f"state.{name}"])
-        _set_random_state(tensors)
+        with _fitting(path):
+            tensors = load_file(path / rank_file(rank()))
+            for name, tensor in self.state.tensors().items():
+                tensor.copy_(tensors[f"state.{name}"])
+            _set_random_state(tensors)
 
     def _load_reshaped(self, path: Path, values: dict) -> None:
         """From another number of ranks: ZeRO's shards are cut anew, what is whole on every rank is taken as it is."""
@@ -225,8 +228,9 @@ class Checkpoints:
                 load_engine(engine, path / name)
         barrier()  # every rank has read
         self.store.clean()
-        files = [safe_open(path / _rank_file(number), "pt") for number in range(values["world_size"])]
-        self.state.reshape(lambda name: [file.get_tensor(f"state.{name}") for file in files])
+        files = [safe_open(path / rank_file(number), "pt") for number in range(values["world_size"])]
+        with _fitting(path):
+            self.state.reshape(lambda name: [file.get_tensor(f"state.{name}") for file in files])
         seed_rank(self.config.seed + values["step"] * world_size())
         say(f"note: {path} was made by {_ranks(values['world_size'])}, and this run has {world_size()}: the same "
             "batches follow, and numbers that agree but for rounding; dropout, if there is any, is drawn anew")
@@ -235,7 +239,7 @@ class Checkpoints:
         for name, engine in self.state.engines.items():
             save_engine(engine, name, shards)
         tensors = {f"state.{name}": tensor.detach().cpu().contiguous() for name, tensor in self.state.tensors().items()}
-        shards.add(_rank_file(rank()), lambda file: file.write(save({**tensors, **_random_state()})))
+        shards.add(rank_file(rank()), lambda file: file.write(save({**tensors, **_random_state()})))
         if is_main():
             values = {"step": step, "optimizer_steps": optimizer_steps, "world_size": world_size(),
                       "remember": self.state.remember(), "tracker": self.tracker.place(step), "data": self.data,
@@ -258,6 +262,8 @@ class Checkpoints:
     def _check_batches(self, values: dict, path: Path) -> None:
         """On another number of ranks other batches per rank make the same ones over all: those must be the same."""
         made, now = values["batches"], _batches(self.config)
+        if made.keys() != now.keys():
+            raise UserError(f"{path} is a checkpoint of another step: name one of this step, or --resume never")
         wrong = [batch for batch in self.config.batches() if now[batch.what] != made[batch.what]]
         if wrong and not self.config.resume_anyway:
             had = " and ".join(f"{made[batch.what]} {batch.what}" for batch in wrong)
@@ -275,8 +281,14 @@ class Checkpoints:
             say(f"note: the checkpoints of an earlier run are in {aside} now")
 
 
-def _rank_file(number: int) -> str:
-    return f"rank{number}.safetensors"
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Within the context what is read must be what this run remembers."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} does not hold what this run needs ({type(error).__name__}: {reason_of(error)}): go on "
+                        "from another, --resume PATH, or start anew, --resume never") from error
 
 
 def _ranks(number: int) -> str:
@@ -288,19 +300,15 @@ def _batches(config) -> dict[str, int]:
     return {batch.what: batch.rows * world_size() for batch in config.batches()}
 
 
-def _read_state(path: Path) -> dict:
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
-
-
 def _random_state() -> dict[str, torch.Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
+    states = {RANDOM_STATE: torch.get_rng_state()}
     if on_gpu():
         states["random.cuda"] = torch.cuda.get_rng_state()
     return states
 
 
 def _set_random_state(tensors: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(tensors["random.cpu"])
+    torch.set_rng_state(tensors[RANDOM_STATE])
     if on_gpu() and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
 

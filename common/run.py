@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.options import DataOptions
 from common.peers import enter
 from common.models.factory import load_config
 from common.models.scalar import is_scalar_config
+from common.obstacles import check_nothing_in_the_way
 from common.output_lock import lock_output
 from common.provenance import FILE as PROVENANCE_FILE
 from common.provenance import RAW, Calibration, Provenance, read_provenance
@@ -27,22 +29,31 @@ from common.split_rule import check_split_rule, known_openings, openings_of, spl
 from common.tracking import Tracker, quiet_libraries
 
 CONFIG_FILE = "run_config.yaml"
+_IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTDIR)  # what says so is no matter of space
 
 
-def open_run(config) -> Tracker:
+def open_run(config, parts: Sequence[str] = ("",)) -> Tracker:
     """Make the output directory and send libraries' chatter to its logs.
 
     Not before everything is checked: the libraries' logs of an earlier run there are continued from here on, its
     metrics and samples are replaced when the tracker begins; its models stay until `publishing`.
 
+    Args:
+        parts: the directories inside it that will hold models; "" is the output directory itself.
+
     Raises:
-        UserError: another run has the directory.
+        UserError: another run has the directory, something in it is in the way, or it cannot be written to.
     """
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    if is_main():
-        lock_output(output)
-    quiet_libraries(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        check_nothing_in_the_way(output, parts, rank())
+        if is_main():
+            lock_output(output)
+        quiet_libraries(output)
+    except OSError as error:
+        raise UserError(f"--output_dir {output}: {error.filename or output} cannot be written: {error.strerror}: make "
+                        "it writable, or choose another directory") from error
     for note in config.notes:
         say(f"note: {note}")
     return Tracker(output, config.enable_tensorboard, config.tensorboard_path)
@@ -164,9 +175,10 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
             for directory in (*(output / part for part in parts), output):
                 provenance.write(directory)
     except (OSError, SafetensorError) as error:
-        raise TrainingFailure(f"the result cannot be written to {output}: {error}: free space there or make it "
-                              "writable, and run the same command again, which goes on from the newest checkpoint"
-                              ) from error
+        named = isinstance(error, OSError) and error.errno in _IN_THE_WAY
+        cure = "move away what is there" if named else "free space there or make it writable"
+        raise TrainingFailure(f"the result cannot be written to {output}: {error}: {cure}, and run the same command "
+                              "again, which goes on from the newest checkpoint") from error
     barrier()
 
 

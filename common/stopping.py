@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import threading
 import time
+
+from common.streams import outlast_readers
 
 STOPPED = 75  # exit code of a run that was told to stop; sysexits.h: a temporary failure, try again
 ONE_SIGNAL = 5.0  # seconds within which signals count as one: Ctrl-C reaches a rank from the terminal and the launcher
@@ -24,36 +25,6 @@ _training = False
 
 class Stopped(Exception):
     """The run ends because it was told to, raised on all ranks alike; its state is saved. The message is one line."""
-
-
-class LastingStream:
-    """Standard output or error that outlives its reader: `| tee log` ends at Ctrl-C, before the run has saved."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """As of any text stream; what nobody can read any more is dropped."""
-        try:
-            return self._stream.write(text)
-        except OSError:
-            self._to_nowhere()
-            return len(text)
-
-    def flush(self) -> None:
-        """As of any text stream."""
-        try:
-            self._stream.flush()
-        except OSError:
-            self._to_nowhere()
-
-    def _to_nowhere(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
 
 
 def catch_signals() -> None:
@@ -69,8 +40,7 @@ def catch_signals() -> None:
     for number in _SIGNALS:
         signal.signal(number, lambda number, frame: None)
     threading.Thread(target=_listen, args=(reading,), daemon=True).start()
-    sys.stdout, sys.stderr = (stream if isinstance(stream, LastingStream) else LastingStream(stream)
-                              for stream in (sys.stdout, sys.stderr))
+    outlast_readers()
 
 
 def ignore_signals() -> None:

@@ -16,12 +16,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from common.distributed import is_main, rank, say
+from common.output_lock import lock_output
 
 
 class Tracker:
     """Metrics and samples of one run, under its output directory; nothing is written before `begin`.
 
-    A disk that refuses ends no run: metrics wait until it takes them, the rest is left out, and that is said once.
+    A disk that refuses ends no run: metrics wait until it takes them, the rest is left out, and that is said once. A
+    metrics file that is deleted or moved is made again, with all that it held. Where the output directory itself has
+    gone nothing is written any more, see `lost`.
 
     Files:
         logs/metrics.jsonl: one object per `log` call: step, phase, seconds since the start, and the metrics.
@@ -41,6 +44,7 @@ class Tracker:
         self._evaluation: tuple[int, int] | None = None  # the step of the last one, and the size of the file before it
         self._waiting = b""  # lines that the disk has not taken yet
         self._refused: set[Path] = set()
+        self._metrics = self.directory / "logs" / "metrics.jsonl"
         self._events = Path(tensorboard_path or self.directory / "logs" / "tensorboard") if tensorboard else None
 
     def begin(self, place: Mapping | None = None) -> None:
@@ -51,22 +55,32 @@ class Tracker:
         """
         if not is_main():
             return
-        logs = self.directory / "logs"
+        logs = self._metrics.parent
         logs.mkdir(parents=True, exist_ok=True)
         if place is None:
             for old in (self.directory / "samples", logs / "tensorboard"):
                 shutil.rmtree(old, ignore_errors=True)
-        self._file = open(logs / "metrics.jsonl", "ab" if place else "wb", buffering=0)
+        self._file = open(self._metrics, "ab+", buffering=0)
+        self._file.truncate(min(place["bytes"], self._size()) if place else 0)
         if place is not None:
-            self._file.truncate(min(place["bytes"], os.path.getsize(logs / "metrics.jsonl")))
             self._start = time.monotonic() - place["seconds"]
-        if self._events is not None:
-            from torch.utils.tensorboard import SummaryWriter
-            self._board = SummaryWriter(str(self._events), purge_step=place["step"] + 1 if place else None)
+        self._open_board(place["step"] + 1 if place else None)
+
+    def lost(self) -> str | None:
+        """What to say where the output directory has gone under the run; None on other ranks than 0."""
+        if self._file is None or self.directory.is_dir():
+            return None
+        now = ""
+        with contextlib.suppress(OSError):  # Linux follows what is open
+            now = os.readlink(f"/proc/self/fd/{self._file.fileno()}").removesuffix("/logs/metrics.jsonl")
+        where = now if (Path(now) / "checkpoints").is_dir() else ""
+        what, cure = (f"been moved to {where}", "move it back") if where else ("gone", "put them back, if you can")
+        return (f"--output_dir {self.directory} has {what} under the run, whose checkpoints were in "
+                f"{self.directory / 'checkpoints'}: {cure}, and the same command goes on from the newest")
 
     def place(self, step: int) -> dict[str, float]:
         """Where the files are after `step`, for `begin`: before the evaluation that follows it, which is made again."""
-        size = self._size() if self._file is not None else 0
+        size = self._settled_size() if self._file is not None else 0
         if self._evaluation is not None and self._evaluation[0] == step:
             size = self._evaluation[1]
         return {"step": step, "bytes": size, "seconds": time.monotonic() - self._start}
@@ -79,12 +93,12 @@ class Tracker:
         if self._file is None:
             return
         if phase == "eval":
-            self._evaluation = step, self._size()
+            self._evaluation = step, self._settled_size()
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()
                   if value is not None}
         record = {"phase": phase, "step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
         self._waiting += f"{json.dumps(record)}\n".encode()
-        with self._tolerant(self.directory / "logs" / "metrics.jsonl"):
+        with self._tolerant(self._metrics):
             self._write_waiting()
         if self._board is not None:
             with self._tolerant(self._events):
@@ -93,11 +107,13 @@ class Tracker:
                         self._board.add_scalar(f"{phase}/{name}", value, step)
 
     def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def _settled_size(self) -> int:
         """Bytes of the metrics file, with the lines that have waited, if there is room for them now."""
-        path = self.directory / "logs" / "metrics.jsonl"
-        with self._tolerant(path):
+        with self._tolerant(self._metrics):
             self._write_waiting()
-        return os.path.getsize(path)
+        return self._size()
 
     def samples(self, name: str, rows: Iterable[Mapping]) -> None:
         """Write rows (prompts, answers, scores) to samples/NAME.jsonl."""
@@ -105,7 +121,7 @@ class Tracker:
             return
         path = self.directory / "samples" / f"{name}.jsonl"
         with self._tolerant(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             with open(path, "w", encoding="utf-8") as file:
                 for row in rows:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -118,16 +134,46 @@ class Tracker:
     def close(self) -> None:
         """Flush and close the files."""
         if self._file is not None:
-            with self._tolerant(self.directory / "logs" / "metrics.jsonl"):
+            with self._tolerant(self._metrics):
                 self._write_waiting()
                 self._file.close()
         if self._board is not None:
             with self._tolerant(self._events):
                 self._board.close()
 
+    def _open_board(self, purge_step: int | None = None) -> None:
+        if self._events is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        with self._tolerant(self._events):
+            self._board = SummaryWriter(str(self._events), purge_step=purge_step)
+
     def _write_waiting(self) -> None:
+        if not self._is_there():
+            self._make_again()
         while self._waiting:
             self._waiting = self._waiting[self._file.write(self._waiting):]
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._metrics), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def _make_again(self) -> None:
+        """Open a new metrics file with what the old one held, which can still be read though it has no name."""
+        with contextlib.suppress(FileExistsError):
+            self._metrics.parent.mkdir()  # not the output directory
+        lock_output(self.directory)  # its file may have gone with this one
+        new = open(self._metrics, "ab+", buffering=0)
+        self._file.seek(0)
+        new.truncate(0)
+        self._waiting = self._file.read() + self._waiting
+        self._file.close()
+        self._file = new
+        say(f"warning: {self._metrics} was deleted or replaced under the run: it is made again")
+        if self._events is not None and not self._events.is_dir():
+            self._open_board()
 
     @contextlib.contextmanager
     def _tolerant(self, path: Path):

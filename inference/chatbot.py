@@ -15,11 +15,12 @@ import torch
 
 from common.config import PathName, option
 from common.distributed import run_program
+from common.streams import until_reader_leaves
 from inference.decoding import stream_answer
 from inference.dialogue import Dialogue
 from inference.loading import Loaded, load_speaker
 from inference.options import MODEL, DecodingOptions, LoadOptions, read_options
-from inference.terminal import Terminal, until_reader_leaves
+from inference.terminal import Terminal
 
 HELP = """\
 /reset  start a new dialogue

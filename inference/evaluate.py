@@ -77,7 +77,7 @@ def main(argv=None) -> None:
     config = read_options(EvaluateConfig, argv, prog="inference/evaluate.py")
     prompts = find_prompts(config)
     judge = load_judge(config.reward_model_path, "--reward_model_path", config)
-    with open_output(config.output_file) as output:
+    with open_output(config.output_file) as write:
         judged = []
         for path in config.path:
             speaker = load_speaker(path, "--path", config)
@@ -86,8 +86,8 @@ def main(argv=None) -> None:
             judged.append(Judged(path, answers, score_answers(judge, prompts, answers, config.batch_size)))
         result = compare(prompts, judged, task=config.data_path == (_TASK,))
         shown = {name: getattr(config, name) for name in options(EvaluateConfig)}
-        json.dump({**result, "config": shown, "answers": rows(prompts, judged)}, output, indent=2,
-                  ensure_ascii=False)
+        write(json.dumps({**result, "config": shown, "answers": rows(prompts, judged)}, indent=2,
+                         ensure_ascii=False))
     print(table(result))
     print(f"saved to {config.output_file}")
 

@@ -6,11 +6,10 @@ demonstration that the training steps can read.
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TextIO
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,13 +21,13 @@ import torch
 from common.config import PathName, option
 from common.data.records import Prompt
 from common.distributed import run_program
-from common.errors import UserError
+from common.errors import TrainingFailure, UserError
 from common.harmless import harmless_json
+from common.streams import until_reader_leaves
 from inference.decoding import answer_prompts
 from inference.loading import Loaded, load_speaker
 from inference.options import MODEL, DecodingOptions, LoadOptions, PromptOptions, read_options
 from inference.prompts import read_prompts, single_prompt
-from inference.terminal import until_reader_leaves
 
 # Prompts are sorted by length among so many batches; more would keep the first answers waiting.
 _BATCHES_SORTED_TOGETHER = 16
@@ -54,11 +53,11 @@ def main(argv=None) -> None:
     config = read_options(GenerateConfig, argv, prog="inference/generate.py")
     prompts = iter([single_prompt(config.prompt, "--prompt")]) if config.prompt else read_prompts(config)
     first = list(islice(prompts, 1))  # before the model is loaded, so that errors in the data come at once
-    with open_output(config.output_file) as output, until_reader_leaves():
+    with open_output(config.output_file) as write:
         speaker = load_speaker(config.path, "--path", config)
         torch.manual_seed(config.seed)
         for row in answered(speaker, chain(first, prompts), config):
-            print(harmless_json(json.dumps(row, ensure_ascii=False)), file=output, flush=True)
+            write(harmless_json(json.dumps(row, ensure_ascii=False)) + "\n")
 
 
 def answered(speaker: Loaded, prompts: Iterable[Prompt], config: GenerateConfig) -> Iterator[dict]:
@@ -77,19 +76,35 @@ def plain(prompt: Prompt) -> str | list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def open_output(path: str | None) -> Iterator[TextIO]:
-    """A file for UTF-8; standard output if none is named. Raises UserError if it cannot be written."""
+def open_output(path: str | None) -> Iterator[Callable[[str], None]]:
+    """What writes text, in UTF-8 and at once, to a file; to standard output if none is named.
+
+    Raises:
+        UserError: the file cannot be opened.
+        TrainingFailure: there is no room for what is written.
+    """
     if path is None:
-        sys.stdout.reconfigure(encoding="utf-8")
-        yield sys.stdout
+        with until_reader_leaves():
+            sys.stdout.reconfigure(encoding="utf-8")
+            yield lambda text: print(text, end="", flush=True)
         return
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w", encoding="utf-8")
+        file = open(path, "wb", buffering=0)
     except OSError as error:
         raise UserError(f"--output_file {path}: cannot be written: {error.strerror}") from None
+
+    def write(text: str) -> None:
+        content = text.encode("utf-8")
+        try:
+            while content:
+                content = content[file.write(content):]
+        except OSError as error:
+            raise TrainingFailure(f"--output_file {path}: cannot be written: {error.strerror}: free space there, or "
+                                  "name another file") from None
+
     with file:
-        yield file
+        yield write
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.engine import DTYPES, resolve_dtype
 from common.errors import UserError
+from common.models.door import check_finite
 from common.models.factory import explained, load_causal_lm, load_config, load_scalar_model
 from common.models.scalar import ScalarModel, is_scalar_config
 from inference.locating import ModelFiles, find_model
@@ -94,6 +95,7 @@ def load_whole(files: ModelFiles, codec: Codec, trust_remote_code: bool, dtype: 
             from peft import PeftModel
             inner = model.classifier if gives_scores else model
             merged = PeftModel.from_pretrained(inner, files.adapter).merge_and_unload()
+            check_finite(merged, files.name)
             model = ScalarModel(merged) if gives_scores else merged
         return model.to(dtype)
 

@@ -8,12 +8,15 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
     from common.environment import require_environment
     require_environment()
 
+from safetensors import SafetensorError
+
 from common.checkpoint import write_model
 from common.config import PathName, option
 from common.distributed import run_program, say
 from common.engine import DTYPES
-from common.errors import UserError
+from common.errors import TrainingFailure, UserError
 from common.models.factory import load_config
+from common.obstacles import check_nothing_in_the_way
 from common.options import check_output_dir
 from inference.loading import load_whole, open_codec, quiet
 from inference.locating import adapters_inside, find_model
@@ -47,6 +50,7 @@ def main(argv=None) -> None:
         hint = f": name {' or '.join(map(str, inside))}" if inside else ""
         raise UserError(f"{files.name} is no adapter, with nothing to merge: it holds no adapter_config.json{hint}")
     check_output_dir(config.output_dir, base=files.weights)
+    check_nothing_in_the_way(Path(config.output_dir))
     load_config(files.weights, files.flag, config.trust_remote_code)  # a base that is missing is named by its flag
     codec = open_codec(files, config.trust_remote_code)
     model = load_whole(files, codec, config.trust_remote_code, DTYPES[config.dtype])
@@ -54,8 +58,9 @@ def main(argv=None) -> None:
         write_model(model, model.state_dict(), codec, config.output_dir)
         if files.provenance is not None:
             files.provenance.write(config.output_dir)
-    except OSError as error:
-        raise UserError(f"--output_dir {config.output_dir}: cannot be written: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        raise TrainingFailure(f"--output_dir {config.output_dir}: the model cannot be written: {error}: free space "
+                              "there, or name another directory") from None
     say(f"saved to {config.output_dir}")
 
 

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 
 from common.harmless import harmless
-
-
-@contextlib.contextmanager
-def until_reader_leaves() -> Iterator[None]:
-    """Within the context it is no error when whoever reads standard output has seen enough (`| head`)."""
-    try:
-        yield
-    except BrokenPipeError:
-        # At exit Python flushes what is left, and must not complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Terminal:

@@ -61,10 +61,10 @@ def main(argv=None) -> None:
     with checkpoints.naming_last_good():
         done = checkpoints.restore(found, state, tracker)
         metrics = loop.run(trainer.train_step, trainer.evaluate, done, checkpoints.after)
+        tracker.samples("after", trainer.samples(codec))  # before the result: what fails here must not fail that
         with publishing(config, codec, {"model": engine}, step="reward", base=config.model_name_or_path, data=data,
                         score_mean=metrics["score_mean"], score_std=metrics["score_std"]):
             export_model(engine, codec, config.output_dir, Path(config.output_dir) / "adapter")
-    tracker.samples("after", trainer.samples(codec))
     report_done(tracker, loop.total_steps, metrics, config.output_dir)
     checkpoints.discard()
     engine.destroy()

@@ -54,7 +54,7 @@ def main(argv=None) -> None:
     texts = prepare(text_request(config), codec) if config.unsupervised_dataset_name else None
     warn(config)
 
-    tracker = open_run(config)
+    tracker = open_run(config, model_parts(config))
     start(config.timeout, config.seed)
     sources = [data, *([texts] if texts else [])]
     agree_on(*sources)
@@ -153,13 +153,17 @@ def warn(config: PPOConfig) -> None:
             "trained: the ratio of new to old policy is then only approximate")
 
 
+def model_parts(config: PPOConfig) -> list[str]:
+    """The directories of the result's models."""
+    return ["actor", "critic", *(["ema"] if config.enable_ema else [])]
+
+
 def save(config: PPOConfig, models: PPOModels, codec: Codec, calibration: Calibration, data: PreparedData) -> None:
     """actor/, critic/ and, if it was kept, ema/, each a directory that transformers loads."""
     output = Path(config.output_dir)
-    parts = ["actor", "critic"] + (["ema"] if models.ema is not None else [])
     engines = {"actor": models.actor, "critic": models.critic}
     with publishing(config, codec, engines, step="ppo", base=config.actor_model_name_or_path, data=data,
-                    parts=parts, score_mean=calibration.mean, score_std=calibration.std):
+                    parts=model_parts(config), score_mean=calibration.mean, score_std=calibration.std):
         export_model(models.actor, codec, output / "actor", output / "adapter" / "actor")
         export_model(models.critic, codec, output / "critic", output / "adapter" / "critic")
         if models.ema is not None:

@@ -36,6 +36,7 @@ from transformers import (
 
 from common.data.builtin import builtin_rows
 from common.errors import UserError
+from common.paths import follow_umask
 
 BUILTIN_MODELS = ("builtin:tiny-opt", "builtin:tiny-llama")
 
@@ -62,7 +63,7 @@ def materialise(name: str, cache_dir: str | Path) -> Path:
             draft = Path(tempfile.mkdtemp(prefix=f".{short}-", dir=cache_dir))
             try:
                 {"tiny-opt": _write_opt, "tiny-llama": _write_llama}[short](draft)
-                draft.chmod(0o755)  # mkdtemp's 0o700 would hide it from the other users of a shared cache
+                follow_umask(draft, *draft.iterdir())
                 os.rename(draft, directory)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)

@@ -14,6 +14,7 @@ from common.data.files import is_data_file
 from common.data.tokenization import Codec
 from common.errors import UserError, reason_of
 from common.models.builtin import BUILTIN_MODELS, materialise
+from common.models.door import check_files, check_finite
 from common.models.new_token import start_row
 from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
 from common.paths import OUTPUT, announce_lookup, may_be_on_hub, similar_path, writing_to
@@ -35,6 +36,7 @@ def resolve_model(name: str, flag: str, cache_dir: Path) -> str:
             return str(materialise(name, cache_dir))
     path = Path(name)
     if path.is_dir():
+        check_files(path, f"{flag} {name}")
         return str(path)
     announce_lookup(name)
     return name
@@ -151,6 +153,7 @@ def _load(auto_class, source: str, flag: str, dtype: torch.dtype, dropout: float
     if missing:  # transformers fills them with random numbers
         raise UserError(f"{flag} {source}: its weight files lack {len(missing)} of the model's weights, such as "
                         f"{missing[0]}: the directory is incomplete or its config.json belongs to another model")
+    check_finite(model, f"{flag} {source}")
     return model
 
 

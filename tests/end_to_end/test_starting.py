@@ -29,6 +29,8 @@ def test_a_program_runs_without_launcher_from_anywhere_with_its_own_packages(tmp
     assert_tensorboard_shows(rows, result / "logs" / "tensorboard")
     samples = [json.loads(line) for line in (result / "samples" / "after.jsonl").read_text().splitlines()]
     assert len({row["prompt"] for row in samples}) == len(samples) > 2
+    rights = {path.stat().st_mode for path in result.iterdir() if path.is_file()}
+    assert rights == {(result / "config.json").stat().st_mode}, "who may read the one may read the others"
     # Nothing on the terminal but our own lines and the progress bar.
     assert [line for line in done.stdout.splitlines() if not line.startswith((
         "builtin:courtesy: 600 rows read", "evaluation after", "saved to")) and "rows to train on" not in line] == []

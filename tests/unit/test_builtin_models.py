@@ -1,6 +1,7 @@
 """The built-in models are ordinary Hugging Face directories that hold the task well."""
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,3 +104,15 @@ def test_llama_groups_its_queries(tmp_path):
 def test_unknown_name_lists_the_known(tmp_path):
     with pytest.raises(UserError, match="builtin:tiny-opt"):
         materialise("builtin:tiny-gpt", tmp_path)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_colleagues_may_read_it_as_far_as_the_umask_says(mask, tmp_path):
+    usual = os.umask(mask)
+    try:
+        directory = materialise("builtin:tiny-opt", tmp_path / "cache")
+    finally:
+        os.umask(usual)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in directory.iterdir()}
+    assert directory.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask) and "model.safetensors" in modes

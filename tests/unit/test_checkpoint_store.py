@@ -81,6 +81,8 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(store):
     (lambda path: (path / MANIFEST).write_text("[" * 100_000), f"{MANIFEST} cannot be read"),
     (lambda path: (path / MANIFEST).write_text('{"files": {}}'), f"{MANIFEST} lists no files"),
     (lambda path: (path / MANIFEST).write_text('{"files": {"a\\u0000b": [1, ""]}}'), "null"),
+    (lambda path: (path / MANIFEST).write_text('{"files": {"state": [NaN, ""]}}'), f"{MANIFEST} cannot be read"),
+    (lambda path: (path / MANIFEST).write_text('{"files": {"state": [Infinity, ""]}}'), f"{MANIFEST} cannot be read"),
 ])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(store, damage, why):
     store.save(10, content("10"))

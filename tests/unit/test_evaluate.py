@@ -9,7 +9,7 @@ from common.data.builtin import builtin_rows
 from common.data.records import Message, Prompt
 from common.data.split import assignment
 from common.data.tokenization import load_tokenizer, make_codec
-from common.errors import UserError
+from common.errors import TrainingFailure, UserError
 from inference.decoding import Answer
 from inference.evaluate import EvaluateConfig, Judged, compare, find_prompts, main
 from inference.loading import load_judge
@@ -124,3 +124,10 @@ def test_what_cannot_be_evaluated_gets_one_line(chat_model, reward_model, tmp_pa
     ]:
         with pytest.raises(UserError, match=said):
             main([*arguments, "--output_file", str(tmp_path / "evaluation.json")])
+
+
+def test_no_room_for_the_result_is_one_line(chat_model, reward_model):
+    with pytest.raises(TrainingFailure, match="--output_file /dev/full: cannot be written: No space left on device"):
+        main(["--path", str(chat_model), "--reward_model_path", str(reward_model), "--data_path", "builtin:courtesy",
+              "--max_rows", "200", "--max_prompts", "1", "--max_new_tokens", "1", "--output_file", "/dev/full",
+              "--which_prompts", "all"])

@@ -6,7 +6,7 @@ import pytest
 from chat_model import AGAIN, ANSWERS, CAPITAL, RED, prompt_of
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
-from common.errors import UserError
+from common.errors import TrainingFailure, UserError
 from common.harmless import harmless
 from inference.generate import main
 
@@ -94,3 +94,8 @@ def test_wrong_requests_get_one_line_before_a_model_is_loaded(arguments, said):
     with pytest.raises(UserError) as raised:
         main(["--path", "./no/such/model", *arguments])
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_no_room_for_the_answers_is_one_line(chat_model):
+    with pytest.raises(TrainingFailure, match="--output_file /dev/full: cannot be written: No space left on device"):
+        main(["--path", str(chat_model), "--prompt", CAPITAL, "--max_new_tokens", "4", "--output_file", "/dev/full"])

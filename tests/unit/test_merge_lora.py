@@ -1,13 +1,14 @@
 """Adapters, as training leaves them, made into models of their own."""
 import json
 import os
+import resource
 from dataclasses import replace
 
 import pytest
 import torch
 from chat_model import CAPITAL, prompt_of, provenance_of
 from common.data.tokenization import load_tokenizer, make_codec
-from common.errors import UserError
+from common.errors import TrainingFailure, UserError
 from common.lora import add_lora, save_adapter
 from common.provenance import read_provenance
 from inference.loading import load_judge, load_speaker
@@ -61,6 +62,8 @@ def test_the_merged_model_computes_what_base_and_adapter_do(adapter, chat_model,
     assert not torch.allclose(together, without, atol=0.1)
     assert whole.config.use_cache and not (merged / "adapter_config.json").exists()
     assert read_provenance(merged) == read_provenance(directory)
+    rights = {path.stat().st_mode for path in merged.iterdir()}
+    assert rights == {(merged / "config.json").stat().st_mode}, "who may read the one may read the others"
 
 
 def test_an_adapters_directory_is_loaded_as_its_merged_model_is(adapter, tmp_path):
@@ -170,3 +173,16 @@ def test_what_cannot_be_merged_gets_one_line(chat_model, tmp_path):
     ]:
         with pytest.raises(UserError, match=said):
             main(arguments)
+
+
+def test_no_room_for_the_merged_model_is_one_line(adapter, tmp_path):
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, usual[1]))
+    try:
+        with pytest.raises(TrainingFailure, match="--output_dir .*merged: the model cannot be written: .*too large"):
+            main(["--path", str(adapter[1]), "--output_dir", str(tmp_path / "merged")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    (tmp_path / "second" / "config.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{tmp_path}/second/config.json is in the way"):
+        main(["--path", str(adapter[1]), "--output_dir", str(tmp_path / "second")])

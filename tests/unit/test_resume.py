@@ -1,11 +1,17 @@
 """Which checkpoint a run goes on from, and which it refuses."""
+import hashlib
 import json
+import pickle
+import re
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from common.config import parse
 from common.errors import UserError
-from common.resume import Checkpoints, _batches, _plain
+from common.resume import Checkpoints, TrainingState, _batches, _plain
+from common.tracking import Tracker
 from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
 
@@ -19,10 +25,16 @@ def checkpoints(tmp_path, *flags, data=("key",), config_class=SFTConfig):
 
 def saved(tmp_path, step=7, made=None, **changes):
     made = made or checkpoints(tmp_path)
-    state = {"step": step, "world_size": 1, "data": ["key"], "config": _plain(made.config),
-             "batches": _batches(made.config), **changes}
-    return made.store.save(step, lambda shards: shards.add(
-        "state.json", lambda file: file.write(json.dumps(state).encode())))
+    state = {"step": step, "optimizer_steps": step, "world_size": 1, "data": ["key"], "config": _plain(made.config),
+             "batches": _batches(made.config), "remember": {}, "tracker": {"step": step, "bytes": 0, "seconds": 1.5},
+             **changes}
+
+    def write(shards):
+        shards.add("state.json", lambda file: file.write(json.dumps(state).encode()))
+        for number in range(state["world_size"]):
+            shards.add(f"rank{number}.safetensors", lambda file: file.write(save({"random.cpu": torch.get_rng_state()})))
+
+    return made.store.save(step, write)
 
 
 def test_the_newest_checkpoint_is_found(tmp_path):
@@ -108,3 +120,69 @@ def test_a_new_start_keeps_the_old_checkpoints_aside(tmp_path):
     saved(tmp_path)
     assert checkpoints(tmp_path, "--resume", "never").find() is None
     assert (tmp_path / "out" / "checkpoints-2").is_dir()
+
+
+def replaced(path, name, content):
+    """Puts `content` in the place of a file of a checkpoint, None for no file, and lets the manifest agree."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][name]
+    (path / name).unlink()
+    if content is not None:
+        (path / name).write_bytes(content)
+        manifest["files"][name] = len(content), hashlib.sha256(content).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def without(name):
+    return lambda state: json.dumps({key: value for key, value in state.items() if key != name}).encode()
+
+
+def with_values(**changes):
+    return lambda state: json.dumps({**state, **changes}).encode()
+
+
+@pytest.mark.parametrize("content, why", [
+    (lambda state: pickle.dumps(state), "'utf-8' codec"), (lambda state: b"\xff" * 9, "'utf-8' codec"),
+    (lambda state: b"[]", "it is no object"), (lambda state: b"[" * 100_000, "nested too deep"),
+    (lambda state: None, "state.json cannot be used: No such file"),
+    (without("config"), "it has no config"), (without("world_size"), "it has no world_size"),
+    (without("remember"), "it has no remember"), (without("tracker"), "it has no tracker"),
+    (with_values(world_size="2"), "world_size is '2'"), (with_values(world_size=0), "world_size is 0"),
+    (with_values(world_size=10**9), "world_size is 1000000000"), (with_values(world_size=True), "world_size is 'True'"),
+    (with_values(step=-1), "step is -1"), (with_values(step=1.5), "step is '1.5'"),
+    (with_values(config=[]), r"config is '\[\]'"), (with_values(data="key"), "data is 'key'"),
+    (with_values(batches={"rows per optimizer step": "many"}), "rows per optimizer step is 'many'"),
+    (with_values(tracker={"step": 1, "bytes": 2}), "it has no seconds"),
+    (with_values(tracker={"step": 1, "bytes": 2, "seconds": float("nan")}), "seconds is nan"),
+    (with_values(world_size=2), "rank1.safetensors cannot be used: No such file"),
+])
+def test_a_state_that_is_none_is_named_and_the_checkpoint_before_is_taken(content, why, tmp_path, capsys):
+    before, newest = saved(tmp_path, 7), saved(tmp_path, 9)
+    replaced(newest, "state.json", content(json.loads((newest / "state.json").read_text())))
+    assert checkpoints(tmp_path).find() == before
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: checkpoint {newest} is not whole (") and re.search(why, line)
+    with pytest.raises(UserError, match=f"--resume {newest}: .*{why}"):
+        checkpoints(tmp_path, "--resume", str(newest)).find()
+
+
+@pytest.mark.parametrize("content, why", [
+    (pickle.dumps({"random.cpu": 1}), "rank0.safetensors cannot be used: "), (b"", "rank0.safetensors cannot be used: "),
+    (b"\xff" * 8 + b"{}", "rank0.safetensors cannot be used: "), (None, "rank0.safetensors cannot be used: No such"),
+    (save({"other": torch.ones(1)}), "rank0.safetensors has no random.cpu"),
+])
+def test_a_ranks_file_that_is_none_is_named_and_the_checkpoint_before_is_taken(content, why, tmp_path, capsys):
+    before, newest = saved(tmp_path, 7), saved(tmp_path, 9)
+    replaced(newest, "rank0.safetensors", content)
+    assert checkpoints(tmp_path).find() == before
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{newest} is not whole ({why}" in line
+
+
+@pytest.mark.parametrize("remember", [{}, {"skipped": "many"}, {"skipped": {}, "in_a_row": []}])
+def test_what_was_remembered_of_another_kind_is_one_line(remember, tmp_path):
+    made = checkpoints(tmp_path)
+    path = saved(tmp_path, 7, made, remember=remember)
+    state = TrainingState({}, recall=lambda values: int(values["skipped"]) + int(values["in_a_row"]))
+    with pytest.raises(UserError, match=f"{path} does not hold what this run needs .*--resume never"):
+        made.restore(path, state, Tracker(tmp_path / "out", tensorboard=False))

@@ -1,0 +1,103 @@
+"""Model directories of which nothing can be made are named by the file at fault, before anything long begins."""
+import json
+import pickle
+import struct
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from common.data.tokenization import load_tokenizer, make_codec
+from common.errors import UserError
+from common.models.factory import load_causal_lm, load_scalar_model, resolve_model
+from inference.loading import load_judge, load_speaker
+from inference.options import LoadOptions
+from tests.architectures import CONFIGS, build_model
+
+
+@pytest.fixture
+def directory(tmp_path, builtin_cache):
+    return build_model("llama", tmp_path / "model", builtin_cache)
+
+
+def refusal(directory) -> str:
+    with pytest.raises(UserError) as refused:
+        resolve_model(str(directory), "--model", directory.parent)
+    with pytest.raises(UserError) as again:
+        load_speaker(str(directory), "--path", LoadOptions(data_output_path=str(directory.parent)))
+    assert str(again.value) == str(refused.value).replace("--model", "--path", 1)
+    assert str(refused.value).startswith(f"--model {directory}: ") and "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("hidden_size", -64), ("hidden_size", 10**12), ("hidden_size", "64"), ("num_hidden_layers", -1),
+    ("num_hidden_layers", 10**9), ("vocab_size", -5), ("vocab_size", 10**15), ("num_attention_heads", 0),
+    ("num_attention_heads", 3), ("intermediate_size", -1), ("max_position_embeddings", -4), ("hidden_act", "nonsense"),
+    ("eos_token_id", "x")])
+def test_a_configuration_of_no_model_is_named(name, value, directory):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    assert f"{path} describes no model" in refusal(directory)
+
+
+@pytest.mark.parametrize("content", ['{"max_new_tokens": -3}', "[]", '{"a":', "[" * 100_000, '"text"',
+                                     '{"cache_implementation": "nonsense"}'])
+def test_generation_settings_that_are_none_are_named(content, directory):
+    (directory / "generation_config.json").write_text(content)
+    assert f"{directory}/generation_config.json describes no model" in refusal(directory)
+
+
+@pytest.mark.parametrize("content", [
+    struct.pack("<Q", 2**62) + b"{}", struct.pack("<Q", 10) + b"not json..", b"", pickle.dumps({"a": 1}),
+    struct.pack("<Q", 2) + b"{}" + bytes(100)], ids=["absurd", "no json", "empty", "pickle", "longer"])
+def test_a_weight_file_that_is_none_is_named(content, directory):
+    (directory / "model.safetensors").write_bytes(content)
+    assert f"{directory}/model.safetensors is damaged and cannot be loaded: " in refusal(directory)
+
+
+def test_a_folder_in_the_place_of_a_weight_file_is_named(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").mkdir()
+    assert f"{directory}/model.safetensors cannot be read" in refusal(directory)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_passes(name, tmp_path, builtin_cache):
+    directory = build_model(name, tmp_path / name, builtin_cache)
+    assert resolve_model(str(directory), "--model", tmp_path) == str(directory)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_found_before_they_are_used(number, directory):
+    weights = load_file(directory / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight"
+    weights[key][3, 5] = number
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
+    for load in (load_causal_lm, load_scalar_model):
+        with pytest.raises(UserError, match=f"--model {directory}: the model's weights are not finite.*up_proj"):
+            load(str(directory), "--model", codec, dtype=torch.float32)
+    with pytest.raises(UserError, match="--path .*: the model's weights are not finite"):
+        load_speaker(str(directory), "--path", LoadOptions())
+    path = directory / "config.json"
+    scorer = {**json.loads(path.read_text()), "architectures": ["LlamaForSequenceClassification"]}
+    path.write_text(json.dumps(scorer))
+    weights["score.weight"] = torch.ones(1, weights[key].shape[1])
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="--reward .*: the model's weights are not finite"):
+        load_judge(str(directory), "--reward", LoadOptions())
+
+
+def test_an_adapter_that_is_not_finite_is_found(directory, tmp_path):
+    codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
+    model = get_peft_model(load_causal_lm(str(directory), "--model", codec, dtype=torch.float32),
+                           LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(directory)))
+    for key, weight in model.named_parameters():
+        if "lora_B" in key:
+            weight.data.fill_(float("nan"))
+    model.peft_config["default"].base_model_name_or_path = str(directory)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="--path .*adapter: the model's weights are not finite"):
+        load_speaker(str(tmp_path / "adapter"), "--path", LoadOptions())

@@ -1,0 +1,55 @@
+"""A provenance that is none is named, whatever is wrong with it."""
+import json
+
+import pytest
+
+from common.errors import UserError
+from common.provenance import FILE, Provenance, read_provenance
+
+WHOLE = Provenance(step="reward", base="owner/model", tokenizer="f" * 64, template="chat", end_token="</s>",
+                   pad_token="<pad>", data_split="2,4,4", eval_fraction=0.05, data_path=("a", "b"), score_mean=0.5,
+                   score_std=2.0)
+
+
+def written(directory, **changes):
+    WHOLE.write(directory)
+    path = directory / FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_what_was_written_is_read(tmp_path):
+    written(tmp_path)
+    again = read_provenance(tmp_path)
+    assert (again.score_mean, again.score_std, again.template) == (0.5, 2.0, "chat")
+    written(tmp_path, score_mean=None, score_std=None, eval_fraction=0)
+    assert read_provenance(tmp_path).score_std is None
+
+
+@pytest.mark.parametrize("name, value", [
+    ("score_mean", "0.5"), ("score_mean", [0.5]), ("score_std", True), ("score_std", {}), ("score_std", 10**400),
+    ("template", 3), ("template", None), ("end_token", ["</s>"]), ("tokenizer", 0.5), ("data_path", "a"),
+    ("data_path", [1]), ("versions", ["torch"]), ("versions", {"torch": 2}), ("eval_fraction", "0.05"),
+    ("eval_fraction", 7), ("data_split", "1,x,2"), ("data_split", [1, 2]), ("unheard_of", 1)])
+def test_a_value_of_another_type_is_named(name, value, tmp_path):
+    written(tmp_path, **{name: value})
+    with pytest.raises(UserError, match=f"{tmp_path / FILE} is damaged .*{name}.*: train the model again") as refused:
+        read_provenance(tmp_path)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"7", b"null", b'"text"', b"[" * 10_000 + b"]" * 10_000, b"\xff\xfe",
+                                     b'{"a":' * 100_000, b"{}", b'{"step": NaN}', b"\x80\x04\x95pickle"])
+def test_a_file_that_is_none_is_named(content, tmp_path):
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(UserError, match=f"{tmp_path / FILE} is damaged") as refused:
+        read_provenance(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_one_value_that_lacks_is_named(tmp_path):
+    written(tmp_path)
+    values = json.loads((tmp_path / FILE).read_text())
+    del values["template"]
+    (tmp_path / FILE).write_text(json.dumps(values))
+    with pytest.raises(UserError, match="template"):
+        read_provenance(tmp_path)
