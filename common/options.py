@@ -13,6 +13,8 @@ from common.data.split import parse_data_split
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
 
+LORA_ALPHA_HELP = ("adapters are scaled by this/rank and start as in peft; none: as in DeepSpeed-Chat, whose learning "
+                   "rate the default is: scaled by 1/rank, the first factor starting within 1/sqrt(rank)")
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -183,7 +185,7 @@ class LoraOptions(Config):
     """LoRA"""
 
     lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
-    lora_alpha: float = option(0.0, "scale of the adapters, times 1/rank; 0 is twice the rank", low=0)
+    lora_alpha: float | None = option(None, LORA_ALPHA_HELP, above=0)
     lora_dropout: float = option(0.0, "dropout before the adapters", low=0, below=1)
     lora_module_name: str = option(
         "auto", "comma-separated parts of the names of the layers to adapt; auto: all linear layers")

@@ -10,7 +10,7 @@ from typing import ClassVar
 from common.config import Config, option, options
 from common.data.blend import SourceSpec, parse_data_path
 from common.errors import UserError
-from common.options import Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
+from common.options import LORA_ALPHA_HELP, Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
 
 _NO_DROPOUT = "dropout is off in every model of PPO"
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
@@ -123,7 +123,7 @@ class ActorOptions(Config):
     actor_zero_stage: int = option(2, "ZeRO stage; 3 also partitions the reference", choices=(0, 1, 2, 3))
     actor_gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     actor_lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
-    actor_lora_alpha: float = option(0.0, "scale of the adapters, times 1/rank; 0 is twice the rank", low=0)
+    actor_lora_alpha: float | None = option(None, LORA_ALPHA_HELP, above=0)
     actor_lora_module_name: str = option("auto", "parts of layer names, with commas; auto: all linear")
     actor_lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
     actor_dropout: float | None = option(None, "", ignored=_NO_DROPOUT, low=0, below=1)
@@ -144,7 +144,7 @@ class CriticOptions(Config):
     critic_zero_stage: int = option(2, "ZeRO stage; 3 also partitions the reward model", choices=(0, 1, 2, 3))
     critic_gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     critic_lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
-    critic_lora_alpha: float = option(0.0, "scale of the adapters, times 1/rank; 0 is twice the rank", low=0)
+    critic_lora_alpha: float | None = option(None, LORA_ALPHA_HELP, above=0)
     critic_lora_module_name: str = option("auto", "parts of layer names, with commas; auto: all linear")
     critic_lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
     critic_dropout: float | None = option(None, "", ignored=_NO_DROPOUT, low=0, below=1)
