@@ -53,7 +53,12 @@ class RewardOptions(Config):
                                          "fixed, 0.2 if adaptive", low=0)
     kl_controller: str = option("fixed", "whether the weight is steered to --kl_target",
                                 choices=tuple(_FIRST_KL_COEF))
-    kl_estimator: str = option("k1", "estimator of the KL per token", choices=KL_ESTIMATORS)
+    kl_placement: str = option(
+        "reward", "where the KL pulls: reward: taken off every token's reward, which also counts what a token does to "
+        "the KL of later ones; loss: a term of the actor's loss with the gradient of each token's KL",
+        choices=("reward", "loss"))
+    kl_estimator: str = option("k1", "estimate of the KL per token; in the reward k1, the only one with the KL's "
+                                     "gradient; in the loss it is the value that is logged", choices=KL_ESTIMATORS)
     kl_target: float = option(6.0, "KL per answer that the adaptive controller aims at", unit="nats", above=0)
     kl_horizon: float = option(10_000.0, "slowness of the adaptive controller", unit="answers", above=0)
     normalize_scores: bool = option(True, "measure scores in the reward model's standard deviations")
@@ -70,6 +75,9 @@ class RewardOptions(Config):
 
     def validate(self) -> None:
         super().validate()
+        if self.kl_placement == "reward" and self.kl_estimator != "k1":
+            raise UserError(f"--kl_estimator {self.kl_estimator} in the reward pulls with next to none of the KL's "
+                            f"gradient: leave it out, or add --kl_placement loss")
         adaptive = self.kl_controller == "adaptive"
         self.only_with("--kl_controller adaptive", adaptive, "kl_target", "kl_horizon")
         if adaptive and self.kl_coef == 0:

@@ -28,7 +28,7 @@ from step3_ppo.kl_controller import AdaptiveKL, FixedKL
 from step3_ppo.learner import Learner
 from step3_ppo.loss import explained_variance, explained_variance_sums
 from step3_ppo.models import PPOModels
-from step3_ppo.rewards import ShapedScores, kl_estimate, shape_scores, token_rewards
+from step3_ppo.rewards import ShapedScores, shape_scores, token_rewards
 from step3_ppo.rollout import ActorRollouts
 from step3_ppo.sampling import NO_TOKEN, Sampling
 from step3_ppo.states_away import StatesAway
@@ -148,8 +148,9 @@ class PPOTrainer:
                               std=self.calibration.std, clip=config.score_clip,
                               missing_eos_penalty=config.missing_eos_penalty,
                               missing_eos_score=config.missing_eos_score)
-        kl = kl_estimate(assessment.old_log_probs, assessment.ref_log_probs, config.kl_estimator)
-        return shaped, token_rewards(kl, shaped.scores, rollout.response_mask, self.kl.beta)
+        beta = self.kl.beta if config.kl_placement == "reward" else 0.0
+        return shaped, token_rewards(assessment.old_log_probs - assessment.ref_log_probs, shaped.scores,
+                                     rollout.response_mask, beta)
 
     def advantages(self, rollout: Rollout, assessment: Assessment, rewards: Tensor) -> Experience:
         """The experience that the update learns from. Every rank holds all of it, so whitening needs no reduction."""
@@ -157,7 +158,8 @@ class PPOTrainer:
                                   lam=self.config.gae_lambda)
         if self.config.whiten_advantages:
             advantages = whiten(advantages, rollout.response_mask)
-        return Experience(rollout, assessment.old_log_probs, assessment.values, advantages, returns)
+        return Experience(rollout, assessment.old_log_probs, assessment.ref_log_probs, assessment.values, advantages,
+                          returns)
 
     def update(self, experience: Experience, index: int) -> dict[str, float]:
         """PPO epochs over the experience; leaves them early where the policy has moved past `target_kl`."""
@@ -173,7 +175,7 @@ class PPOTrainer:
             for micro_batches in sampler.epoch(epoch):
                 batches = [experience.select(batch.indices, batch.real).to(device()) for batch in micro_batches]
                 texts = [text.to(device()) for text in next(self.texts)] if self.texts is not None else []
-                sums = self.learner.learn(batches, texts)
+                sums = self.learner.learn(batches, texts, self.kl.beta)
                 self.optimizer_steps_made += 1
                 if sums is None:
                     continue

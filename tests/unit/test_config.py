@@ -229,6 +229,8 @@ def test_recipes_that_are_no_text_or_empty(tmp_path):
     (PPOConfig, MODELS + "--min_answer_seq_len 300", "--max_answer_seq_len"),
     (PPOConfig, MODELS + "--kl_target 3", "--kl_controller adaptive"),
     (PPOConfig, MODELS + "--kl_controller adaptive --kl_coef 0", "--kl_coef"),
+    (PPOConfig, MODELS + "--kl_estimator k2", "--kl_placement loss"),
+    (PPOConfig, MODELS + "--kl_estimator k3 --kl_placement reward", "--kl_placement loss"),
     (PPOConfig, MODELS + "--missing_eos_score -1 --missing_eos_penalty 2", "--missing_eos_score"),
     (PPOConfig, MODELS + "--missing_eos_score -1 --draw_answer_lengths", "--missing_eos_score"),
     (PPOConfig, MODELS + "--ema_decay 0.9", "--enable_ema"),
