@@ -64,8 +64,8 @@ def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
     return codec
 
 
-def read_calibration(config, codec: Codec, source: str) -> Calibration:
-    """The scale of a reward model's scores; `RAW` if it is not known or not wanted.
+def read_calibration(config, codec: Codec, source: str) -> Calibration | None:
+    """The scale of a reward model's scores; `RAW` if none is wanted, None if the first rollout is to give it.
 
     Raises:
         UserError: it is no reward model, or it reads other ids than the actor writes.
@@ -81,15 +81,32 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration:
     else:
         _check_text(provenance, codec, flag, f"--actor_model_name_or_path {config.actor_model_name_or_path}")
         check_split_rule(provenance, config, flag)
-    if not config.normalize_scores:
+    return _calibration(config, provenance, flag)
+
+
+def _calibration(config, provenance: Provenance | None, flag: str) -> Calibration | None:
+    wanted = config.score_calibration if config.normalize_scores else "none"
+    known = provenance is not None and provenance.score_std is not None
+    if wanted == "provenance" and not known:
+        raise UserError(f"{flag} has no {PROVENANCE_FILE} with the mean and spread of its scores: measure them with "
+                        "--score_calibration rollout")
+    if wanted == "none":
+        say("scores are used as they are")
         return RAW
-    if provenance is not None and provenance.score_std is not None and provenance.score_std <= 0:
-        raise UserError(f"{flag} has scores with the standard deviation {provenance.score_std:g}, which nothing can be "
-                        "measured in: train the reward model again, or add --no_normalize_scores")
-    if provenance is None or provenance.score_std is None:
-        say(f"note: {flag} does not say the mean and spread of its scores, so they are used as they are")
-        return RAW
-    return Calibration(provenance.score_mean, provenance.score_std)
+    if wanted == "rollout" or not known:
+        say("scores are measured in the mean and spread of those of the first iteration's answers"
+            + (f": {flag} does not say its own" if wanted == "auto" else ""))
+        return None
+    mean, std = provenance.score_mean, provenance.score_std
+    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in (mean, std)):
+        raise UserError(f"{flag}: its {PROVENANCE_FILE} is damaged: score_mean and score_std are to be numbers, not "
+                        f"{str(mean)[:40]!r} and {str(std)[:40]!r}: train the model again, or add --score_calibration "
+                        "rollout")
+    if not Calibration(mean, std).usable:
+        raise UserError(f"{flag} has scores with the mean {mean:g} and the standard deviation {std:g}, which nothing "
+                        "can be measured in: train the reward model again, or add --score_calibration rollout")
+    say(f"scores are measured in the reward model's own mean {mean:.4g} and spread {std:.4g}")
+    return Calibration(mean, std)
 
 
 def _check_text(provenance: Provenance, codec: Codec, made: str, used: str) -> None:

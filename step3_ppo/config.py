@@ -61,7 +61,11 @@ class RewardOptions(Config):
                                      "gradient; in the loss it is the value that is logged", choices=KL_ESTIMATORS)
     kl_target: float = option(6.0, "KL per answer that the adaptive controller aims at", unit="nats", above=0)
     kl_horizon: float = option(10_000.0, "slowness of the adaptive controller", unit="answers", above=0)
-    normalize_scores: bool = option(True, "measure scores in the reward model's standard deviations")
+    score_calibration: str = option(
+        "auto", "where the mean and standard deviation that scores are measured in come from; provenance: what step 2 "
+        "found over held-out pairs; rollout: the first iteration's answers; auto: provenance where there is one, else "
+        "rollout; none: scores are used as they are", choices=("auto", "provenance", "rollout", "none"))
+    normalize_scores: bool = option(True, "the same as --score_calibration none if turned off")
     score_clip: float = option(5.0, "clip scores to plus or minus this", unit="normalised score", above=0)
     missing_eos_penalty: float = option(
         1.0, "taken off the score of an answer cut by length", unit="normalised score", low=0)
@@ -75,6 +79,9 @@ class RewardOptions(Config):
 
     def validate(self) -> None:
         super().validate()
+        if not self.normalize_scores and self.score_calibration not in ("auto", "none"):
+            raise UserError(f"--no_normalize_scores and --score_calibration {self.score_calibration} contradict each "
+                            "other: keep one")
         if self.kl_placement == "reward" and self.kl_estimator != "k1":
             raise UserError(f"--kl_estimator {self.kl_estimator} in the reward pulls with next to none of the KL's "
                             f"gradient: leave it out, or add --kl_placement loss")

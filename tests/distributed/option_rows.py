@@ -153,6 +153,7 @@ PPO = {
     "kl_estimator": Row("metrics", "k3", "--kl_placement loss --ppo_epochs 2"),
     "kl_target": Row("weights", "0.0001", _ADAPTIVE),
     "kl_horizon": Row("weights", "5", _ADAPTIVE),
+    "score_calibration": Row("weights", "none"),
     "normalize_scores": Row("weights", "false", "--critic_model_name_or_path {inputs}/calibrated"),
     "score_clip": Row("weights", "0.1"),
     "missing_eos_penalty": Row("weights", "3"),

@@ -229,6 +229,7 @@ def test_recipes_that_are_no_text_or_empty(tmp_path):
     (PPOConfig, MODELS + "--min_answer_seq_len 300", "--max_answer_seq_len"),
     (PPOConfig, MODELS + "--kl_target 3", "--kl_controller adaptive"),
     (PPOConfig, MODELS + "--kl_controller adaptive --kl_coef 0", "--kl_coef"),
+    (PPOConfig, MODELS + "--no_normalize_scores --score_calibration rollout", "contradict"),
     (PPOConfig, MODELS + "--kl_estimator k2", "--kl_placement loss"),
     (PPOConfig, MODELS + "--kl_estimator k3 --kl_placement reward", "--kl_placement loss"),
     (PPOConfig, MODELS + "--missing_eos_score -1 --missing_eos_penalty 2", "--missing_eos_score"),
