@@ -113,6 +113,9 @@ class RunOptions(Config):
     deepspeed_config: str | None = option(None, "JSON file laid over the generated DeepSpeed configuration")
     timeout: int = option(1800, "longest wait for other ranks", unit="seconds", low=1)
     trust_remote_code: bool = option(False, "allow models to bring and run their own Python code")
+    merge_adapter: bool = option(
+        False, "where an adapter lies in a model's directory, start from the sum of both, which is kept in "
+        "--data_output_path; an adapter alone is laid over the base that it names")
     save_interval: int = option(500, "save a checkpoint every N; in step 3 when the iteration ends; 0: never",
                                 unit="optimizer steps", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints stay; all go when the result is saved", low=1)

@@ -19,8 +19,8 @@ from common.distributed import barrier, device, is_main, on_every_rank, rank, sa
 from common.errors import DIVERGED, Diverged, TrainingFailure, UserError
 from common.options import DataOptions
 from common.peers import enter
-from common.models.factory import load_config
-from common.models.scalar import is_scalar_config
+from common.models.factory import gives_scores
+from common.models.whole import problem
 from common.output_lock import lock_output
 from common.provenance import FILE as PROVENANCE_FILE
 from common.provenance import RAW, Calibration, Provenance, read_provenance
@@ -71,7 +71,7 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration | None:
         UserError: it is no reward model, or it reads other ids than the actor writes.
     """
     flag = f"--critic_model_name_or_path {source}"
-    if not is_scalar_config(load_config(source, "--critic_model_name_or_path", config.trust_remote_code)):
+    if not gives_scores(source, "--critic_model_name_or_path", config.trust_remote_code):
         raise UserError(f"{flag} is no reward model: it has no trained score head; make one with step2_reward/main.py")
     provenance = read_provenance(source)
     if provenance is None:
@@ -153,7 +153,7 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
 
     Raises:
         Diverged: an engine gives no finite numbers any more, before anything is touched.
-        TrainingFailure: the disk refuses.
+        TrainingFailure: the disk refuses, or what was exported is not a whole model that can be loaded.
     """
     enter("saving the result")
     for name, engine in engines.items():
@@ -166,6 +166,10 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
                 shutil.rmtree(old, ignore_errors=True)
         yield
         if is_main():
+            for directory in [output / part for part in parts] or [output]:
+                if found := problem(directory, config.trust_remote_code):
+                    raise TrainingFailure(f"the result in {directory} is not whole: {found}: run the same command "
+                                          "again, which goes on from the newest checkpoint")
             save_config(config, output / CONFIG_FILE)
             provenance = Provenance(step=step, base=base, **split_rule_of(config), **text_of(codec), **calibration)
             for directory in (*(output / part for part in parts), output):

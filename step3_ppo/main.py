@@ -41,8 +41,8 @@ def main(argv=None) -> None:
     """Parse, prepare, build, train, save."""
     config = parse(PPOConfig, argv, prog="step3_ppo/main.py")
     check_engine_options(config)
-    actor = resolve_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config.data_output_path)
-    critic = resolve_model(config.critic_model_name_or_path, "--critic_model_name_or_path", config.data_output_path)
+    actor, critic = (resolve_model(getattr(config, name), f"--{name}", config.data_output_path, config.merge_adapter)
+                     for name in ("actor_model_name_or_path", "critic_model_name_or_path"))
     for source, flag in ((actor, "--actor_model_name_or_path"), (critic, "--critic_model_name_or_path")):
         check_room(source, flag, config.max_prompt_seq_len + config.max_answer_seq_len,
                    "--max_prompt_seq_len and --max_answer_seq_len", config.trust_remote_code)
