@@ -24,12 +24,14 @@ def linear_modules(model: nn.Module) -> list[str]:
             if isinstance(module, LINEAR) and module is not output and not name.endswith("score")]
 
 
-def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, modules: str, flag: str,
+def add_lora(model: nn.Module, *, dim: int, alpha: float | None, dropout: float, modules: str, flag: str,
              base_name: str, seed: int) -> nn.Module:
     """Freeze `model` and give it trainable adapters; a `score` head stays trainable, and the row of a new end token.
 
     Args:
-        dim: rank r; alpha: the adapters' product is scaled by alpha / r; 0 stands for 2 r.
+        dim: rank r.
+        alpha: the adapters' product B A is scaled by alpha / r, and A starts as peft's does. None: adapters as
+            DeepSpeed-Chat's, which a published learning rate is meant for: scaled by 1 / r, see `_start_as_published`.
         modules: `auto` for every linear layer, or comma-separated parts of module names.
         flag: the name of the option that `modules` came from, for the error.
         base_name: recorded in the adapter's configuration; a directory by its absolute path.
@@ -48,16 +50,31 @@ def add_lora(model: nn.Module, *, dim: int, alpha: float, dropout: float, module
         raise UserError(f"{flag} {modules}: matches no linear layer; the model's are {', '.join(kinds)}")
     model.requires_grad_(False)
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
-    config = LoraConfig(r=dim, lora_alpha=alpha or 2 * dim, lora_dropout=dropout, target_modules=targets, bias="none",
+    config = LoraConfig(r=dim, lora_alpha=1 if alpha is None else alpha, lora_dropout=dropout, target_modules=targets, bias="none",
                         fan_in_fan_out=transposed, base_model_name_or_path=from_anywhere(base_name))
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    if alpha is None:
+        _start_as_published(model)
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
         config.modules_to_save = ["score"]
     train_new_row(model, flag)
     model.lora_config = config
     return model
+
+
+def _start_as_published(model: nn.Module) -> None:
+    """Start every A from U(-1/sqrt(r), 1/sqrt(r)), as DeepSpeed-Chat does; peft has 1/sqrt(inputs) there.
+
+    Adam's first step sets B to the learning rate times signs, so it moves the weight W by (scale / r) * r terms of A:
+    the size of A counts as much as the scale does. (LinearLayer_LoRA of DeepSpeed-Chat keeps A as (inputs, r), and
+    takes the second dimension for the fan-in of its Kaiming start.)
+    """
+    from peft.tuners.lora import LoraLayer
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        down = layer.lora_A[ADAPTER].weight
+        nn.init.uniform_(down, -len(down) ** -0.5, len(down) ** -0.5)
 
 
 def has_lora(model: nn.Module) -> bool:

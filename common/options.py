@@ -16,6 +16,9 @@ from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
 from common.learning_rate import SCHEDULES
 
+LORA_ALPHA_HELP = ("adapters are scaled by this/rank and start as in peft; none: as in DeepSpeed-Chat, whose learning "
+                    "rate the default is: scaled by 1/rank, the first factor starting within 1/sqrt(rank)")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -142,6 +145,9 @@ class RunOptions(Config):
     deepspeed_config: PathName | None = option(None, "JSON file laid over the generated DeepSpeed configuration")
     timeout: int = option(1800, "longest wait for other ranks", unit="seconds", low=1)
     trust_remote_code: bool = option(False, "allow models to bring and run their own Python code")
+    merge_adapter: bool = option(
+        False, "where an adapter lies in a model's directory, start from the sum of both, which is kept in "
+        "--data_output_path; an adapter alone is laid over the base that it names")
     save_interval: int = option(500, "save a checkpoint every N; in step 3 when the iteration ends; 0: never",
                                 unit="optimizer steps", low=0)
     keep_checkpoints: int = option(2, "how many checkpoints stay; all go when the result is saved", low=1)
@@ -215,7 +221,7 @@ class LoraOptions(Config):
     """LoRA"""
 
     lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
-    lora_alpha: float = option(0.0, "scale of the adapters, times 1/rank; 0 is twice the rank", low=0)
+    lora_alpha: float | None = option(None, LORA_ALPHA_HELP, above=0)
     lora_dropout: float = option(0.0, "dropout before the adapters", low=0, below=1)
     lora_module_name: str = option(
         "auto", "comma-separated parts of the names of the layers to adapt; auto: all linear layers")

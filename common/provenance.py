@@ -30,6 +30,17 @@ class Calibration:
         """(scores - mean) / std, for a number or a tensor of any shape."""
         return (scores - self.mean) / self.std
 
+    @classmethod
+    def of(cls, scores) -> Calibration:
+        """That of a tensor of raw scores (B,)."""
+        scores = scores.double()
+        return cls(float(scores.mean()), float(scores.std(correction=0)))
+
+    @property
+    def usable(self) -> bool:
+        """Whether fp32 can tell scores apart in it."""
+        return self.std > 0 and abs(self.mean) / self.std < 2**20 and max(abs(self.mean), self.std, 1 / self.std) < 1e30
+
 
 RAW = Calibration(0.0, 1.0)  # leaves scores as they are
 

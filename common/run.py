@@ -19,8 +19,8 @@ from common.distributed import barrier, device, is_main, on_every_rank, rank, sa
 from common.errors import DIVERGED, Diverged, TrainingFailure, UserError
 from common.options import DataOptions
 from common.peers import enter
-from common.models.factory import load_config
-from common.models.scalar import is_scalar_config
+from common.models.factory import gives_scores
+from common.models.whole import problem
 from common.obstacles import check_nothing_in_the_way
 from common.output_lock import lock_output
 from common.provenance import FILE as PROVENANCE_FILE
@@ -78,14 +78,14 @@ def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
     return codec
 
 
-def read_calibration(config, codec: Codec, source: str) -> Calibration:
-    """The scale of a reward model's scores; `RAW` if it is not known or not wanted.
+def read_calibration(config, codec: Codec, source: str) -> Calibration | None:
+    """The scale of a reward model's scores; `RAW` if none is wanted, None if the first rollout is to give it.
 
     Raises:
         UserError: it is no reward model, or it reads other ids than the actor writes.
     """
     flag = f"--critic_model_name_or_path {source}"
-    if not is_scalar_config(load_config(source, "--critic_model_name_or_path", config.trust_remote_code)):
+    if not gives_scores(source, "--critic_model_name_or_path", config.trust_remote_code):
         raise UserError(f"{flag} is no reward model: it has no trained score head; make one with step2_reward/main.py")
     provenance = read_provenance(source)
     if provenance is None:
@@ -95,15 +95,32 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration:
     else:
         _check_text(provenance, codec, flag, f"--actor_model_name_or_path {config.actor_model_name_or_path}")
         check_split_rule(provenance, config, flag)
-    if not config.normalize_scores:
+    return _calibration(config, provenance, flag)
+
+
+def _calibration(config, provenance: Provenance | None, flag: str) -> Calibration | None:
+    wanted = config.score_calibration if config.normalize_scores else "none"
+    known = provenance is not None and provenance.score_std is not None
+    if wanted == "provenance" and not known:
+        raise UserError(f"{flag} has no {PROVENANCE_FILE} with the mean and spread of its scores: measure them with "
+                        "--score_calibration rollout")
+    if wanted == "none":
+        say("scores are used as they are")
         return RAW
-    if provenance is not None and provenance.score_std is not None and provenance.score_std <= 0:
-        raise UserError(f"{flag} has scores with the standard deviation {provenance.score_std:g}, which nothing can be "
-                        "measured in: train the reward model again, or add --no_normalize_scores")
-    if provenance is None or provenance.score_std is None:
-        say(f"note: {flag} does not say the mean and spread of its scores, so they are used as they are")
-        return RAW
-    return Calibration(provenance.score_mean, provenance.score_std)
+    if wanted == "rollout" or not known:
+        say("scores are measured in the mean and spread of those of the first iteration's answers"
+            + (f": {flag} does not say its own" if wanted == "auto" else ""))
+        return None
+    mean, std = provenance.score_mean, provenance.score_std
+    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in (mean, std)):
+        raise UserError(f"{flag}: its {PROVENANCE_FILE} is damaged: score_mean and score_std are to be numbers, not "
+                        f"{str(mean)[:40]!r} and {str(std)[:40]!r}: train the model again, or add --score_calibration "
+                        "rollout")
+    if not Calibration(mean, std).usable:
+        raise UserError(f"{flag} has scores with the mean {mean:g} and the standard deviation {std:g}, which nothing "
+                        "can be measured in: train the reward model again, or add --score_calibration rollout")
+    say(f"scores are measured in the reward model's own mean {mean:.4g} and spread {std:.4g}")
+    return Calibration(mean, std)
 
 
 def _check_text(provenance: Provenance, codec: Codec, made: str, used: str) -> None:
@@ -152,7 +169,7 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
 
     Raises:
         Diverged: an engine gives no finite numbers any more, before anything is touched.
-        TrainingFailure: the disk refuses.
+        TrainingFailure: the disk refuses, or what was exported is not a whole model that can be loaded.
     """
     enter("saving the result")
     for name, engine in engines.items():
@@ -168,6 +185,10 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
                 shutil.rmtree(old, ignore_errors=True)
         yield
         if is_main():
+            for directory in [output / part for part in parts] or [output]:
+                if found := problem(directory, config.trust_remote_code):
+                    raise TrainingFailure(f"the result in {directory} is not whole: {found}: run the same command "
+                                          "again, which goes on from the newest checkpoint")
             save_config(config, output / CONFIG_FILE)
             openings = openings_of(data) if data is not None else {}
             provenance = Provenance(step=step, base=base, shared_openings=openings, **split_rule_of(config),

@@ -18,8 +18,8 @@ from common.data.tokenization import Codec, load_tokenizer, make_codec, publishe
 from common.engine import DTYPES, resolve_dtype
 from common.errors import UserError
 from common.models.door import check_finite
-from common.models.factory import explained, load_causal_lm, load_config, load_scalar_model
-from common.models.scalar import ScalarModel, is_scalar_config
+from common.models.factory import explained, gives_scores, load_causal_lm, load_scalar_model
+from common.models.scalar import ScalarModel
 from inference.locating import ModelFiles, find_model
 from inference.options import LoadOptions
 
@@ -159,12 +159,12 @@ def quiet() -> None:
 def _find(path: str, flag: str, options: LoadOptions) -> tuple[ModelFiles, bool]:
     """The files of a model, and whether it is a reward model."""
     quiet()
-    files = find_model(path, flag, options.data_output_path)
+    files = find_model(path, flag, options.data_output_path, merge_adapter=options.merge_adapter)
     return files, _gives_scores(files, options.trust_remote_code)
 
 
 def _gives_scores(files: ModelFiles, trust_remote_code: bool) -> bool:
-    return files.scores or is_scalar_config(load_config(files.weights, files.flag, trust_remote_code))
+    return files.scores or gives_scores(files.weights, files.flag, trust_remote_code)
 
 
 def _load(files: ModelFiles, options: LoadOptions) -> Loaded:

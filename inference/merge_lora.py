@@ -44,7 +44,8 @@ def main(argv=None) -> None:
     """Parse, load, merge, save."""
     config = read_options(MergeConfig, argv, prog="inference/merge_lora.py")
     quiet()
-    files = find_model(config.path, "--path", config.data_output_path, config.base)
+    files = find_model(config.path, "--path", config.data_output_path, config.base,
+                       cure="name the base model with --base")
     if files.adapter is None:
         inside = adapters_inside(Path(config.path))
         hint = f": name {' or '.join(map(str, inside))}" if inside else ""

@@ -20,13 +20,14 @@ class SourceOptions(Config):
     """Source"""
 
     trust_remote_code: bool = option(False, "allow models to bring and run their own Python code")
-    data_output_path: PathName = option("output/data", "directory where built-in models are kept")
+    data_output_path: PathName = option("output/data", "directory where built-in and merged models are kept")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(SourceOptions):
     """Loading"""
 
+    merge_adapter: bool = option(False, "lay an adapter that lies beside a whole model over it")
     template: str = option(
         "auto", "the wording around questions and answers; auto: the one the model was trained with, else the "
         "tokenizer's chat template", choices=("auto", *TEMPLATE_NAMES))

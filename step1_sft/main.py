@@ -33,7 +33,8 @@ def main(argv=None) -> None:
     """Parse, prepare, build, train, save."""
     config = parse(SFTConfig, argv, prog="step1_sft/main.py")
     check_engine_options(config)
-    source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path)
+    source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path,
+                           config.merge_adapter)
     check_room(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
     check_language_model(source, "--model_name_or_path", config.trust_remote_code)
     codec = open_codec(config, source, "--model_name_or_path")
@@ -99,8 +100,8 @@ def build_engine(config: SFTConfig, source: str, codec: Codec, total_steps: int)
                            trust_remote_code=config.trust_remote_code)
     if config.lora_dim:
         add_lora(model, dim=config.lora_dim, alpha=config.lora_alpha, dropout=config.lora_dropout,
-                 modules=config.lora_module_name, flag="--lora_module_name", base_name=config.model_name_or_path,
-                 seed=config.seed)
+                 modules=config.lora_module_name, flag="--lora_module_name", seed=config.seed,
+                 base_name=source if config.merge_adapter else config.model_name_or_path)
     return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
 
 

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.lora import add_lora
 from common.loop import SupervisedLoop
 from common.memory import fit_micro_batches, named_when_out_of_memory
-from common.models.factory import check_room, load_scalar_model, resolve_model
+from common.models.factory import check_room, gives_scores, load_scalar_model, resolve_model
 from common.resume import Checkpoints, TrainingState
 from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from step2_reward.config import RewardConfig
@@ -31,8 +31,10 @@ def main(argv=None) -> None:
     """Parse, prepare, build, train, save."""
     config = parse(RewardConfig, argv, prog="step2_reward/main.py")
     check_engine_options(config)
-    source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path)
+    source = resolve_model(config.model_name_or_path, "--model_name_or_path", config.data_output_path,
+                           config.merge_adapter)
     check_room(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
+    gives_scores(source, "--model_name_or_path", config.trust_remote_code)  # with one score, if it has any
     codec = open_codec(config, source, "--model_name_or_path")
     data = prepare(data_request(config, "comparison", config.max_seq_len, "--max_seq_len"), codec)
     say_data(data)
@@ -79,7 +81,7 @@ def build_engine(config: RewardConfig, source: str, codec: Codec, total_steps: i
                               trust_remote_code=config.trust_remote_code)
     if config.lora_dim:
         add_lora(model.classifier, dim=config.lora_dim, alpha=config.lora_alpha, dropout=config.lora_dropout,
-                 modules=config.lora_module_name, flag="--lora_module_name", base_name=config.model_name_or_path,
+                 modules=config.lora_module_name, flag="--lora_module_name", base_name=source if config.merge_adapter else config.model_name_or_path,
                  seed=config.seed)
     return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
 

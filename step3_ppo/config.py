@@ -10,7 +10,7 @@ from typing import ClassVar
 from common.config import Config, PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
 from common.errors import UserError
-from common.options import Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
+from common.options import LORA_ALPHA_HELP, Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
 
 _NO_DROPOUT = "dropout is off in every model of PPO"
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
@@ -53,10 +53,19 @@ class RewardOptions(Config):
                                          "fixed, 0.2 if adaptive", low=0)
     kl_controller: str = option("fixed", "whether the weight is steered to --kl_target",
                                 choices=tuple(_FIRST_KL_COEF))
-    kl_estimator: str = option("k1", "estimator of the KL per token", choices=KL_ESTIMATORS)
+    kl_placement: str = option(
+        "reward", "where the KL pulls: reward: taken off every token's reward, which also counts what a token does to "
+        "the KL of later ones; loss: a term of the actor's loss with the gradient of each token's KL",
+        choices=("reward", "loss"))
+    kl_estimator: str = option("k1", "estimate of the KL per token; in the reward k1, the only one with the KL's "
+                                     "gradient; in the loss it is the value that is logged", choices=KL_ESTIMATORS)
     kl_target: float = option(6.0, "KL per answer that the adaptive controller aims at", unit="nats", above=0)
     kl_horizon: float = option(10_000.0, "slowness of the adaptive controller", unit="answers", above=0)
-    normalize_scores: bool = option(True, "measure scores in the reward model's standard deviations")
+    score_calibration: str = option(
+        "auto", "where the mean and standard deviation that scores are measured in come from; provenance: what step 2 "
+        "found over held-out pairs; rollout: the first iteration's answers; auto: provenance where there is one, else "
+        "rollout; none: scores are used as they are", choices=("auto", "provenance", "rollout", "none"))
+    normalize_scores: bool = option(True, "the same as --score_calibration none if turned off")
     score_clip: float = option(5.0, "clip scores to plus or minus this", unit="normalised score", above=0)
     missing_eos_penalty: float = option(
         1.0, "taken off the score of an answer cut by length", unit="normalised score", low=0)
@@ -70,6 +79,12 @@ class RewardOptions(Config):
 
     def validate(self) -> None:
         super().validate()
+        if not self.normalize_scores and self.score_calibration not in ("auto", "none"):
+            raise UserError(f"--no_normalize_scores and --score_calibration {self.score_calibration} contradict each "
+                            "other: keep one")
+        if self.kl_placement == "reward" and self.kl_estimator != "k1":
+            raise UserError(f"--kl_estimator {self.kl_estimator} in the reward pulls with next to none of the KL's "
+                            f"gradient: leave it out, or add --kl_placement loss")
         adaptive = self.kl_controller == "adaptive"
         self.only_with("--kl_controller adaptive", adaptive, "kl_target", "kl_horizon")
         if adaptive and self.kl_coef == 0:
@@ -124,7 +139,7 @@ class ActorOptions(Config):
     actor_zero_stage: int = option(2, "ZeRO stage; 3 also partitions the reference", choices=(0, 1, 2, 3))
     actor_gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     actor_lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
-    actor_lora_alpha: float = option(0.0, "scale of the adapters, times 1/rank; 0 is twice the rank", low=0)
+    actor_lora_alpha: float | None = option(None, LORA_ALPHA_HELP, above=0)
     actor_lora_module_name: str = option("auto", "parts of layer names, with commas; auto: all linear")
     actor_lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
     actor_dropout: float | None = option(None, "", ignored=_NO_DROPOUT, low=0, below=1)
@@ -145,7 +160,7 @@ class CriticOptions(Config):
     critic_zero_stage: int = option(2, "ZeRO stage; 3 also partitions the reward model", choices=(0, 1, 2, 3))
     critic_gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     critic_lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
-    critic_lora_alpha: float = option(0.0, "scale of the adapters, times 1/rank; 0 is twice the rank", low=0)
+    critic_lora_alpha: float | None = option(None, LORA_ALPHA_HELP, above=0)
     critic_lora_module_name: str = option("auto", "parts of layer names, with commas; auto: all linear")
     critic_lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
     critic_dropout: float | None = option(None, "", ignored=_NO_DROPOUT, low=0, below=1)

@@ -87,6 +87,7 @@ class Experience:
 
     rollout: Rollout
     old_log_probs: Tensor  # (B, R) nats, of the actor as it was before the update
+    ref_log_probs: Tensor  # (B, R) nats, of the reference
     values: Tensor  # (B, R) of the critic as it was before the update
     advantages: Tensor  # (B, R) whitened if whitening is on
     returns: Tensor  # (B, R) targets of the critic, from the unwhitened advantages

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from common.phases import PhaseClock
 from common.sums import Sums, add_sums
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience, Rollout
-from step3_ppo.loss import policy_loss_sum, value_loss_sum
+from step3_ppo.loss import kl_loss_sum, policy_loss_sum, value_loss_sum
 from step3_ppo.models import PPOModels, inputs_of, response_values
 
 
@@ -30,14 +31,15 @@ class Learner:
         self.models, self.config, self.clock = models, config, clock
         self.step = JointStep({"actor": models.actor, "critic": models.critic}, config.max_skipped_steps)
 
-    def learn(self, batches: Sequence[Experience], texts: Sequence[TokenBatch]) -> Sums | None:
+    def learn(self, batches: Sequence[Experience], texts: Sequence[TokenBatch], kl_coef: float) -> Sums | None:
         """A step of both engines; returns sums over all its tokens, or None where it was skipped.
 
         Args:
             batches: this rank's micro-batches.
             texts: plain text to mix into the actor's.
+            kl_coef: weight of the KL where it is in the loss.
         """
-        sums = self._accumulate(batches, texts)
+        sums = self._accumulate(batches, texts, kl_coef)
         if not self.step.agreed():
             return None
         with self.clock.phase("actor_update"):
@@ -54,12 +56,13 @@ class Learner:
         each = lambda number: torch.full((rows,), number)
         rollout = Rollout(torch.full((rows, prompt + answer), pad_id), each(prompt), each(answer), each(True), each(0),
                           each(True))
-        experience = Experience(rollout, *torch.zeros(4, rows, answer)).to(device())
+        experience = Experience(rollout, *torch.zeros(5, rows, answer)).to(device())
         text = TokenBatch(rollout.tokens, rollout.attention_mask, rollout.attention_mask.bool(), rollout.lengths)
-        self._accumulate([experience], [text.to(device())] if self.config.unsupervised_dataset_name else [])
+        self._accumulate([experience], [text.to(device())] if self.config.unsupervised_dataset_name else [], 1.0)
         self.step.drop()
 
-    def _accumulate(self, batches: Sequence[Experience], texts: Sequence[TokenBatch]) -> list[list[Sums]]:
+    def _accumulate(self, batches: Sequence[Experience], texts: Sequence[TokenBatch],
+                    kl_coef: float) -> list[list[Sums]]:
         """Gradients in both engines; returns the micro-batches' sums for the policy, the text and the value loss."""
         tokens = global_sum(sum(batch.response_mask.sum() for batch in batches))
         policy, text, value = sums = [[], [], []]
@@ -72,7 +75,7 @@ class Learner:
             return loss_of
 
         with self.clock.phase("actor_update"):
-            self.step.accumulate("actor", "policy loss", batches, share(self._policy_loss, tokens, policy))
+            self.step.accumulate("actor", "policy loss", batches, share(partial(self._policy_loss, kl_coef), tokens, policy))
             if texts:
                 text_tokens = global_sum(sum(batch.loss_mask[:, 1:].sum() for batch in texts))
                 self.step.accumulate("actor", "text loss", texts,
@@ -81,12 +84,17 @@ class Learner:
             self.step.accumulate("critic", "value loss", batches, share(self._value_loss, tokens, value))
         return sums
 
-    def _policy_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
+    def _policy_loss(self, kl_coef: float, batch: Experience) -> tuple[Tensor, Sums]:
         rollout = batch.rollout
         log_probs = response_log_probs(self.models.actor, inputs_of(rollout), rollout.prompt_lengths,
                                        rollout.response_lengths, self.config.temperature)
-        return policy_loss_sum(log_probs, batch.old_log_probs, batch.advantages, batch.response_mask,
-                               self.config.clip_range)
+        loss, sums = policy_loss_sum(log_probs, batch.old_log_probs, batch.advantages, batch.response_mask,
+                                     self.config.clip_range)
+        if self.config.kl_placement == "loss":
+            kl_loss, kl_sums = kl_loss_sum(log_probs, batch.old_log_probs, batch.ref_log_probs, batch.response_mask,
+                                           self.config.kl_estimator)
+            loss, sums = loss + kl_coef * kl_loss, {**sums, **kl_sums}
+        return loss, sums
 
     def _value_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
         return value_loss_sum(response_values(self.models.critic, batch.rollout), batch.values, batch.returns,

@@ -36,6 +36,30 @@ def policy_loss_sum(
     return loss, sums
 
 
+def kl_loss_sum(
+    log_probs: Tensor, old_log_probs: Tensor, ref_log_probs: Tensor, response_mask: Tensor, estimator: str
+) -> tuple[Tensor, Sums]:
+    """Sum over the mask of rho * k, k an estimate of KL(pi || pi_ref), with the gradient of the KL itself.
+
+    All (B, R); log_probs alone carries a gradient; response_mask bool; rho = pi / pi_old. With d = log pi - log pi_ref
+    the gradient is that of sum(rho * d * grad log pi), rho and d held: its expectation over tokens of pi_old is, at
+    every position, the exact gradient of KL(pi || pi_ref). Whatever the estimator: it is what differentiating rho * k3
+    through rho and d comes to, and rho * d^2 / 2 through d (k2); rho * k1 through both has rho * grad log pi besides,
+    whose expectation is 0, and which is left out as mere noise. The estimators of `kl_estimate` give the value.
+    Differentiated without rho, k1 would pull nowhere, and k3 as KL(pi_ref || pi) does. What a token does to the KL of
+    later ones is in no loss: that takes the reward. Source: arXiv:2510.01555, sec. 4-5.
+
+    Returns the loss (a scalar) and the sum `kl_loss`.
+    """
+    log_probs, old_log_probs, ref_log_probs = _inside(response_mask, log_probs, old_log_probs, ref_log_probs)
+    now = log_probs.detach()
+    ratio = (now - old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    value = ratio * kl_estimate(now, ref_log_probs, estimator)
+    pull = ratio * (now - ref_log_probs)
+    loss = (value + pull * (log_probs - now)).sum()
+    return loss, {"kl_loss": loss.detach().double()}
+
+
 def value_loss_sum(
     values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, clip_range: float
 ) -> tuple[Tensor, Sums]:

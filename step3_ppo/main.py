@@ -26,7 +26,7 @@ from common.engine import check_engine_options
 from common.memory import fit_micro_batches, named_when_out_of_memory
 from common.models.factory import check_language_model, check_room, resolve_model
 from common.phases import PhaseClock
-from common.provenance import Calibration
+from common.provenance import RAW, Calibration
 from common.resume import Checkpoints, TrainingState
 from common.run import (data_request, open_codec, open_run, publishing, read_calibration, report_done, say_data)
 from step3_ppo.config import PPOConfig
@@ -41,8 +41,8 @@ def main(argv=None) -> None:
     """Parse, prepare, build, train, save."""
     config = parse(PPOConfig, argv, prog="step3_ppo/main.py")
     check_engine_options(config)
-    actor = resolve_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config.data_output_path)
-    critic = resolve_model(config.critic_model_name_or_path, "--critic_model_name_or_path", config.data_output_path)
+    actor, critic = (resolve_model(getattr(config, name), f"--{name}", config.data_output_path, config.merge_adapter)
+                     for name in ("actor_model_name_or_path", "critic_model_name_or_path"))
     for source, flag in ((actor, "--actor_model_name_or_path"), (critic, "--critic_model_name_or_path")):
         check_room(source, flag, config.max_prompt_seq_len + config.max_answer_seq_len,
                    "--max_prompt_seq_len and --max_answer_seq_len", config.trust_remote_code)
@@ -64,7 +64,7 @@ def main(argv=None) -> None:
     scheduled = min(sampler.steps_per_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
     iterations = min(scheduled, config.stop_after or sys.maxsize)
     with named_when_out_of_memory("loading the models"):
-        models = build_models(config, codec, actor, critic, calibration,
+        models = build_models(config, codec, actor, critic, calibration or RAW,
                               optimizer_steps(config, data.train, scheduled))
     longest = max(data.train["length"])
     fitted = fit_micro_batches(
@@ -79,7 +79,7 @@ def main(argv=None) -> None:
     with checkpoints.naming_last_good():
         done = checkpoints.restore(found, training_state(models, trainer), tracker)
         metrics = run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.after)
-        save(config, models, codec, calibration, data)
+        save(config, models, codec, trainer.calibration, data)
     report_done(tracker, iterations, metrics, config.output_dir)
     checkpoints.discard()
     models.destroy()

@@ -76,6 +76,10 @@ class PPOModels:
                 numbers = self.critic(**inputs_of(rollout), reward=True)
         return score_at_last_token(numbers, rollout.lengths)
 
+    def measure_values_in(self, calibration: Calibration) -> None:
+        """From here on the critic's values are in this scale of the scores."""
+        self.critic.module.calibration = calibration
+
     def destroy(self) -> None:
         """Take DeepSpeed's hooks and buffers off all models."""
         for engine in (self.actor, self.critic, self.scorer, self.reference):

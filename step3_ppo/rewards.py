@@ -16,8 +16,8 @@ def kl_estimate(log_probs: Tensor, other_log_probs: Tensor, estimator: str) -> T
     """One-sample estimates, in nats, of KL(p || q) at tokens drawn from p. Any shape; elementwise.
 
     With d = log p - log q:  k1 = d (unbiased);  k2 = d^2 / 2 (biased, never negative);  k3 = exp(-d) - 1 + d
-    (unbiased, never negative). Source: "Approximating KL Divergence" (blog post, 2020). For rewards and
-    monitoring: as losses, their gradients would not be those of the KL.
+    (unbiased, never negative). Source: "Approximating KL Divergence" (blog post, 2020). For monitoring, and k1 for
+    rewards; their gradients are not those of the KL, see `loss.kl_loss_sum`.
     """
     d = log_probs - other_log_probs
     if estimator == "k1":
@@ -76,12 +76,13 @@ def shape_scores(
     return ShapedScores(shaped, sums)
 
 
-def token_rewards(kl: Tensor, scores: Tensor, response_mask: Tensor, beta: float) -> Tensor:
-    """r_t = -beta * kl_t, plus the score at the last response token; 0 outside the mask.
+def token_rewards(log_ratio: Tensor, scores: Tensor, response_mask: Tensor, beta: float) -> Tensor:
+    """r_t = -beta * d_t, plus the score at the last response token; 0 outside the mask.
 
-    kl (B, R) in nats; scores (B,) shaped; response_mask (B, R) bool. Returns (B, R).
-    Source: arXiv:2203.02155, eq. 2.
+    log_ratio (B, R), d = log pi - log pi_ref in nats; scores (B,) shaped; response_mask (B, R) bool. Returns (B, R).
+    No other estimator of the KL than d itself belongs here: E[d grad log pi] is the gradient of the KL, while that of
+    d^2 / 2 or exp(-d) - 1 + d nearly vanishes near the reference. Source: arXiv:2203.02155, eq. 2; arXiv:2510.01555.
     """
     last = response_mask.sum(1, keepdim=True) - 1
-    at_last = torch.arange(response_mask.shape[1], device=kl.device) == last
-    return (-beta * kl).masked_fill(~response_mask, 0) + torch.where(at_last, scores[:, None], 0.0)
+    at_last = torch.arange(response_mask.shape[1], device=log_ratio.device) == last
+    return (-beta * log_ratio).masked_fill(~response_mask, 0) + torch.where(at_last, scores[:, None], 0.0)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice
 from math import ceil
 
@@ -15,10 +15,10 @@ from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
 from common.data.tokenization import Codec
 from common.distributed import device, on_gpu, rank, say, world_size
 from common.engine import gradient_norm
-from common.errors import DIVERGED, Diverged
+from common.errors import DIVERGED, Diverged, UserError
 from common.loop import check_finite
 from common.phases import PhaseClock
-from common.provenance import Calibration
+from common.provenance import RAW, Calibration
 from common.sums import Sums, add_sums, means
 from step3_ppo.advantages import gae, whiten
 from step3_ppo.assessment import Assessment, assess, share_rollout
@@ -28,7 +28,7 @@ from step3_ppo.kl_controller import AdaptiveKL, FixedKL
 from step3_ppo.learner import Learner
 from step3_ppo.loss import explained_variance, explained_variance_sums
 from step3_ppo.models import PPOModels
-from step3_ppo.rewards import ShapedScores, kl_estimate, shape_scores, token_rewards
+from step3_ppo.rewards import ShapedScores, shape_scores, token_rewards
 from step3_ppo.rollout import ActorRollouts
 from step3_ppo.sampling import NO_TOKEN, Sampling
 from step3_ppo.states_away import StatesAway
@@ -45,11 +45,12 @@ class PPOTrainer:
         codec: end and padding tokens, decoding of samples.
         prompts, held_out: prepared prompts to train on and to evaluate on.
         texts: endless micro-batches of plain text for the pre-training mix, if it is on; a list for each step.
-        calibration: of the reward model's scores; the identity where they are not normalised.
+        calibration: of the reward model's scores; the identity where they are not normalised; None: that of the scores
+            of the first iteration, from then on.
     """
 
     def __init__(self, models: PPOModels, config: PPOConfig, codec: Codec, prompts: Dataset, held_out: Dataset,
-                 texts: Iterator[list[TokenBatch]] | None, calibration: Calibration):
+                 texts: Iterator[list[TokenBatch]] | None, calibration: Calibration | None):
         self.models, self.config, self.codec = models, config, codec
         self.prompts, self.held_out, self.texts = prompts, held_out, texts
         self.calibration = calibration
@@ -69,9 +70,10 @@ class PPOTrainer:
         self.latest: tuple[Rollout, Assessment] | None = None
 
     def state_dict(self) -> dict:
-        """What the next iteration depends on besides the weights: the KL controller, how much text was read, how
-        micro-batches are cut, and how many steps were skipped."""
+        """What the next iteration depends on besides the weights: the KL controller, the scale of the scores, how much
+        text was read, how micro-batches are cut, and how many steps were skipped."""
         return {"kl": self.kl.state_dict(), "optimizer_steps": self.optimizer_steps_made,
+                "calibration": self.calibration and [self.calibration.mean, self.calibration.std],
                 "step": self.learner.step.state_dict(), "max_tokens": self.config.max_tokens_per_micro_batch}
 
     def load_state_dict(self, state: dict) -> None:
@@ -79,6 +81,9 @@ class PPOTrainer:
         self.kl.load_state_dict(state["kl"])
         self.optimizer_steps_made = state["optimizer_steps"]
         self.learner.step.load_state_dict(state["step"])
+        if state["calibration"] is not None:
+            self.calibration = Calibration(*state["calibration"])
+            self.models.measure_values_in(self.calibration)
         if self.texts is not None:  # every optimizer step has read its share
             self.texts = islice(self.texts, self.optimizer_steps_made, None)
 
@@ -93,6 +98,8 @@ class PPOTrainer:
         with self.clock.phase("generate"):
             rollout = self.rollout(self.prompts, prompts, index)
         assessment = self.assess(rollout, index)
+        if self.calibration is None:
+            assessment = self.calibrate(assessment)
         with self.clock.phase("advantages"):
             shaped, rewards = self.rewards(rollout, assessment)
             self.check_limits(assessment, index)
@@ -129,6 +136,23 @@ class PPOTrainer:
             check_finite(total, f"sum of all {field.name.replace('_', ' ')}", _occasion(stream))
         return assessment
 
+    def calibrate(self, assessment: Assessment) -> Assessment:
+        """Take the scale of the scores from these, the same on every rank; returns them with values in that scale.
+
+        Raises:
+            UserError: on all ranks alike, if the scores do not vary.
+        """
+        measured = Calibration.of(assessment.scores)
+        if not measured.usable:
+            raise UserError(f"the {len(assessment.scores)} scores of the first iteration have the mean "
+                            f"{measured.mean:g} and the standard deviation {measured.std:g}, which nothing can be "
+                            "measured in: give an iteration more answers, or add --score_calibration none")
+        self.calibration = measured
+        self.models.measure_values_in(measured)
+        say(f"the {len(assessment.scores)} scores of the first iteration have the mean {measured.mean:.4g} and the "
+            f"spread {measured.std:.4g}: from here on scores and values are measured in these")
+        return replace(assessment, values=measured.normalise(assessment.values))
+
     def check_limits(self, assessment: Assessment, index: int) -> None:
         """Raises Diverged on all ranks alike, before the update, if KL or reward has left the limits that are set."""
         config = self.config
@@ -144,12 +168,13 @@ class PPOTrainer:
     def rewards(self, rollout: Rollout, assessment: Assessment) -> tuple[ShapedScores, Tensor]:
         """Shaped scores (B,) and token rewards (B, R)."""
         config = self.config
-        shaped = shape_scores(assessment.scores, rollout.finished, rollout.real, mean=self.calibration.mean,
-                              std=self.calibration.std, clip=config.score_clip,
-                              missing_eos_penalty=config.missing_eos_penalty,
+        scale = self.calibration or RAW
+        shaped = shape_scores(assessment.scores, rollout.finished, rollout.real, mean=scale.mean, std=scale.std,
+                              clip=config.score_clip, missing_eos_penalty=config.missing_eos_penalty,
                               missing_eos_score=config.missing_eos_score)
-        kl = kl_estimate(assessment.old_log_probs, assessment.ref_log_probs, config.kl_estimator)
-        return shaped, token_rewards(kl, shaped.scores, rollout.response_mask, self.kl.beta)
+        beta = self.kl.beta if config.kl_placement == "reward" else 0.0
+        return shaped, token_rewards(assessment.old_log_probs - assessment.ref_log_probs, shaped.scores,
+                                     rollout.response_mask, beta)
 
     def advantages(self, rollout: Rollout, assessment: Assessment, rewards: Tensor) -> Experience:
         """The experience that the update learns from. Every rank holds all of it, so whitening needs no reduction."""
@@ -157,7 +182,8 @@ class PPOTrainer:
                                   lam=self.config.gae_lambda)
         if self.config.whiten_advantages:
             advantages = whiten(advantages, rollout.response_mask)
-        return Experience(rollout, assessment.old_log_probs, assessment.values, advantages, returns)
+        return Experience(rollout, assessment.old_log_probs, assessment.ref_log_probs, assessment.values, advantages,
+                          returns)
 
     def update(self, experience: Experience, index: int) -> dict[str, float]:
         """PPO epochs over the experience; leaves them early where the policy has moved past `target_kl`."""
@@ -173,7 +199,7 @@ class PPOTrainer:
             for micro_batches in sampler.epoch(epoch):
                 batches = [experience.select(batch.indices, batch.real).to(device()) for batch in micro_batches]
                 texts = [text.to(device()) for text in next(self.texts)] if self.texts is not None else []
-                sums = self.learner.learn(batches, texts)
+                sums = self.learner.learn(batches, texts, self.kl.beta)
                 self.optimizer_steps_made += 1
                 if sums is None:
                     continue
@@ -199,6 +225,8 @@ class PPOTrainer:
         assessment = self.assess(rollout, EVALUATION)
         shaped = self.rewards(rollout, assessment)[0]
         metrics = {**_response_metrics(rollout, shaped), "kl": float(assessment.response_kl().mean())}
+        if self.calibration is None:  # it comes with the first iteration
+            del metrics["shaped_score"], metrics["score_clip_fraction"]
         return metrics, self._samples(rollout, assessment, len(rollout.tokens))
 
     def latest_samples(self, rows: int) -> list[dict]:

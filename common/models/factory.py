@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import torch
@@ -12,11 +14,14 @@ from transformers import GenerationConfig
 
 from common.data.files import is_data_file
 from common.data.tokenization import Codec
+from common.distributed import is_main
 from common.errors import UserError, reason_of
+from common.models.adapter import holds_adapter, merged_model, refuse_adapter
 from common.models.builtin import BUILTIN_MODELS, materialise
 from common.models.door import check_files, check_finite
 from common.models.new_token import start_row
 from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
+from common.models.whole import score_labels, surplus
 from common.paths import OUTPUT, announce_lookup, may_be_on_hub, similar_path, writing_to
 from common.provenance import RAW, Calibration
 
@@ -24,12 +29,19 @@ _MADE_BY = {f"{OUTPUT}/sft": "step1_sft/main.py", f"{OUTPUT}/reward": "step2_rew
             f"{OUTPUT}/ppo": "step3_ppo/main.py"}
 
 
-def resolve_model(name: str, flag: str, cache_dir: Path) -> str:
+def resolve_model(name: str, flag: str, cache_dir: Path, merge_adapter: bool = False) -> str:
     """The directory or hub name to load a model from; a builtin model is written to the cache first.
+
+    Args:
+        merge_adapter: a directory with an adapter stands for what that and its base make together, which is written to
+            the cache first.
 
     Raises:
         UserError: as of `check_model_name`.
     """
+    directory = Path(name)
+    if merge_adapter and holds_adapter(directory):
+        return str(merged_model(directory, flag, Path(cache_dir)))
     check_model_name(name, flag)
     if name in BUILTIN_MODELS:
         with writing_to("--data_output_path", cache_dir):
@@ -43,13 +55,15 @@ def resolve_model(name: str, flag: str, cache_dir: Path) -> str:
 
 
 def check_model_name(name: str, flag: str) -> None:
-    """Raises UserError for neither a directory with a config.json, a builtin, nor what may be a hub name."""
+    """Raises UserError for neither a directory with a config.json, a builtin, nor what may be a hub name; and for a
+    directory with an adapter."""
     if name.startswith("builtin:"):
         if name not in BUILTIN_MODELS:
             raise UserError(f"{flag} {name}: no such built-in model; there are {', '.join(BUILTIN_MODELS)}")
         return
     path = Path(name)
     if path.is_dir():
+        refuse_adapter(path, f"{flag} {name}", "add --merge_adapter")
         config = path / "config.json"
         if not config.is_file():
             raise UserError(f"{flag} {name}: the directory holds no config.json, so it is no Hugging Face model")
@@ -90,7 +104,7 @@ def load_scalar_model(source: str, flag: str, codec: Codec, *, dtype: torch.dtyp
         seed: of a new head's initial weights.
     """
     from transformers import AutoModelForSequenceClassification
-    has_head = is_scalar_config(load_config(source, flag, trust_remote_code))
+    has_head = gives_scores(source, flag, trust_remote_code)
     with _partitioned_loading(ds_config):
         model = _load(AutoModelForSequenceClassification, source, flag, dtype, dropout, trust_remote_code,
                       new_head=not has_head, num_labels=1)
@@ -108,6 +122,22 @@ def load_config(source: str, flag: str, trust_remote_code: bool = False, **chang
     from transformers import AutoConfig
     with explained(f"{flag} {source}"):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **changes)
+
+
+def gives_scores(source: str, flag: str, trust_remote_code: bool = False) -> bool:
+    """Whether a model is a reward model, with a trained score head.
+
+    Raises:
+        UserError: it is a classifier of several labels.
+    """
+    config = load_config(source, flag, trust_remote_code)
+    if not is_scalar_config(config):
+        return False
+    labels = score_labels(source, config)
+    if labels not in (1, None):
+        raise UserError(f"{flag} {source} is a classifier of {labels} labels, and a reward model gives one score: name "
+                        "one with one label, or train one from a language model with step2_reward/main.py")
+    return True
 
 
 def check_room(source: str, flag: str, tokens: int, length_flags: str, trust_remote_code: bool = False) -> None:
@@ -153,8 +183,24 @@ def _load(auto_class, source: str, flag: str, dtype: torch.dtype, dropout: float
     if missing:  # transformers fills them with random numbers
         raise UserError(f"{flag} {source}: its weight files lack {len(missing)} of the model's weights, such as "
                         f"{missing[0]}: the directory is incomplete or its config.json belongs to another model")
+    heads, others = surplus(loading["unexpected_keys"])
+    if others:  # transformers leaves them out
+        raise UserError(f"{flag} {source}: its weight files hold {len(others)} weights more than its config.json "
+                        f"describes, such as {others[0]}: the config.json belongs to another model")
+    if heads:
+        _note(f"note: {flag} {source}: weights of heads without a use here are left out: {', '.join(heads)}")
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a repository on the hub; directories are checked before
+        raise UserError(f"{flag} {source} comes with an adapter, which would be all that is trained: download both and "
+                        "make one model of them with inference/merge_lora.py")
     check_finite(model, f"{flag} {source}")
     return model
+
+
+@functools.cache
+def _note(message: str) -> None:
+    """Once, on stderr: the answers of inference/generate.py go to stdout."""
+    if is_main():
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -170,7 +216,8 @@ def explained(name: str):
     except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
         reason = reason_of(error)
         if "ignore_mismatched_sizes" in reason:
-            reason = "config.json and the weights are not of one model: their shapes differ"
+            reason = ("config.json and the weights are not of one model: their shapes differ (a reward model is to "
+                      "have one label)")
         raise UserError(f"{name}: the model cannot be loaded: {reason}") from error
 
 

@@ -112,7 +112,7 @@ def reward_step(model: str, codec, stage: int, micro_batch: int, *held: bool) ->
 
 def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
     rows_per_rank, accumulation, max_tokens = cut(micro_batch)
-    config = PPOConfig(per_device_training_batch_size=rows_per_rank, unsup_coef=0.5,
+    config = PPOConfig(per_device_training_batch_size=rows_per_rank, unsup_coef=0.5, kl_placement="loss", kl_coef=0.5,
                        gradient_accumulation_steps=accumulation, max_tokens_per_micro_batch=max_tokens)
     models = PPOModels(actor(model, codec, stage, *held), critic(model, codec, stage, *held),
                        None, None, None, temperature=0.9)
@@ -161,8 +161,8 @@ def experience() -> Experience:
     rollout = Rollout(torch.randint(10, 200, (ROWS, int((prompts + responses).max())), generator=generator), prompts,
                       responses, torch.ones(ROWS, dtype=torch.bool), torch.arange(ROWS),
                       torch.ones(ROWS, dtype=torch.bool))
-    return Experience(rollout, old_log_probs=-6 + noise(0.1), values=noise(1.0), advantages=noise(1.0),
-                      returns=noise(1.0))
+    return Experience(rollout, old_log_probs=-6 + noise(0.1), ref_log_probs=-6 + noise(1.0), values=noise(1.0),
+                      advantages=noise(1.0), returns=noise(1.0))
 
 
 def with_lora(model):

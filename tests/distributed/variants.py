@@ -41,7 +41,8 @@ GENERATION_AT_LENGTH = {name: case for name, case in _GENERATION.items() if name
 RESUMED = {
     "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--dropout", "0")),
     "reward-zero2-lora-dropout": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0.1")),
-    "ppo-ema": ("ppo", ("--actor_zero_stage", "0", "--critic_zero_stage", "0", "--enable_ema")),
+    "ppo-ema": ("ppo", ("--actor_zero_stage", "0", "--critic_zero_stage", "0", "--enable_ema", "--score_calibration",
+                        "rollout", "--kl_placement", "loss", "--kl_estimator", "k3", "--kl_controller", "adaptive")),
     "ppo-zero3-bf16-lora": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--dtype", "bf16",
                                     "--actor_lora_dim", "4", "--critic_lora_dim", "4", "--enable_ema")),
 }

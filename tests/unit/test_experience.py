@@ -28,7 +28,7 @@ def experience(rows=(0, 1, 2), **options):
     made = rollout(rows, **options)
     columns = torch.arange(made.response_mask.shape[1])
     places = (10 * torch.tensor(rows)[:, None] + columns).float()
-    names = ("old_log_probs", "values", "advantages", "returns")
+    names = ("old_log_probs", "values", "advantages", "returns", "ref_log_probs")
     return Experience(made, **{name: 100 * (number + 1) + places for number, name in enumerate(names)})
 
 

@@ -17,7 +17,7 @@ def model(tmp_path, builtin_cache):
                           dtype=torch.float32)
 
 
-def adapt(model, modules, dim=4, alpha=0):
+def adapt(model, modules, dim=4, alpha=None):
     return add_lora(model, dim=dim, alpha=alpha, dropout=0.0, modules=modules, flag="--lora_module_name",
                     base_name="x", seed=0)
 
@@ -39,10 +39,58 @@ def test_nothing_matched_is_an_error_that_lists_what_there_is(model):
     assert not has_lora(model)
 
 
-@pytest.mark.parametrize("alpha, scale", [(0, 2.0), (8, 2.0), (2, 0.5)])
-def test_alpha_scales_and_defaults_to_twice_the_rank(model, alpha, scale):
+@pytest.mark.parametrize("alpha, scale", [(None, 1 / 4), (8, 2.0), (2, 0.5)])
+def test_alpha_scales_as_in_peft_and_is_one_where_it_is_not_given(model, alpha, scale):
     adapt(model, "q_proj", dim=4, alpha=alpha)
     assert {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")} == {scale}
+
+
+LEARNING_RATE = 5e-4
+
+
+def first_step_of_adam(parameters, output, target) -> None:
+    (output - target).square().mean().backward()
+    torch.optim.Adam(parameters, lr=LEARNING_RATE).step()
+
+
+def first_step_of_ours(size, rank, alpha, inputs, target) -> float:
+    """How far Adam's first step moves the weight, adapters included: the root of its mean square."""
+    model = torch.nn.Sequential(torch.nn.Linear(size, size, bias=False))
+    adapt(model, "0", rank, alpha)
+    before = model[0].base_layer.weight.detach().clone()
+    first_step_of_adam([parameter for parameter in model.parameters() if parameter.requires_grad], model(inputs), target)
+    with folded_adapters(model):
+        return float((model[0].base_layer.weight - before).square().mean().sqrt())
+
+
+def first_step_of_the_published(size, rank, inputs, target) -> float:
+    """The same of the adapters that DeepSpeed-Chat trains: x W + x R L / rank, L from 0, R Kaiming over its columns."""
+    right = torch.nn.Parameter(torch.empty(size, rank))
+    torch.nn.init.kaiming_uniform_(right, a=5 ** 0.5)
+    left = torch.nn.Parameter(torch.zeros(rank, size))
+    before = right.detach().clone()
+    first_step_of_adam([right, left], inputs @ right @ left / rank, target)
+    assert torch.equal(right, before), "left starts at 0, so right has no gradient yet"
+    return float((right @ left / rank).detach().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("size, rank", [(256, 128), (512, 16)])
+def test_a_step_of_the_published_recipe_has_its_published_size(size, rank):
+    torch.manual_seed(0)
+    inputs, target = torch.randn(2, 2048, size)
+    ours, published = (first_step_of_ours(size, rank, None, inputs, target),
+                       first_step_of_the_published(size, rank, inputs, target))
+    assert ours == pytest.approx(published, rel=0.05)
+    # Signs, nearly independent, times terms of variance 1 / (3 rank), rank of them, scaled by 1 / rank.
+    assert published == pytest.approx(LEARNING_RATE / (rank * 3 ** 0.5), rel=0.2)
+
+
+@pytest.mark.parametrize("size, rank, alpha", [(256, 16, 32), (512, 16, 16)])
+def test_a_step_with_alpha_has_the_size_that_peft_gives_it(size, rank, alpha):
+    torch.manual_seed(0)
+    inputs, target = torch.randn(2, 2048, size)
+    expected = alpha / rank * LEARNING_RATE * (rank / (3 * size)) ** 0.5
+    assert first_step_of_ours(size, rank, alpha, inputs, target) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,0 +1,147 @@
+"""The scale that PPO measures scores in: from the reward model's provenance, from the first rollout, or none at all."""
+import json
+import shutil
+
+import pytest
+import torch
+
+from common.checkpoint import write_model
+from common.data.tokenization import load_tokenizer, make_codec
+from common.errors import UserError
+from common.models.factory import load_causal_lm, load_scalar_model
+from common.provenance import RAW, Calibration, Provenance
+from common.run import read_calibration, text_of
+from step3_ppo.assessment import Assessment
+from step3_ppo.config import PPOConfig
+from step3_ppo.experience import Rollout
+from step3_ppo.models import PPOModels
+from step3_ppo.trainer import PPOTrainer
+from tests.architectures import build_model
+
+SCORES = torch.tensor([210.0, 190.0, 230.0, 170.0])  # raw, all would be clipped at 5
+
+
+class WholeEngine:
+    """An engine as it is on one rank at ZeRO 0, without a process group."""
+
+    def __init__(self, module):
+        self.module = module
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, builtin_cache):
+    return build_model("opt", tmp_path_factory.mktemp("base"), builtin_cache)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory, base):
+    """A reward model that says nothing of its scores, with its codec."""
+    codec = make_codec(load_tokenizer(str(base)), "human_assistant")
+    scorer = load_scalar_model(str(base), "--model", codec, dtype=torch.float32, seed=7)
+    directory = tmp_path_factory.mktemp("scorer")
+    write_model(scorer, dict(scorer.state_dict()), codec, directory)
+    return directory, codec
+
+
+def config(**options) -> PPOConfig:
+    return PPOConfig(actor_model_name_or_path="./actor", **options)
+
+
+@pytest.fixture
+def calibrated(reward_model, tmp_path):
+    """The same reward model with its provenance, as step 2 writes it."""
+    directory, codec = reward_model
+    shutil.copytree(directory, tmp_path / "scorer")
+    Provenance(step="reward", base="x", data_split="2,4,4", eval_fraction=0.05, score_mean=0.5, score_std=2.0,
+               **text_of(codec)).write(tmp_path / "scorer")
+    return tmp_path / "scorer", codec
+
+
+@pytest.mark.parametrize("options, expected, said", [
+    ({}, Calibration(0.5, 2.0), "own mean 0.5 and spread 2"),
+    ({"score_calibration": "provenance"}, Calibration(0.5, 2.0), "own mean 0.5 and spread 2"),
+    ({"score_calibration": "rollout"}, None, "first iteration's answers"),
+    ({"score_calibration": "none"}, RAW, "as they are"), ({"normalize_scores": False}, RAW, "as they are"),
+])
+def test_a_reward_model_with_its_scale_is_measured_in_it_unless_told_otherwise(calibrated, options, expected, said,
+                                                                               capsys):
+    directory, codec = calibrated
+    assert read_calibration(config(**options), codec, str(directory)) == expected
+    (line,) = capsys.readouterr().out.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize("options, expected", [({}, None), ({"score_calibration": "none"}, RAW)])
+def test_scores_of_an_unknown_scale_are_used_raw_by_name_only(reward_model, options, expected):
+    directory, codec = reward_model
+    assert read_calibration(config(**options), codec, str(directory)) == expected
+
+
+def test_a_scale_that_is_not_there_is_refused_with_what_to_write(reward_model):
+    directory, codec = reward_model
+    with pytest.raises(UserError, match="--score_calibration rollout"):
+        read_calibration(config(score_calibration="provenance"), codec, str(directory))
+
+
+@pytest.mark.parametrize("mean, std", [("0.5", 2.0), (0.5, "wide"), (None, 2.0), (True, 2.0), (0.5, 1e-300),
+                                       (1e300, 2.0), (1e9, 1.0), (0.5, -1.0)])
+def test_a_scale_that_measures_nothing_is_named_at_the_door(calibrated, mean, std):
+    directory, codec = calibrated
+    written = json.loads((directory / "provenance.json").read_text())
+    (directory / "provenance.json").write_text(json.dumps({**written, "score_mean": mean, "score_std": std}))
+    with pytest.raises(UserError, match="provenance.json is damaged|nothing can be measured in") as error:
+        read_calibration(config(), codec, str(directory))
+    assert str(directory) in str(error.value)
+
+
+@pytest.fixture
+def trainer(reward_model, base) -> PPOTrainer:
+    """One that is to take the scale from its first rollout."""
+    directory, codec = reward_model
+    actor = load_causal_lm(str(base), "--model", codec, dtype=torch.float32)
+    critic = load_scalar_model(str(directory), "--model", codec, dtype=torch.float32)
+    models = PPOModels(WholeEngine(actor), WholeEngine(critic), None, None, None, 1.0)
+    return PPOTrainer(models, config(missing_eos_penalty=0.0), codec, None, None, None, None)
+
+
+def assessed(scores) -> tuple[Rollout, Assessment]:
+    rows = len(scores)
+    rollout = Rollout(torch.ones(rows, 5, dtype=torch.long), torch.full((rows,), 3), torch.full((rows,), 2),
+                      torch.ones(rows, dtype=torch.bool), torch.arange(rows), torch.ones(rows, dtype=torch.bool))
+    return rollout, Assessment(*torch.zeros(3, rows, 2), torch.full((rows, 2), 200.0), scores)
+
+
+def test_large_scores_are_brought_to_their_own_mean_and_spread(trainer):
+    rollout, assessment = assessed(SCORES)
+    assert trainer.rewards(rollout, assessment)[0].scores.tolist() == [5.0] * 4  # nothing to learn from
+    calibrated = trainer.calibrate(assessment)
+    shaped, rewards = trainer.rewards(rollout, calibrated)
+    expected = (SCORES - SCORES.mean()) / SCORES.std(correction=0)
+    torch.testing.assert_close(shaped.scores, expected)
+    torch.testing.assert_close(rewards[:, -1], expected)
+    assert not shaped.sums["clipped"]
+    torch.testing.assert_close(calibrated.values, torch.zeros(4, 2))  # the critic's values, in the same scale
+
+
+def test_the_critic_goes_on_in_the_scale_that_was_measured(trainer):
+    inputs = {"input_ids": torch.arange(10, 18)[None]}
+    with torch.no_grad():
+        raw = trainer.models.critic.module.eval()(**inputs)
+        trainer.calibrate(assessed(SCORES)[1])
+        torch.testing.assert_close(trainer.models.critic.module(**inputs),
+                                   (raw - SCORES.mean()) / SCORES.std(correction=0))
+
+
+def test_a_resumed_run_has_the_very_scale(trainer):
+    trainer.calibrate(assessed(SCORES + 1 / 3)[1])
+    state = json.loads(json.dumps(trainer.state_dict()))
+    other = PPOTrainer(trainer.models, trainer.config, trainer.codec, None, None, None, None)
+    trainer.models.measure_values_in(RAW)
+    other.load_state_dict(state)
+    assert other.calibration == trainer.calibration == trainer.models.critic.module.calibration
+
+
+@pytest.mark.parametrize("scores", [torch.full((4,), 3.0), torch.tensor([3.0])])
+def test_scores_that_do_not_vary_give_no_scale(trainer, scores):
+    with pytest.raises(UserError, match="--score_calibration none"):
+        trainer.calibrate(assessed(scores)[1])
