@@ -79,9 +79,10 @@ class Keyer:
             return ""
         what = (f"the same {self.column!r}" if self.column is not None else
                 "the same prompt" if self._same_prompt else "the same opening")
+        apart = "column:NAME" if self._same_prompt or self.column is not None else "prompt or column:NAME"
         return (f"all {self._rows:,} rows of {self.source} have {what}, {_short(self._shown)}, and a split keeps them "
                 "together: give them to one step with --data_split (such as 1,0,0) and --eval_fraction 0, or tell them "
-                "apart with --split_by column:NAME")
+                f"apart with --split_by {apart}")
 
 
 def column_value(row: Row, column: str) -> str | None:
