@@ -72,7 +72,7 @@ def local_source(spec: SourceSpec, kind: str | None = None) -> Source | None:
         if not is_data_file(path):
             raise UserError(f"{spec.flag}: {spec.name} is {kind_of(path) or 'no data file'}; "
                             f"understood are {', '.join(SUFFIXES)}")
-        return Source([_file_part(path, spec.name, path.name, "train", spec.form)])
+        return Source([_file_part(path, spec.name, path.name, "train", spec.form, _digest_of(path))])
     if path.is_dir():
         return _directory(spec, path, kind)
     if path.exists():
@@ -95,9 +95,14 @@ def _numbered(rows: Any, label: str) -> Iterator[Row]:
         yield Row(f"{label}:{number}", values)
 
 
-def _file_part(path: Path, label: str, name: str, split: str, form: FileFormat, member: str | None = None) -> Part:
-    return Part(label, name, split, lambda note=ignore: read_rows(path, label, form, note, member),
-                lambda: _file_digest([path]))
+def _file_part(path: Path, label: str, name: str, split: str, form: FileFormat, digest: Callable[[], str],
+               member: str | None = None) -> Part:
+    return Part(label, name, split, lambda note=ignore: read_rows(path, label, form, note, member), digest)
+
+
+def _digest_of(path: Path) -> Callable[[], str]:
+    """A hash of the file's content, taken once for all members of an archive."""
+    return functools.cache(lambda: _file_digest([path]))
 
 
 def _file_digest(paths: list[Path]) -> str:
@@ -137,10 +142,12 @@ def _of_files(spec: SourceSpec, files: dict[str, tuple[Path, str | None]], kind:
     """A source of files, given by their names in it, each with the zip archive's member that it is, if any."""
     names = sorted(files)
     choice = choose_splits(names, kind)
+    digests = {path: _digest_of(path) for path, _ in files.values()}
     parts = []
     for name in (name for name in names if name in choice.splits):
         path, member = files[name]
-        parts.append(_file_part(path, os.path.join(spec.name, name), name, choice.splits[name], spec.form, member))
+        parts.append(_file_part(path, os.path.join(spec.name, name), name, choice.splits[name], spec.form,
+                                digests[path], member))
     return Source(parts, choice.left_out, [f"{spec.name}: {said}" for said in choice.notes])
 
 
