@@ -186,7 +186,7 @@ def tar() -> bytes:
     (gzip.compress(gzip.compress(b"{}")), "gzip within an archive"), (b"\x89PNG\r\n\x1a\n", "a picture"),
     (b"SQLite format 3\0", "an SQLite database"), (b"{\\rtf1 text}", "an RTF document"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Office document"), (b"\x01\0\0\0\x02" * 50, "it is no text"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"), (b"Rar!\x1a\x07", "a rar archive"),
 ])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
 def test_what_holds_no_rows_is_refused_by_what_it_is(tmp_path, content, said, name):
@@ -226,12 +226,21 @@ def test_each_line_of_plain_text_is_a_text(tmp_path):
     assert next(asked).record.first_user_turn == 'One, "two";'
 
 
-def test_text_beside_data_is_about_them(tmp_path):
+def test_texts_and_archives_beside_data_are_left_out(tmp_path):
     (tmp_path / "notes.txt").write_text("Notes")
     (tmp_path / "README.txt").write_text("Read me")
     assert [part.name for part in open_source(SourceSpec(str(tmp_path))).parts] == ["notes.txt"]
     (tmp_path / "train.jsonl").write_text(jsonl())
-    assert [part.name for part in open_source(SourceSpec(str(tmp_path))).parts] == ["train.jsonl"]
+    zipped(tmp_path / "all.zip", {"train.jsonl": jsonl()})
+    source = open_source(SourceSpec(str(tmp_path)))
+    assert [part.name for part in source.parts] == ["train.jsonl"]
+    assert source.notes == [f"{tmp_path}: left out, being texts or archives beside data: all.zip, notes.txt"]
+
+
+@pytest.mark.parametrize("text", ["PAR1 is a word", "ORCHESTRA", "GIF89a", "BZh", "#!/bin/sh", "%", "sep=;"])
+def test_plain_text_may_begin_as_it_likes(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert read(tmp_path / "a.txt") == [{"text": text}]
 
 
 def test_values_of_a_table_stay_as_they_are_written(tmp_path):
@@ -240,6 +249,8 @@ def test_values_of_a_table_stay_as_they_are_written(tmp_path):
 
 
 def test_what_is_no_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="--data_path: x+ cannot be read: File name too long"):
+        open_source(SourceSpec("x" * 5000))
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="neither a file nor a directory"):
         open_source(SourceSpec(str(tmp_path / "a.jsonl")))
