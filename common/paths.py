@@ -118,8 +118,9 @@ def from_anywhere(name: str) -> str:
     return str(path.absolute()) if path.is_dir() else name
 
 
-def unreachable_hub(error: BaseException, cache: str) -> str | None:
-    """Why the hub was not reached, and where its files were looked for instead; None for any other error."""
+def unreachable_hub(error: BaseException, cache: str | None = None) -> str | None:
+    """Why the hub was not reached, and where its files were looked for instead (`cache`; none: where models are kept);
+    None for any other error."""
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -129,4 +130,5 @@ def unreachable_hub(error: BaseException, cache: str) -> str | None:
     if cause is None:
         return None
     why = "HF_HUB_OFFLINE=1 forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    return f"{why}, and the cache ({cache}) does not have it: copy it to a directory here, or load it once online"
+    return (f"{why}, and it is not in the cache, {cache or constants.HF_HUB_CACHE}: load it once online, or copy it "
+            "into a directory and name that")

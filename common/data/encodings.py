@@ -39,7 +39,7 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
     for ascii_text, name in _ASCII_AS_UTF16:
         if ascii_text.match(head):
             return name
-    if is_binary(head):
+    if is_binary(head) and not form.encoding:
         raise UserError(f"{label}: it is no text: {head.count(0) / len(head):.0%} of its bytes are NUL; "
                         "is it damaged, or of another format?")
     if head.isascii():

@@ -26,12 +26,13 @@ from common.data.kinds import GZIP, PARQUET, ZIP, ZSTD, unreadable_kind
 from common.data.rows import MAX_ROW_BYTES, TOO_LONG, FileFormat, Note, Row, ignore, lines
 from common.errors import UserError
 
-__all__ = ["MAX_ROW_BYTES", "SUFFIXES", "FileFormat", "Row", "is_data_file", "is_plain_text", "kind_of",
+__all__ = ["MAX_ROW_BYTES", "SUFFIXES", "UNDERSTOOD", "FileFormat", "Row", "is_data_file", "is_plain_text", "kind_of",
            "members", "read_rows"]
 
-_TEXTS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+_TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 _PACKED = (".gz", ".zst")
 SUFFIXES = (*(text + packed for text in _TEXTS for packed in ("", *_PACKED)), ".parquet", ".zip")
+UNDERSTOOD = f"{', '.join(_TEXTS)} (each also with {' or '.join(_PACKED)}), .parquet and .zip"
 _HEAD = 2**22   # bytes to look at
 _HEAD_OF_KIND = 1024
 
@@ -118,7 +119,7 @@ def read_rows(path: Path, label: str, form: FileFormat = FileFormat(), note: Not
                 yield from _text_rows(text(), label)
             else:
                 yield from csv_rows(text(), start, cut, label)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, UnicodeError) as error:
         raise UserError(f"{label}: cannot be read to its end: {error}") from error
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -9,6 +10,7 @@ from common.data.rows import MAX_ROW_BYTES, TOO_LONG
 
 COMMENTS = ("//", "#")
 _CHUNK = 2**16
+_LINE_END = re.compile(r"[\r\n]")
 
 
 class Broken(Exception):
@@ -49,11 +51,11 @@ class Cursor:
 
     def _pass_comment(self) -> None:
         self.comments += 1
-        while (end := self._buffer.find("\n", self.at)) < 0:
+        while (end := _LINE_END.search(self._buffer, self.at)) is None:
             self.at = len(self._buffer)
             if not self._more():
                 return
-        self.at = end + 1
+        self.at = end.end()
 
     def take(self, *marks: str) -> str:
         """The next character, one of ``marks``."""

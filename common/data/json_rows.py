@@ -17,6 +17,7 @@ from common.data.rows import TOO_LONG, FileFormat, Note, Row, lines, row_of
 from common.errors import UserError, did_you_mean
 
 _FIRST_LINES = 3    # in one of which a broken first row shows, if each row has a line of its own
+_MAX_TABLE = 2**31  # characters of a table by column
 _LOOKED_AT = 50     # lines, to tell whether a file is JSON at all
 # Lists of objects that are a part of one row.
 _PARTS = {"conversation", "tools", "functions", "history"}
@@ -180,7 +181,7 @@ def _object_rows(opened: Callable[[], TextIO], members: dict[str, str], label: s
         raise UserError(f"{label}: it is one JSON object with rows under {_named(holding)}: "
                         "say which are meant with --data_field NAME")
     if field is None and not holding:
-        yield from _table_rows(Cursor(None, opened().read()).value(), label)
+        yield from _table_rows(_whole(opened(), label), label)
         return
     if field is None:
         (field,) = holding
@@ -194,6 +195,14 @@ def _object_rows(opened: Callable[[], TextIO], members: dict[str, str], label: s
             return
         for read in cursor.parts():
             read()
+
+
+def _whole(text: TextIO, label: str) -> Any:
+    found = text.read(_MAX_TABLE + 1)
+    if len(found) > _MAX_TABLE:
+        raise UserError(f"{label}: it is one JSON object that must be read as a whole, longer than "
+                        f"{_MAX_TABLE // 2**30} GiB: write one object per line (.jsonl)")
+    return Cursor(None, found).value()
 
 
 def _named(keys: Iterable[str]) -> str:

@@ -1,7 +1,8 @@
 """What a file is by its first bytes, whatever its name says."""
 from __future__ import annotations
 
-GZIP, ZSTD, ZIP, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"PAR1"
+# Text may begin with a parquet file's "PAR1", but not with what each such file has behind it.
+GZIP, ZSTD, ZIP, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"PAR1\x15"
 
 _BEGINNINGS = (
     (b"version https://git-lfs", "a git-lfs pointer, not the data: run 'git lfs pull' there"),
@@ -9,10 +10,9 @@ _BEGINNINGS = (
     (ZSTD, "zstd within an archive: unpack it"),
     (ZIP, "a zip archive: unpack it"),
     (b"PK\x05\x06", "an empty zip archive"),
-    (b"BZh", "a bzip2 archive: unpack it, or pack it with gzip or zstd"),
     (b"\xfd7zXZ\0", "an xz archive: unpack it, or pack it with gzip or zstd"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it"),
-    (b"Rar!", "a rar archive: unpack it"),
+    (b"Rar!\x1a", "a rar archive: unpack it"),
     (b"%PDF", "a PDF: extract its text"),
     (b"\xd0\xcf\x11\xe0", "an old Office document: save it as CSV"),
     (b"{\\rtf", "an RTF document: save it as text"),
@@ -22,10 +22,8 @@ _BEGINNINGS = (
     (b"\x93NUMPY", "a NumPy array: write its rows as JSON lines or parquet"),
     (b"\x89HDF", "an HDF5 file: write its rows as JSON lines or parquet"),
     (b"Obj\x01", "an Avro file: write its rows as JSON lines or parquet"),
-    (b"ORC", "an ORC file: save it as parquet"),
     (b"\x89PNG", "a picture"),
     (b"\xff\xd8\xff", "a picture"),
-    (b"GIF8", "a picture"),
     (b"\x7fELF", "a program"),
 )
 _PAGES = (b"<!doctype html", b"<html")
@@ -39,6 +37,8 @@ def unreadable_kind(head: bytes) -> str:
             return what
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 1:
         return "a Python pickle, which could run code: write its rows as JSON lines or parquet"
+    if head.startswith(b"BZh") and head[4:10] == b"1AY&SY":
+        return "a bzip2 archive: unpack it, or pack it with gzip or zstd"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:200].lower()

@@ -41,9 +41,7 @@ class FileFormat:
     encoding: str | None = None
 
     def checked(self) -> FileFormat:
-        """This format. Raises UserError for an encoding that there is not, or an empty key."""
-        if self.data_field == "":
-            raise UserError("--data_field is empty: name the key that holds the rows, or leave the flag out")
+        """This format. Raises UserError for an encoding that there is not."""
         if self.encoding is not None:
             try:
                 # str.encode refuses what is a codec but no encoding of text, such as base64.

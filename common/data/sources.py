@@ -15,7 +15,7 @@ from typing import Any
 
 from common.data import builtin
 from common.data.blend import SourceSpec
-from common.data.files import SUFFIXES, Row, is_data_file, is_plain_text, kind_of, members, read_rows
+from common.data.files import UNDERSTOOD, Row, is_data_file, is_plain_text, kind_of, members, read_rows
 from common.data.rows import FileFormat, Note, ignore
 from common.data.splits import choose_splits
 from common.errors import UserError
@@ -65,14 +65,20 @@ def local_source(spec: SourceSpec, kind: str | None = None) -> Source | None:
     if spec.name.startswith(_BUILTIN):
         return _builtin(spec)
     path = Path(spec.name)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:    # a name that is too long, a directory on the way that cannot be entered
+        raise UserError(f"{spec.flag}: {spec.name[:200]} cannot be read: {error.strerror}") from None
     if path.is_file():
         inside = members(path, spec.name)
         if inside:
             return _of_files(spec, {name: (path, name) for name in inside}, kind)
         if not is_data_file(path):
             raise UserError(f"{spec.flag}: {spec.name} is {kind_of(path) or 'no data file'}; "
-                            f"understood are {', '.join(SUFFIXES)}")
-        return Source([_file_part(path, spec.name, path.name, "train", spec.form)])
+                            f"understood are {UNDERSTOOD}")
+        return Source([_file_part(path, spec.name, path.name, "train", spec.form, _digest_of(path))])
     if path.is_dir():
         return _directory(spec, path, kind)
     if path.exists():
@@ -95,9 +101,14 @@ def _numbered(rows: Any, label: str) -> Iterator[Row]:
         yield Row(f"{label}:{number}", values)
 
 
-def _file_part(path: Path, label: str, name: str, split: str, form: FileFormat, member: str | None = None) -> Part:
-    return Part(label, name, split, lambda note=ignore: read_rows(path, label, form, note, member),
-                lambda: _file_digest([path]))
+def _file_part(path: Path, label: str, name: str, split: str, form: FileFormat, digest: Callable[[], str],
+               member: str | None = None) -> Part:
+    return Part(label, name, split, lambda note=ignore: read_rows(path, label, form, note, member), digest)
+
+
+def _digest_of(path: Path) -> Callable[[], str]:
+    """A hash of the file's content, taken once for all members of an archive."""
+    return functools.cache(lambda: _file_digest([path]))
 
 
 def _file_digest(paths: list[Path]) -> str:
@@ -116,31 +127,35 @@ def _directory(spec: SourceSpec, path: Path, kind: str | None) -> Source:
         raise UserError(f"{spec.flag}: the directory {spec.name} cannot be read: {error.strerror}") from None
     inside = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     data = {name: file for name, file in inside.items() if is_data_file(file) and file.name not in _METADATA
-            and not any(part.startswith(".") for part in name.split("/"))}
-    if not all(map(is_plain_text, data)):
-        # Beside data, a text is about them.
-        data = {name: file for name, file in data.items() if not is_plain_text(name)}
+            and not any(part.startswith(".") for part in name.split("/"))
+            and not (is_plain_text(name) and file.name.lower().partition(".")[0] in _ABOUT)}
+    # Beside data, a text is about them, and an archive holds them once more.
+    aside = [name for name in data if is_plain_text(name) or name.lower().endswith(".zip")]
+    if len(aside) == len(data):
+        aside = []
     found: dict[str, tuple[Path, str | None]] = {}
-    for name, file in data.items():
-        within = members(file, os.path.join(spec.name, name))
-        if within is not None:
-            found |= {f"{name}/{member}": (file, member) for member in within}
-        elif not (is_plain_text(name) and file.name.lower().partition(".")[0] in _ABOUT):
-            found[name] = file, None
+    for name in data.keys() - set(aside):
+        within = members(data[name], os.path.join(spec.name, name))
+        found |= {name: (data[name], None)} if within is None else {
+            f"{name}/{member}": (data[name], member) for member in within}
     if not found:
-        raise UserError(f"{spec.flag}: the directory {spec.name} holds no data file; "
-                        f"understood are {', '.join(SUFFIXES)}")
-    return _of_files(spec, found, kind)
+        raise UserError(f"{spec.flag}: the directory {spec.name} holds no data file; understood are {UNDERSTOOD}")
+    source = _of_files(spec, found, kind)
+    if aside:
+        source.notes.append(f"{spec.name}: left out, being texts or archives beside data: {', '.join(sorted(aside))}")
+    return source
 
 
 def _of_files(spec: SourceSpec, files: dict[str, tuple[Path, str | None]], kind: str | None) -> Source:
     """A source of files, given by their names in it, each with the zip archive's member that it is, if any."""
     names = sorted(files)
     choice = choose_splits(names, kind)
+    digests = {path: _digest_of(path) for path, _ in files.values()}
     parts = []
     for name in (name for name in names if name in choice.splits):
         path, member = files[name]
-        parts.append(_file_part(path, os.path.join(spec.name, name), name, choice.splits[name], spec.form, member))
+        parts.append(_file_part(path, os.path.join(spec.name, name), name, choice.splits[name], spec.form,
+                                digests[path], member))
     return Source(parts, choice.left_out, [f"{spec.name}: {said}" for said in choice.notes])
 
 

@@ -13,6 +13,7 @@ from common.data.chat_template import control_tokens
 from common.data.records import Answer, Prompt
 from common.data.templates import CHAT, Piece, Template, get_template
 from common.errors import UserError, reason_of
+from common.paths import unreachable_hub
 
 # Something for each usual normalizer and pre-tokenizer to change: case, accents (composed and not), compatibility
 # forms, spaces (also at both ends) and line ends, digits, punctuation, many scripts, emoji, a long word.
@@ -39,7 +40,8 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a missing or damaged file shows itself as almost any type
-        raise UserError(f"cannot load the tokenizer of {name_or_path}: {reason_of(error)}") from error
+        reason = unreachable_hub(error) or reason_of(error)
+        raise UserError(f"cannot load the tokenizer of {name_or_path}: {reason}") from error
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         # transformers makes up an empty tokenizer for a model that has a config but no tokenizer files
         raise UserError(f"{name_or_path} holds no tokenizer: put its files into the model's directory")

@@ -22,7 +22,7 @@ from common.models.door import check_files, check_finite
 from common.models.new_token import start_row
 from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
 from common.models.whole import score_labels, surplus
-from common.paths import OUTPUT, announce_lookup, may_be_on_hub, similar_path, writing_to
+from common.paths import OUTPUT, announce_lookup, may_be_on_hub, similar_path, unreachable_hub, writing_to
 from common.provenance import RAW, Calibration
 
 _MADE_BY = {f"{OUTPUT}/sft": "step1_sft/main.py", f"{OUTPUT}/reward": "step2_reward/main.py",
@@ -214,7 +214,7 @@ def explained(name: str):
         raise UserError(f"{name}: its weights are a pickle that holds more than tensors, which could run code: convert "
                         "them to safetensors") from error
     except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
-        reason = reason_of(error)
+        reason = unreachable_hub(error) or reason_of(error)
         if "ignore_mismatched_sizes" in reason:
             reason = ("config.json and the weights are not of one model: their shapes differ (a reward model is to "
                       "have one label)")

@@ -149,7 +149,7 @@ def test_lora_is_the_base_when_off_and_the_merged_model_when_on(directory, codec
 
 def test_lora_keeps_a_score_head_trainable_and_saves_it(directory, codec, tmp_path):
     model = scalar(directory, codec)
-    add_lora(model.classifier, dim=2, alpha=0, dropout=0.0, modules="auto", flag="--lora_module_name",
+    add_lora(model.classifier, dim=2, alpha=None, dropout=0.0, modules="auto", flag="--lora_module_name",
              base_name="base", seed=0)
     assert model.classifier.score.weight.requires_grad
     state = {name.removeprefix("classifier."): value for name, value in model.state_dict().items()}
@@ -168,7 +168,7 @@ def test_a_lora_critic_keeps_the_reward_model_it_started_from(directory, codec, 
                                calibration=Calibration(2.0, 3.0)).eval()
     names = set(critic.classifier.state_dict())
     critic.keep_reward_head()
-    add_lora(critic.classifier, dim=2, alpha=0, dropout=0.0, modules="auto", flag="--lora_module_name",
+    add_lora(critic.classifier, dim=2, alpha=None, dropout=0.0, modules="auto", flag="--lora_module_name",
              base_name="base", seed=0)
     randomise_adapters(critic)
     critic.classifier.score.weight.add_(0.5)

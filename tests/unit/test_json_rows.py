@@ -73,10 +73,10 @@ def test_rows_come_in_any_arrangement(tmp_path, monkeypatch, name, head, chunk, 
 def test_one_row_is_a_row(tmp_path):
     """What is a list or an object in it is no list of rows."""
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    for row in ({"prompt": "q", "response": "a"}, {"messages": said}, {"conversations": [{"from": "human", "value": "q"}]},
-                {"prompt": said[:1], "completion": said[1:]}, {"chosen": said[1], "rejected": said[1]},
-                {"instruction": "s", "conversation": [{"input": "q", "output": "a"}]}, {"prompt": "q", "answers": ["a"]},
-                {"messages": said, "tools": [{"name": "w"}]}):
+    for row in ({"prompt": "q", "response": "a"}, {"messages": said}, {"messages": said, "tools": [{"name": "w"}]},
+                {"conversations": [{"from": "human", "value": "q"}]}, {"prompt": said[:1], "completion": said[1:]},
+                {"chosen": said[1], "rejected": said[1]}, {"prompt": "q", "answers": ["a"]},
+                {"instruction": "s", "conversation": [{"input": "q", "output": "a"}]}):
         for text in (json.dumps(row), json.dumps(row, indent=2), "\n" + json.dumps(row) + "\n"):
             assert read(tmp_path / "data.json", text)[0] == [row]
 
@@ -142,8 +142,8 @@ def test_what_cannot_be_read_is_named_once(tmp_path, text, said):
 def test_a_broken_line_costs_its_row_alone_wherever_it_is(tmp_path):
     path = tmp_path / "data.jsonl"
     good = jsonl(ROWS)
-    for broken in ('{"prompt": "q', '{"prompt": ', '{"prompt": {"a":', '{"prompt": "q"} and more', "{oops", "12", '["q"]',
-                   '{"a": ' * 10_000 + "1" + "}" * 10_000):
+    for broken in ('{"prompt": "q', '{"prompt": ', '{"prompt": {"a":', '{"prompt": "q"} and more', "{oops", "12",
+                   '["q"]', '{"a": ' * 10_000 + "1" + "}" * 10_000):
         for text in (f"{broken}\n{good}", f"{good}{broken}\n", f"{broken}\n{broken}\n{good}"):
             path.write_text(text)
             rows = list(read_rows(path, "data"))

@@ -13,6 +13,7 @@ from common.data.blend import SourceSpec, parse_data_path
 from common.data.reading import fingerprint
 from common.data.sources import hub_source, open_source
 from common.errors import UserError
+from common.paths import unreachable_hub
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +89,13 @@ def test_hub_sets_are_loaded_by_datasets(tmp_path, monkeypatch):
     assert train.digest() == train.digest() != source.parts[-1].digest()
 
 
+def offline(program, directory, **variables):
+    """The lines on standard output and standard error of a program without a hub."""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=directory,
+                         env=dict(os.environ, HF_HOME=str(directory / "cache"), PYTHONPATH=str(ROOT), **variables))
+    return run.stdout.splitlines(), run.stderr
+
+
 @pytest.mark.parametrize("name, near", [("no-owner/no-such-set", ""), ("wikitext", ""), ("my_pair", "my_pairs")])
 def test_an_unreachable_hub_is_one_clear_line(name, near, tmp_path):
     lines(tmp_path / "my_pairs" / "data.jsonl", "a")
@@ -95,12 +103,36 @@ def test_an_unreachable_hub_is_one_clear_line(name, near, tmp_path):
                "from common.errors import UserError\n"
                f"try: open_source(SourceSpec({name!r}))\n"
                "except UserError as error: print(error)")
-    offline = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"), PYTHONPATH=str(ROOT))
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                         cwd=tmp_path, env=offline)
-    (line,) = run.stdout.splitlines()
+    (line,), _ = offline(program, tmp_path, HF_HUB_OFFLINE="1")
     assert line.startswith(f"--data_path: {name} is no local path, and")
+    assert "HF_HUB_OFFLINE=1" in line and f"not in the cache, {tmp_path}/cache/datasets:" in line
     assert ("did you mean my_pairs?" in line) == bool(near)
+
+
+def test_a_model_that_is_not_in_the_cache_is_one_clear_line(tmp_path):
+    program = ("from common.models.factory import load_config; from common.data.tokenization import load_tokenizer\n"
+               "from common.errors import UserError\n"
+               "for load in (lambda: load_config('owner/name', '--path'), lambda: load_tokenizer('owner/name')):\n"
+               "    try: load()\n"
+               "    except UserError as error: print(error)")
+    said, _ = offline(program, tmp_path, HF_HUB_OFFLINE="1")
+    assert len(said) == 2
+    for line in said:
+        assert "owner/name: " in line and "HF_HUB_OFFLINE=1" in line
+        assert f"not in the cache, {tmp_path}/cache/hub: load it once online" in line
+
+
+def test_without_a_network_the_hub_cannot_be_reached():
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    try:
+        try:
+            raise LocalEntryNotFoundError("looked in vain")
+        except LocalEntryNotFoundError as cause:
+            raise OSError("We couldn't connect\nCheck your connection") from cause
+    except OSError as error:
+        assert unreachable_hub(error, "/there").startswith(
+            "the hub cannot be reached, and it is not in the cache, /there: ")
+    assert unreachable_hub(OSError("no such file")) is None
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "no/such/path", "data/no.jsonl", "nowhere.csv",

@@ -1,4 +1,5 @@
 """A step splits data as the steps before it did, or is refused."""
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from common.data.prepare import prepare
 from common.data.split import beginnings
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from common.models.builtin import materialise
 from common.provenance import read_provenance
 from common.run import data_request, publishing
 from common.split_rule import check_split_rule, key_rule, known_openings
@@ -51,7 +53,8 @@ def made(config, codec, step: str = "sft") -> None:
     Path(config.output_dir).mkdir(exist_ok=True)
     data = prepare(data_request(config, "demonstration", 200, "--max_seq_len"), codec)
     with publishing(config, codec, {}, step=step, base="x", data=data):
-        pass
+        shutil.copytree(materialise("builtin:tiny-opt", Path(config.output_dir).parent), config.output_dir,
+                        dirs_exist_ok=True)
 
 
 def test_a_step_keys_openings_as_the_one_before_though_the_data_has_grown(tmp_path, codec):
