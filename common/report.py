@@ -87,14 +87,14 @@ def make_report(sft: Path, reward: Path, ppo: Path, seconds: Sequence[float] | N
     """
     records = {name: _finished(name, directory) for name, directory in zip(STEPS, (sft, reward, ppo))}
     evaluated = any(row["phase"] == "eval" for row in records["ppo"])
-    before, after = ([_read_rows(ppo / "samples" / f"{name}.jsonl") for name in ("before", "after")] if evaluated
-                     else ([], []))
+    before, after = ([_read_rows(ppo / "samples" / f"{name}.jsonl", prompt=str, response=str)
+                      for name in ("before", "after")] if evaluated else ([], []))
     # A step that was interrupted has taken longer than its last start says.
     logged = [rows[-1]["seconds"] for rows in records.values()]
     times = dict(zip(STEPS, map(max, logged, seconds or logged)))
 
     def change(step: str, metric: str) -> Change | None:
-        values = [row[metric] for row in records[step] if row["phase"] == "eval" and metric in row]
+        values = [row[metric] for row in records[step] if row["phase"] == "eval" and row.get(metric) is not None]
         return Change(values[0], values[-1]) if values else None
 
     return Report(
@@ -201,22 +201,28 @@ def _end_of(question: str) -> list[str]:
 
 def _finished(step: str, directory: Path) -> list[dict]:
     """The metrics of a run that ended well: what lies beside those of another may be an earlier run's."""
-    rows = _read_rows(directory / "logs" / "metrics.jsonl")
+    rows = _read_rows(directory / "logs" / "metrics.jsonl", phase=str, seconds=(int, float))
     if not any(row["phase"] == "done" for row in rows):
         raise UserError(f"{directory}: step {STEPS.index(step) + 1} ({step}) was not finished: "
                         "logs/metrics.jsonl has no row \"done\"; run the step to its end")
     return rows
 
 
-def _read_rows(path: Path) -> list[dict]:
+def _read_rows(path: Path, **holds: type | tuple[type, ...]) -> list[dict]:
+    """JSON lines, each with values of these types by these names."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): has the step been finished?") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): run the step to its end") from None
     try:
         rows = [json.loads(line) for line in lines]
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         raise UserError(f"{path} has a row that was not written whole: run the step to its end") from None
     if not rows:
         raise UserError(f"{path} is empty: run the step to its end")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in holds.items()):
+            raise UserError(f"{path}:{number} is damaged: it has no {' and '.join(holds)}: run the step to its end")
     return rows

@@ -8,10 +8,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from common.errors import UserError
 from common.paths import as_typed_in_a_shell
 from common.report import STEPS, make_report, render, write_summary
+from common.streams import open_closed, outlast_readers
 
 
 def main() -> int:
     """Print the summary and write OUTPUT_DIR/summary.json."""
+    open_closed()
+    outlast_readers()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir", help="directory that holds sft/, reward/ and ppo/")
     parser.add_argument("--seconds", type=float, nargs=3, metavar="S", help="wall-clock time of each step")
@@ -25,8 +28,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(render(report))
-    write_summary(report, output / "summary.json")
-    print(f"\nsaved to {output / 'summary.json'}")
+    summary = output / "summary.json"
+    try:
+        write_summary(report, summary)
+    except OSError as error:
+        print(f"error: {summary}: cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    print(f"\nsaved to {summary}")
     return 0
 
 

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +12,7 @@ from common.data.records import Message, Prompt
 from common.data.templates import get_template
 from common.errors import UserError
 from common.report import Change, make_report, question_of, render, write_summary
+from tests.launching import ROOT
 
 QUESTIONS = list(dict.fromkeys(row["prompt"] for row in builtin_rows("courtesy")))[:8]
 RIGHT = {row["prompt"]: row["chosen"] for row in builtin_rows("courtesy")}
@@ -152,3 +155,30 @@ def test_no_answer_drives_the_terminal(outputs):
     write_rows(outputs / "ppo/samples/after.jsonl", [{"prompt": prompt, "response": "\x1b[2J"}] * 8)
     shown = render(report_of(outputs))
     assert "[2J" in shown and "\x1b" not in shown
+
+
+@pytest.mark.parametrize("content", [b"[]\n", b"7\n", b"{}\n", b'{"phase": "done"}\n', b'{"phase": 3, "seconds": 1}\n',
+                                     b"\xff\xfe\x00", b'{"phase": "done", "seconds": "long"}\n'])
+def test_metrics_that_are_none_are_named(content, outputs):
+    path = outputs / "reward/logs/metrics.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}(:1)? is damaged") as refused:
+        report_of(outputs)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_evaluation_that_was_not_a_number_is_passed_over(outputs):
+    path = outputs / "sft/logs/metrics.jsonl"
+    path.write_text(path.read_text().replace("1.5", "null"))
+    assert report_of(outputs).perplexity == Change(900.0, 30.0) and "30.00" in render(report_of(outputs))
+
+
+@pytest.mark.parametrize("redirection, code, said", [
+    (">&-", 0, ""), ("| head -n 1 > /dev/null; exit ${PIPESTATUS[0]}", 0, ""),
+    ("> /dev/null; rm $0/summary.json; mkdir $0/summary.json; $1 launch/summary.py $0", 1,
+     "error: {outputs}/summary.json: cannot be written: Is a directory\n")])
+def test_the_summary_ends_well_where_nobody_reads_or_something_is_in_the_way(redirection, code, said, outputs):
+    done = subprocess.run(["bash", "-c", f"$1 launch/summary.py $0 {redirection}", outputs, sys.executable], cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (code, said.format(outputs=outputs))
+    assert (outputs / "summary.json").exists()
