@@ -137,3 +137,9 @@ def test_a_base_that_is_gone_is_named(alone, tmp_path):
     (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./gone"}))
     said = refusal(lambda: resolve_model(str(directory), "--model", tmp_path / "cache", merge_adapter=True))
     assert "./gone" in said and str(directory) in said and "\n" not in said
+
+
+def test_no_room_for_the_sum_is_one_line(alone, tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    said = refusal(lambda: resolve_model(str(alone[1]), "--model", tmp_path / "cache", merge_adapter=True))
+    assert "--data_output_path" in said and str(tmp_path / "cache") in said and "\n" not in said
