@@ -5,6 +5,7 @@ import contextlib
 import errno
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,12 +89,22 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration | None:
     if not gives_scores(source, "--critic_model_name_or_path", config.trust_remote_code):
         raise UserError(f"{flag} is no reward model: it has no trained score head; make one with step2_reward/main.py")
     provenance = read_provenance(source)
+    actor = f"--actor_model_name_or_path {config.actor_model_name_or_path}"
+    own = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    same_ids, same_text = (tokenizer_fingerprint(own, chat_template=text)
+                           == tokenizer_fingerprint(codec.tokenizer, chat_template=text) for text in (False, True))
     if provenance is None:
-        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-        if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(codec.tokenizer):
+        if not same_ids:
             raise UserError(f"{flag} has another tokenizer than the actor: train a reward model on the actor's tokens")
+        if not same_text and codec.template.name == "chat":
+            say(f"note: {flag} has another chat template than {actor}: it reads what the actor's writes")
     else:
-        _check_text(provenance, codec, flag, f"--actor_model_name_or_path {config.actor_model_name_or_path}")
+        if same_ids and not same_text and provenance.tokenizer == tokenizer_fingerprint(own):
+            if provenance.template == codec.template.name == "chat":
+                raise UserError(f"{flag} was trained with another chat template than that of {actor}, of the same "
+                                "tokens: train both with one")
+            provenance = replace(provenance, tokenizer=text_of(codec)["tokenizer"])  # what it has read is the same
+        _check_text(provenance, codec, flag, actor)
         check_split_rule(provenance, config, flag)
     return _calibration(config, provenance, flag)
 

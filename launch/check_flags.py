@@ -70,7 +70,7 @@ def _check_inputs(config: Config, made: set[Path]) -> None:
     for name in options(type(config)):
         value = getattr(config, name)
         if name.endswith("model_name_or_path") and value is not None and Path(value).resolve() not in made:
-            check_model_name(value, f"--{name}")
+            check_model_name(value, f"--{name}", config.merge_adapter)
 
 
 def _check_name(step: str, name: str, own: set[str]) -> None:

@@ -81,8 +81,8 @@ def build_engine(config: RewardConfig, source: str, codec: Codec, total_steps: i
                               trust_remote_code=config.trust_remote_code)
     if config.lora_dim:
         add_lora(model.classifier, dim=config.lora_dim, alpha=config.lora_alpha, dropout=config.lora_dropout,
-                 modules=config.lora_module_name, flag="--lora_module_name", base_name=source if config.merge_adapter else config.model_name_or_path,
-                 seed=config.seed)
+                 modules=config.lora_module_name, flag="--lora_module_name", seed=config.seed,
+                 base_name=source if config.merge_adapter else config.model_name_or_path)
     return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
 
 

@@ -82,12 +82,13 @@ def make_codec(tokenizer: PreTrainedTokenizerBase, template_name: str, *, add_eo
     return Codec(tokenizer, template, end_token or tokenizer.eos_token)
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:
     """sha256 over what turns text into ids: vocabulary, merges, scores, special tokens, chat template, and the
     ids of a fixed text, which show the normalizer and the pre-tokenizer at work.
 
     The same before and after a tokenizer is saved and loaded, in whatever file format: the formats write the
-    normalizer and the pre-tokenizer differently, but their ids are the same.
+    normalizer and the pre-tokenizer differently, but their ids are the same. Without the chat template it says whether
+    two tokenizers make the same ids of the same text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend is not None else {}
@@ -99,7 +100,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "probe": tokenizer.encode(probe, add_special_tokens=False, split_special_tokens=True, verbose=False),
         "special": {role: getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "pad", "unk")},
         "start": _start_ids(tokenizer),
-        "chat_template": tokenizer.chat_template,
+        "chat_template": tokenizer.chat_template if chat_template else None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from common.data.tokenization import Codec, load_tokenizer, make_codec
 from common.distributed import is_main
-from common.errors import UserError
+from common.errors import UserError, reason_of
 from common.paths import content_digest
 from common.provenance import Provenance, read_provenance
 
@@ -78,16 +79,19 @@ def merged_model(directory: Path, flag: str, cache_dir: Path) -> Path:
                         "--base")
     base = str(directory) if beside else resolve_model(named, f"{name}: the adapter's base model", cache_dir)
     place = cache_dir / f"merged-{_digest(directory, base)}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / "merged.lock"):
-        if not place.is_dir():
-            draft = place.with_name(f".{place.name}-{os.getpid()}")
-            try:
+    draft = place.with_name(f".{place.name}-{os.getpid()}")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / "merged.lock"):
+            if not place.is_dir():
                 with _alone(directory) if beside else nullcontext(base) as weights:
                     _write_merged(directory, weights, base, name, scores, draft)
                 os.rename(draft, place)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{name}: the sum with its adapter cannot be written to --data_output_path {cache_dir}: "
+                        f"{reason_of(error)}") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     if is_main():  # on stderr: the answers of inference/generate.py go to stdout
         print(f"{name}: the adapter is laid over {'the model beside it' if beside else base}; their sum is in {place}",
               file=sys.stderr, flush=True)
@@ -96,7 +100,10 @@ def merged_model(directory: Path, flag: str, cache_dir: Path) -> Path:
 
 def _write_merged(adapter: Path, weights: str, tokenizer: str, name: str, scores: bool, draft: Path) -> None:
     from peft import PeftModel
+    from transformers.utils import logging
     from common.models.factory import explained, gives_scores, load_causal_lm, load_scalar_model
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     own = (adapter / "tokenizer_config.json").is_file()
     provenance = adapter_provenance(adapter)
     codec = _codec(str(adapter) if own else tokenizer, provenance)

@@ -39,14 +39,14 @@ def resolve_model(name: str, flag: str, cache_dir: Path, merge_adapter: bool = F
     Raises:
         UserError: as of `check_model_name`.
     """
-    directory = Path(name)
-    if merge_adapter and holds_adapter(directory):
-        return str(merged_model(directory, flag, Path(cache_dir)))
-    check_model_name(name, flag)
+    check_model_name(name, flag, merge_adapter)
     if name in BUILTIN_MODELS:
         with writing_to("--data_output_path", cache_dir):
             return str(materialise(name, cache_dir))
     path = Path(name)
+    if merge_adapter and holds_adapter(path):
+        with writing_to("--data_output_path", cache_dir):
+            return str(merged_model(path, flag, Path(cache_dir)))
     if path.is_dir():
         check_files(path, f"{flag} {name}")
         return str(path)
@@ -54,15 +54,17 @@ def resolve_model(name: str, flag: str, cache_dir: Path, merge_adapter: bool = F
     return name
 
 
-def check_model_name(name: str, flag: str) -> None:
+def check_model_name(name: str, flag: str, merge_adapter: bool = False) -> None:
     """Raises UserError for neither a directory with a config.json, a builtin, nor what may be a hub name; and for a
-    directory with an adapter."""
+    directory with an adapter, unless that is to be merged."""
     if name.startswith("builtin:"):
         if name not in BUILTIN_MODELS:
             raise UserError(f"{flag} {name}: no such built-in model; there are {', '.join(BUILTIN_MODELS)}")
         return
     path = Path(name)
     if path.is_dir():
+        if merge_adapter and holds_adapter(path):
+            return
         refuse_adapter(path, f"{flag} {name}", "add --merge_adapter")
         config = path / "config.json"
         if not config.is_file():

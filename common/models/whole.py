@@ -11,13 +11,17 @@ from pathlib import Path
 from common.models.scalar import is_scalar_config
 
 # Heads beside the model's own: a language model's where scores are wanted, and what others leave with an actor.
-_LEFT_OVER = re.compile(r"(^|\.)(lm_head|embed_out|score|v_head|value_head)\.")
+_LEFT_OVER = re.compile(r"(^|\.)(lm_head|embed_out|score|v_head|value_head|mtp)\.")
+# No weights at all: masks, positions and version numbers that older versions saved, and that every model makes itself.
+_NO_WEIGHTS = re.compile(r"(^|\.)(version|_float_tensor|position_ids|inv_freq|masked_bias|(attn|attention)\.bias)$")
 
 
 def surplus(names: Iterable[str]) -> tuple[list[str], list[str]]:
     """Of the weights that a model has no use for, those of heads, which may well be left over, and all others."""
     heads, others = [], []
     for name in sorted(names):
+        if _NO_WEIGHTS.search(name):
+            continue
         (heads if _LEFT_OVER.search(name) else others).append(name)
     return heads, others
 

@@ -11,6 +11,7 @@ from datasets import Features, Value
 from datasets.arrow_writer import ArrowWriter
 
 from common.data.tokenization import load_tokenizer, make_codec
+from common.lora import add_lora, save_adapter
 from common.provenance import Provenance
 from common.run import text_of
 from tests.architectures import build_model
@@ -38,6 +39,7 @@ def make_inputs(directory: Path, cache_dir: Path) -> None:
         _build_scorer(directory / f"{prefix}model", directory / f"{prefix}scorer")
     _add_code(directory / "model", directory / "own-code")
     _calibrate(directory / "scorer", directory / "calibrated")
+    _adapt(directory / "model", directory / "adapted")
     shutil.copytree(directory / "scorer", directory / "stopping-scorer")
     stopping = make_codec(load_tokenizer(str(directory / "scorer")), TEMPLATE, add_eot_token=True, eot_token="<|stop|>")
     stopping.tokenizer.save_pretrained(directory / "stopping-scorer")
@@ -84,6 +86,14 @@ def _calibrate(scorer: Path, directory: Path) -> None:
     codec = make_codec(load_tokenizer(str(scorer)), TEMPLATE)
     Provenance(step="reward", base="", data_split="1,1,1", eval_fraction=0.2, score_mean=0.5, score_std=2.0,
                **text_of(codec)).write(directory)
+
+
+def _adapt(model: Path, directory: Path) -> None:
+    """The model, with an adapter of it in its directory."""
+    shutil.copytree(model, directory)
+    adapted = add_lora(hf.AutoModelForCausalLM.from_pretrained(model), dim=2, alpha=4, dropout=0.0, modules="auto",
+                       flag="--lora_module_name", base_name=str(model), seed=0)
+    save_adapter(adapted, adapted.state_dict(), directory)
 
 
 def _pair(number: int) -> dict[str, str]:

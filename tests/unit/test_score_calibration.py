@@ -8,6 +8,7 @@ import torch
 from common.checkpoint import write_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from common.models.builtin import materialise
 from common.models.factory import load_causal_lm, load_scalar_model
 from common.provenance import RAW, Calibration, Provenance
 from common.run import read_calibration, text_of
@@ -92,6 +93,45 @@ def test_a_scale_that_measures_nothing_is_named_at_the_door(calibrated, mean, st
     with pytest.raises(UserError, match="provenance.json is damaged|nothing can be measured in") as error:
         read_calibration(config(), codec, str(directory))
     assert str(directory) in str(error.value)
+
+
+def other_chat(codec, template="human_assistant"):
+    """The codec of an actor with the same tokens and another chat template."""
+    tokenizer = load_tokenizer(codec.tokenizer.name_or_path)
+    tokenizer.chat_template = ("{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+                               "{% if add_generation_prompt %}assistant: {% endif %}")
+    return make_codec(tokenizer, template)
+
+
+@pytest.mark.parametrize("template, said", [("human_assistant", ""), ("chat", "another chat template")])
+def test_another_chat_template_makes_no_other_ids_of_the_same_text(reward_model, template, said, capsys):
+    directory, codec = reward_model
+    assert read_calibration(config(template=template), other_chat(codec, template), str(directory)) is None
+    assert said in capsys.readouterr().out
+
+
+def test_nor_does_it_for_a_reward_model_of_our_own_that_never_used_it(calibrated):
+    directory, codec = calibrated
+    assert read_calibration(config(), other_chat(codec), str(directory)) == Calibration(0.5, 2.0)
+
+
+def test_a_reward_model_trained_on_another_chat_templates_text_is_refused_with_the_reason(calibrated):
+    directory, codec = calibrated
+    theirs = other_chat(codec, "chat")
+    theirs.tokenizer.save_pretrained(directory)
+    written = json.loads((directory / "provenance.json").read_text())
+    (directory / "provenance.json").write_text(json.dumps({**written, **text_of(theirs)}))
+    ours = other_chat(codec)
+    ours.tokenizer.chat_template = ours.tokenizer.chat_template.replace(": ", " says: ")
+    with pytest.raises(UserError, match="another chat template"):
+        read_calibration(config(template="chat"), make_codec(ours.tokenizer, "chat"), str(directory))
+
+
+def test_other_ids_are_refused(reward_model, builtin_cache):
+    directory, codec = reward_model
+    other = make_codec(load_tokenizer(str(materialise("builtin:tiny-llama", builtin_cache))), "human_assistant")
+    with pytest.raises(UserError, match="another tokenizer than the actor"):
+        read_calibration(config(), other, str(directory))
 
 
 @pytest.fixture

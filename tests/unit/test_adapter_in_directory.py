@@ -1,0 +1,145 @@
+"""A model's directory with an adapter in it, which transformers would load unasked: named, refused, or merged."""
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from chat_model import provenance_of
+from common.data.tokenization import load_tokenizer, make_codec
+from common.errors import UserError
+from common.lora import add_lora, save_adapter
+from common.models.factory import load_causal_lm, load_scalar_model, resolve_model
+from common.provenance import read_provenance
+from inference.loading import load_judge, load_speaker
+from inference.merge_lora import main as merge_lora
+from inference.options import LoadOptions
+from step1_sft.main import main as step1
+from step2_reward.main import main as step2
+from step3_ppo.main import main as step3
+
+IDS = torch.arange(10, 30)[None]
+
+
+def base_model(kind, directory):
+    torch.manual_seed(5)  # of a new score head
+    if kind == "reward":
+        return AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1)
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+def write_adapter(kind, base, directory) -> None:
+    """One that changes its base visibly."""
+    model = add_lora(base_model(kind, base), dim=4, alpha=8, dropout=0.0, modules="auto", flag="--lora_module_name",
+                     base_name=str(base), seed=3)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or name.startswith("score"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_adapter(model, model.state_dict(), directory)
+
+
+@pytest.fixture(params=["causal", "reward"])
+def alone(request, chat_model, tmp_path):
+    """(kind, directory) of an adapter, in the output directory of the step that made it."""
+    write_adapter(request.param, chat_model, tmp_path / "output" / "adapter")
+    codec = make_codec(load_tokenizer(str(chat_model)), "question_answer")
+    provenance_of(codec, "reward" if request.param == "reward" else "sft").write(tmp_path / "output")
+    return request.param, tmp_path / "output" / "adapter"
+
+
+@pytest.fixture
+def beside(chat_model, tmp_path):
+    """A whole model of its own, with an adapter of another base in its directory."""
+    directory = tmp_path / "both"
+    shutil.copytree(chat_model, directory)
+    whole = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.mul_(1.1)
+    whole.save_pretrained(directory)
+    write_adapter("causal", chat_model, tmp_path / "adapter")
+    for path in (tmp_path / "adapter").iterdir():
+        shutil.copy(path, directory / path.name)
+    return directory
+
+
+def together(kind, base, adapter) -> torch.Tensor:
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base_model(kind, base), adapter).eval()(input_ids=IDS).logits
+
+
+def computed(kind, source) -> torch.Tensor:
+    load = load_scalar_model if kind == "reward" else load_causal_lm
+    model = load(source, "--model", make_codec(load_tokenizer(source), "question_answer"), dtype=torch.float32).eval()
+    with torch.no_grad():
+        return (model.classifier if kind == "reward" else model)(input_ids=IDS).logits
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    return str(error.value)
+
+
+def test_every_program_refuses_it_at_the_door(beside, tmp_path):
+    output = ["--data_path", "builtin:courtesy", "--output_dir", str(tmp_path / "out"), "--dtype", "fp32"]
+    for said in (refusal(step1, ["--model_name_or_path", str(beside), *output]),
+                 refusal(step2, ["--model_name_or_path", str(beside), *output]),
+                 refusal(step3, ["--actor_model_name_or_path", str(beside), "--critic_model_name_or_path", str(beside),
+                                 *output]),
+                 refusal(load_speaker, str(beside), "--path", LoadOptions())):
+        assert str(beside) in said and "adapter_config.json" in said and "--merge_adapter" in said
+    assert not (tmp_path / "out").exists()
+    assert "--base" in refusal(merge_lora, ["--path", str(beside), "--output_dir", str(tmp_path / "merged")])
+
+
+def test_it_is_laid_over_the_model_beside_it_when_asked_for(beside, chat_model, tmp_path, capsys):
+    source = resolve_model(str(beside), "--model_name_or_path", tmp_path / "cache", merge_adapter=True)
+    assert str(beside) in capsys.readouterr().err
+    shutil.copytree(beside, tmp_path / "whole", ignore=shutil.ignore_patterns("adapter*"))
+    expected = together("causal", tmp_path / "whole", tmp_path / "adapter")
+    torch.testing.assert_close(computed("causal", source), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, together("causal", chat_model, tmp_path / "adapter"), atol=0.1)
+    assert read_provenance(source) == read_provenance(beside)
+    speaker = load_speaker(str(beside), "--path", LoadOptions(merge_adapter=True, data_output_path=str(tmp_path / "c")))
+    with torch.no_grad():
+        torch.testing.assert_close(speaker.model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_alone_names_the_cure_or_is_merged(alone, chat_model, tmp_path):
+    kind, directory = alone
+    said = refusal(resolve_model, str(directory), "--model_name_or_path", tmp_path / "cache")
+    assert "inference/merge_lora.py" in said and "--merge_adapter" in said and str(directory) in said
+    source = resolve_model(str(directory), "--model_name_or_path", tmp_path / "cache", merge_adapter=True)
+    torch.testing.assert_close(computed(kind, source), together(kind, chat_model, directory), rtol=1e-4, atol=1e-4)
+    assert read_provenance(source) == read_provenance(directory)
+    load = {"causal": load_speaker, "reward": load_judge}[kind]
+    load(str(directory), "--path", LoadOptions())  # inference has always merged it
+
+
+def test_it_is_merged_once_until_the_adapter_changes(alone, tmp_path):
+    directory = alone[1]
+    resolve = lambda: resolve_model(str(directory), "--model", tmp_path / "cache", merge_adapter=True)
+    first = resolve()
+    made = (tmp_path / "cache").stat().st_mtime_ns
+    assert resolve() == first and (tmp_path / "cache").stat().st_mtime_ns == made
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2}))
+    assert resolve() != first
+
+
+def test_a_base_that_is_gone_is_named(alone, tmp_path):
+    directory = alone[1]
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./gone"}))
+    said = refusal(lambda: resolve_model(str(directory), "--model", tmp_path / "cache", merge_adapter=True))
+    assert "./gone" in said and str(directory) in said and "\n" not in said
+
+
+def test_no_room_for_the_sum_is_one_line(alone, tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    said = refusal(lambda: resolve_model(str(alone[1]), "--model", tmp_path / "cache", merge_adapter=True))
+    assert "--data_output_path" in said and str(tmp_path / "cache") in said and "\n" not in said
