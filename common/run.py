@@ -155,8 +155,7 @@ def data_request(config: DataOptions, kind: str, max_tokens: int, length_flag: s
         data_path=config.sources(), kind=kind, phase=config.phase, data_split=config.data_split,
         eval_fraction=config.eval_fraction, split_by=config.split_by, shared=known_openings(config),
         columns=config.columns or None, max_tokens=max_tokens, length_flag=length_flag, max_rows=config.max_rows,
-        max_bad_fraction=config.max_bad_rows,
-        cache_dir=config.data_output_path)
+        max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)
 
 
 def say_data(data: PreparedData) -> None:

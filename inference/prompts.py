@@ -51,7 +51,8 @@ def held_out_prompts(options: PromptOptions, trained: Sequence[Provenance], seed
         UserError: there is none.
     """
     prompts: dict[Prompt, None] = {}
-    rules = {spec.name: [key_rule(model, spec.name) for model in trained] for spec in parse_data_path(options.data_path)}
+    rules = {spec.name: [key_rule(model, spec.name) for model in trained]
+             for spec in parse_data_path(options.data_path)}
     for number, sourced in enumerate(_read(options, rules)):
         if number == _MANY and options.max_rows is None:
             print("note: --data_path is large, and all of it is read to find what was held out; --max_rows N reads N "
@@ -85,8 +86,8 @@ def _read(options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None 
     ways = {rule.split_by for of_source in (rules or {}).values() for rule in of_source}
     columns = {way for way in ways if parse_split_by(way) is not None}
     if len(columns) > 1:
-        raise UserError(f"--path: the models were trained with --split_by {' and '.join(sorted(columns))}, so no prompt "
-                        "is known to be held out of both: compare models that were split alike")
+        raise UserError(f"--path: the models were trained with --split_by {' and '.join(sorted(columns))}, so no "
+                        "prompt is known to be held out of both: compare models that were split alike")
     split_by = next((way for way in (*columns, "prompt", "auto") if way in ways), "opening")
     shared = {name: set().union(*(rule.shared for rule in of_source)) for name, of_source in (rules or {}).items()}
     report = ReadReport()

@@ -30,14 +30,14 @@ class SourceSpec:
     flag: str = "--data_path"
     form: FileFormat = FileFormat()
 
-    def copies(self, identity: str) -> int:
-        """How often the rows of the dialogue with this identity (`records.identity`) are taken.
+    def copies(self, key: str) -> int:
+        """How often the rows of the dialogue with this key (`openings.Key.text`) are taken.
 
-        A hash of the identity decides about the fraction, so a dialogue's rows stay or go together, and a
+        A hash of the key decides about the fraction, so a dialogue's rows stay or go together, and a
         greater weight keeps all that a smaller one kept.
         """
         whole = math.floor(self.weight)
-        (position,) = fractions(identity, "blend", 1)
+        (position,) = fractions(key, "blend", 1)
         return whole + (position < self.weight - whole)
 
 

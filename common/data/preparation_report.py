@@ -79,8 +79,9 @@ class PreparationReport:
         """A summary for the log."""
         summary = []
         for source, counts in self.read.sources.items():
-            left_out = [f", {count:,} left out ({reason})" for reason, count in counts.left_out.items()]
-            summary.append(f"{source}: {_counted(counts.total, 'row')} read, {counts.bad:,} unusable{''.join(left_out)}")
+            left_out = [f"{count:,} left out ({reason})" for reason, count in counts.left_out.items()]
+            read = [f"{_counted(counts.total, 'row')} read", f"{counts.bad:,} unusable", *left_out]
+            summary.append(f"{source}: {', '.join(read)}")
         summary += self.read.notes
         summary += [f"note: {line}" for line in self.read.inseparable]
         summary += [f"unusable: {where}: {why}" for where, why in [*self.read.first_bad, *self.first_refused]]

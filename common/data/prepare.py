@@ -139,8 +139,8 @@ def _from_cache(request: DataRequest, codec: Codec) -> PreparedData:
     with _locked(Path(f"{target}.lock"), "the data to be prepared") as writable:
         data = _load(target, again=writable)
         if data is None and not writable:
-            raise UserError(f"--data_output_path {cache}: cannot be written to, and what this run needs is not prepared "
-                            "there: name a directory that can be written to")
+            raise UserError(f"--data_output_path {cache}: cannot be written to, and what this run needs is not "
+                            "prepared there: name a directory that can be written to")
         if data is None:
             _build(request, codec, target)
             data = _load(target, again=False)

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 import xxhash
 
 READY = "READY"         # says that the directory is whole
+_LARGE = 10 * 2**30     # bytes that may take more than some seconds to read
 _VERIFIED = "VERIFIED"  # says who has read all of it, and in which state
 
 
@@ -41,6 +43,8 @@ def unseal(directory: Path) -> str:
         values = json.loads(content)
         paths = {directory / name: tuple(written) for name, written in values["files"].items()}
         if not _verified(directory, paths):
+            if (total := sum(size for size, _ in paths.values())) > _LARGE:
+                print(f"{directory}: {total / 2**30:,.0f} GiB are read to see that they are whole", flush=True)
             for path, (size, checksum) in paths.items():
                 if path.stat().st_size != size:
                     raise Damaged(f"{path.name} has {path.stat().st_size:,} bytes, not {size:,}")
@@ -65,7 +69,7 @@ def _text_checksum(text: str) -> str:
     return xxhash.xxh3_128(text.encode("utf-8")).hexdigest()
 
 
-def _verified(directory: Path, paths) -> bool:
+def _verified(directory: Path, paths: Iterable[Path]) -> bool:
     """Whether another rank of this launch has read the files already, and they are the same since."""
     launch = _launch()
     with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -73,7 +77,7 @@ def _verified(directory: Path, paths) -> bool:
     return False
 
 
-def _note_verified(directory: Path, paths) -> None:
+def _note_verified(directory: Path, paths: Iterable[Path]) -> None:
     if (launch := _launch()) is not None:
         with contextlib.suppress(OSError):  # a directory that may only be read
             (directory / _VERIFIED).write_text(json.dumps([launch, _state(paths)]))
@@ -90,6 +94,6 @@ def _launch() -> list | None:
         return None
 
 
-def _state(paths) -> list:
+def _state(paths: Iterable[Path]) -> list:
     found = [path.stat() for path in paths]
     return [[stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in found]

@@ -85,13 +85,9 @@ Record = Union[Prompt, Demonstration, Comparison, PlainText]
 
 
 def user_turns(record: Record) -> tuple[str, ...]:
-    """All that the user says, in order; the text itself where there is no dialogue."""
+    """All that the user says, in order, by which dialogues are told apart (see `common.data.openings`); the text itself
+    where there is no dialogue."""
     if isinstance(record, PlainText):
         return (record.text,)
     prompt = record if isinstance(record, Prompt) else record.prompt
     return prompt.asked or tuple(message.content for message in prompt.messages if message.role == "user")
-
-
-def identity(record: Record) -> str:
-    """The user's first message, by which most dialogues are told apart (see `common.data.openings`)."""
-    return user_turns(record)[0]

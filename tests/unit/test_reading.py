@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from common.data import reading
 from common.data.blend import parse_data_path
 from common.data.preparation_report import PreparationReport
 from common.data.reading import Counts, ReadReport, read_records
-from common.data.records import Comparison, identity
+from common.data.records import Comparison, user_turns
 from common.data.split import assignment
 from common.errors import UserError
 
@@ -25,7 +26,7 @@ def read(data_path, kind="prompt", **choices):
 
 
 def prompts(found):
-    return [(item.split, identity(item.record)) for item in found]
+    return [(item.split, user_turns(item.record)[0]) for item in found]
 
 
 def test_real_pairs(hh_data):
@@ -50,11 +51,34 @@ def test_real_pairs_in_three_phases(hh_data):
     places = {}
     for kind in ("comparison", "demonstration", "prompt"):
         for item in read([str(hh_data)], kind)[0]:
-            turn = identity(item.record)
+            turn = user_turns(item.record)[0]
             places.setdefault(" ".join(turn.lower().split()), set()).add(assignment(turn, "2,4,4", 0.1))
     assert all(len(found) == 1 for found in places.values())
     phases = Counter(place.phase for found in places.values() for place in found)
     assert all(abs(phases[phase] / len(places) - share) < 0.06 for phase, share in enumerate((0.2, 0.4, 0.4)))
+
+
+@pytest.mark.parametrize("split_by", ["opening", "auto", "prompt"])
+def test_a_row_has_one_key_whatever_kind_is_read_of_it(hh_data, tmp_path, split_by):
+    """A row may be bad for one kind alone, and is counted for all."""
+    greeted = lines(tmp_path / "greeted.jsonl", *(
+        {"chosen": f"Human: Hello\n\nAssistant: Hi!\n\nHuman: {i}?\n\nAssistant: Yes.",
+         "rejected": f"Human: Hello\n\nAssistant: Hi!\n\nHuman: {i}?\n\nAssistant: {'No.' if i % 3 else 'Yes.'}"}
+        for i in range(8)))
+    by_kind = [{item.where: (item.key, item.dialogue)
+                for item in read([str(hh_data), greeted], kind, split_by=split_by)[0]}
+               for kind in ("comparison", "demonstration", "prompt")]
+    assert len(by_kind[0]) < len(by_kind[2]) and all(keys.items() <= by_kind[2].items() for keys in by_kind)
+    keys = {key for where, (key, _) in by_kind[0].items() if where.startswith(greeted)}
+    assert len(keys) == (1 if split_by == "opening" else 5)
+
+
+def test_counting_openings_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    path = lines(tmp_path / "data.jsonl", *({"prompt": f"q {number}"} for number in range(2500)))
+    monkeypatch.setattr(reading, "_SAID_EVERY", -1)
+    read([path], split_by="auto")
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}: {number} rows looked through for openings that many dialogues share" for number in ("1,000", "2,000")]
 
 
 def test_bad_rows_are_counted_shown_and_skipped(tmp_path):
@@ -96,6 +120,20 @@ def test_blank_texts_are_left_out_without_fault(tmp_path):
     assert report.sources[path] == Counts(total=42, usable=1, bad=1, first_bad=[(f"{path}:42", "broken JSON")],
                                           left_out={"blank": 40})
     assert f"{path}: 42 rows read, 1 unusable, 40 left out (blank)" in PreparationReport(report).lines()
+
+
+def test_what_is_left_out_is_counted_by_reason(tmp_path):
+    pair = {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 0, "score_1": 0}
+    path = lines(tmp_path / "data.jsonl", pair, {**pair, "score_0": 1, "score_1": -1}, pair)
+    found, report = read([path], "comparison")
+    assert len(found) == 1
+    assert report.sources[path] == Counts(total=3, usable=1, left_out={"a tie": 2})
+    written = PreparationReport.from_json(PreparationReport(report).to_json())
+    texts = lines(tmp_path / "texts.jsonl", {"text": ""}, {"text": "t"})
+    both = written.joined(PreparationReport(read([path], "comparison")[1])).joined(
+        PreparationReport(read([texts], "text")[1]))
+    assert both.read.sources == {path: Counts(6, 2, left_out={"a tie": 4}), texts: Counts(2, 1, left_out={"blank": 1})}
+    assert f"{path}: 6 rows read, 0 unusable, 4 left out (a tie)" in both.lines()
 
 
 def test_a_source_without_a_usable_row_is_an_error_even_in_a_blend(tmp_path):
@@ -216,7 +254,7 @@ def test_a_column_map_is_for_the_sources_that_have_its_columns(tmp_path):
     names = {"prompt": "question", "response": "good"}
     for order in ([own, other], [other, own], [str(tmp_path)]):
         found, _ = read(order, "demonstration", columns=names)
-        assert sorted((identity(item.record), item.record.response) for item in found) == [("q", "a"), ("r", "b")]
+        assert sorted((user_turns(item.record)[0], item.record.response) for item in found) == [("q", "a"), ("r", "b")]
     for order in ([own, other], [other, own], [str(tmp_path)]):
         with pytest.raises(UserError, match=f"--columns: {own} has no column 'qestion'.*mean question"):
             read(order, "demonstration", columns={"prompt": "qestion", "response": "good"})
@@ -237,7 +275,8 @@ def test_dialogues_that_begin_alike_stay_together(tmp_path):
           {"prompt": [{"role": "user", "content": text} for text in ("", "a", "B")]})
     found = read([str(tmp_path)])[0]
     assert [item.record.messages[-1].content for item in found] == ["A", "A\n\nB", "a\n\nB"]
-    assert [identity(item.record) for item in found] == ["A", "A", "a"]
+    assert [user_turns(item.record) for item in found] == [("A",), ("A", "B"), ("a", "B")]
+    assert len({item.dialogue for item in found}) == 1
     lines(tmp_path / "test.jsonl", {"prompt": "A"})
     assert {split for split, _ in prompts(read([str(tmp_path)])[0])} == {"test"}
 

@@ -36,8 +36,9 @@ def greeted(count: int) -> list[dict]:
 
 
 def sft(tmp_path, **given) -> SFTConfig:
-    given = {"data_path": tmp_path / "d.jsonl", "output_dir": tmp_path / "sft", "model_name_or_path": "builtin:tiny-opt",
-             "data_output_path": tmp_path / "data", "data_split": "1,1,1", "eval_fraction": 0.2, **given}
+    given = {"data_path": tmp_path / "d.jsonl", "output_dir": tmp_path / "sft",
+             "model_name_or_path": "builtin:tiny-opt", "data_output_path": tmp_path / "data", "data_split": "1,1,1",
+             "eval_fraction": 0.2, **given}
     return parse(SFTConfig, [word for name, value in given.items() for word in (f"--{name}", str(value))])
 
 
