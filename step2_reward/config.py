@@ -18,6 +18,8 @@ class RewardConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
     model_name_or_path: PathName = option("facebook/opt-350m", "model to train: hub name, directory or builtin:*")
     output_dir: PathName = option("output/reward", "directory of the result")
     learning_rate: float = option(5e-5, "highest learning rate", low=0)
+    pairs_per_prompt: int | None = option(
+        None, "comparisons made of one row with several answers at most; none: all", low=1)
     margin: float = option(0.0, "wanted distance of chosen and rejected score", unit="raw score", low=0)
     centring_coef: float = option(0.0, "weight of the loss that keeps a pair's scores around 0", low=0)
     eval_iters: int = option(100, "evaluation batches over all ranks at most; 0: all", low=0)

@@ -1,5 +1,6 @@
 """Step 2: the reward model. `deepspeed --num_gpus N step2_reward/main.py --help` says everything."""
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
@@ -36,7 +37,8 @@ def main(argv=None) -> None:
     check_room(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
     gives_scores(source, "--model_name_or_path", config.trust_remote_code)  # with one score, if it has any
     codec = open_codec(config, source, "--model_name_or_path")
-    data = prepare(data_request(config, "comparison", config.max_seq_len, "--max_seq_len"), codec)
+    request = data_request(config, "comparison", config.max_seq_len, "--max_seq_len")
+    data = prepare(replace(request, pairs_per_prompt=config.pairs_per_prompt), codec)
     say_data(data)
     if not len(data.eval):
         raise UserError("no pair is held out, so the scores' mean and spread cannot be measured: raise "

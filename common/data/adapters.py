@@ -26,9 +26,9 @@ from pathlib import PurePath
 from typing import Any
 
 from common.data.dialogues import make_prompt
-from common.data.layouts import (COMPARISONS, DEMONSTRATIONS, DIALOGUE_PAIR, INSTRUCTION, LAYOUTS,
-                                 PROMPT_PAIR, QUESTION_RESPONSE, Example, Layout,
-                                 as_question, described)
+from common.data.examples import Example, Layout
+from common.data.layouts import (COMPARISONS, DEMONSTRATIONS, DIALOGUE_PAIR, INSTRUCTION, LAYOUTS, PROMPT_PAIR,
+                                 QUESTION_RESPONSE, as_question, described)
 from common.data.records import Message
 from common.data.values import BadRow, clean_answer, clean_text
 from common.errors import UserError, did_you_mean

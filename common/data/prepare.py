@@ -54,7 +54,7 @@ class DataRequest:
         data_split, eval_fraction: see `common.data.split.assignment`. Held-out prompts are held out of every
             phase, so each phase evaluates on all of them.
         split_by, shared: by what dialogues are told apart, see `common.data.reading.read_records`.
-        columns, max_rows: see `common.data.reading.read_records`.
+        columns, max_rows, pairs_per_prompt: see `common.data.reading.read_records`.
         max_tokens: of a whole sequence, prompt and response with its end token; of a piece of plain text.
         max_bad_fraction: more unusable rows than this share of a source's are an error.
         cache_dir: directory of the prepared data.
@@ -72,6 +72,7 @@ class DataRequest:
     shared: Mapping[str, Collection[int]] | None = None
     columns: Mapping[str, str] | None = None
     max_rows: int | None = None
+    pairs_per_prompt: int | None = None
     max_bad_fraction: float = 0.02
     length_flag: str = "--max_seq_len"
 
@@ -266,8 +267,8 @@ def _taken(request: DataRequest, report: PreparationReport, tested: set[int],
            held_out_keys: set[int]) -> Iterator[tuple[bool, SourcedRecord]]:
     """(is for evaluation, record) for each record of this step."""
     records = read_records(request.data_path, request.kind, columns=request.columns,
-                           max_rows=request.max_rows, report=report.read, tested=tested, split_by=request.split_by,
-                           shared=request.shared)
+                           max_rows=request.max_rows, pairs_per_prompt=request.pairs_per_prompt, report=report.read,
+                           tested=tested, split_by=request.split_by, shared=request.shared)
     by_turns = parse_split_by(request.split_by) is None
     prompts_seen: set[tuple[int, int]] = set()
     for sourced in records:

@@ -14,8 +14,8 @@ from typing import Any
 from common.data.adapters import ColumnMap, choose_layout, named_layout
 from common.data.blend import SourceSpec
 from common.data.keying import Keyer
-from common.data.layouts import Layout, LeftOut, to_records
-from common.data.layouts import asked as asked_in
+from common.data.examples import Layout, LeftOut, to_records
+from common.data.examples import asked as asked_in
 from common.data.openings import OpeningCounter
 from common.data.records import RECORD_KINDS, Record, user_turns
 from common.data.rows import Note, Row

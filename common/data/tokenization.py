@@ -12,6 +12,7 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrained
 from common.data.chat_template import control_tokens
 from common.data.records import Answer, Prompt
 from common.data.templates import CHAT, Piece, Template, get_template
+from common.data.trial import try_template, try_tokenizer
 from common.errors import UserError, reason_of
 from common.paths import unreachable_hub
 
@@ -45,6 +46,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         # transformers makes up an empty tokenizer for a model that has a config but no tokenizer files
         raise UserError(f"{name_or_path} holds no tokenizer: put its files into the model's directory")
+    try_tokenizer(tokenizer, name_or_path)
     _separate_padding(tokenizer)
     return tokenizer
 
@@ -72,6 +74,8 @@ def make_codec(tokenizer: PreTrainedTokenizerBase, template_name: str, *, add_eo
     if add_eot_token:
         tokenizer.add_special_tokens({"eos_token": AddedToken(eot_token, special=True, normalized=False)})
         _separate_padding(tokenizer)
+    if template_name == CHAT and tokenizer.chat_template:
+        try_template(tokenizer, tokenizer.name_or_path)
     template = get_template(template_name, tokenizer, date)
     end_token = None if add_eot_token else template.end_token
     if end_token is None and tokenizer.eos_token_id is None:

@@ -65,6 +65,11 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, (str, int, float)) for item in value)
 
 
+def are_several(value: Any) -> bool:
+    """Whether a value is several answers: a list of texts, or of lists of messages."""
+    return is_texts(value) or isinstance(value, list) and bool(value) and all(isinstance(item, list) for item in value)
+
+
 def _is_parts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(
         isinstance(part, dict) and part.get("type") == "text" and "text" in part for part in value)

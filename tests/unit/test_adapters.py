@@ -2,7 +2,7 @@
 import pytest
 
 from common.data.adapters import NAMED, ColumnMap, choose_layout, named_layout
-from common.data.layouts import LeftOut, asked, to_records
+from common.data.examples import LeftOut, asked, to_records
 from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, user_turns
 from common.data.values import BadRow
 from common.errors import UserError

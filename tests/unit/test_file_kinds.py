@@ -187,7 +187,7 @@ def tar() -> bytes:
     (b"SQLite format 3\0", "an SQLite database"), (b"{\\rtf1 text}", "an RTF document"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Office document"), (b"\x01\0\0\0\x02" * 50, "it is no text"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"), (b"Rar!\x1a\x07", "a rar archive"),
-])
+], ids=lambda value: value if isinstance(value, str) else "")
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
 def test_what_holds_no_rows_is_refused_by_what_it_is(tmp_path, content, said, name):
     if name == "a.parquet" and said == "it is no text":

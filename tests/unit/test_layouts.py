@@ -6,7 +6,7 @@ import pytest
 from test_adapters import chat, dialogue, record, records, sharegpt
 
 from common.data.adapters import choose_layout
-from common.data.layouts import LeftOut
+from common.data.examples import LeftOut
 from common.data.records import Comparison, Demonstration, Message, Prompt
 from common.data.values import BadRow
 
