@@ -72,7 +72,7 @@ def members(path: Path, label: str) -> list[str] | None:
                 return None
         with zipfile.ZipFile(path) as archive:
             names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
         raise UserError(f"{label}: the zip archive cannot be read: {error}") from error
     except OSError:
         return None     # said where it is read
@@ -183,5 +183,6 @@ def _parquet_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
                     yield Row(where, None, "invalid UTF-8")
                 else:
                     yield Row(where, values)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{label}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{label}: cannot be read as parquet: {reason}") from error
