@@ -94,7 +94,7 @@ def to_records(layout: Layout, row: dict[str, Any], kind: str) -> list[Record]:
     if kind == "demonstration":
         return [_demonstration(example)]
     if example.tied:
-        raise LeftOut("tie of both answers")
+        raise LeftOut("a tie")
     return [Comparison(example.prompt, *pair) for pair in _pairs(example)]
 
 

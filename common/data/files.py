@@ -29,7 +29,8 @@ from common.errors import UserError
 __all__ = ["MAX_ROW_BYTES", "SUFFIXES", "UNDERSTOOD", "FileFormat", "Row", "is_data_file", "is_plain_text", "kind_of",
            "members", "read_rows"]
 
-_TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+_TABLES = (".csv", ".tsv")
+_TEXTS = (".jsonl", ".ndjson", ".json", *_TABLES, ".txt")
 _PACKED = (".gz", ".zst")
 SUFFIXES = (*(text + packed for text in _TEXTS for packed in ("", *_PACKED)), ".parquet", ".zip")
 UNDERSTOOD = f"{', '.join(_TEXTS)} (each also with {' or '.join(_PACKED)}), .parquet and .zip"
@@ -71,7 +72,7 @@ def members(path: Path, label: str) -> list[str] | None:
                 return None
         with zipfile.ZipFile(path) as archive:
             names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
         raise UserError(f"{label}: the zip archive cannot be read: {error}") from error
     except OSError:
         return None     # said where it is read
@@ -104,13 +105,15 @@ def read_rows(path: Path, label: str, form: FileFormat = FileFormat(), note: Not
                 return
             encoding = encoding_of(head, cut, form, label)
             start = head.decode(encoding, INVALID)
-            newline = "\r" if "\r" in start and "\n" not in start else "\n"
+            # In tables a line end of the other kind may be within a field.
+            ended = start.partition("\r")[0] if name.endswith(_TABLES) and "\r\n" not in start else start
+            newline = "\r" if "\r" in start and "\n" not in ended else "\n"
 
             def text() -> TextIO:
                 return io.TextIOWrapper(_opened(path, member, stack), encoding, INVALID, newline=newline)
 
             start = start.removeprefix("\ufeff")
-            if not name.endswith((".csv", ".tsv", ".txt")):
+            if not name.endswith((*_TABLES, ".txt")):
                 yield from json_rows(text, start, cut, label, form, note)
             elif _is_json(start):
                 note(f"{label}: it holds JSON, whatever its name says")
@@ -180,5 +183,6 @@ def _parquet_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
                     yield Row(where, None, "invalid UTF-8")
                 else:
                     yield Row(where, values)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{label}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{label}: cannot be read as parquet: {reason}") from error

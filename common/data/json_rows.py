@@ -237,9 +237,10 @@ def _by_number(table: dict[str, dict]) -> Iterator[dict[str, Any]]:
 def _by_position(table: dict[str, list], label: str) -> Iterator[dict[str, Any]]:
     if {"columns", "data"} <= set(table):
         names, rows = table["columns"], table["data"]
-        if not all(isinstance(row, list) and len(row) == len(names) for row in rows):
-            raise UserError(f"{label}: it is a table with 'columns' and 'data', but not every list in 'data' has a "
-                            "value for each column")
+        if not (all(isinstance(name, str) for name in names)
+                and all(isinstance(row, list) and len(row) == len(names) for row in rows)):
+            raise UserError(f"{label}: it is a table with 'columns' and 'data', but not every column has a name, or not "
+                            "every list in 'data' a value for each column")
     else:
         lengths = {name: len(column) for name, column in table.items()}
         if len(set(lengths.values())) > 1:

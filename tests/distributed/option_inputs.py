@@ -45,6 +45,12 @@ def make_inputs(directory: Path, cache_dir: Path) -> None:
     stopping.tokenizer.save_pretrained(directory / "stopping-scorer")
     _write_rows(directory / "pairs.jsonl", [_pair(number) for number in range(40)])
     _write_rows(directory / "other.jsonl", [_pair(number) for number in range(100, 140)])
+    (directory / "two-keys.json").write_text(json.dumps(
+        {key: [_pair(number + start) for number in range(40)] for key, start in (("first", 0), ("second", 300))}))
+    western = [_pair(number) | {"prompt": f"O\u00f9 est {number}?", "chosen": f"Voil\u00e0 {number}."}
+               for number in range(40)]
+    (directory / "western.jsonl").write_bytes("".join(
+        json.dumps(row, ensure_ascii=False) + "\n" for row in western).encode("cp1252"))
     _write_rows(directory / "spoilt.jsonl", [*(_pair(number) for number in range(40)), {"prompt": "And then?"}, {}])
     _write_rows(directory / "texts.jsonl", [{"text": f"After {n} comes {n + 1}."} for n in range(8)])
     for name in ("counting", "cooking"):

@@ -43,6 +43,8 @@ DATA = {
     "data_split": Row("metrics", "1,2,3"),
     "eval_fraction": Row("metrics", "0.5"),
     "columns": Row("metrics", "prompt=question"),
+    "data_field": Row("metrics", "second", "--data_path {inputs}/two-keys.json --data_field first"),
+    "encoding": Row("metrics", "cp437", "--data_path {inputs}/western.jsonl --encoding cp1252"),
     "template": Row("metrics", "question_answer"),
     "add_eot_token": Row("files"),
     "eot_token": Row("files", "<|stop|>", "--add_eot_token"),

@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 from chat_model import AGAIN, ANSWERS, CAPITAL, RED, prompt_of
+from common.config import parse
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
 from common.errors import TrainingFailure, UserError
 from common.harmless import harmless
-from inference.generate import main
+from inference.generate import GenerateConfig, main
+from inference.prompts import read_prompts
 
 
 def write(path, rows) -> str:
@@ -70,6 +72,18 @@ def test_other_columns_and_fewer_prompts(chat_model, tmp_path):
           "--output_file", str(output)])
     assert [json.loads(line)["response"] for line in output.read_text().splitlines()] == [
         ANSWERS[RED,], ANSWERS[AGAIN,]]
+
+
+def test_prompts_are_read_from_files_as_they_come(tmp_path, capsys):
+    data = tmp_path / "prompts.json"
+    data.write_bytes('{"old": [{"prompt": "no"}], "new": [{"prompt": "O\u00f9 \u00e7a?"}, {"prompt": "L\u00e0."}]}'
+                     .encode("cp1252"))
+    arguments = ["--data_path", str(data), "--data_field", "new", "--encoding", "cp1252"]
+    prompts = list(read_prompts(parse(GenerateConfig, arguments)))
+    assert [prompt.first_user_turn for prompt in prompts] == ["O\u00f9 \u00e7a?", "L\u00e0."]
+    data.write_text('// two questions\n{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert len(list(read_prompts(parse(GenerateConfig, arguments)))) == 2
+    assert capsys.readouterr().err == f"note: {data}: 1 comment line skipped\n"
 
 
 def test_a_prompt_too_long_for_the_model_is_cut_and_that_is_said(chat_model, capsys):

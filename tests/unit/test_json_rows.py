@@ -122,6 +122,7 @@ def test_comment_lines_are_counted_and_no_bad_rows(tmp_path):
     ('{"a": {"x": [1]}, "prompt": ["q", "r"], "response": ["a"]}', None),
     ('{"prompt": ["q", "r"], "response": ["a"]}', "different lengths: 'prompt' has 2, 'response' has 1"),
     ('{"columns": ["prompt"], "data": [["q"], ["r", "s"]]}', "not every list"),
+    ('{"columns": [["prompt", "x"]], "data": [["q"]]}', "not every column has a name"),
     ('{\n "prompt": "q",\n', "the JSON is broken.*at row 1"),
     ('{"prompt": "q"}{"prompt": "r"}{"prompt": ', "the JSON is broken.*at row 3"),
     ('{\n "prompt": "q"\n}\n{\n "prompt" "r"\n}\n', "the JSON is broken.*at row 2"),
