@@ -50,12 +50,17 @@ def _whole_weights(engine) -> Iterator[None]:
     for parameter in parameters:
         parameter.ds_active_sub_modules.clear()
     offload = engine.optimizer.parameter_offload
+    on_the_whole = offload.module._forward_pre_hooks
     with deepspeed.zero.GatheredParameters(parameters):
         for hooks in (offload.forward_hooks, offload.backward_hooks):
             while hooks:
                 hooks.pop().remove()
+        # That of the whole module is in no list. It compares the ranks, and a rank without prompts has no forward pass.
+        begins = on_the_whole.pop(offload.fwd_pre_hook.id)
         try:
             yield
         finally:
             # This also has DeepSpeed record anew in which order the modules are used.
             offload._register_deepspeed_module(offload.module)
+            on_the_whole[offload.fwd_pre_hook.id] = begins
+            on_the_whole.move_to_end(offload.fwd_pre_hook.id, last=False)

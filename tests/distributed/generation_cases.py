@@ -2,7 +2,7 @@
 
 Run under the launcher: generation_cases.py [--long] CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the
 rollout of all ranks, the plain way's tokens, and whether weights and training came through bit for bit; `shared`, what
-`shared_models` found at each stage; and `threads`, those that rank 0 computes with.
+`shared_models` found at each stage; `one_prompt`, rollouts in which only one rank has a prompt; and `threads`, those that rank 0 computes with.
 """
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def main(argv) -> None:
         cases, stages = cases | GENERATION_AT_LENGTH, (0, 1, 2, 3)
     found = {name: case(str(model_dir), codec, *settings) for name, settings in cases.items()}
     found["shared"] = {stage: shared_models(str(model_dir), codec, stage) for stage in stages}
+    found["one_prompt"] = {stage: one_prompt(str(model_dir), codec, stage) for stage in (0, 3)}
     found["threads"] = torch.get_num_threads()
     if is_main():
         (output_dir / f"{world_size()}.json").write_text(json.dumps(found))
@@ -77,6 +78,17 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
             "states_away": all(emptied)}
 
 
+def one_prompt(model: str, codec, stage: int) -> list[list[list[int]]]:
+    """Rollouts of one prompt over all ranks: before the engine's first forward pass, and after a training step."""
+    engine = build(model, codec, stage, lora=False, dtype="fp32")
+    trainer = SFTTrainer(engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id, train_on_prompt=False)
+    texts = [roll_out(engine, codec, "fast", prompts=1)]
+    trainer.train_step(one_step(trainer.train["length"], ROWS // 2))
+    texts.append(roll_out(engine, codec, "fast", prompts=1))
+    engine.destroy()
+    return texts
+
+
 def build(model: str, codec, stage: int, lora: bool, dtype: str):
     settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=DEEPSPEED)
     network = load_causal_lm(model, "--model", codec, dtype=settings.dtype, dropout=0.0,
@@ -85,20 +97,20 @@ def build(model: str, codec, stage: int, lora: bool, dtype: str):
                            OptimizerSettings(1e-2, 1e-2, 0.0, "constant", 0, 10))
 
 
-def roll_out(engine, codec, way: str) -> list[list[int]]:
+def roll_out(engine, codec, way: str, prompts: int = PROMPTS) -> list[list[int]]:
     """The responses to all prompts, over all ranks; the plain way where generation mode is forbidden."""
     generator = torch.Generator().manual_seed(4)
-    ids = [torch.randint(10, 200, (2 + 5 * number % 13,), generator=generator).tolist() for number in range(PROMPTS)]
-    prompts = Dataset.from_dict({"prompt_ids": ids})
-    (batch,) = evaluation_batches([len(row) for row in ids], -(-PROMPTS // world_size()), world_size(), rank())
+    ids = [torch.randint(10, 200, (2 + 5 * number % 13,), generator=generator).tolist() for number in range(prompts)]
+    dataset = Dataset.from_dict({"prompt_ids": ids})
+    (batch,) = evaluation_batches([len(row) for row in ids], -(-prompts // world_size()), world_size(), rank())
     rollouts = ActorRollouts(engine, slots=3, seed=7, end_ids=codec.end_ids, pad_id=codec.pad_id)
     if way == "plain":
         mine = [rollouts._plainly(part, SAMPLING, 1, lambda finished: None)
-                for part in collate_prompts(prompts, batch, codec.pad_id).split(3)]
+                for part in collate_prompts(dataset, batch, codec.pad_id).split(3)]
         whole = share_rollout(type(mine[0]).concat(mine))
     else:
-        whole = share_rollout(rollouts.roll_out(collate_prompts(prompts, batch, codec.pad_id), SAMPLING, 1))
-    assert on_every_rank(len(whole.tokens) == PROMPTS)
+        whole = share_rollout(rollouts.roll_out(collate_prompts(dataset, batch, codec.pad_id), SAMPLING, 1))
+    assert on_every_rank(len(whole.tokens) == prompts)
     return [whole.tokens[row, start:end].tolist() for row, (start, end)
             in enumerate(zip(whole.prompt_lengths.tolist(), whole.lengths.tolist()))]
 

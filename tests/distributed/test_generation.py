@@ -39,6 +39,13 @@ def test_rollouts_do_not_depend_on_ranks_stage_or_way(found, case):
                    {step: texts["fast"] for step, texts in expected.items()}, (ranks, way)
 
 
+def test_a_rank_may_have_no_prompt(found):
+    """Then the others must not wait for its forward passes; DeepSpeed's hooks at stage 3 would."""
+    expected = found[1]["one_prompt"]["0"]
+    assert len(expected) == 2 and all(len(text) == 1 and text[0] for text in expected)
+    assert all(found[ranks]["one_prompt"][stage] == expected for ranks in (1, 2) for stage in ("0", "3"))
+
+
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_ranks_share_the_cores_and_say_how_weights_are_gathered(found, ranks):
     assert found[ranks]["threads"] == max(1, cores() // ranks)

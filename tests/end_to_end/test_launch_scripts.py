@@ -52,6 +52,7 @@ def test_a_wrong_flag_ends_a_script_with_its_one_line(tmp_path):
     done = run(["bash", str(ROOT / "launch/sft_1gpu.sh"), "--learning_rat", "1"], cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: unknown flag --learning_rat: did you mean --learning_rate?"]
+    assert done.stdout == ""  # nor does the launcher say anything afterwards
     assert not any(tmp_path.iterdir())
 
 
