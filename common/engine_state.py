@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, reason_of
 from common.shards import Shards
 
 TAG = "engine"  # DeepSpeed's name for a checkpoint within its directory
@@ -41,8 +41,14 @@ def load_engine(engine, directory: Path) -> None:
     Raises:
         UserError: it is no checkpoint of this model, or one that would run code.
     """
-    with loading_data_only(directory):
-        found, _ = engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
+    try:
+        with loading_data_only(directory):
+            found, _ = engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # DeepSpeed takes what it reads for what it has written
+        raise UserError(f"{directory} cannot be loaded into this model ({type(error).__name__}: {reason_of(error)}): "
+                        "go on from another checkpoint, --resume PATH, or start anew, --resume never") from error
     if found is None:
         raise UserError(f"{directory} is no checkpoint of this model")
 

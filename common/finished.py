@@ -32,7 +32,7 @@ class Result:
             noted = json.loads((self.output / FILE).read_text(encoding="utf-8"))
             return (isinstance(noted, dict) and all(noted.get(name) == value for name, value in self.depends_on.items())
                     and noted.get("files") == self._files() and noted.get("models") == self._digests())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
 
     def note(self) -> None:

@@ -51,6 +51,7 @@ def open_run(config, parts: Sequence[str] = ("",)) -> Tracker:
         check_nothing_in_the_way(output, parts, rank())
         if is_main():
             lock_output(output)
+            open(output / "logs" / "metrics.jsonl", "ab").close()
         quiet_libraries(output)
     except OSError as error:
         raise UserError(f"--output_dir {output}: {error.filename or output} cannot be written: {error.strerror}: make "

@@ -11,7 +11,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from common.distributed import on_every_rank
+from common.distributed import on_every_rank, rank
 from common.errors import UserError, reason_of
 from common.models.scalar import is_scalar_config
 
@@ -39,11 +39,19 @@ def check_files(directory: Path, name: str) -> None:
 
 def check_finite(model: nn.Module, name: str) -> None:
     """Raises UserError if a weight is not a finite number. All ranks must call it where each has a part of them."""
-    wrong = [key for key, weight in model.named_parameters() if not _is_finite(getattr(weight, "ds_tensor", weight))]
+    wrong = [key for key, weight in model.named_parameters() if not _is_finite(_held(weight))]
     if not on_every_rank(not wrong):
         where = f", such as those of {wrong[0]}" if wrong else ""
         raise UserError(f"{name}: the model's weights are not finite{where}: NaN or infinity was saved; use another "
                         "model or an earlier checkpoint of it")
+
+
+def _held(weight: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a weight. Under ZeRO-3 shards are of equal size: beyond the last weight lies anything."""
+    if not hasattr(weight, "ds_tensor"):
+        return weight
+    shard = weight.ds_tensor.flatten()
+    return shard[:max(weight.ds_numel - rank() * shard.numel(), 0)]
 
 
 def _is_finite(weight: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 end_cases.py ppo MARKS WHERE FLAGS...: step 3. WHERE is `nowhere`, or where it dwells until it is disturbed and writes
     MARKS/RANK: `rollout-N` and `update-N` of iteration N, `evaluation`.
 end_cases.py steps|raises|deadlocks MARKS: a loop of barriers; on rank 1 it raises, or waits for ever.
+end_cases.py starts MARKS: for ever in what comes before the process group.
 """
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from common.peers import INTERVAL, enter
 from common.stopping import told, training_begins
 
 TIMEOUT = 10
-watch.GRACE = 5.0
+watch.GRACE = watch.PATIENCE = 5.0
 
 
 def main(argv) -> None:
@@ -31,6 +32,9 @@ def main(argv) -> None:
     if case == "ppo":
         ppo(Path(marks), rest[0], rest[1:])
         return
+    if case == "starts":
+        mark(Path(marks))
+        time.sleep(3600)
     start(TIMEOUT, seed=0)
     group = dist.new_group()
     training_begins()

@@ -73,6 +73,10 @@ def disturb(run: Run, how: str) -> None:
         ranks[1].suspend()
     elif how == "SIGKILL to rank 1":
         ranks[1].kill()
+    elif how == "SIGKILL to rank 1 under a launcher that is slow":
+        time.sleep(3)  # until the ranks have seen each other
+        launch.suspend()
+        ranks[1].kill()
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +136,8 @@ ENDINGS = {
     "SIGSTOP of rank 1": ("steps", f"error: rank 1 {SILENT}"),
     "an exception": ("raises", "error: rank 1, in counting: ValueError: row 3 is odd"),
 }
+LAUNCHER_STOPS = "SIGKILL to rank 1 under a launcher that is slow"
+ENDINGS[LAUNCHER_STOPS] = ("starts", "error: another rank has ended without a word while the programs started")
 MORE_ENDINGS = {
     "SIGSTOP of rank 0": ("steps", f"error: rank 0 {SILENT}"),
     "SIGKILL to rank 1": ("steps", "error: rank 1 has ended without a word, in counting"),
@@ -151,6 +157,8 @@ def test_nothing_is_left_and_the_last_line_says_why(endings, tmp_path):
         while not any(line.startswith(says) for line in run.lines()):
             assert time.monotonic() < deadline, run.said.read_text()
             time.sleep(0.1)
+        if how == LAUNCHER_STOPS:
+            run.processes[0].resume()
         for process in run.processes:
             if process.is_running() and process.status() == psutil.STATUS_STOPPED:
                 process.kill()  # the launcher would do it 30 seconds later

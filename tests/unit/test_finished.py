@@ -66,7 +66,7 @@ def test_other_data_another_model_and_a_missing_result_are_not_finished(config):
     assert not is_there(config)
 
 
-@pytest.mark.parametrize("content", ["", "[]", json.dumps({"config": {}})])
+@pytest.mark.parametrize("content", ["", "[]", "[" * 10_000, json.dumps({"config": {}})])
 def test_a_damaged_note_is_none(config, content):
     finish(config)
     (Path(config.output_dir) / FILE).write_text(content)

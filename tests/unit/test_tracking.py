@@ -128,3 +128,19 @@ def test_the_models_of_step_3_are_looked_at_where_they_go(output):
     (output / "critic").write_text("")
     with pytest.raises(UserError, match=f"{output / 'critic'} is in the way"):
         open_run(parse(SFTConfig, ["--output_dir", str(output)]), ["actor", "critic"])
+
+
+def test_a_metrics_file_that_cannot_be_written_is_named_at_the_door(output, tmp_path):
+    (output / "logs").mkdir()
+    (output / "logs" / "metrics.jsonl").symlink_to(tmp_path / "nowhere" / "metrics.jsonl")
+    with pytest.raises(UserError, match="logs/metrics.jsonl cannot be written: No such file or directory"):
+        open_run(parse(SFTConfig, ["--output_dir", str(output)]))
+
+
+def test_tensorboard_that_has_no_place_ends_no_run(output, tmp_path, capsys):
+    (tmp_path / "events").write_text("")
+    tracker = Tracker(output, tensorboard_path=str(tmp_path / "events"))
+    tracker.begin()
+    tracker.log("train", 1, {"loss": 1.0})
+    tracker.close()
+    assert steps(output) == [1] and f"warning: {tmp_path}/events cannot be written" in capsys.readouterr().out
