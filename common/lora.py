@@ -50,8 +50,8 @@ def add_lora(model: nn.Module, *, dim: int, alpha: float | None, dropout: float,
         raise UserError(f"{flag} {modules}: matches no linear layer; the model's are {', '.join(kinds)}")
     model.requires_grad_(False)
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
-    config = LoraConfig(r=dim, lora_alpha=1 if alpha is None else alpha, lora_dropout=dropout, target_modules=targets, bias="none",
-                        fan_in_fan_out=transposed, base_model_name_or_path=from_anywhere(base_name))
+    config = LoraConfig(r=dim, lora_alpha=1 if alpha is None else alpha, lora_dropout=dropout, target_modules=targets,
+                        bias="none", fan_in_fan_out=transposed, base_model_name_or_path=from_anywhere(base_name))
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     if alpha is None:

@@ -120,7 +120,7 @@ def _calibration(config, provenance: Provenance | None, flag: str) -> Calibratio
         say("scores are used as they are")
         return RAW
     if wanted == "rollout" or not known:
-        say("scores are measured in the mean and spread of those of the first iteration's answers"
+        say("scores are measured in the mean and spread of those of the first rollouts"
             + (f": {flag} does not say its own" if wanted == "auto" else ""))
         return None
     mean, std = provenance.score_mean, provenance.score_std

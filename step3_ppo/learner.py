@@ -75,7 +75,8 @@ class Learner:
             return loss_of
 
         with self.clock.phase("actor_update"):
-            self.step.accumulate("actor", "policy loss", batches, share(partial(self._policy_loss, kl_coef), tokens, policy))
+            self.step.accumulate("actor", "policy loss", batches,
+                                 share(partial(self._policy_loss, kl_coef), tokens, policy))
             if texts:
                 text_tokens = global_sum(sum(batch.loss_mask[:, 1:].sum() for batch in texts))
                 self.step.accumulate("actor", "text loss", texts,

@@ -45,8 +45,8 @@ class PPOTrainer:
         codec: end and padding tokens, decoding of samples.
         prompts, held_out: prepared prompts to train on and to evaluate on.
         texts: endless micro-batches of plain text for the pre-training mix, if it is on; a list for each step.
-        calibration: of the reward model's scores; the identity where they are not normalised; None: that of the scores
-            of the first iteration, from then on.
+        calibration: of the reward model's scores; the identity where they are not normalised; None: that of the first
+            iteration's scores and of the evaluation before it, from then on.
     """
 
     def __init__(self, models: PPOModels, config: PPOConfig, codec: Codec, prompts: Dataset, held_out: Dataset,
@@ -54,6 +54,7 @@ class PPOTrainer:
         self.models, self.config, self.codec = models, config, codec
         self.prompts, self.held_out, self.texts = prompts, held_out, texts
         self.calibration = calibration
+        self.first_scores: list[Tensor] = []  # of rollouts without a calibration, which they are to give
         self.sampling = Sampling.from_config(config)
         self.rollouts = ActorRollouts(models.actor, slots=config.per_device_generation_batch_size, seed=config.seed,
                                       end_ids=codec.end_ids, pad_id=codec.pad_id,
@@ -137,20 +138,22 @@ class PPOTrainer:
         return assessment
 
     def calibrate(self, assessment: Assessment) -> Assessment:
-        """Take the scale of the scores from these, the same on every rank; returns them with values in that scale.
+        """Take the scale of the scores from these and the evaluation's before them, the same on every rank; returns
+        them with values in that scale.
 
         Raises:
             UserError: on all ranks alike, if the scores do not vary.
         """
-        measured = Calibration.of(assessment.scores)
+        scores = torch.cat([*self.first_scores, assessment.scores])
+        measured = Calibration.of(scores)
         if not measured.usable:
-            raise UserError(f"the {len(assessment.scores)} scores of the first iteration have the mean "
-                            f"{measured.mean:g} and the standard deviation {measured.std:g}, which nothing can be "
-                            "measured in: give an iteration more answers, or add --score_calibration none")
+            raise UserError(f"the {len(scores)} scores of the first rollouts have the mean {measured.mean:g} and the "
+                            f"standard deviation {measured.std:g}, which nothing can be measured in: give an iteration "
+                            "more answers, or add --score_calibration none")
         self.calibration = measured
         self.models.measure_values_in(measured)
-        say(f"the {len(assessment.scores)} scores of the first iteration have the mean {measured.mean:.4g} and the "
-            f"spread {measured.std:.4g}: from here on scores and values are measured in these")
+        say(f"the {len(scores)} scores of the first rollouts have the mean {measured.mean:.4g} and the spread "
+            f"{measured.std:.4g}: from here on scores and values are measured in these")
         return replace(assessment, values=measured.normalise(assessment.values))
 
     def check_limits(self, assessment: Assessment, index: int) -> None:
@@ -226,6 +229,7 @@ class PPOTrainer:
         shaped = self.rewards(rollout, assessment)[0]
         metrics = {**_response_metrics(rollout, shaped), "kl": float(assessment.response_kl().mean())}
         if self.calibration is None:  # it comes with the first iteration
+            self.first_scores.append(assessment.scores)
             del metrics["shaped_score"], metrics["score_clip_fraction"]
         return metrics, self._samples(rollout, assessment, len(rollout.tokens))
 

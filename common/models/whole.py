@@ -33,7 +33,8 @@ def problem(directory: Path, trust_remote_code: bool = False) -> str | None:
         return "it holds an adapter, adapter_config.json"
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        auto_class = AutoModelForSequenceClassification if is_scalar_config(config) else AutoModelForCausalLM
+        scores = is_scalar_config(config) or _saved_labels(directory) is not None  # code of its own has other names
+        auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
         _, loading = auto_class.from_pretrained(directory, device_map="meta", output_loading_info=True,
                                                 trust_remote_code=trust_remote_code)
     except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
@@ -47,12 +48,20 @@ def problem(directory: Path, trust_remote_code: bool = False) -> str | None:
 
 def score_labels(source: str, config) -> int | None:
     """How many numbers a classifier gives, as its weights say, or else its config.json where that is explicit."""
+    saved = _saved_labels(Path(source))
+    if saved is not None:
+        return saved
+    return config.num_labels if config.num_labels != 2 else None  # 2 is also what transformers takes where none is said
+
+
+def _saved_labels(directory: Path) -> int | None:
+    """Rows of the score head in a directory's safetensors; None where there is none to be read."""
     from safetensors import SafetensorError, safe_open
-    for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
+    for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
         try:
             with safe_open(path, "pt") as file:
                 if "score.weight" in file.keys():
                     return file.get_slice("score.weight").get_shape()[0]
         except (OSError, SafetensorError):
             return None  # loading it says what is wrong
-    return config.num_labels if config.num_labels != 2 else None  # 2 is also what transformers takes where none is said
+    return None

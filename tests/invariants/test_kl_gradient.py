@@ -1,4 +1,4 @@
-"""Where the KL to the reference pulls the policy: expectations as exact sums, in float64, against the KL's own gradient.
+"""Where the KL to the reference pulls the policy: exact expectations, in float64, against the KL's own gradient.
 
 The policy is a table: the first token's logits, and for every first token those of the second.
 """

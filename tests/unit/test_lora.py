@@ -58,7 +58,8 @@ def first_step_of_ours(size, rank, alpha, inputs, target) -> float:
     model = torch.nn.Sequential(torch.nn.Linear(size, size, bias=False))
     adapt(model, "0", rank, alpha)
     before = model[0].base_layer.weight.detach().clone()
-    first_step_of_adam([parameter for parameter in model.parameters() if parameter.requires_grad], model(inputs), target)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    first_step_of_adam(trained, model(inputs), target)
     with folded_adapters(model):
         return float((model[0].base_layer.weight - before).square().mean().sqrt())
 

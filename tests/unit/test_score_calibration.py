@@ -61,7 +61,7 @@ def calibrated(reward_model, tmp_path):
 @pytest.mark.parametrize("options, expected, said", [
     ({}, Calibration(0.5, 2.0), "own mean 0.5 and spread 2"),
     ({"score_calibration": "provenance"}, Calibration(0.5, 2.0), "own mean 0.5 and spread 2"),
-    ({"score_calibration": "rollout"}, None, "first iteration's answers"),
+    ({"score_calibration": "rollout"}, None, "first rollouts"),
     ({"score_calibration": "none"}, RAW, "as they are"), ({"normalize_scores": False}, RAW, "as they are"),
 ])
 def test_a_reward_model_with_its_scale_is_measured_in_it_unless_told_otherwise(calibrated, options, expected, said,
@@ -98,8 +98,8 @@ def test_a_scale_that_measures_nothing_is_named_at_the_door(calibrated, mean, st
 def other_chat(codec, template="human_assistant"):
     """The codec of an actor with the same tokens and another chat template."""
     tokenizer = load_tokenizer(codec.tokenizer.name_or_path)
-    tokenizer.chat_template = ("{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-                               "{% if add_generation_prompt %}assistant: {% endif %}")
+    tokenizer.chat_template = ("{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n"
+                               "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
     return make_codec(tokenizer, template)
 
 
@@ -161,6 +161,12 @@ def test_large_scores_are_brought_to_their_own_mean_and_spread(trainer):
     torch.testing.assert_close(rewards[:, -1], expected)
     assert not shaped.sums["clipped"]
     torch.testing.assert_close(calibrated.values, torch.zeros(4, 2))  # the critic's values, in the same scale
+
+
+def test_the_evaluation_before_the_first_iteration_counts_too(trainer):
+    trainer.first_scores.append(SCORES[:3])
+    trainer.calibrate(assessed(SCORES[3:])[1])
+    assert trainer.calibration == Calibration.of(SCORES)
 
 
 def test_the_critic_goes_on_in_the_scale_that_was_measured(trainer):
