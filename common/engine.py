@@ -145,7 +145,7 @@ def read_override(path: str) -> dict:
         override = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--deepspeed_config {path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed_config {path}: is not valid JSON: {error}") from None
     if not isinstance(override, dict):
         raise UserError(f"--deepspeed_config {path}: must hold one JSON object, {{...}}")

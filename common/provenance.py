@@ -126,7 +126,7 @@ def _fits(value, kind) -> bool:
     parts = get_args(kind)
     if isinstance(kind, UnionType):
         return any(_fits(value, part) for part in parts)
-    if get_origin(kind) is tuple:
+    if get_origin(kind) in (tuple, list):
         return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
     if get_origin(kind) is dict:
         return isinstance(value, dict) and all(_fits(item, parts[1]) for item in value.values())

@@ -21,7 +21,7 @@ from common.errors import UserError, reason_of
 
 SECONDS = 10    # of a processor's time; a usual trial takes milliseconds
 MEMORY = 2**30  # bytes, besides those of this process
-_PATIENCE = 120  # seconds by the clock, after which a busy machine is not waited for any longer
+_PATIENCE = 120  # seconds by the clock; so long the trial may wait for a busy machine
 
 _SHORT_RUN, _LONG_RUN = 64, 2000  # what doubles with every character never ends at the one, what squares is seen at both
 _ANY = "".join(map(chr, range(33, 127)))  # a pattern is not even tried where a character that it needs is nowhere
@@ -96,7 +96,7 @@ def _problem_in_child(work: Callable[[], None]) -> str | None:
         _, status = os.waitpid(child, 0)
     if said:
         return said
-    if not os.WIFSIGNALED(status) or os.WTERMSIG(status) == signal.SIGKILL:
+    if not os.WIFSIGNALED(status) or os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGALRM):
         return None  # whoever killed it, the machine perhaps, says nothing of what it worked on
     if os.WTERMSIG(status) == signal.SIGXCPU:
         return f"takes more than {SECONDS} seconds"
@@ -107,8 +107,9 @@ def _work(work: Callable[[], None], writing: int, memory: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # libraries in Rust report there what they raise
         os.dup2(nowhere, stream)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXCPU, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
+    signal.alarm(_PATIENCE)  # should the program be killed meanwhile
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     _, most = resource.getrlimit(resource.RLIMIT_AS)

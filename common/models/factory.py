@@ -71,7 +71,7 @@ def check_model_name(name: str, flag: str, merge_adapter: bool = False) -> None:
             raise UserError(f"{flag} {name}: the directory holds no config.json, so it is no Hugging Face model")
         try:
             json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{flag} {name}: {config} is not valid JSON ({error})") from None
     elif path.exists() or is_data_file(path) or not may_be_on_hub(name):
         hint = "; it is a file" if path.exists() else similar_path(path)

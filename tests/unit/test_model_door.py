@@ -57,6 +57,11 @@ def test_a_weight_file_that_is_none_is_named(content, directory):
     assert f"{directory}/model.safetensors is damaged and cannot be loaded: " in refusal(directory)
 
 
+def test_a_configuration_that_is_nested_too_deep_is_named(directory):
+    (directory / "config.json").write_text("[" * 100_000)
+    assert f"{directory}/config.json is not valid JSON" in refusal(directory)
+
+
 def test_a_folder_in_the_place_of_a_weight_file_is_named(directory):
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors").mkdir()

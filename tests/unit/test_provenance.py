@@ -8,7 +8,7 @@ from common.provenance import FILE, Provenance, read_provenance
 
 WHOLE = Provenance(step="reward", base="owner/model", tokenizer="f" * 64, template="chat", end_token="</s>",
                    pad_token="<pad>", data_split="2,4,4", eval_fraction=0.05, data_path=("a", "b"), score_mean=0.5,
-                   score_std=2.0)
+                   score_std=2.0, shared_openings={"a": [3, -5], "b": []})
 
 
 def written(directory, **changes):
@@ -21,6 +21,7 @@ def test_what_was_written_is_read(tmp_path):
     written(tmp_path)
     again = read_provenance(tmp_path)
     assert (again.score_mean, again.score_std, again.template) == (0.5, 2.0, "chat")
+    assert again.shared_openings == {"a": [3, -5], "b": []}
     written(tmp_path, score_mean=None, score_std=None, eval_fraction=0)
     assert read_provenance(tmp_path).score_std is None
 
@@ -29,7 +30,8 @@ def test_what_was_written_is_read(tmp_path):
     ("score_mean", "0.5"), ("score_mean", [0.5]), ("score_std", True), ("score_std", {}), ("score_std", 10**400),
     ("template", 3), ("template", None), ("end_token", ["</s>"]), ("tokenizer", 0.5), ("data_path", "a"),
     ("data_path", [1]), ("versions", ["torch"]), ("versions", {"torch": 2}), ("eval_fraction", "0.05"),
-    ("eval_fraction", 7), ("data_split", "1,x,2"), ("data_split", [1, 2]), ("unheard_of", 1)])
+    ("eval_fraction", 7), ("data_split", "1,x,2"), ("data_split", [1, 2]), ("unheard_of", 1),
+    ("shared_openings", {"a": ["x"]}), ("shared_openings", {"a": 3}), ("shared_openings", [1])])
 def test_a_value_of_another_type_is_named(name, value, tmp_path):
     written(tmp_path, **{name: value})
     with pytest.raises(UserError, match=f"{tmp_path / FILE} is damaged .*{name}.*: train the model again") as refused:
