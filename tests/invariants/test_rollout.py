@@ -228,6 +228,23 @@ def test_min_new_tokens_holds_back_the_end_token(actor):
     assert rollout.response_lengths.tolist() == [12, 12] and not rollout.finished.any()
 
 
+@pytest.mark.parametrize("way", [roll_out, plainly])
+def test_each_of_several_end_tokens_ends_a_response_and_is_held_back(actor, way):
+    """A model may have its tokenizer's end token and its template's, and whatever else its publisher ends at."""
+    engine, codec = actor
+    free = responses(way(actor, range(len(LENGTHS)), SAMPLED))
+    often = free[0][1]  # a token that the first response has
+    two = copy.copy(codec)
+    two.end_at([often])
+    ended = way((engine, two), range(len(LENGTHS)), SAMPLED)
+    for before, after, finished in zip(free, responses(ended), ended.finished.tolist()):
+        cut = next((at + 1 for at, token in enumerate(before) if token in two.end_ids), len(before))
+        assert after == before[:cut] and finished == (after[-1] in two.end_ids)
+    assert responses(ended)[0][-1] == often
+    held = way((engine, two), range(len(LENGTHS)), replace(SAMPLED, min_new_tokens=4))
+    assert not any(set(two.end_ids) & set(response[:4]) for response in responses(held))
+
+
 def test_a_long_rollout_shows_how_far_it_is(actor, monkeypatch, capsys):
     monkeypatch.setattr(rollout_module, "SECONDS_BEFORE_BAR", 0)
     monkeypatch.setattr(rollout_module, "tqdm", partial(rollout_module.tqdm, mininterval=0, miniters=1))

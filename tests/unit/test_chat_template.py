@@ -6,6 +6,7 @@ import pytest
 from common.data.records import Message, Prompt
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from inference.dialogue import Dialogue
 from tokenizers_built import byte_level_bpe
 from transformers import AddedToken, AutoTokenizer
 
@@ -204,6 +205,15 @@ def test_a_template_that_renders_at_random_is_refused(directory):
     dice = CHATML.replace("{% for", "{{ range(10**5) | random }}{% for", 1)
     with pytest.raises(UserError, match="differently from one time to the next"):
         codec_of(directory, dice)
+
+
+@pytest.mark.parametrize("name", ["chatml", "headers", "turns", "channels", "generation marks"])
+def test_the_chatbot_asks_with_the_same_ids(directory, name):
+    codec = codec_of(directory, SHAPES[name][0])
+    dialogue = Dialogue(codec)
+    assert dialogue.ask("Hi")[0] == whole_ids(codec, turns("Hi"), add_generation_prompt=True)
+    dialogue.answered("Hello there")
+    assert dialogue.ask("And?")[0] == whole_ids(codec, turns("Hi", "Hello there", "And?"), add_generation_prompt=True)
 
 
 def test_an_answer_of_several_turns(directory):
