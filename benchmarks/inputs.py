@@ -17,7 +17,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
 
-from common.config import Config, option
+from common.config import Config, PathName, option
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
 from common.distributed import device
@@ -40,9 +40,9 @@ _NAMED = {  # the published shapes
 class BenchmarkOptions(Config):
     """Benchmark"""
 
-    data_path: tuple[str, ...] = option(
+    data_path: tuple[PathName, ...] = option(
         (GENERATED,), "generated: dialogues of random words, as long as real ones; else as in the programs themselves")
-    output_dir: str = option("output/benchmarks", "directory of models with random weights, data and logs")
+    output_dir: PathName = option("output/benchmarks", "directory of models with random weights, data and logs")
     rounds: int = option(2, "rounds of A B B A", low=1)
     only: str | None = option(None, "measure this variant alone, for its memory", choices=("plain", "product"))
 

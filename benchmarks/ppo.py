@@ -16,7 +16,7 @@ from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, Outcome, assert_close, compare, counted_positions, tolerance
 from benchmarks.plain import LongTail, fixed_micro_batches, same_responses
 from benchmarks.plain_ppo import PlainPPO
-from common.config import option, parse
+from common.config import PathName, option, parse
 from common.data.prepare import prepare
 from common.distributed import is_main, run_program, start, world_size
 from common.engine import EngineSettings, deepspeed_config, frozen_engine, resolve_dtype
@@ -39,8 +39,8 @@ COMPARED = ("reward", "kl", "policy_loss", "value_loss", "actor_gradient_norm", 
 class PPOBenchmark(BenchmarkOptions, PPOConfig):
     """Step 3, by its own options"""
 
-    actor_model_name_or_path: str = option("random:opt-4x256", "the actor")
-    critic_model_name_or_path: str = option("random:opt-2x128", "the reward model; the critic's start")
+    actor_model_name_or_path: PathName = option("random:opt-4x256", "the actor")
+    critic_model_name_or_path: PathName = option("random:opt-2x128", "the reward model; the critic's start")
     actor_zero_stage: int = option(0, "ZeRO stage; 3 also partitions the reference", choices=(0, 1, 2, 3))
     critic_zero_stage: int = option(0, "ZeRO stage; 3 also partitions the reward model", choices=(0, 1, 2, 3))
     max_prompt_seq_len: int = option(128, "longest prompt; others are cut on the left", unit="tokens", low=1)

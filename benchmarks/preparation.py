@@ -19,7 +19,7 @@ import psutil
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, say_line
-from common.config import option, parse
+from common.config import PathName, option, parse
 from common.data.prepare import prepare
 from common.distributed import run_program
 from common.run import data_request, open_codec
@@ -30,7 +30,7 @@ from step1_sft.config import SFTConfig
 class PreparationBenchmark(BenchmarkOptions, SFTConfig):
     """Data preparation of step 1, by its options"""
 
-    model_name_or_path: str = option("random:opt-4x256", "the model whose tokenizer is used")
+    model_name_or_path: PathName = option("random:opt-4x256", "the model whose tokenizer is used")
     data_split: str = option("1,0,0", "parts of the prompts for the steps 1, 2 and 3")
     rows: int = option(100_000, "rows of the file", low=1)
     words_per_row: int = option(84, "words of each row, of random letters, so that each takes several tokens", low=11)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.plain import padded_to
 from benchmarks.supervised import compare_training
-from common.config import option, parse
+from common.config import PathName, option, parse
 from common.data.collate import PairBatch, collate_comparisons
 from common.data.prepare import prepare
 from common.data.sampler import MicroBatch
@@ -34,7 +34,7 @@ from step2_reward.trainer import RewardTrainer
 class RewardBenchmark(BenchmarkOptions, RewardConfig):
     """Step 2, by its own options"""
 
-    model_name_or_path: str = option("random:opt-2x128", "the model to train")
+    model_name_or_path: PathName = option("random:opt-2x128", "the model to train")
     max_seq_len: int = option(256, "longest row; the plain way pads to it", unit="tokens", low=2)
     steps: int = option(8, "optimizer steps in a run", low=1)
 

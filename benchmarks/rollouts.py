@@ -15,7 +15,7 @@ import torch
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import Outcome, compare, counted_positions
 from benchmarks.plain import LongTail, cached_generate, generate_batch, same_responses
-from common.config import option, parse
+from common.config import PathName, option, parse
 from common.data.collate import collate_prompts
 from common.data.prepare import prepare
 from common.data.sampler import MicroBatch
@@ -36,7 +36,7 @@ from step3_ppo.sampling import response_limits, uniforms
 class RolloutBenchmark(BenchmarkOptions, PPOConfig):
     """Rollouts of one model, by the options of step 3"""
 
-    actor_model_name_or_path: str = option("random:opt-4x256", "the model that writes")
+    actor_model_name_or_path: PathName = option("random:opt-4x256", "the model that writes")
     actor_zero_stage: int = option(0, "ZeRO stage", choices=(0, 1, 2, 3))
     per_device_generation_batch_size: int = option(64, "responses per rank at a time", low=1)
     max_answer_seq_len: int = option(128, "longest response; the mean is a third of it", unit="tokens", low=1)
@@ -44,7 +44,7 @@ class RolloutBenchmark(BenchmarkOptions, PPOConfig):
     greedy: bool = option(False, "take the likeliest token, in place of a sampled one")
     against: str = option("generate", "transformers' standard way, or its continuous batching (greedy, ZeRO 0)",
                           choices=("generate", "generate_batch"))
-    critic_model_name_or_path: str = option("none", "", ignored="no reward model takes part")
+    critic_model_name_or_path: PathName = option("none", "", ignored="no reward model takes part")
 
 
 def main(argv=None) -> None:

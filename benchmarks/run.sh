@@ -4,6 +4,7 @@
 set -uo pipefail
 source "$(dirname "$0")/../launch/launcher.sh"
 use_environment
+choose_accelerator
 machine=${1:-}
 if [ $# -gt 0 ]; then shift; fi
 flags=("$@")

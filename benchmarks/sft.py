@@ -16,7 +16,7 @@ import torch
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.plain import padded_to
 from benchmarks.supervised import compare_training
-from common.config import option, parse
+from common.config import PathName, option, parse
 from common.data.collate import TokenBatch, collate_demonstrations
 from common.data.sampler import MicroBatch
 from common.distributed import device, global_sum, run_program, seed_rank, start
@@ -32,7 +32,7 @@ from step1_sft.trainer import SFTTrainer
 class SFTBenchmark(BenchmarkOptions, SFTConfig):
     """Step 1, by its own options"""
 
-    model_name_or_path: str = option("random:opt-4x256", "the model to train")
+    model_name_or_path: PathName = option("random:opt-4x256", "the model to train")
     max_seq_len: int = option(256, "longest row; the plain way pads to it", unit="tokens", low=2)
     steps: int = option(8, "optimizer steps in a run", low=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -121,6 +122,9 @@ def convert_words(meta: Option, words: list[str], where: str) -> Any:
         return convert(meta, words, where)
     if meta.kind is dict and all("=" in word for word in words):
         pairs = dict(word.split("=", 1) for word in words)
+        for word in words:
+            if len(several := re.split(r"[,;]\s*(?=\w+=)", word)) > 1:
+                raise UserError(f"{where} {word!r}: pairs are words of their own: {where} {' '.join(several)}")
         if len(pairs) < len(set(words)):
             raise UserError(f"{where} has different values for one name: keep one")
         return convert(meta, pairs, where)

@@ -136,6 +136,11 @@ def read_prompt(value: Any, column: str, system: str = "") -> Prompt:
     return make_prompt(read_question(value, column), column, system)
 
 
+def is_open(value: list) -> bool:
+    """Whether a list of messages ends with something that the user says."""
+    return bool(value) and bool(questions(value[-1:]))
+
+
 def questions(value: Any) -> tuple[str, ...]:
     """The user's messages in a plain question, a transcript or a list of messages, as `make_prompt` keeps them,
     whatever is wrong with the rest; none if none can be read."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.data.dialogues import answer_of, make_prompt, message_keys, questions
+from common.data.dialogues import answer_of, is_open, make_prompt, message_keys, questions
 from common.data.records import Answer, Comparison, Demonstration, PlainText, Prompt, Record, user_turns
 from common.data.values import BadRow, are_several
 
@@ -54,8 +54,8 @@ class Layout:
     def __str__(self) -> str:
         return "/".join(self.required)
 
-    def unused(self, row: dict[str, Any]) -> Iterator[str]:
-        """The columns of a row, and the keys of its messages, that `read` does not look at."""
+    def unused(self, row: dict[str, Any], kind: str) -> Iterator[str]:
+        """What of a row no record of ``kind`` is made of: columns, keys of messages, a question without an answer."""
         for column, value in row.items():
             if column not in self.required and column not in self.optional:
                 yield column
@@ -63,6 +63,8 @@ class Layout:
                 for message in value:
                     if isinstance(message, dict):
                         yield from (f"{column}: {key}" for key in message.keys() - message_keys())
+                if kind != "prompt" and (column,) == self.required and is_open(value):
+                    yield f"{column}: the question behind the last answer"
 
 
 def asked(layout: Layout, row: dict[str, Any]) -> set[tuple[str, ...]]:

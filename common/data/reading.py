@@ -213,7 +213,7 @@ class _Reader:
 
     def unused(self, row: Row) -> list[str]:
         """The columns, and keys of messages, that the records are not made of."""
-        return sorted(self.layout.unused(self.names.rename(row.values))) if row.values is not None else []
+        return sorted(self.layout.unused(self.names.rename(row.values), self.kind)) if row.values is not None else []
 
 
 def _records(row: Row, reader: _Reader | None) -> tuple[list[Record], str | Exception | None]:

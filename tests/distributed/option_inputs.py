@@ -17,6 +17,8 @@ from common.run import text_of
 from tests.architectures import build_model
 
 TEMPLATE = "human_assistant"
+DATED = ("{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ '\n' + m['role'] + ': ' + m['content'] }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}")
 # A model that brings its own code: transformers runs it only where that is allowed.
 OWN_CODE = """
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
@@ -40,10 +42,17 @@ def make_inputs(directory: Path, cache_dir: Path) -> None:
     _add_code(directory / "model", directory / "own-code")
     _calibrate(directory / "scorer", directory / "calibrated")
     _adapt(directory / "model", directory / "adapted")
+    for name in ("model", "scorer"):
+        shutil.copytree(directory / name, directory / f"dated-{name}")
+        tokenizer = load_tokenizer(str(directory / name))
+        tokenizer.chat_template = DATED
+        tokenizer.save_pretrained(directory / f"dated-{name}")
     shutil.copytree(directory / "scorer", directory / "stopping-scorer")
     stopping = make_codec(load_tokenizer(str(directory / "scorer")), TEMPLATE, add_eot_token=True, eot_token="<|stop|>")
     stopping.tokenizer.save_pretrained(directory / "stopping-scorer")
     _write_rows(directory / "pairs.jsonl", [_pair(number) for number in range(40)])
+    _write_rows(directory / "several.jsonl", [_pair(number) | {"rejected": ["No.", "Nobody knows."]}
+                                              for number in range(40)])
     _write_rows(directory / "other.jsonl", [_pair(number) for number in range(100, 140)])
     (directory / "two-keys.json").write_text(json.dumps(
         {key: [_pair(number + start) for number in range(40)] for key, start in (("first", 0), ("second", 300))}))

@@ -42,6 +42,7 @@ DATA = {
     "data_path": Row("metrics", "{inputs}/other.jsonl"),
     "data_split": Row("metrics", "1,2,3"),
     "eval_fraction": Row("metrics", "0.5"),
+    "split_by": Row("metrics", "column:question"),
     "columns": Row("metrics", "prompt=question"),
     "data_field": Row("metrics", "second", "--data_path {inputs}/two-keys.json --data_field first"),
     "encoding": Row("metrics", "cp437", "--data_path {inputs}/western.jsonl --encoding cp1252"),
@@ -66,6 +67,7 @@ SCHEDULE = {
 _LORA = "--lora_dim 2"
 SUPERVISED = {
     **RUN, **DATA, **SCHEDULE,
+    "template_date": Row("metrics", "2020-02-29", "--template chat --model_name_or_path {inputs}/dated-model"),
     "model_name_or_path": Row("metrics", "{inputs}/other-model"),
     "trust_remote_code": Row("error", base="--model_name_or_path {inputs}/own-code"),
     "merge_adapter": Row("error", base="--model_name_or_path {inputs}/adapted"),
@@ -99,6 +101,7 @@ SFT = {
 
 REWARD = {
     **SUPERVISED,
+    "pairs_per_prompt": Row("metrics", "1", "--data_path {inputs}/several.jsonl"),
     "margin": Row("metrics", "1"),
     "centring_coef": Row("metrics", "0.1"),
 }
@@ -130,6 +133,8 @@ PPO = {
     "eot_token": Row("error", "<|stop|>", f"--add_eot_token {_STOPPING_CRITIC}"),
     "trust_remote_code": Row("error", base="--actor_model_name_or_path {inputs}/own-code"),
     "merge_adapter": Row("error", base="--actor_model_name_or_path {inputs}/adapted"),
+    "template_date": Row("metrics", "2020-02-29", "--template chat --actor_model_name_or_path {inputs}/dated-model "
+                         "--critic_model_name_or_path {inputs}/dated-scorer"),
     "offload": Row("engines", base="--actor_zero_stage 1"),
     "offload_in_rollouts": Row("printed"),
     "offload_reference_model": Row("engines"),

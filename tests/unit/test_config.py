@@ -192,9 +192,11 @@ def test_no_option_that_is_a_path_by_its_name_is_declared_as_text():
 @pytest.mark.parametrize("typed, part", [
     ("$NOT_SET/x", "the environment variable NOT_SET is not set"),
     ("${NOT_SET}", "the environment variable NOT_SET is not set"),
+    ("$EMPTY/x", "the environment variable EMPTY is not set, or empty"),
     ("~nobody-here/x", "there is no user nobody-here: for a path of that name write ./~nobody-here")])
 def test_a_home_or_variable_that_is_not_there_is_refused_by_flag_or_line(typed, part, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMPTY", "")
     for line, where in ((f"--output_dir '{typed}'", "--output_dir: "), (f"--data_path a '{typed}'", "--data_path: "),
                         (f"--config '{typed}'", "--config: "),
                         (recipe(tmp_path / "r.yaml", f"seed: 1\noutput_dir: {typed}\n"), "r.yaml:2: output_dir: ")):
@@ -240,6 +242,7 @@ def test_a_flag_that_is_given_twice_is_told(tmp_path):
     (SFTConfig, "--columns prompt", ["--columns", "name=value"]),
     (SFTConfig, "--columns a=x --columns b=y a=z", ["--columns", "given twice", "keep one"]),
     (SFTConfig, "--columns a=x a=z", ["--columns", "different values for one name", "keep one"]),
+    (SFTConfig, "--columns prompt=q,chosen=a", ["--columns 'prompt=q,chosen=a'", "--columns prompt=q chosen=a"]),
     (PPOConfig, "--min_reward -inf", ["--min_reward: expected a number, or none, got '-inf'"]),
     (PPOConfig, "--min_reward -1e", ["--min_reward: expected a number, or none, got '-1e'"]),
     (SFTConfig, "--seed -3", ["--seed: expected a whole number at least 0", "'-3'"]),

@@ -170,10 +170,13 @@ def test_answers_that_differ_over_several_turns_are_compared_from_the_first_diff
 def test_what_is_not_used_is_named():
     row = {"messages": [{"role": "user", "content": "q", "emotion": "sad"}, *chat("", "a")[1:]], "id": 1, "text": "x"}
     layout = choose_layout("somewhere/data.jsonl", row.keys(), "demonstration", "data.jsonl")
-    assert sorted(layout.unused(row)) == ["id", "messages: emotion", "text"]
+    assert sorted(layout.unused(row, "demonstration")) == ["id", "messages: emotion", "text"]
+    row = {"messages": chat("q", "a", "and?")}
+    assert list(layout.unused(row, "demonstration")) == ["messages: the question behind the last answer"]
+    assert list(layout.unused(row, "prompt")) == []
     row = {"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": "4"}}
     layout = choose_layout("somewhere/data.jsonl", row.keys(), "prompt", "data.jsonl")
-    assert list(layout.unused(row)) == ["reward_model"] and record(row, "prompt") == dialogue("q")
+    assert list(layout.unused(row, "prompt")) == ["reward_model"] and record(row, "prompt") == dialogue("q")
 
 
 def test_tools_that_are_no_list_are_refused():
