@@ -101,7 +101,8 @@ def read_provenance(model: str | Path) -> Provenance | None:
         try:
             return _checked(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({reason_of(error)}): train the model again or remove the file") from None
+            raise UserError(f"{path} is damaged ({reason_of(error)}): train the model again or remove the file"
+                            ) from None
     return None
 
 

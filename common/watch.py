@@ -3,8 +3,8 @@
 DeepSpeed's launcher is two processes, `deepspeed` and `deepspeed.launcher.launch`. When one is killed, or `deepspeed`
 gets a signal, the ranks are not told. So every rank looks whether both are still there. A shell above them may go.
 
-When a rank is killed the launcher ends the others. Until they have a process group, and so watch each other, a rank also
-looks itself after those that the same launcher has started: on a loaded machine that may take a minute to act.
+When a rank is killed the launcher ends the others. On a loaded machine it may take a minute to act, and until they have
+a process group the ranks do not watch each other: so a rank looks after those that the same launcher has started.
 """
 from __future__ import annotations
 
@@ -116,6 +116,6 @@ class _Siblings:
         self._missing_since = self._missing_since or time.monotonic()
         if time.monotonic() - self._missing_since > PATIENCE:
             if os.getpid() == min(living):
-                stopping.write("error: another rank has ended without a word while the programs started (killed, perhaps "
-                               "for want of memory)", on_every_rank=True)
+                stopping.write("error: another rank has ended without a word while the programs started (killed, "
+                               "perhaps for want of memory)", on_every_rank=True)
             os._exit(1)

@@ -23,7 +23,7 @@ SECONDS = 10    # of a processor's time; a usual trial takes milliseconds
 MEMORY = 2**30  # bytes, besides those of this process
 _PATIENCE = 120  # seconds by the clock; so long the trial may wait for a busy machine
 
-_SHORT_RUN, _LONG_RUN = 64, 2000  # what doubles with every character never ends at the one, what squares is seen at both
+_SHORT_RUN, _LONG_RUN = 64, 2000  # what doubles with every character never ends at the one; what squares, at neither
 _ANY = "".join(map(chr, range(33, 127)))  # a pattern is not even tried where a character that it needs is nowhere
 _PROBES = [character * run + end for character in ("a", "Z", "7", " ", "\n", "_", "!", "\u00e9", "\u4e2d", "ab ", "a-")
            for run in (_SHORT_RUN, _LONG_RUN) for end in ("", "\x07?", f"\x07\n{_ANY}")]

@@ -29,10 +29,12 @@ def test_a_run_goes_on_without_its_logs_and_ends_without_its_output_directory(tm
     finally:
         started.kill()
     lines = [line for line in said.read_text().replace("\r", "\n").splitlines() if line.strip()]
-    assert sum("logs/metrics.jsonl was deleted or replaced under the run: it is made again" in line for line in lines) == 1
+    again = "logs/metrics.jsonl was deleted or replaced under the run: it is made again"
+    assert sum(again in line for line in lines) == 1
     (error,) = [line for line in lines if line.startswith("error: ")]
-    assert error == (f"error: --output_dir {output} has been moved to {tmp_path}/moved under the run, whose checkpoints "
-                     f"were in {output}/checkpoints: move it back, and the same command goes on from the newest")
+    assert error == (f"error: --output_dir {output} has been moved to {tmp_path}/moved under the run, whose "
+                     f"checkpoints were in {output}/checkpoints: move it back, and the same command goes on from the "
+                     "newest")
     assert "Traceback" not in said.read_text() and not output.exists()
 
 

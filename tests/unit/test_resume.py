@@ -32,7 +32,8 @@ def saved(tmp_path, step=7, made=None, **changes):
     def write(shards):
         shards.add("state.json", lambda file: file.write(json.dumps(state).encode()))
         for number in range(state["world_size"]):
-            shards.add(f"rank{number}.safetensors", lambda file: file.write(save({"random.cpu": torch.get_rng_state()})))
+            shards.add(f"rank{number}.safetensors",
+                       lambda file: file.write(save({"random.cpu": torch.get_rng_state()})))
 
     return made.store.save(step, write)
 
@@ -167,7 +168,8 @@ def test_a_state_that_is_none_is_named_and_the_checkpoint_before_is_taken(conten
 
 
 @pytest.mark.parametrize("content, why", [
-    (pickle.dumps({"random.cpu": 1}), "rank0.safetensors cannot be used: "), (b"", "rank0.safetensors cannot be used: "),
+    (pickle.dumps({"random.cpu": 1}), "rank0.safetensors cannot be used: "),
+    (b"", "rank0.safetensors cannot be used: "),
     (b"\xff" * 8 + b"{}", "rank0.safetensors cannot be used: "), (None, "rank0.safetensors cannot be used: No such"),
     (save({"other": torch.ones(1)}), "rank0.safetensors has no random.cpu"),
 ])
