@@ -8,7 +8,7 @@ import pytest
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.reading import ReadReport, read_records
 from common.data.sources import open_source
-from common.data.split import dialogue_hash
+from common.data.openings import all_keys
 from common.data.splits import choose_splits
 
 UF = ["train_prefs", "train_sft", "train_gen", "test_prefs", "test_sft", "test_gen"]
@@ -68,7 +68,7 @@ def test_each_row_once_and_nothing_that_any_use_tests(tmp_path, write, kind, use
     if kind != "prompt":
         answers = {getattr(item.record, "chosen", "") or item.record.response for item in found}
         assert all(answer.startswith(use) for answer in answers)
-    assert tested == {dialogue_hash(f"q {n}") for n in (6, 7, 100, 200, 300)}
+    assert tested == {key for n in (6, 7, 100, 200, 300) for key in all_keys([f"q {n}"])}
     assert report.sources[name].total == 9
     said = [note for note in report.notes if "several uses" in note]
     assert len(said) == 2 and all(note.startswith(f"{name}: of its parts for several uses") for note in said)
