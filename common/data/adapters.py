@@ -198,6 +198,9 @@ def choose_layout(name: str, columns: Collection[str], kind: str, label: str,
     understood = [*([named] if named else []), *LAYOUTS, *_OTHERS]
     fitting = [layout for layout in understood if set(layout.required) <= set(columns)]
     for layout in fitting:
+        if layout.gives(kind, rows) and layout.fits_most(rows):
+            return layout
+    for layout in fitting:
         if layout.gives(kind, rows):
             return layout
     found = ", ".join(sorted(columns)) or "none"

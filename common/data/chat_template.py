@@ -55,6 +55,10 @@ class ChatTemplate:
                             f"one time to the next; choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
         answered = self._render(_QUESTION, [Message("assistant", _PROBE)])
         at = answered.find(_PROBE.strip(), len(asked))
+        if not answered.startswith(asked) and answered.startswith(re.sub(r"<think>\s*$", "", asked)):
+            raise UserError("--template chat: the tokenizer's chat template opens a reasoning block, <think>, where it asks "
+                            "for an answer, but renders answers without: take that out of its generation prompt, or "
+                            f"choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
         if not answered.startswith(asked) or at < 0:
             raise UserError("--template chat: the tokenizer's chat template does not render an answer as the "
                             f"continuation of its prompt; choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
@@ -65,7 +69,8 @@ class ChatTemplate:
         found = self._controls.search(self._close)
         self.end_token = found[0] if found else None
         self.tail = self._close[:found.start()] if found else ""
-        self.dated = self._is_dated(asked)
+        templates = tokenizer.chat_template
+        self.dated = any(map(_TIME.search, templates.values() if isinstance(templates, dict) else [templates]))
 
     def prompt_text(self, prompt: Prompt) -> str:
         """The rendered prompt, up to and including the assistant's cue."""
@@ -82,9 +87,12 @@ class ChatTemplate:
         prompt = prompt or _QUESTION
         turns = turns_of(answer)
         asked, whole = self._asked(prompt), self._render(prompt, turns)
-        if not whole.startswith(asked) or not whole.endswith(self._close):
+        if not whole.startswith(asked):
             raise UserError("--template chat: the tokenizer's chat template does not render this answer as the "
-                            "continuation of its prompt")
+                            f"continuation of its prompt, of the roles {_roles(prompt.messages)}")
+        if not whole.endswith(self._close):
+            raise UserError("--template chat: the tokenizer's chat template ends this answer otherwise than a plain one, "
+                            "with something else than " + repr(self._close))
         text = whole[len(asked):len(whole) - len(self._close)] + self.tail
         self._check_answer(turns[-1], text)
         self._check_written([turn for turn in turns if turn.role != "assistant"], text)
@@ -110,8 +118,9 @@ class ChatTemplate:
                 self._check(call in text, "tool_calls")
 
     def _check_answer(self, answer: Message, text: str) -> None:
-        # Some templates write an answer's reasoning by rules of their own; the answer behind it is in any case there.
-        self._check(self._mark(answer.content).rpartition("</think>")[2].strip() in text, "this answer")
+        # Some templates part an answer's reasoning from it, and write, move or drop that by rules of their own.
+        for part in re.split("</?think>", self._mark(answer.content)):
+            self._check(part.strip() in text, "a part of this answer, such as its reasoning")
         more = _more(answer)
         for key in ("reasoning_content", "thinking"):
             self._check(self._mark(more.get(key, "")).strip() in text, key)
@@ -122,14 +131,6 @@ class ChatTemplate:
         if not written:
             raise UserError(f"--template chat: the tokenizer's chat template leaves out {what}: use one that writes "
                             "them, or take them out of the data")
-
-    def _is_dated(self, asked: str) -> bool:
-        """Whether another time changes what is rendered."""
-        now, self._now = self._now, datetime(1999, 11, 23, 13, 47, 58)
-        try:
-            return self._render(_QUESTION, cue=True) != asked
-        finally:
-            self._now = now
 
     def _render(self, prompt: Prompt, turns: Iterable[Message] = (), *, cue: bool = False) -> str:
         messages = [*prompt.messages, *turns]
@@ -142,7 +143,7 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program, and raises what it likes
             raise UserError("--template chat: the tokenizer's chat template refuses a dialogue of the roles "
-                            f"{', '.join(message.role for message in messages)}: {error}") from None
+                            f"{_roles(messages)}: {error}") from None
 
     def _as_dict(self, message: Message) -> dict:
         more = self._marked(_more(message))
@@ -165,7 +166,7 @@ class ChatTemplate:
             return self._mark(value)
         if isinstance(value, list):
             return [self._marked(item) for item in value]
-        return {key: self._marked(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return {self._mark(key): self._marked(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 @lru_cache
@@ -176,7 +177,7 @@ def at_time(chat_template: str, now: datetime) -> str:
         UserError: it asks in a way that is not understood.
     """
     fixed = _TIME.sub(lambda call: json.dumps(now.strftime(call[2]), ensure_ascii=False), chat_template)
-    if "strftime_now(" in fixed.replace(" ", ""):
+    if re.search(r"\bstrftime_now\b(?!\s+is\s+(?:not\s+)?defined)", fixed):
         raise UserError("--template chat: the tokenizer's chat template writes the present time by a format that it "
                         "makes up itself, so no two runs would have the same prompts: write the format into the "
                         "template, or remove the time")
@@ -198,6 +199,10 @@ def control_tokens(tokenizer) -> set[str]:
 def _is_markup(token: str, tokens: set[str]) -> bool:
     name = re.fullmatch(r"</?([\w.-]+)>", token)
     return name is not None and {f"<{name[1]}>", f"</{name[1]}>"} <= tokens
+
+
+def _roles(messages: Iterable[Message]) -> str:
+    return ", ".join(message.role for message in messages)
 
 
 def _pieces(marked: str) -> list[Piece]:

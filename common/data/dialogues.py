@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -24,7 +24,9 @@ _SPEAKERS = {  # by the names that public sets use, in any case
 _CALLS = ("function_call", "tool_call")    # roles whose text is a call, as JSON
 _SHAPES = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"), ("role", "text"))
 _MORE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tool_call_id", "name")
-_LEFT = ("weight", "train")     # say whether an answer is trained
+_TRAINED = ("weight", "loss_weight", "train", "loss")     # say whether an answer is trained
+_KEYS = frozenset(chain.from_iterable(_SHAPES))
+_ANSWERS_OWN, _TOOLS_OWN = {*_MORE, *_TRAINED} - {"name", "tool_call_id"}, {"name", "tool_call_id", *_TRAINED}
 _CUE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _INLINE_CUE = re.compile(r"(?:\A|(?<=\s))(Human|Assistant):")
 _BOTH_CUES = re.compile(r"\s*Human:.*\n\nAssistant:", re.S)
@@ -63,9 +65,11 @@ def read_dialogue(value: Any, column: str) -> list[Message]:
     return [Message(role, own_indentation(said) if role == "assistant" else said.strip()) for role, said in spoken]
 
 
-def message_keys() -> frozenset[str]:
-    """The keys of a message that are understood."""
-    return frozenset({*chain.from_iterable(_SHAPES), *_MORE, *_LEFT})
+def unused_keys(item: Any) -> Iterator[str]:
+    """The keys of a message that nothing is made of."""
+    if isinstance(item, dict):
+        role = _SPEAKERS.get(next((str(item[who]).strip().lower() for who, _ in _SHAPES if who in item), ""), "assistant")
+        yield from item.keys() - _KEYS - (_ANSWERS_OWN if role == "assistant" else _TOOLS_OWN if role == "tool" else set())
 
 
 def _message(item: Any, column: str) -> Message:
@@ -76,9 +80,9 @@ def _message(item: Any, column: str) -> Message:
     role = _SPEAKERS.get(speaker)
     if role is None:
         raise BadRow(f"'{column}' has the role {speaker!r}; known are {', '.join(_SPEAKERS)}")
-    if role != "assistant":  # who else has a name is no matter, and thinks aloud
-        more = {key: value for key, value in more.items() if role == "tool" and key in ("tool_call_id", "name")}
-    elif "function_call" in more:
+    own = _ANSWERS_OWN if role == "assistant" else _TOOLS_OWN if role == "tool" else ()
+    more = {key: value for key, value in more.items() if key in own}
+    if "function_call" in more:
         more.setdefault("tool_calls", [{"type": "function", "function": more.pop("function_call")}])
     if "reasoning" in more:
         more.setdefault("reasoning_content", more.pop("reasoning"))
@@ -88,8 +92,16 @@ def _message(item: Any, column: str) -> Message:
         elif key in more:
             more[key] = text
     text = (clean_answer if role == "assistant" else clean_text)(content, column)
-    trained = item.get("weight") not in (0, "0") and item.get("train") not in (False, "false")
-    return Message(role, text, _as_json(more, column) if more else "", trained)
+    return Message(role, text, as_json(more, column) if more else "", not any(map(_is_no, (item.get(key) for key in _TRAINED))))
+
+
+def _is_no(value: Any) -> bool:
+    """Whether a mark such as ``weight: 0`` or ``train: "False"`` keeps an answer from training."""
+    text = str(value).strip().lower()
+    try:
+        return float(text) <= 0
+    except ValueError:
+        return text in ("false", "no")
 
 
 def _spoken(item: Any, column: str) -> tuple[str, Any, dict[str, Any]]:
@@ -107,17 +119,18 @@ def _call(text: Any, column: str) -> dict[str, Any]:
     try:
         call = json.loads(as_text(text, column))
         return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadRow(f"'{column}' has a call that is no JSON object with 'name' and 'arguments'") from None
 
 
-def _as_json(value: Any, column: str) -> str:
+def as_json(value: Any, column: str) -> str:
+    """A value as JSON with sorted keys. Raises BadRow if it cannot be written so."""
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False)
         text.encode("utf-8")
         return text
     except (TypeError, ValueError, RecursionError):  # lone surrogates are a ValueError
-        raise BadRow(f"'{column}' has a message that cannot be written as JSON") from None
+        raise BadRow(f"'{column}' has something that cannot be written as JSON") from None
 
 
 def read_question(value: Any, column: str) -> list[Message]:
@@ -174,7 +187,8 @@ def joined(messages: Sequence[Message]) -> list[Message]:
         if not message.content and not message.more:
             continue
         last = turns[-1] if turns else None
-        if last and last.role == message.role != "tool" and not last.more and not message.more:
+        if (last and last.role == message.role != "tool" and not last.more and not message.more
+                and last.trained == message.trained):
             turns[-1] = replace(message, content=f"{last.content}\n\n{message.content}")
         else:
             turns.append(message)

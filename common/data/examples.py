@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.data.dialogues import answer_of, is_open, make_prompt, message_keys, questions
+from common.data.dialogues import answer_of, is_open, make_prompt, questions, unused_keys
 from common.data.records import Answer, Comparison, Demonstration, PlainText, Prompt, Record, user_turns
 from common.data.values import BadRow, are_several
 
@@ -51,6 +51,11 @@ class Layout:
         return kind in self.kinds or kind == "comparison" and self.ranked is not None and any(
             are_several(row.get(self.ranked)) and len(row[self.ranked]) > 1 for row in rows)
 
+    def fits_most(self, rows: Sequence[dict[str, Any]]) -> bool:
+        """Whether most of the rows have all that it needs: in a mixed file each may lack some columns."""
+        fitting = [row for row in rows if all(row.get(column) is not None for column in self.required)]
+        return 2 * len(fitting) >= len(rows)
+
     def __str__(self) -> str:
         return "/".join(self.required)
 
@@ -59,11 +64,11 @@ class Layout:
         for column, value in row.items():
             if column not in self.required and column not in self.optional:
                 yield column
-            elif isinstance(value, list) and column not in ("tools", "history"):
-                for message in value:
-                    if isinstance(message, dict):
-                        yield from (f"{column}: {key}" for key in message.keys() - message_keys())
-                if kind != "prompt" and (column,) == self.required and is_open(value):
+            elif isinstance(value, (list, dict)) and column not in ("tools", "history"):
+                for message in value if isinstance(value, list) else [value]:
+                    for inner in message if isinstance(message, list) else [message]:
+                        yield from (f"{column}: {key}" for key in unused_keys(inner))
+                if kind != "prompt" and (column,) == self.required and isinstance(value, list) and is_open(value):
                     yield f"{column}: the question behind the last answer"
 
 
@@ -86,7 +91,10 @@ def to_records(layout: Layout, row: dict[str, Any], kind: str) -> list[Record]:
     for column in layout.required:
         if row.get(column) is None:
             raise BadRow(f"'{column}' is missing")
-    example = layout.read(row)
+    try:
+        example = layout.read(row)
+    except (RecursionError, OverflowError):
+        raise BadRow("a value is nested too deeply, or a number too large") from None
     if kind == "text":
         if not example.text:
             raise LeftOut("blank")
@@ -117,16 +125,21 @@ def _demonstration(example: Example) -> Demonstration:
 
 
 def _pairs(example: Example) -> list[tuple[Answer, Answer]]:
-    for chosen, rejected in example.pairs:
+    filled = [pair for pair in dict.fromkeys(example.pairs) if all(map(_is_filled, pair))]
+    for chosen, rejected in () if filled else example.pairs:
         _filled(chosen, "chosen answer")
         _filled(rejected, "rejected answer")
-    different = [(chosen, rejected) for chosen, rejected in dict.fromkeys(example.pairs) if chosen != rejected]
+    different = [(chosen, rejected) for chosen, rejected in filled if chosen != rejected]
     if not different:
         raise BadRow("chosen and rejected are the same" if example.pairs else "there is one answer, and none beside it")
     return different
 
 
 def _filled(answer: Answer, name: str) -> Answer:
-    if not answer or not isinstance(answer, str) and not (answer[-1].content or answer[-1].more):
+    if not _is_filled(answer):
         raise BadRow(f"the {name} is empty")
     return answer
+
+
+def _is_filled(answer: Answer) -> bool:
+    return bool(answer) and (isinstance(answer, str) or bool(answer[-1].content or answer[-1].more))

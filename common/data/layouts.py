@@ -27,8 +27,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from common.data.dialogues import (answer_of, is_transcript, is_whole_dialogue, joined, make_prompt, read_dialogue,
-                                   read_question)
+from common.data.dialogues import (answer_of, as_json, is_transcript, is_whole_dialogue, joined, make_prompt,
+                                   read_dialogue, read_question)
 from common.data.examples import Example, Layout
 from common.data.records import Answer, Message, Prompt
 from common.data.values import BadRow, are_several, as_text, clean_answer, clean_text, is_texts
@@ -39,6 +39,7 @@ COMPANIONS = ("context", "input", "document", "passage")
 _SYSTEM = ("system_prompt", "system")
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
            ("chosen-rating", "rejected-rating"))
+_LABELS = ("label", "kto_tag")  # whether an answer is a good one
 _RANKS = ("scores", "ranks")    # of the answers in a list: higher scores are better, lower ranks
 _BESIDE = (*_SYSTEM, *COMPANIONS, "history", "tools")
 _BESIDE_PAIR = (*_BESIDE, "margin", *(name for pair in _SCORES for name in pair))
@@ -47,11 +48,11 @@ _BESIDE_PAIR = (*_BESIDE, "margin", *(name for pair in _SCORES for name in pair)
 # ---- what stands beside a question
 
 def _system(row: dict[str, Any]) -> str:
-    return "\n\n".join(filter(None, (clean_text(row.get(column), column) for column in _SYSTEM)))
+    return "\n\n".join(dict.fromkeys(filter(None, (clean_text(row.get(column), column) for column in _SYSTEM))))
 
 
 def _companions(row: dict[str, Any], beside: Sequence[str] = COMPANIONS) -> list[str]:
-    return [text for column in beside if (text := clean_text(row.get(column), column))]
+    return list(dict.fromkeys(text for column in beside if (text := clean_text(row.get(column), column))))
 
 
 def _history(row: dict[str, Any]) -> list[Message]:
@@ -73,7 +74,7 @@ def _tools(row: dict[str, Any]) -> str:
         if tools and not isinstance(tools, str):
             raise BadRow("'tools' is not a list")
         return ""
-    return json.dumps(tools, sort_keys=True)
+    return as_json(tools, "tools")
 
 
 def _asked(row: dict[str, Any], column: str, beside: Sequence[str] = COMPANIONS) -> Prompt:
@@ -89,8 +90,13 @@ def _with_all(row: dict[str, Any], messages: Sequence[Message], column: str,
         last = max((at for at, message in enumerate(messages) if message.role == "user"), default=None)
         if last is None:
             raise BadRow(f"'{column}': no user's turn before the answer")
-        messages[last] = replace(messages[last], content="\n\n".join(filter(None, (messages[last].content, *added))))
-    return make_prompt(messages, column, _system(row), _tools(row))
+        asked = messages[last].content
+        added = [text for text in added if text not in asked]  # some sets have it in the question too
+        messages[last] = replace(messages[last], content="\n\n".join(filter(None, (asked, *added))))
+    system = _system(row)
+    if messages and messages[0] == Message("system", system):
+        system = ""
+    return make_prompt(messages, column, system, _tools(row))
 
 
 def _first_asked(*columns: str, beside: Sequence[str] = COMPANIONS) -> Callable[[dict[str, Any]], list[Any]]:
@@ -110,26 +116,36 @@ def _with_beside(row: dict[str, Any], value: Any, beside: Sequence[str] = COMPAN
 
 # ---- what answers it
 
-def _answer(value: Any, column: str, asked: Any = None) -> Answer:
-    """One answer: a text, or messages of which the last is the assistant's."""
-    if isinstance(value, (list, dict)) and not is_texts(value):
-        messages = read_dialogue(value, column)
+def _answer(value: Any, column: str, prompt: Prompt, asked: Any = None) -> Answer:
+    """One answer: a text, messages of which the last is the assistant's, or the whole dialogue that such ones end."""
+    if is_whole_dialogue(value) and not is_texts(value):
+        messages = _without_system(joined(read_dialogue(value, column)))
         while messages and messages[-1].role != "assistant":
             messages.pop()
+        before = _without_system(prompt.messages)
+        if messages[:len(before)] == before:
+            messages = messages[len(before):]
+        elif messages and messages[0].role != "assistant":
+            raise BadRow(f"'{column}' holds another dialogue than the prompt's")
         return answer_of(messages) if messages else ""
     text = clean_answer(value, column)
     # Some sets leave the cue out of the prompt and begin the answer with it.
     return clean_answer(text.removeprefix("Assistant:"), column) if is_transcript(asked) else text
 
 
-def _answers(value: Any, column: str, asked: Any = None) -> tuple[Answer, ...]:
+def _answers(value: Any, column: str, prompt: Prompt, asked: Any = None) -> tuple[Answer, ...]:
     """One or several: a list of texts, or of lists of messages, is several answers."""
-    return tuple(_answer(item, column, asked) for item in (value if are_several(value) else [value]))
+    return tuple(_answer(item, column, prompt, asked) for item in (value if are_several(value) else [value]))
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    return [message for message in messages if message.role != "system"]
 
 
 def _answered(question: str, answer: str, beside: Sequence[str] = COMPANIONS) -> Callable[[dict[str, Any]], Example]:
     def read(row: dict[str, Any]) -> Example:
-        prompt, answers = _asked(row, question, beside), _answers(row[answer], answer, row[question])
+        prompt = _asked(row, question, beside)
+        answers = _answers(row[answer], answer, prompt, row[question])
         if len(answers) == 1:
             return Example(prompt, answers[0], label=_label(row))
         goodness = _goodness(row, len(answers))
@@ -155,7 +171,8 @@ def _goodness(row: dict[str, Any], count: int) -> list[float]:
 
 
 def _label(row: dict[str, Any]) -> bool:
-    label = row.get("label")
+    """What the row says of its answer: whether it is a good one; it is where nothing is said."""
+    label = row.get("kto_tag") if row.get("label") is None else row["label"]
     known = {"true": True, "1": True, "1.0": True, "": True, "false": False, "0": False, "0.0": False, "-1": False}
     text = as_text(label, "label").strip().lower()
     if text not in known:
@@ -178,13 +195,12 @@ def _tied(row: dict[str, Any]) -> bool:
 def _compared(question: str) -> Callable[[dict[str, Any]], Example]:
     """A pair whose prompt is in a column of its own, unless both are whole dialogues."""
     def read(row: dict[str, Any]) -> Example:
-        if is_whole_dialogue(row["chosen"]) and is_whole_dialogue(row["rejected"]) and not (
-                is_texts(row["chosen"]) or is_texts(row["rejected"])):
+        if all(is_whole_dialogue(row[column]) and not are_several(row[column]) for column in ("chosen", "rejected")):
             return _dialogues(row, question)
         prompt, asked = _asked(row, question), row[question]
-        good, bad = (_answers(row[column], column, asked) for column in ("chosen", "rejected"))
+        good, bad = (_answers(row[column], column, prompt, asked) for column in ("chosen", "rejected"))
         pairs = tuple((better, worse) for better in good for worse in bad)
-        shown = _answer(row.get("response"), "response", asked)
+        shown = _answer(row.get("response"), "response", prompt, asked)
         return Example(prompt, shown or good[0], pairs, tied=_tied(row))
     return read
 
@@ -197,12 +213,23 @@ def _dialogues(row: dict[str, Any], question: str = "prompt") -> Example:
     if chosen[shared].role != "assistant" or rejected[shared].role != "assistant":
         raise BadRow("chosen and rejected differ before the last answer, in what is asked")
     before = chosen[:shared]
-    if not any(message.role == "user" for message in before):
-        # Dialogues that hold the answers alone; what comes before them is in the prompt.
-        before = [*(read_question(row[question], question) if row.get(question) is not None else ()), *before]
+    if row.get(question) is not None:
+        before = _both(read_question(row[question], question), before)
     prompt = _with_all(row, before, "chosen")
     pair = _turns(chosen[shared:], "chosen"), _turns(rejected[shared:], "rejected")
     return Example(prompt, pair[0], (pair,), tied=_tied(row))
+
+
+def _both(asked: list[Message], before: list[Message]) -> list[Message]:
+    """What comes before an answer, of which the prompt and the dialogue may each have a part."""
+    rest, shared = _without_system(before), _without_system(asked)
+    if not any(message.role == "user" for message in before):  # the dialogue holds the answers alone
+        return [*asked, *before]
+    if shared[len(shared) - len(rest):] == rest:  # it begins with the last turns of the prompt
+        return asked if len(asked) > len(shared) else [*before[:len(before) - len(rest)], *asked]
+    if rest[:len(shared)] == shared and len(before) == len(rest):
+        return [*(message for message in asked if message.role == "system"), *before]
+    return before
 
 
 def _turns(messages: Sequence[Message], column: str) -> Answer:
@@ -234,11 +261,17 @@ def _messages(column: str) -> Callable[[dict[str, Any]], Example]:
             return Example(_with_all(row, messages, column, ()))
         last = answers[-1]
         goes_on = any(message.content for message in messages[last + 1:])
-        asks = _with_all(row, messages if goes_on else messages[:last], column, ())
+        asked = messages if goes_on else messages[:last]
+        while asked and asked[-1].role == "assistant":
+            asked = asked[:-1]
+        asks = _with_all(row, asked, column, ())
         last = max((at for at in answers if messages[at].trained), default=last)
-        answer = messages[last]
-        return Example(_with_all(row, messages[:last], column, ()), answer_of([answer]) if answer.trained else (answer,),
-                       asks=asks)
+        first = last
+        while first and messages[first - 1].role == "assistant" and len(joined(messages[first - 1:last + 1])) == 1:
+            first -= 1
+        (answer,) = joined(messages[first:last + 1])
+        return Example(_with_all(row, messages[:first], column, ()), answer_of([answer]) if answer.trained else (answer,),
+                       asks=asks, label=_label(row))
     return read
 
 
@@ -272,20 +305,22 @@ def _pair_of(question: str) -> Layout:
 def _answer_to(question: str, answer: str) -> Layout:
     beside = tuple(column for column in COMPANIONS if column != question)
     return Layout((question, answer), DEMONSTRATIONS, _answered(question, answer, beside),
-                  (*_SYSTEM, *beside, "history", "tools", "label", *_RANKS), _first_asked(question, beside=beside),
+                  (*_SYSTEM, *beside, "history", "tools", *_LABELS, *_RANKS), _first_asked(question, beside=beside),
                   ranked=answer)
 
 
 _QUESTIONS = ("prompt", "instruction", "question", "query", "input")
 _ANSWERS = ("response", "completion", "output", "answer", "responses", "completions", "answers")
 _PAIRS = tuple(_pair_of(question) for question in (*_QUESTIONS, "conversations", "messages"))
-_ANSWERED = {(question, answer): _answer_to(question, answer) for question in _QUESTIONS for answer in _ANSWERS}
+_ANSWERED = {(question, answer): _answer_to(question, answer) for question, answer in (
+    # Where there is an instruction, a prompt beside it is the whole of the row in a template, its answer included.
+    ("instruction", "output"), *((question, answer) for question in _QUESTIONS for answer in _ANSWERS))}
 PROMPT_PAIR = _PAIRS[0]
 DIALOGUE_PAIR = Layout(("chosen", "rejected"), COMPARISONS, _dialogues, _BESIDE_PAIR, _in_pair("prompt"))
 PROMPT_RESPONSE = _ANSWERED["prompt", "response"]
 INSTRUCTION = _ANSWERED["instruction", "output"]
 QUESTION_RESPONSE = _ANSWERED["question", "response"]
-_MESSAGES = tuple(Layout((column,), DEMONSTRATIONS, _messages(column), (*_SYSTEM, "tools"),
+_MESSAGES = tuple(Layout((column,), DEMONSTRATIONS, _messages(column), (*_SYSTEM, "tools", *_LABELS),
                          _first_asked(column, beside=())) for column in ("messages", "conversations"))
 PROMPT = Layout(("prompt",), ("prompt",), _prompt, _BESIDE, _first_asked("prompt"))
 TEXT = Layout(("text",), ("text",), _text)

@@ -57,7 +57,7 @@ def published_ends(name_or_path: str) -> list[int]:
         ends = GenerationConfig.from_pretrained(name_or_path).eos_token_id
     except (OSError, ValueError, TypeError, AttributeError):  # missing, or damaged, which loading the model tells
         return []
-    return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
+    return ends if isinstance(ends, list) else [ends]
 
 
 def make_codec(tokenizer: PreTrainedTokenizerBase, template_name: str, *, add_eot_token: bool = False,
@@ -83,7 +83,10 @@ def make_codec(tokenizer: PreTrainedTokenizerBase, template_name: str, *, add_eo
     if end_token is not None and tokenizer.eos_token_id is None:
         tokenizer.eos_token = end_token
     _separate_padding(tokenizer, end_token)
-    return Codec(tokenizer, template, end_token or tokenizer.eos_token)
+    codec = Codec(tokenizer, template, end_token or tokenizer.eos_token)
+    if template.end_token is not None:
+        codec.end_at([tokenizer.convert_tokens_to_ids(template.end_token)])
+    return codec
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:
@@ -146,8 +149,9 @@ class Codec:
         self._lead = self._ids([Piece(template.lead, template.name == CHAT)], continues=True)
 
     def end_at(self, ids: Iterable[int]) -> None:
-        """Take an answer as ended at these tokens too."""
-        self.end_ids = tuple(dict.fromkeys((*self.end_ids, *ids)))
+        """Take an answer as ended at these tokens too; what is no id of the tokenizer is passed over."""
+        known = [end for end in ids if isinstance(end, int) and not isinstance(end, bool) and 0 <= end < len(self.tokenizer)]
+        self.end_ids = tuple(dict.fromkeys((*self.end_ids, *known)))
 
     def encode_prompt(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
         """Ids of the prompt up to and including the assistant's cue, cut as `cut_prompt` does.
@@ -182,11 +186,18 @@ class Codec:
         ids = ids[:self.end_of(ids)]
         if self._lead[:len(ids)] == ids:
             return ""
-        if ids[:len(self._lead)] == self._lead:
-            text = self._shown(ids[len(self._lead):])
+        start = self._behind_lead(ids)
+        if start is not None:
+            text = self._shown(ids[start:])
         else:  # the lead's end and the answer's beginning may be one token
             text = self._shown(ids).removeprefix(self.template.lead)
         return text.removesuffix(self.template.tail) if self.template.tail else text
+
+    def _behind_lead(self, ids: list[int]) -> int | None:
+        """Where the answer proper begins: behind the lead, which, if it holds special tokens, may come late, after other
+        channels such as reasoning. None if the lead is not there."""
+        late = len(ids) - len(self._lead) if self._special.intersection(self._lead) else 0
+        return next((at + len(self._lead) for at in range(late, -1, -1) if ids[at:at + len(self._lead)] == self._lead), None)
 
     def end_of(self, ids: Sequence[int]) -> int:
         """The place of the first token that ends an answer; the length where there is none."""
@@ -203,6 +214,8 @@ class Codec:
             if token in self.end_ids:
                 break
             seen.append(token)
+            if self._special.intersection(self._lead) and self._behind_lead(seen) is None:
+                continue  # what comes before a late lead is not shown, if one comes
             text = self.decode_response(seen)
             # A character of several bytes may lack its last ones; the start of a lead may turn out to be one.
             if text.endswith("\ufffd") or self.template.lead.startswith(text) or not text.startswith(shown):

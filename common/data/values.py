@@ -25,7 +25,7 @@ def as_text(value: Any, column: str) -> str:
     if isinstance(value, (bool, int, float)):
         value = json.dumps(value)
     elif _is_parts(value):
-        value = "".join(as_text(part.get("text"), column) for part in value)
+        value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise BadRow(f"'{column}' is not text but {type(value).__name__}")
     if "\0" in value:
@@ -61,8 +61,9 @@ def is_visible(text: str) -> bool:
 
 
 def is_texts(value: Any) -> bool:
-    """Whether a value is a list of texts, numbers included."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, (str, int, float)) for item in value)
+    """Whether a value is a list of texts, numbers included; some may be missing."""
+    return isinstance(value, list) and {type(item) for item in value} - {type(None)} != set() and all(
+        item is None or isinstance(item, (str, int, float)) for item in value)
 
 
 def are_several(value: Any) -> bool:
@@ -72,4 +73,4 @@ def are_several(value: Any) -> bool:
 
 def _is_parts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(
-        isinstance(part, dict) and part.get("type") == "text" and "text" in part for part in value)
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in value)

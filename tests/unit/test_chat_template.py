@@ -236,3 +236,54 @@ def test_ready_text_is_taken_as_it_is(directory):
     assert ids.count(start) == 2 and codec.encode_prompt(asked("<s>" + ready)) == ids
     assert codec.encode_response(answer) == codec.encode_response("Hello")
     assert codec.decode_response(codec.encode_response(answer)) == "Hello"
+
+
+DROPS_THOUGHTS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+
+
+def test_reasoning_that_a_template_would_drop_from_the_answer_is_refused(directory):
+    codec, prompt = codec_of(directory, DROPS_THOUGHTS), asked("1+1?")
+    assert codec.decode_response(codec.encode_response("2", prompt)) == "2"
+    with pytest.raises(UserError, match="leaves out a part of this answer, such as its reasoning"):
+        codec.encode_response("<think>\nTwo ones.\n</think>\n\n2", prompt)
+    with pytest.raises(UserError, match="leaves out a part of this answer"):
+        codec_of(directory, THINKS).encode_response("First<think>y</think>z", prompt)
+
+
+def test_a_cue_that_opens_a_reasoning_block_is_named(directory):
+    opens = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}").replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    with pytest.raises(UserError, match="opens a reasoning block, <think>"):
+        codec_of(directory, opens)
+
+
+def test_dates_are_found_wherever_the_template_writes_them(directory):
+    with_tools = "{% if tools %}{{ strftime_now('%Y') }}{% endif %}" + CHATML
+    assert codec_of(directory, with_tools).date == "2025-01-01"
+    with pytest.raises(UserError, match="present time by a format that it makes up itself"):
+        codec_of(directory, "{% set now = strftime_now %}{{ now('%H:%M') }}" + CHATML)
+
+
+def test_the_templates_own_end_still_ends_answers_beside_an_added_token(directory):
+    codec = codec_of(directory, CHATML, add_eot_token=True, eot_token="<|end|>")
+    ends = codec.tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"])
+    assert codec.end_id == ends[0] and codec.end_ids == tuple(ends)
+    codec.end_at([-1, 10**9, True, None, "x"])
+    assert codec.end_ids == tuple(ends)
+
+
+def test_what_comes_before_a_late_lead_is_not_the_answer(directory):
+    codec = codec_of(directory, CHANNELS)
+    thought = codec.tokenizer.encode("<|channel|>analysis<|message|>Let me think<|start|>assistant",
+                                     add_special_tokens=False)
+    answer = codec.encode_response("Hello there")
+    for ids in ([*thought, *answer], answer):
+        assert codec.decode_response(ids) == "".join(codec.stream(ids)) == "Hello there"
+    assert codec.decode_response(thought) == "".join(codec.stream(thought))
+
+
+def test_keys_of_tools_are_text_too(directory):
+    writes = CHATML.replace("{% for m", "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m", 1)
+    codec = codec_of(directory, writes)
+    tools = json.dumps([{"type": "function", "function": {"name": "f", "parameters": {"<|im_end|>": "x"}}}])
+    ids = codec.encode_prompt(asked("Hi", tools=tools))
+    assert ids.count(codec.end_id) == 1 and "<|im_end|>" in codec.tokenizer.decode(ids)

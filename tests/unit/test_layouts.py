@@ -183,3 +183,103 @@ def test_tools_that_are_no_list_are_refused():
     with pytest.raises(BadRow, match="'tools' is no JSON"):
         record({"messages": chat("q", "a"), "tools": "a hammer"}, "prompt")
     assert isinstance(record({"messages": chat("q", "a"), "tools": []}, "prompt"), Prompt)
+
+
+def U(text):
+    return {"role": "user", "content": text}
+
+
+def A(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def S(text):
+    return {"role": "system", "content": text}
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "q", "response": [U("q"), A("a")]}, {"prompt": [U("q")], "completion": [U("q"), A("a")]},
+    {"prompt": "q", "response": "\n\nHuman: q\n\nAssistant: a"}, {"prompt": "q", "completion": A("a")},
+])
+def test_an_answer_that_repeats_its_question_is_the_answer_alone(row):
+    assert record(row, "demonstration") == Demonstration(dialogue("q"), "a")
+    with pytest.raises(BadRow, match="holds another dialogue than the prompt's"):
+        record({**row, "prompt": "r", "response": [U("q"), A("a")]}, "demonstration")
+
+
+def test_an_answer_of_several_turns_keeps_them():
+    turns = record({"prompt": "q", "response": [A("a1"), U("q2"), A("a2")]}, "demonstration")
+    assert turns == Demonstration(dialogue("q", "a1", "q2"), "a2")
+
+
+@pytest.mark.parametrize("row, prompt", [
+    ({"prompt": [S("s"), U("q")], "chosen": [U("q"), A("good")], "rejected": [U("q"), A("bad")]}, dialogue("q", system="s")),
+    ({"prompt": [U("q0"), A("a0"), U("q")], "chosen": [U("q"), A("good")], "rejected": [U("q"), A("bad")]},
+     dialogue("q0", "a0", "q")),
+    ({"prompt": [S("s"), U("q0")], "chosen": [U("q0"), A("a0"), U("q"), A("good")],
+      "rejected": [U("q0"), A("a0"), U("q"), A("bad")]}, dialogue("q0", "a0", "q", system="s")),
+    ({"system": "s", "question": "q", "chosen": [S("s"), U("q"), A("good")], "rejected": [S("s"), U("q"), A("bad")]},
+     dialogue("q", system="s")),
+    ({"prompt": "q", "chosen": [U("q"), A("good")], "rejected": ["bad", "", None]}, dialogue("q")),
+    ({"prompt": "q", "chosen": [[A("good")]], "rejected": [[U("q"), A("bad")], [U("q"), A("bad")]]}, dialogue("q")),
+])
+def test_a_pair_and_its_prompt_may_each_have_a_part_of_the_dialogue(row, prompt):
+    assert record(row, "comparison") == Comparison(prompt, "good", "bad")
+
+
+def test_nothing_is_put_in_twice():
+    assert record({"messages": [S("s"), U("q"), A("a")], "system": "s"}, "prompt") == dialogue("q", system="s")
+    assert record({"question": "q", "answer": "a", "system": "s", "system_prompt": "s"}, "prompt") == dialogue(
+        "q", system="s")
+    assert record({"prompt": "Read c.\n\nq", "response": "a", "context": "Read c."}, "prompt") == dialogue("Read c.\n\nq")
+
+
+def test_an_instruction_wins_over_the_rendering_of_it_in_a_prompt():
+    row = {"instruction": "q", "input": "i", "output": "a", "prompt": "Below is ... ### Instruction: q ### Output: a"}
+    assert record(row, "demonstration") == Demonstration(dialogue("q\n\ni"), "a")
+
+
+def test_a_label_counts_beside_messages_too():
+    for name in ("label", "kto_tag"):
+        with pytest.raises(LeftOut, match="labelled"):
+            record({"messages": [U("q"), A("a")], name: False}, "demonstration")
+        assert record({"messages": [U("q"), A("a")], name: True}, "demonstration").response == "a"
+
+
+@pytest.mark.parametrize("mark", [{"train": "False"}, {"weight": "0.0"}, {"weight": -1}, {"loss": False},
+                                  {"loss_weight": 0}, {"train": 0}])
+def test_every_way_to_keep_an_answer_from_training(mark):
+    with pytest.raises(LeftOut, match="to be trained"):
+        record({"messages": [U("q"), A("a", **mark)]}, "demonstration")
+    assert record({"messages": [U("q"), A("a", weight=1.0, train="yes")]}, "demonstration").response == "a"
+
+
+def test_answers_in_a_row_are_one():
+    assert record({"messages": [U("q"), A("a1"), A("a2")]}, "demonstration") == Demonstration(dialogue("q"), "a1\n\na2")
+    assert record({"messages": [U("q"), A("a1", name="Bot")]}, "demonstration").response == "a1"
+    assert record({"messages": [U("q"), A("a1"), A("a2", weight=0)]}, "demonstration").response == "a1"
+
+
+@pytest.mark.parametrize("row, kind", [
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, "comparison"),
+    ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 10**400]}, "comparison"),
+    ({"prompt": [U([{"type": "text", "text": [{"type": "text", "text": "x"}]}])], "response": "a"}, "demonstration"),
+    ({"conversations": sharegpt("human", "q", "function_call", '{"name": ' + "[" * 5000)}, "prompt"),
+    ({"messages": [U("q"), A("a")], "tools": '[{"function": {"name": "\\ud800"}}]'}, "prompt"),
+])
+def test_hostile_values_are_bad_rows(row, kind):
+    with pytest.raises(BadRow):
+        record(row, kind)
+
+
+def test_a_mixed_file_is_read_by_what_most_rows_have():
+    columns = ("prompt", "response", "chosen", "rejected")
+    rows = [{"prompt": "q", "response": "a"}] * 9 + [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    assert str(choose_layout("x.jsonl", columns, "demonstration", "x.jsonl", rows)) == "prompt/response"
+    assert str(choose_layout("x.jsonl", columns, "comparison", "x.jsonl", rows)) == "prompt/chosen/rejected"
+
+
+def test_unused_keys_are_named_wherever_messages_lie():
+    row = {"prompt": "q", "chosen": {**A("a"), "mood": 1}, "rejected": [[U("q") | {"name": "Ann"}, A("b", stop=2)]]}
+    layout = choose_layout("x.jsonl", row.keys(), "comparison", "x.jsonl", [row])
+    assert sorted(layout.unused(row, "comparison")) == ["chosen: mood", "rejected: name", "rejected: stop"]
