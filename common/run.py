@@ -71,8 +71,8 @@ def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
                        add_eot_token=config.add_eot_token, eot_token=config.eot_token, date=config.template_date)
     codec.end_at(published_ends(source))
     if codec.date:
-        say(f"note: the chat template of {source} writes the date: prompts of all steps say {codec.date}, whenever they "
-            "are made (--template_date)")
+        say(f"note: the chat template of {source} writes the date: prompts of all steps say {codec.date}, whenever "
+            "they are made (--template_date)")
     provenance = read_provenance(source)
     if provenance is not None:
         _check_text(provenance, codec, f"{flag} {source}", "this run")

@@ -64,7 +64,8 @@ class RewardOptions(Config):
     score_calibration: str = option(
         "auto", "where the mean and standard deviation that scores are measured in come from; provenance: what step 2 "
         "found over held-out pairs; rollout: the first iteration's answers and the evaluation's before it; auto: "
-        "provenance where there is one, else rollout; none: scores are used as they are", choices=("auto", "provenance", "rollout", "none"))
+        "provenance where there is one, else rollout; none: scores are used as they are",
+        choices=("auto", "provenance", "rollout", "none"))
     normalize_scores: bool = option(True, "the same as --score_calibration none if turned off")
     score_clip: float = option(5.0, "clip scores to plus or minus this", unit="normalised score", above=0)
     missing_eos_penalty: float = option(

@@ -161,7 +161,8 @@ class _ForcedChoice(LogitsProcessor):
 
 @torch.no_grad()
 def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_ids: Sequence[int], pad_id: int,
-             seed: int, iteration: int, sample: int = 0, progress: Callable[[int], None] = lambda finished: None) -> Rollout:
+             seed: int, iteration: int, sample: int = 0,
+             progress: Callable[[int], None] = lambda finished: None) -> Rollout:
     """One response to every prompt of the batch, the plain way. The batch goes on until its last response has ended.
 
     Under ZeRO-3 all ranks must call it together and stay in step until the last of them has finished.

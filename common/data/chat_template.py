@@ -56,9 +56,9 @@ class ChatTemplate:
         answered = self._render(_QUESTION, [Message("assistant", _PROBE)])
         at = answered.find(_PROBE.strip(), len(asked))
         if not answered.startswith(asked) and answered.startswith(re.sub(r"<think>\s*$", "", asked)):
-            raise UserError("--template chat: the tokenizer's chat template opens a reasoning block, <think>, where it asks "
-                            "for an answer, but renders answers without: take that out of its generation prompt, or "
-                            f"choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
+            raise UserError("--template chat: the tokenizer's chat template opens a reasoning block, <think>, where it "
+                            "asks for an answer, but renders answers without: take that out of its generation prompt, "
+                            f"or choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
         if not answered.startswith(asked) or at < 0:
             raise UserError("--template chat: the tokenizer's chat template does not render an answer as the "
                             f"continuation of its prompt; choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
@@ -91,8 +91,8 @@ class ChatTemplate:
             raise UserError("--template chat: the tokenizer's chat template does not render this answer as the "
                             f"continuation of its prompt, of the roles {_roles(prompt.messages)}")
         if not whole.endswith(self._close):
-            raise UserError("--template chat: the tokenizer's chat template ends this answer otherwise than a plain one, "
-                            "with something else than " + repr(self._close))
+            raise UserError("--template chat: the tokenizer's chat template ends this answer otherwise than a plain "
+                            f"one, with something else than {self._close!r}")
         text = whole[len(asked):len(whole) - len(self._close)] + self.tail
         self._check_answer(turns[-1], text)
         self._check_written([turn for turn in turns if turn.role != "assistant"], text)
@@ -166,7 +166,9 @@ class ChatTemplate:
             return self._mark(value)
         if isinstance(value, list):
             return [self._marked(item) for item in value]
-        return {self._mark(key): self._marked(item) for key, item in value.items()} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            return {self._mark(key): self._marked(item) for key, item in value.items()}
+        return value
 
 
 @lru_cache

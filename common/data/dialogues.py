@@ -67,9 +67,14 @@ def read_dialogue(value: Any, column: str) -> list[Message]:
 
 def unused_keys(item: Any) -> Iterator[str]:
     """The keys of a message that nothing is made of."""
-    if isinstance(item, dict):
-        role = _SPEAKERS.get(next((str(item[who]).strip().lower() for who, _ in _SHAPES if who in item), ""), "assistant")
-        yield from item.keys() - _KEYS - (_ANSWERS_OWN if role == "assistant" else _TOOLS_OWN if role == "tool" else set())
+    speaker = next((item[who] for who, _ in _SHAPES if who in item), None) if isinstance(item, dict) else None
+    if speaker is not None:
+        yield from item.keys() - _KEYS - _own_keys(_SPEAKERS.get(str(speaker).strip().lower(), "assistant"))
+
+
+def _own_keys(role: str) -> set[str]:
+    """The keys that a speaker's messages may have beside their text."""
+    return _ANSWERS_OWN if role == "assistant" else _TOOLS_OWN if role == "tool" else set()
 
 
 def _message(item: Any, column: str) -> Message:
@@ -80,8 +85,7 @@ def _message(item: Any, column: str) -> Message:
     role = _SPEAKERS.get(speaker)
     if role is None:
         raise BadRow(f"'{column}' has the role {speaker!r}; known are {', '.join(_SPEAKERS)}")
-    own = _ANSWERS_OWN if role == "assistant" else _TOOLS_OWN if role == "tool" else ()
-    more = {key: value for key, value in more.items() if key in own}
+    more = {key: value for key, value in more.items() if key in _own_keys(role)}
     if "function_call" in more:
         more.setdefault("tool_calls", [{"type": "function", "function": more.pop("function_call")}])
     if "reasoning" in more:
@@ -92,7 +96,8 @@ def _message(item: Any, column: str) -> Message:
         elif key in more:
             more[key] = text
     text = (clean_answer if role == "assistant" else clean_text)(content, column)
-    return Message(role, text, as_json(more, column) if more else "", not any(map(_is_no, (item.get(key) for key in _TRAINED))))
+    trained = not any(_is_no(item.get(key)) for key in _TRAINED)
+    return Message(role, text, as_json(more, column) if more else "", trained)
 
 
 def _is_no(value: Any) -> bool:

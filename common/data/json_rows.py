@@ -239,8 +239,8 @@ def _by_position(table: dict[str, list], label: str) -> Iterator[dict[str, Any]]
         names, rows = table["columns"], table["data"]
         if not (all(isinstance(name, str) for name in names)
                 and all(isinstance(row, list) and len(row) == len(names) for row in rows)):
-            raise UserError(f"{label}: it is a table with 'columns' and 'data', but not every column has a name, or not "
-                            "every list in 'data' a value for each column")
+            raise UserError(f"{label}: it is a table with 'columns' and 'data', but not every column has a name, or "
+                            "not every list in 'data' a value for each column")
     else:
         lengths = {name: len(column) for name, column in table.items()}
         if len(set(lengths.values())) > 1:

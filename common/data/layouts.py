@@ -110,8 +110,8 @@ def _with_beside(row: dict[str, Any], value: Any, beside: Sequence[str] = COMPAN
     """A value with the user's messages, and what stands beside it that belongs to these."""
     if value is None or not (row.get("history") or any(row.get(column) for column in beside)):
         return value
-    column = "prompt"
-    return [{"role": "user", "content": turn} for turn in _with_all(row, read_question(value, column), column, beside).asked]
+    prompt = _with_all(row, read_question(value, "prompt"), "prompt", beside)
+    return [message for turn in prompt.asked for message in as_question(turn)]
 
 
 # ---- what answers it
@@ -270,8 +270,8 @@ def _messages(column: str) -> Callable[[dict[str, Any]], Example]:
         while first and messages[first - 1].role == "assistant" and len(joined(messages[first - 1:last + 1])) == 1:
             first -= 1
         (answer,) = joined(messages[first:last + 1])
-        return Example(_with_all(row, messages[:first], column, ()), answer_of([answer]) if answer.trained else (answer,),
-                       asks=asks, label=_label(row))
+        prompt = _with_all(row, messages[:first], column, ())
+        return Example(prompt, answer_of([answer]) if answer.trained else (answer,), asks=asks, label=_label(row))
     return read
 
 

@@ -93,13 +93,13 @@ class PreparationReport:
         left = [f"{_counted(self.train_rows, 'row')} to train on", f"{self.eval_rows:,} to evaluate on"]
         summary.append(", ".join(left + [f"{_counted(count, noun)} {what}" for count, noun, what in others if count]))
         for where, mark in self.first_marked[:1]:
-            summary.append(f"warning: {_counted(self.marked, 'row')}, {where} first, {_has(self.marked)} the marks of a "
-                           f"template ({mark!r}), and --template wraps the text again: give it without them, or "
+            summary.append(f"warning: {_counted(self.marked, 'row')}, {where} first, {_has(self.marked)} the marks of "
+                           f"a template ({mark!r}), and --template wraps the text again: give it without them, or "
                            "--template none if it is ready as it is")
         for source, counts in self.read.sources.items():
             if counts.unused:
-                summary.append(f"note: {source}: not used: {', '.join(counts.unused)}; --columns gives a column a meaning, "
-                               "as in --columns context=NAME, which puts it behind the question")
+                summary.append(f"note: {source}: not used: {', '.join(counts.unused)}; --columns gives a column a "
+                               "meaning, as in --columns context=NAME, which puts it behind the question")
         mend = "raise --eval_fraction or give more data"
         if not self.eval_rows:
             summary.append(f"note: no row is held out, so nothing is evaluated: {mend}")

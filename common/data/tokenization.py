@@ -150,7 +150,7 @@ class Codec:
 
     def end_at(self, ids: Iterable[int]) -> None:
         """Take an answer as ended at these tokens too; what is no id of the tokenizer is passed over."""
-        known = [end for end in ids if isinstance(end, int) and not isinstance(end, bool) and 0 <= end < len(self.tokenizer)]
+        known = [end for end in ids if type(end) is int and 0 <= end < len(self.tokenizer)]
         self.end_ids = tuple(dict.fromkeys((*self.end_ids, *known)))
 
     def encode_prompt(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
@@ -194,10 +194,11 @@ class Codec:
         return text.removesuffix(self.template.tail) if self.template.tail else text
 
     def _behind_lead(self, ids: list[int]) -> int | None:
-        """Where the answer proper begins: behind the lead, which, if it holds special tokens, may come late, after other
-        channels such as reasoning. None if the lead is not there."""
-        late = len(ids) - len(self._lead) if self._special.intersection(self._lead) else 0
-        return next((at + len(self._lead) for at in range(late, -1, -1) if ids[at:at + len(self._lead)] == self._lead), None)
+        """Where the answer proper begins: behind the lead, which, if it holds special tokens, may come late, after
+        other channels such as reasoning. None if the lead is not there."""
+        lead = self._lead
+        last = len(ids) - len(lead) if self._special.intersection(lead) else 0
+        return next((at + len(lead) for at in range(last, -1, -1) if ids[at:at + len(lead)] == lead), None)
 
     def end_of(self, ids: Sequence[int]) -> int:
         """The place of the first token that ends an answer; the length where there is none."""

@@ -2,7 +2,8 @@
 
 Run under the launcher: generation_cases.py [--long] CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the
 rollout of all ranks, the plain way's tokens, and whether weights and training came through bit for bit; `shared`, what
-`shared_models` found at each stage; `one_prompt`, rollouts in which only one rank has a prompt; and `threads`, those that rank 0 computes with.
+`shared_models` found at each stage; `one_prompt`, rollouts in which only one rank has a prompt; and `threads`, those
+that rank 0 computes with.
 """
 from __future__ import annotations
 

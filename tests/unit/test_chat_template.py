@@ -1,4 +1,4 @@
-"""Chat templates in the shapes that public models have: prompt and answer are the ids of the whole rendered dialogue."""
+"""Chat templates in the shapes of public models: prompt and answer are the ids of the whole rendered dialogue."""
 import json
 from datetime import datetime
 
@@ -17,8 +17,9 @@ HEADERS = (  # begins with <s> itself, trims, ends turns with a token that is no
     "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 TURNS = (  # no system turns, roles must alternate, another name for the assistant
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' or (m['role'] == 'user') != (loop.index0 % 2 == 0) "
-    "%}{{ raise_exception('roles must alternate, and no system turn') }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' or (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate, and no system turn') }}{% endif %}"
     "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim "
     "+ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
 THINKS = (  # the reasoning of the last answer only, as a block that is there even if empty
@@ -107,7 +108,8 @@ def test_the_tokenizers_own_end_token_ends_an_answer_too(directory):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("typed", ["a <|im_end|><|im_start|>system\nx", "<|eot_id|>", "</s>", "<|end|><|channel|>", "\ufdd0<s>"])
+@pytest.mark.parametrize("typed", ["a <|im_end|><|im_start|>system\nx", "<|eot_id|>", "</s>", "<|end|><|channel|>",
+                                   "\ufdd0<s>"])
 def test_what_users_and_answers_type_is_text(directory, name, typed):
     codec = codec_of(directory, SHAPES[name][0])
     special = set(codec.tokenizer.all_special_ids)
@@ -251,7 +253,7 @@ def test_reasoning_that_a_template_would_drop_from_the_answer_is_refused(directo
 
 
 def test_a_cue_that_opens_a_reasoning_block_is_named(directory):
-    opens = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}").replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    opens = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
     with pytest.raises(UserError, match="opens a reasoning block, <think>"):
         codec_of(directory, opens)
 

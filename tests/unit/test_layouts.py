@@ -213,7 +213,8 @@ def test_an_answer_of_several_turns_keeps_them():
 
 
 @pytest.mark.parametrize("row, prompt", [
-    ({"prompt": [S("s"), U("q")], "chosen": [U("q"), A("good")], "rejected": [U("q"), A("bad")]}, dialogue("q", system="s")),
+    ({"prompt": [S("s"), U("q")], "chosen": [U("q"), A("good")], "rejected": [U("q"), A("bad")]},
+     dialogue("q", system="s")),
     ({"prompt": [U("q0"), A("a0"), U("q")], "chosen": [U("q"), A("good")], "rejected": [U("q"), A("bad")]},
      dialogue("q0", "a0", "q")),
     ({"prompt": [S("s"), U("q0")], "chosen": [U("q0"), A("a0"), U("q"), A("good")],
@@ -231,7 +232,8 @@ def test_nothing_is_put_in_twice():
     assert record({"messages": [S("s"), U("q"), A("a")], "system": "s"}, "prompt") == dialogue("q", system="s")
     assert record({"question": "q", "answer": "a", "system": "s", "system_prompt": "s"}, "prompt") == dialogue(
         "q", system="s")
-    assert record({"prompt": "Read c.\n\nq", "response": "a", "context": "Read c."}, "prompt") == dialogue("Read c.\n\nq")
+    twice = {"prompt": "Read c.\n\nq", "response": "a", "context": "Read c."}
+    assert record(twice, "prompt") == dialogue("Read c.\n\nq")
 
 
 def test_an_instruction_wins_over_the_rendering_of_it_in_a_prompt():
