@@ -34,7 +34,7 @@ BAD = {  # what a line holds, and what is said of it
     b'\xff\xfe{"prompt": "a", "chosen": "b", "rejected": "c"}': "broken JSON",
     b'{"prompt": "\xff\xfe", "chosen": "b", "rejected": "c"}': "UTF-8",
     b'["a", "b", "c"]': "not a JSON object",
-    b'{"prompt": "a question", "chosen": "b", "rejected": ["c"]}': "rejected",
+    b'{"prompt": "a question", "chosen": "b", "rejected": {"c": 1}}': "rejected",
     b'{"prompt": "' + b"x" * 10_000_000 + b'"}': "line longer than 8 MiB",
 }
 
