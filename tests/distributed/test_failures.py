@@ -15,7 +15,7 @@ from tests.launching import ROOT, launch
 def found(tmp_path_factory, builtin_cache):
     inputs, output = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("failures")
     make_inputs(inputs, builtin_cache)
-    break_partly(build_model("llama", inputs / "partly-broken", builtin_cache))
+    break_partly(build_model("gpt-neox", inputs / "partly-broken", builtin_cache))
     prompts = ["Who is ~?", *(f"What comes after {number}?" for number in range(39))]
     (inputs / "one-odd.jsonl").write_text("".join(json.dumps(
         {"prompt": prompt, "chosen": "Yes.", "rejected": "No."}) + "\n" for prompt in prompts * 3))
@@ -24,11 +24,12 @@ def found(tmp_path_factory, builtin_cache):
 
 
 def break_partly(directory) -> None:
-    """Only what is read after `~` becomes NaN: the output embeddings are not tied to the input's."""
+    """Only what is read after `~` becomes NaN, by a number too large to be normalised: the weights are finite, and the
+    output embeddings are not tied to the input's."""
     model = AutoModelForCausalLM.from_pretrained(directory)
     (broken,) = AutoTokenizer.from_pretrained(directory).encode("~", add_special_tokens=False)
     with torch.no_grad():
-        model.get_input_embeddings().weight[broken] = torch.nan
+        model.get_input_embeddings().weight[broken] = 3e38
     model.save_pretrained(directory)
 
 
