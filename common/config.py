@@ -35,7 +35,7 @@ class Config:
     def validate(self) -> None:
         """Raises UserError for a value out of range; groups add the checks of values against each other."""
         for name, meta in options(type(self)).items():
-            convert(meta, getattr(self, name), f"--{name}")
+            convert(replace(meta, path=False), getattr(self, name), f"--{name}")  # paths are expanded where they are read
 
     def only_with(self, requirement: str, met: bool, *names: str) -> None:
         """Raises UserError when one of `names` is set (is not its default) without what it depends on."""

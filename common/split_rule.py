@@ -77,7 +77,7 @@ def known_openings(config: DataOptions) -> dict[str, list[int]]:
         for model, openings in known:
             if openings != known[0][1]:
                 raise UserError(f"{known[0][0]} and {model} were trained on {name} split in two ways (it has changed "
-                                "in between, or --split_by has), so prompts would be in two steps or on both sides: "
+                                "in between, or --max_rows or --split_by has), so prompts would be in two steps or on both sides: "
                                 "train one of them again, or use other data")
             if openings and config.split_by == "opening":
                 raise UserError(f"{model} was trained on {name} with --split_by auto, which split {len(openings)} of "

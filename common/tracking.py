@@ -68,7 +68,14 @@ class Tracker:
 
     def lost(self) -> str | None:
         """What to say where the output directory has gone under the run; None on other ranks than 0."""
-        if self._file is None or self.directory.is_dir():
+        if self._file is None:
+            return None
+        try:
+            os.stat(self.directory)
+            return None
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # not known; a network's file system may answer the next time
             return None
         now = ""
         with contextlib.suppress(OSError):  # Linux follows what is open

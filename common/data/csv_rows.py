@@ -12,6 +12,8 @@ from common.errors import UserError
 
 _SEPARATORS = (",", ";", "\t", "|")
 _LOOKED_AT = 200    # rows, to tell the separator
+_SAID = re.compile(r"sep=(.)\r?[\n\r]")
+_TSV = re.compile(r"\.tsv(\.|$)", re.I)
 _SPACED_QUOTE = re.compile(r' +"')
 
 
@@ -29,11 +31,15 @@ def csv_rows(text: TextIO, head: str, cut: bool, label: str) -> Iterator[Row]:
             too_long = too_long or line is None
             yield "\n" if line is None else line
 
-    separator, spaced = _look(head, cut)
+    skipped = 0
+    if said := _SAID.match(head):  # as Excel writes it
+        head, skipped = head[said.end():], 1
+        text.readline()
+    separator, spaced = (said[1], False) if said else _look(head, cut, "\t" if _TSV.search(label) else ",")
     reader = csv.reader(unbroken(), strict=True, delimiter=separator, skipinitialspace=spaced)
     header = None
     while True:
-        first = reader.line_num + 1
+        first = reader.line_num + skipped + 1
         try:
             fields = next(reader)
             problem = None
@@ -58,25 +64,26 @@ def csv_rows(text: TextIO, head: str, cut: bool, label: str) -> Iterator[Row]:
             continue
         # A quote left open takes the rows behind it into its field: each of their lines counts, or a file that
         # is lost from its middle on would seem to have one bad row.
-        lost = range(first + 1, reader.line_num + 1) if len(fields) < len(header) else range(0)
+        lost = range(first + 1, reader.line_num + skipped + 1) if len(fields) < len(header) else range(0)
         if lost:
-            problem += f"; the row runs to line {reader.line_num}: is a quote left open?"
+            problem += f"; the row runs to line {reader.line_num + skipped}: is a quote left open?"
         yield Row(where, None, problem)
         for number in lost:
             yield Row(f"{label}:{number}", None, f"within the broken row of line {first}")
 
 
-def _look(head: str, cut: bool) -> tuple[str, bool]:
+def _look(head: str, cut: bool, usual: str) -> tuple[str, bool]:
     """The separator, and whether the spaces after it are no part of the fields.
 
-    That separator is taken which the header has and by which most rows have as many fields as the header.
+    That separator is taken which the header has and by which most rows have as many fields as the header; the usual one
+    of such files also where few have.
     """
-    best, found = (0.0, 0), (",", False)
+    best, found = (0.0, 0), (usual, False)
     for separator in _SEPARATORS:
         spaced = _is_spaced(_parsed(head, cut, separator, spaced=False))
         header, *rows = _parsed(head, cut, separator, spaced)
         agreeing = sum(len(row) == len(header) for row in rows) / len(rows) if rows else 1.0
-        if len(header) > 1 and (agreeing > 0.5 or separator == ",") and (agreeing, len(header)) > best:
+        if len(header) > 1 and (agreeing > 0.5 or separator == usual) and (agreeing, len(header)) > best:
             best, found = (agreeing, len(header)), (separator, spaced)
     return found
 

@@ -12,6 +12,7 @@ from common.errors import UserError
 _MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
           (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8-sig"))
 _ASCII_AS_UTF16 = ((re.compile(rb"([\t-~]\0){4}"), "utf-16-le"), (re.compile(rb"(\0[\t-~]){4}"), "utf-16-be"))
+_ROWS = re.compile(rb"[\n\r}]")  # where one ends: much JSON is of one line
 _HIGH = re.compile(rb"[\x80-\xff]+")
 # What Western European text in Windows-1252 has beyond ASCII: letters, quotation marks, dashes and the like.
 _WESTERN = frozenset("\u20ac\u2026\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u2122\u0152\u0153\u0160\u0161\u0178\u017d"
@@ -44,7 +45,7 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
                         "is it damaged, or of another format?")
     if head.isascii():
         return form.encoding or "utf-8"
-    found = head.split(b"\n")[:-1 if cut else None]
+    found = [row for row in _ROWS.split(head)[:-1 if cut else None] if row.strip()]
     high = [line for line in found if not line.isascii()]
     invalid = [line for line in high if not _is_utf8(line)]
     if len(invalid) <= len(high) / 2:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -150,12 +151,12 @@ def _read(stream: BinaryIO, size: int) -> bytes:
 
 
 def _is_json(text: str) -> bool:
-    """Whether the first line of a text is a JSON object, or a list of them."""
+    """Whether a text begins with a JSON object, or a list of them."""
+    start = re.match(r"\s*(?:\[\s*)?(?=\{)", text)
     try:
-        value = json.loads(text.lstrip().partition("\n")[0])
+        return start is not None and isinstance(json.JSONDecoder().raw_decode(text, start.end())[0], dict)
     except (ValueError, RecursionError):
         return False
-    return isinstance(value[0] if isinstance(value, list) and value else value, dict)
 
 
 def _text_rows(text: TextIO, label: str) -> Iterator[Row]:

@@ -22,6 +22,8 @@ _LOOKED_AT = 50     # lines, to tell whether a file is JSON at all
 # Lists of objects that are a part of one row.
 _PARTS = {"conversation", "tools", "functions", "history"}
 _MESSAGE = ("role", "from")
+# Keys that hold the rows of a file, also where texts lie beside them.
+_CONTAINERS = {"data", "rows", "train", "training", "test", "validation", "examples", "instances", "items", "records"}
 
 
 def json_rows(opened: Callable[[], TextIO], head: str, cut: bool, label: str, form: FileFormat,
@@ -72,6 +74,10 @@ def _shape(head: str, cut: bool) -> tuple[str, str]:
         return ("object" if goes_on or first.strip() == "{" else "lines"), ("values" if "\n" in rest else "lines")
     whole_line = end <= len(first.rstrip()) and not rest[end:len(first)].strip()
     if isinstance(value, list):
+        if whole_line and value and isinstance(value[0], dict) and not _is_row(value[0]):
+            return "lines", ""  # a dialogue a line
+        if value and isinstance(value[0], list) and value[0] and isinstance(value[0][0], dict):
+            return "values", ""  # an array of dialogues
         # Lists of texts line by line are rows of another kind, to be named one by one.
         return ("lines" if whole_line and value and not isinstance(value[0], dict) else "values"), ""
     after = Cursor(None, rest[end:]).peek()
@@ -150,7 +156,7 @@ def _members(cursor: Cursor, otherwise: str) -> dict[str, str] | None:
     try:
         for key in cursor.members():
             mark = cursor.peek()
-            members[key] = {"[": "list", "{": "object"}.get(mark, "other")
+            members[key] = {"[": "list", "{": "object", '"': "text"}.get(mark, "other")
             cursor.rows = 0
             for read in cursor.parts():
                 cursor.rows += 1
@@ -173,6 +179,8 @@ def _object_rows(opened: Callable[[], TextIO], members: dict[str, str], label: s
                  note: Note) -> Iterator[Row]:
     """The rows of a file that is one object."""
     holding = [key for key, kind in members.items() if kind == "rows"]
+    if "text" in members.values():  # else it is one row, with a list in one of its columns
+        holding = [key for key in holding if key.lower() in _CONTAINERS]
     field = form.data_field
     if field is not None and field not in members:
         raise UserError(f"{label}: --data_field {field}: the file is one JSON object without that key; it has "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -138,10 +139,10 @@ def _from_cache(request: DataRequest, codec: Codec) -> PreparedData:
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{request.kind}-{_key(request, codec)}"
     with _locked(Path(f"{target}.lock"), "the data to be prepared") as writable:
-        data = _load(target, again=writable)
+        data = _load(target, again=True)
         if data is None and not writable:
             raise UserError(f"--data_output_path {cache}: cannot be written to, and what this run needs is not "
-                            "prepared there: name a directory that can be written to")
+                            "prepared there, or not whole: name a directory that can be written to")
         if data is None:
             _build(request, codec, target)
             data = _load(target, again=False)
@@ -161,10 +162,14 @@ def _locked(path: Path, awaited: str) -> Iterator[bool]:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         writable = False
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock.release)
+        if not writable and path.is_file():  # a colleague's, which may be waited for all the same
+            with contextlib.suppress(OSError):
+                stream = stack.enter_context(open(path, "rb"))
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                writable = os.access(path.parent, os.W_OK)
         yield writable
-    finally:
-        lock.release()
 
 
 def _joined(parts: Sequence[PreparedData]) -> PreparedData:
@@ -230,7 +235,7 @@ def _load(directory: Path, again: bool) -> PreparedData | None:
             raise Damaged("its rows are not those of its report")
     except (Damaged, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if again:
-            print(f"{directory} is damaged: {error}; it is prepared again", flush=True)
+            print(f"{directory} is damaged: {error}; it has to be prepared again", flush=True)
         return None
     train = _without(train, tested)
     return PreparedData(train, held_out, tested, replace(report, train_rows=len(train)), directory.name)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import xxhash
 
 READY = "READY"         # says that the directory is whole
 _LARGE = 10 * 2**30     # bytes that may take more than some seconds to read
+_A_DAY = 24 * 3600
 _VERIFIED = "VERIFIED"  # says who has read all of it, and in which state
 
 
@@ -73,14 +75,22 @@ def _verified(directory: Path, paths: Iterable[Path]) -> bool:
     """Whether another rank of this launch has read the files already, and they are the same since."""
     launch = _launch()
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        return launch is not None and json.loads((directory / _VERIFIED).read_text()) == [launch, _state(paths)]
+        return launch is not None and json.loads(_note_of(directory, launch).read_text()) == [launch, _state(paths)]
     return False
 
 
 def _note_verified(directory: Path, paths: Iterable[Path]) -> None:
     if (launch := _launch()) is not None:
         with contextlib.suppress(OSError):  # a directory that may only be read
-            (directory / _VERIFIED).write_text(json.dumps([launch, _state(paths)]))
+            for old in directory.glob(f"{_VERIFIED}-*"):
+                if old.stat().st_mtime < time.time() - _A_DAY:
+                    old.unlink(missing_ok=True)
+            _note_of(directory, launch).write_text(json.dumps([launch, _state(paths)]))
+
+
+def _note_of(directory: Path, launch: list) -> Path:
+    """Each launch has a note of its own: several may use a directory at a time, and each has read it with its eyes."""
+    return directory / f"{_VERIFIED}-{_text_checksum(json.dumps(launch))}"
 
 
 def _launch() -> list | None:

@@ -19,7 +19,7 @@ from common.data.examples import asked as asked_in
 from common.data.openings import OpeningCounter
 from common.data.records import RECORD_KINDS, Record, user_turns
 from common.data.rows import Note, Row
-from common.data.sources import Part, Source, open_source
+from common.data.sources import Part, open_source
 from common.data.values import BadRow
 from common.errors import UserError, did_you_mean
 
@@ -144,7 +144,7 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
         if spec.name not in keyers:
             known = (shared or {}).get(spec.name)
             if known is None:
-                known = _shared_openings(spec, source, kind, columns, max_rows) if split_by == "auto" else ()
+                known = _shared_openings(spec, kind, columns, max_rows) if split_by == "auto" else ()
             keyers[spec.name] = Keyer(spec.name, split_by, frozenset(known))
             report.shared[spec.name] = sorted(known)
     tested = set() if tested is None else tested
@@ -248,15 +248,16 @@ def _part_rows(spec: SourceSpec, part: Part, kind: str, columns: Mapping[str, st
         yield from ((row, reader) for row in chain(sample, rows))
 
 
-def _shared_openings(spec: SourceSpec, source: Source, kind: str, columns: Mapping[str, str] | None,
+def _shared_openings(spec: SourceSpec, kind: str, columns: Mapping[str, str] | None,
                      max_rows: int | None) -> frozenset[int]:
-    """The openings of a source that are keyed by more turns, counted over all rows that are read of it."""
+    """The openings of a source that are keyed by more turns, counted over the same rows whatever kind is wanted."""
     if kind == "text":
         return frozenset()
     counter, said = OpeningCounter(), time.monotonic()
+    source = open_source(spec)
     for split, limit in (("test", None), ("train", max_rows)):
         parts = [part for part in source.parts if part.split == split]
-        rows = chain.from_iterable(_part_rows(spec, part, kind, columns) for part in parts)
+        rows = chain.from_iterable(_part_rows(spec, part, "prompt", columns) for part in parts)
         for number, (row, reader) in enumerate(islice(rows, limit), 1):
             for turns in reader.asked(row, (), True) if reader is not None else ():
                 counter.add(turns)

@@ -54,7 +54,9 @@ class FileFormat:
 
 
 def row_of(where: str, value: Any) -> Row:
-    """A JSON value as a row."""
+    """A JSON value as a row; a list of messages is a dialogue."""
+    if isinstance(value, list) and value and isinstance(value[0], dict) and not {"role", "from"}.isdisjoint(value[0]):
+        value = {"messages": value}
     return Row(where, value) if isinstance(value, dict) else Row(where, None, "not a JSON object")
 
 

@@ -22,7 +22,7 @@ from common.paths import content_digest
 from common.provenance import Provenance, read_provenance
 
 ADAPTER_CONFIG = "adapter_config.json"
-_READ = (".json", ".safetensors", ".bin", ".model", ".py")
+_READ = (".json", ".safetensors", ".bin", ".model", ".py", ".jinja", ".txt")
 
 
 def holds_adapter(directory: Path) -> bool:
@@ -82,7 +82,8 @@ def merged_model(directory: Path, flag: str, cache_dir: Path) -> Path:
     draft = place.with_name(f".{place.name}-{os.getpid()}")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / "merged.lock"):
+        # What is in place is whole; a cache that may only be read needs no lock then.
+        with nullcontext() if place.is_dir() else FileLock(cache_dir / "merged.lock"):
             if not place.is_dir():
                 with _alone(directory) if beside else nullcontext(base) as weights:
                     _write_merged(directory, weights, base, name, scores, draft)
@@ -142,4 +143,6 @@ def _digest(adapter: Path, base: str) -> str:
     """Of the content of both; of a base on the hub its name."""
     places = [adapter, *([Path(base)] if Path(base).is_dir() else [])]
     files = [path for place in places for path in sorted(place.iterdir()) if path.suffix in _READ and path.is_file()]
-    return hashlib.sha256(f"{base}\n{content_digest(files)}".encode()).hexdigest()[:16]
+    names = [path.name for path in files]
+    provenance = adapter_provenance(adapter)
+    return hashlib.sha256(f"{base}\n{names}\n{provenance}\n{content_digest(files)}".encode()).hexdigest()[:16]

@@ -62,7 +62,7 @@ def _is_finite(weight: torch.Tensor) -> bool:
 
 def _build_without_weights(directory: Path) -> None:
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except ValueError as error:
         if "trust_remote_code" in str(error):
             return

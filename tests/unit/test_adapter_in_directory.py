@@ -128,7 +128,10 @@ def test_it_is_merged_once_until_the_adapter_changes(alone, tmp_path):
     assert resolve() == first and (tmp_path / "cache").stat().st_mtime_ns == made
     config = json.loads((directory / "adapter_config.json").read_text())
     (directory / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2}))
-    assert resolve() != first
+    second = resolve()
+    assert second != first
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    assert resolve() not in (first, second)
 
 
 def test_a_base_that_is_gone_is_named(alone, tmp_path):

@@ -257,3 +257,31 @@ def test_what_is_no_file_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"%PDF-1.7")
     with pytest.raises(UserError, match="model.safetensors is a PDF: extract its text; understood are"):
         open_source(SourceSpec(str(tmp_path / "model.safetensors")))
+
+
+def test_json_of_one_long_line_is_judged_by_its_rows(tmp_path):
+    rows = [{"prompt": f"Caf\u00e9 {n}", "response": "x" * 500} for n in range(10_000)]  # more than is looked at
+    (tmp_path / "a.json").write_bytes(json.dumps(rows, ensure_ascii=False).encode("cp1252"))
+    assert read(tmp_path / "a.json", FileFormat(encoding="cp1252")) == rows
+    assert "looks like Windows-1252" in refusal(tmp_path / "a.json")
+    few = json.dumps(ROWS, ensure_ascii=False).encode().replace("voil\u00e0".encode(), b"voil\xe0", 1)
+    for form in (FileFormat(), FileFormat(encoding="cp1252")):
+        (tmp_path / "b.json").write_bytes(few)
+        first, *rest = read(tmp_path / "b.json", form)
+        assert rest == ROWS[1:] and first["prompt"] == ROWS[0]["prompt"] and "\udcff" in first["response"]
+
+
+def test_json_in_a_text_file_over_several_lines(tmp_path):
+    (tmp_path / "a.txt").write_text(json.dumps([{"prompt": "q", "response": "a"}] * 2, indent=1))
+    assert read(tmp_path / "a.txt") == [{"prompt": "q", "response": "a"}] * 2
+    (tmp_path / "b.txt").write_text("[a] word\n{not json}\n")
+    assert read(tmp_path / "b.txt") == [{"text": "[a] word"}, {"text": "{not json}"}]
+
+
+def test_a_separator_that_the_file_names_or_its_name_does(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\nprompt;response\nq, 1;a\nr;\n")
+    assert read(tmp_path / "a.csv") == [{"prompt": "q, 1", "response": "a"}, {"prompt": "r", "response": ""}]
+    assert [row.where for row in read_rows(tmp_path / "a.csv", "a.csv", FileFormat())] == ["a.csv:3", "a.csv:4"]
+    (tmp_path / "a.tsv").write_text("prompt\tresponse\nq, and, more\ta, b\nr, s, t\tc\n")
+    assert read(tmp_path / "a.tsv") == [{"prompt": "q, and, more", "response": "a, b"},
+                                        {"prompt": "r, s, t", "response": "c"}]

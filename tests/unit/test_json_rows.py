@@ -183,3 +183,18 @@ def test_any_objects_one_after_another_are_rows(tmp_path_factory, rows, indent, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_cursor, "_CHUNK", chunk)
         assert [row.values for row in read_rows(path, "data")] == rows
+
+
+def test_one_row_with_a_list_in_it_is_a_row_and_no_container(tmp_path):
+    row = {"instruction": "q", "completions": [{"prompt": "m", "response": "r"}]}
+    assert read(tmp_path / "a.jsonl", json.dumps(row)) == ([row], [])
+    assert read(tmp_path / "a.jsonl", json.dumps(row) + "\n" + json.dumps(row))[0] == [row, row]
+    held = {"version": "1", "data": ROWS}
+    assert read(tmp_path / "a.json", json.dumps(held))[0] == ROWS
+
+
+@pytest.mark.parametrize("text", ["{0}\n{0}\n", "[{0}, {0}]", "{0}"])
+def test_a_dialogue_a_line_is_a_row(tmp_path, text):
+    dialogue = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows, _ = read(tmp_path / "a.jsonl", text.replace("{0}", json.dumps(dialogue)))
+    assert rows == [{"messages": dialogue}] * text.count("{0}")

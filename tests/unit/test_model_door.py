@@ -2,6 +2,7 @@
 import json
 import pickle
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from common.models.door import check_files
 from common.models.factory import load_causal_lm, load_scalar_model, resolve_model
 from inference.loading import load_judge, load_speaker
 from inference.options import LoadOptions
@@ -106,3 +108,15 @@ def test_an_adapter_that_is_not_finite_is_found(directory, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="--path .*adapter: the model's weights are not finite"):
         load_speaker(str(tmp_path / "adapter"), "--path", LoadOptions())
+
+
+def test_the_door_runs_no_code_of_a_model(directory, monkeypatch):
+    """Not even where a terminal could be asked."""
+    (directory / "own.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
+                                      "from transformers import OPTConfig as OwnConfig\n")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(
+        config | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    check_files(directory, "--model")
+    assert not list(Path(directory).rglob("ran"))

@@ -1,4 +1,5 @@
 """Prepared data on disk: verified at every start, and shared with colleagues."""
+import fcntl
 import os
 import shutil
 import stat
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from common.data import prepared_files
-from common.data.prepare import prepare
+from common.data.prepare import _locked, prepare
 from common.data.prepared_files import Damaged, seal, unseal
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
@@ -58,7 +59,7 @@ def test_damage_is_said_in_one_line_and_the_data_prepared_again(tmp_path, codec,
     again = prepare(asked, codec)
     assert (again.train.to_list(), again.eval.to_list()) == rows
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{folder(tmp_path)} is damaged: ") and line.endswith("; it is prepared again")
+    assert line.startswith(f"{folder(tmp_path)} is damaged: ") and line.endswith("; it has to be prepared again")
     assert any(word in line for word in said.split("|"))
     prepare(asked, codec)
     assert capsys.readouterr().out == ""
@@ -132,3 +133,30 @@ def test_what_is_prepared_is_used_where_nothing_may_be_written(colleague, codec)
     assert prepare(request(place, path), codec).train.to_list() == first
     with pytest.raises(UserError, match=f"--data_output_path {place}/cache: cannot be written to.*not prepared there"):
         prepare(request(place, other, max_tokens=100), codec)
+
+
+def test_each_launch_reads_what_is_prepared_once(tmp_path, codec, monkeypatch):
+    """Two launches that share a directory, their ranks in turn."""
+    asked, read = request(tmp_path, write(tmp_path / "d.jsonl", pairs(60))), []
+    prepare(asked, codec)
+    checksum = prepared_files._checksum
+    monkeypatch.setattr(prepared_files, "_checksum", lambda path: read.append(path) or checksum(path))
+    for launch in ("a", "b", "a", "b", "a", "b"):
+        monkeypatch.setattr(prepared_files, "_launch", lambda: [launch])
+        unseal(folder(tmp_path))
+    assert len(read) == 2 * len(set(read))
+
+
+def test_a_lock_that_belongs_to_a_colleague_is_waited_for(colleague):
+    """Its file may only be read, but the directory may be written to."""
+    place, _ = colleague
+    lock = place / "shared.lock"
+    lock.touch()
+    lock.chmod(0o444)
+    place.chmod(0o777)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    with _locked(lock, "a colleague") as writable, open(lock, "rb") as other:
+        assert writable
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -48,6 +48,23 @@ def test_dialogues_with_one_opening_are_divided_among_steps_and_sides(tmp_path, 
     assert said == f"100 rows of {path} begin with 'Hello': split by the user's first 2 turns"
 
 
+def test_every_kind_counts_the_same_rows_though_it_reads_others(tmp_path, codec):
+    """Of parts for several uses; in one of them alone the opening would be a rare one."""
+    def some(count, kind):
+        return [{"messages" if kind == "sft" else "chosen": turns, **({"rejected": [*turns[:-1], {
+                    "role": "assistant", "content": "bad"}]} if kind == "prefs" else {})}
+                for number in range(count) for turns in [[
+                    {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"},
+                    {"role": "user", "content": f"{kind} {number}?"}, {"role": "assistant", "content": "Yes."}]]]
+
+    write(tmp_path / "set" / "train_sft.jsonl", some(4, "sft"))
+    write(tmp_path / "set" / "train_prefs.jsonl", some(30, "prefs"))
+    reports = [prepare(request(tmp_path, str(tmp_path / "set"), phase=None, kind=kind, eval_fraction=0.5), codec).report
+               for kind in ("demonstration", "comparison")]
+    first, second = (list(report.read.shared.values()) for report in reports)
+    assert first == second and len(first[0]) == 1
+
+
 def test_the_split_does_not_depend_on_the_order_of_rows_or_files(tmp_path, codec):
     rows = greeted(60) + pairs(60)
     path = write(tmp_path / "one" / "a.jsonl", rows)

@@ -1,4 +1,5 @@
 """The files of a run that are deleted, moved or replaced while it writes them."""
+import errno
 import json
 import os
 import shutil
@@ -144,3 +145,15 @@ def test_tensorboard_that_has_no_place_ends_no_run(output, tmp_path, capsys):
     tracker.log("train", 1, {"loss": 1.0})
     tracker.close()
     assert steps(output) == [1] and f"warning: {tmp_path}/events cannot be written" in capsys.readouterr().out
+
+
+def test_a_file_system_that_does_not_answer_is_not_gone(output, monkeypatch):
+    tracker = Tracker(output, tensorboard=False)
+    tracker.begin()
+    for error, gone in ((OSError(errno.ESTALE, "stale"), False), (PermissionError(), False), (FileNotFoundError(), True)):
+        def refuse(path, *, error=error, **how):
+            raise error
+        with monkeypatch.context() as patch:
+            patch.setattr("common.tracking.os.stat", refuse)
+            assert (tracker.lost() is not None) == gone
+    assert tracker.lost() is None
