@@ -35,7 +35,8 @@ class Config:
     def validate(self) -> None:
         """Raises UserError for a value out of range; groups add the checks of values against each other."""
         for name, meta in options(type(self)).items():
-            convert(replace(meta, path=False), getattr(self, name), f"--{name}")  # paths are expanded where they are read
+            # Paths have been expanded where they were read.
+            convert(replace(meta, path=False), getattr(self, name), f"--{name}")
 
     def only_with(self, requirement: str, met: bool, *names: str) -> None:
         """Raises UserError when one of `names` is set (is not its default) without what it depends on."""

@@ -108,6 +108,7 @@ class Checkpoints:
                 if there:
                     raise Finished(f"{self.config.output_dir} holds the result of this command already; --resume never "
                                    "trains it again")
+                self._set_aside(damaged=True)
         else:
             path = Path(resume)
             if problems := self.store.problems(path):
@@ -272,13 +273,15 @@ class Checkpoints:
             raise UserError(f"{path} was made by {_ranks(values['world_size'])} with {had}, and this run of "
                             f"{world_size()} has {has}: use {advice}, or --resume never to start anew")
 
-    def _set_aside(self) -> None:
-        if is_main() and self.store.directory.is_dir():
+    def _set_aside(self, damaged: bool = False) -> None:
+        """Keep the checkpoints that are there from the saves of this run, which starts anew."""
+        if is_main() and self.store.directory.is_dir() and (not damaged or any(self.store.directory.glob("step-*"))):
             number = 1
             while (aside := self.store.directory.with_name(f"{DIRECTORY}-{number}")).exists():
                 number += 1
             self.store.directory.rename(aside)
-            say(f"note: the checkpoints of an earlier run are in {aside} now")
+            say(f"note: no checkpoint is whole, so the run starts anew: what there is of them is kept in {aside}"
+                if damaged else f"note: the checkpoints of an earlier run are in {aside} now")
 
 
 @contextmanager

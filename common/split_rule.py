@@ -76,9 +76,9 @@ def known_openings(config: DataOptions) -> dict[str, list[int]]:
                  if provenance is not None and (openings := _openings(provenance, name)) is not None]
         for model, openings in known:
             if openings != known[0][1]:
-                raise UserError(f"{known[0][0]} and {model} were trained on {name} split in two ways (it has changed "
-                                "in between, or --max_rows or --split_by has), so prompts would be in two steps or on both sides: "
-                                "train one of them again, or use other data")
+                raise UserError(f"{known[0][0]} and {model} were trained on {name} split in two ways (it, --max_rows "
+                                "or --split_by has changed in between), so prompts would be in two steps or on both "
+                                "sides: train one of them again, or use other data")
             if openings and config.split_by == "opening":
                 raise UserError(f"{model} was trained on {name} with --split_by auto, which split {len(openings)} of "
                                 "its openings further; with --split_by opening prompts would be in two steps or on "

@@ -54,7 +54,7 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
         return form.encoding
     if _is_western(invalid) and len(invalid) > _FEW * len(found):
         raise UserError(f"{label}: it is not UTF-8; it looks like Windows-1252: convert it, or --encoding cp1252")
-    if len(invalid) > len(found) / 2:
+    if len(invalid) > max(1, len(found) / 2):
         raise UserError(f"{label}: it is not UTF-8: convert it, or say what it is, such as --encoding cp1251, gb18030, "
                         "big5, shift_jis or euc_kr")
     return "utf-8"

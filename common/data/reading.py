@@ -105,8 +105,9 @@ class ReadReport:
         for source, counts in self.sources.items():
             shown = "".join(f"; {where}: {why}" for where, why in counts.first_bad)
             if not counts.usable:
+                left_out = "".join(f"; {count:,} left out ({reason})" for reason, count in counts.left_out.items())
                 raise UserError(f"{source}: none of its {counts.total} rows can be used"
-                                f"{shown if counts.total else ': it is empty'}")
+                                f"{left_out + shown if counts.total else ': it is empty'}")
             if counts.bad > max_bad_fraction * counts.total:
                 raise UserError(f"{source}: {counts.bad} of {counts.total} rows cannot be used, "
                                 f"more than --max_bad_rows {max_bad_fraction:g} allows{shown}")

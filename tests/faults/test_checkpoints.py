@@ -58,6 +58,10 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damage_named(case, found, 
     assert resumed == ([f"resuming from {output / case}/checkpoints/{newest}"] if newest else [])
     assert metrics(output / case) == metrics(output / "whole")
     assert not list((output / case).rglob(f"{PARTIAL}*"))
+    if case == "all":  # so the run was made anew, and what is left of the old one is not deleted
+        aside = output / case / "checkpoints-1"
+        assert {path.name for path in aside.glob("step-*")} == {"step-2", "step-4"}
+        assert any(f"kept in {aside}" in line for line in found[case]["said"])
 
 
 @pytest.mark.parametrize("case", sorted(HOSTILE))

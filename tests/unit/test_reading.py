@@ -113,6 +113,12 @@ def test_bad_rows_are_told_with_their_own_source_alone(tmp_path):
     assert both.read.sources[names[1]] == Counts(4, 2, 2, [(f"{short}:2", "broken JSON")] * 2)
 
 
+def test_rows_that_are_all_left_out_say_why(tmp_path):
+    path = lines(tmp_path / "data.jsonl", *[{"prompt": f"q {n}", "completion": "a", "label": False} for n in range(3)])
+    with pytest.raises(UserError, match="none of its 3 rows can be used; 3 left out .answer labelled as a bad one"):
+        read([path], "demonstration")[1].check(0.02)
+
+
 def test_blank_texts_are_left_out_without_fault(tmp_path):
     path = lines(tmp_path / "data.jsonl", *[{"text": ""}, {"text": " \n"}] * 20, {"text": " = Title = "}, "{oops")
     found, report = read([path], "text")

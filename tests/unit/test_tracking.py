@@ -150,7 +150,8 @@ def test_tensorboard_that_has_no_place_ends_no_run(output, tmp_path, capsys):
 def test_a_file_system_that_does_not_answer_is_not_gone(output, monkeypatch):
     tracker = Tracker(output, tensorboard=False)
     tracker.begin()
-    for error, gone in ((OSError(errno.ESTALE, "stale"), False), (PermissionError(), False), (FileNotFoundError(), True)):
+    for error, gone in ((OSError(errno.ESTALE, "stale"), False), (PermissionError(), False),
+                        (FileNotFoundError(errno.ENOENT, "gone"), True)):
         def refuse(path, *, error=error, **how):
             raise error
         with monkeypatch.context() as patch:
