@@ -91,7 +91,8 @@ def _with_all(row: dict[str, Any], messages: Sequence[Message], column: str,
         if last is None:
             raise BadRow(f"'{column}': no user's turn before the answer")
         asked = messages[last].content
-        added = [text for text in added if text not in asked]  # some sets have it in the question too
+        # Some sets have it in the question too: as lines of its own, as a short text may be in any.
+        added = [text for text in added if f"\n{text}\n" not in f"\n{asked}\n"]
         messages[last] = replace(messages[last], content="\n\n".join(filter(None, (asked, *added))))
     system = _system(row)
     if messages and messages[0] == Message("system", system):

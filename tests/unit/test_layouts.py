@@ -234,6 +234,8 @@ def test_nothing_is_put_in_twice():
         "q", system="s")
     twice = {"prompt": "Read c.\n\nq", "response": "a", "context": "Read c."}
     assert record(twice, "prompt") == dialogue("Read c.\n\nq")
+    short = {"instruction": "Add 10 to it", "input": "1", "output": "11"}
+    assert record(short, "prompt") == dialogue("Add 10 to it\n\n1")
 
 
 def test_an_instruction_wins_over_the_rendering_of_it_in_a_prompt():
