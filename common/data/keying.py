@@ -31,7 +31,7 @@ class Keyer:
         self._extended: dict[int, list] = {}    # opening -> its text, rows, turns of the longest key
 
     def key(self, record: Record, asked: set[tuple[str, ...]], row: Row) -> Key | None:
-        """The key of a row's record; None where the column has no value. ``asked``: see `layouts.asked`."""
+        """The key of a row's record; None where the column has no value. ``asked``: see `examples.asked`."""
         own = user_turns(record)
         if self.column is None:
             # What the source has, and not what a kind of record takes of it: all steps have the same key then.

@@ -100,11 +100,9 @@ def _with_all(row: dict[str, Any], messages: Sequence[Message], column: str,
     return make_prompt(messages, column, system, _tools(row))
 
 
-def _first_asked(*columns: str, beside: Sequence[str] = COMPANIONS) -> Callable[[dict[str, Any]], list[Any]]:
-    """What `Layout.asked` gives for a question in one of the columns."""
-    def asked(row: dict[str, Any]) -> list[Any]:
-        return [_with_beside(row, row.get(column), beside) for column in columns]
-    return asked
+def _asked_in(column: str, beside: Sequence[str] = COMPANIONS) -> Callable[[dict[str, Any]], list[Any]]:
+    """What `Layout.asked` gives for a question in the column."""
+    return lambda row: [_with_beside(row, row.get(column), beside)]
 
 
 def _with_beside(row: dict[str, Any], value: Any, beside: Sequence[str] = COMPANIONS) -> Any:
@@ -306,7 +304,7 @@ def _pair_of(question: str) -> Layout:
 def _answer_to(question: str, answer: str) -> Layout:
     beside = tuple(column for column in COMPANIONS if column != question)
     return Layout((question, answer), DEMONSTRATIONS, _answered(question, answer, beside),
-                  (*_SYSTEM, *beside, "history", "tools", *_LABELS, *_RANKS), _first_asked(question, beside=beside),
+                  (*_SYSTEM, *beside, "history", "tools", *_LABELS, *_RANKS), _asked_in(question, beside),
                   ranked=answer)
 
 
@@ -322,8 +320,8 @@ PROMPT_RESPONSE = _ANSWERED["prompt", "response"]
 INSTRUCTION = _ANSWERED["instruction", "output"]
 QUESTION_RESPONSE = _ANSWERED["question", "response"]
 _MESSAGES = tuple(Layout((column,), DEMONSTRATIONS, _messages(column), (*_SYSTEM, "tools", *_LABELS),
-                         _first_asked(column, beside=())) for column in ("messages", "conversations"))
-PROMPT = Layout(("prompt",), ("prompt",), _prompt, _BESIDE, _first_asked("prompt"))
+                         _asked_in(column, ())) for column in ("messages", "conversations"))
+PROMPT = Layout(("prompt",), ("prompt",), _prompt, _BESIDE, _asked_in("prompt"))
 TEXT = Layout(("text",), ("text",), _text)
 
 # In the order in which they are tried: the first that fits the columns and gives the kind asked for.

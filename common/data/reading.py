@@ -205,7 +205,7 @@ class _Reader:
         return to_records(self.layout, self.names.rename(values), self.kind)
 
     def asked(self, row: Row, records: Sequence[Record], whole_dialogue: bool) -> set[tuple[str, ...]]:
-        """See `layouts.asked`; where the first turns are enough, those of the records, if there are any, are."""
+        """See `examples.asked`; where the first turns are enough, those of the records, if there are any, are."""
         if records and (not whole_dialogue or self.kind in ("prompt", "text")):
             return {user_turns(records[0])}
         if row.values is None or self.kind == "text":
