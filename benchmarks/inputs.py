@@ -17,12 +17,12 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
 
-from common.config import Config, PathName, option
+from common.config.parser import Config, PathName, option
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
-from common.distributed import device
+from common.runtime.distributed import device
 from common.errors import UserError
-from common.models.factory import resolve_model
+from common.models.loading import resolve_model
 
 GENERATED = "generated"
 _ROWS = 3000

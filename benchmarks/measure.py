@@ -15,9 +15,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from common.distributed import barrier, gather_objects, is_main, on_gpu, world_size
-from common.memory import memory_status
-from common.phases import now
+from common.runtime.distributed import barrier, gather_objects, is_main, on_gpu, world_size
+from common.training.memory import memory_status
+from common.training.timing import now
 
 MIB = 2**20
 

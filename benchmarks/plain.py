@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from common.data.collate import PromptBatch
-from common.data.sampler import MicroBatch
-from common.distributed import gather_objects, rank, world_size
-from step3_ppo.sampling import Sampling, sample_tokens
+from common.batching.collate import PromptBatch
+from common.batching.sampler import MicroBatch
+from common.runtime.distributed import gather_objects, rank, world_size
+from step3_ppo.generation.sampling import Sampling, sample_tokens
 
 
 def fixed_micro_batches(micro_batches: Iterable[MicroBatch], rows_per_batch: int) -> list[MicroBatch]:

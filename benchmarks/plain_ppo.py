@@ -9,19 +9,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.plain import cached_generate, dealt
-from common.data.collate import collate_prompts
-from common.data.sampler import MicroBatch
-from common.distributed import device, gather_objects, global_sum
-from common.engine import accumulate, gradient_norm
+from common.batching.collate import collate_prompts
+from common.batching.sampler import MicroBatch
+from common.runtime.distributed import device, gather_objects, global_sum
+from common.training.engine import accumulate, gradient_norm
 from common.models.logprobs import gather_response
-from common.phases import PhaseClock
-from common.sums import add_sums, means
-from step3_ppo.assessment import Assessment, share_rollout
-from step3_ppo.decoding import Request
+from common.training.timing import PhaseClock
+from common.training.metrics import add_sums, means
+from step3_ppo.scoring import Assessment, share_rollout
+from step3_ppo.generation.continuous_batching import Request
 from step3_ppo.experience import Experience, Rollout
 from step3_ppo.loss import policy_loss_sum, value_loss_sum
-from step3_ppo.rollout import joined
-from step3_ppo.sampling import response_limits, uniforms
+from step3_ppo.generation.rollout import joined
+from step3_ppo.generation.sampling import response_limits, uniforms
 from step3_ppo.trainer import PPOTrainer
 
 

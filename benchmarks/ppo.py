@@ -7,7 +7,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.environment import require_environment
+    from common.runtime.requirements import require_environment
     require_environment()
 
 import torch
@@ -16,16 +16,16 @@ from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, Outcome, assert_close, compare, counted_positions, tolerance
 from benchmarks.plain import LongTail, fixed_micro_batches, same_responses
 from benchmarks.plain_ppo import PlainPPO
-from common.config import PathName, option, parse
+from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
-from common.distributed import is_main, run_program, start, world_size
-from common.engine import EngineSettings, deepspeed_config, frozen_engine, resolve_dtype
+from common.runtime.distributed import is_main, run_program, start, world_size
+from common.training.engine import EngineSettings, deepspeed_config, frozen_engine, resolve_dtype
 from common.errors import UserError
-from common.models.factory import load_causal_lm, load_scalar_model
-from common.phases import PhaseClock
-from common.provenance import RAW
-from common.run import data_request, open_codec
-from common.tracking import quiet_libraries
+from common.models.loading import load_causal_lm, load_scalar_model
+from common.training.timing import PhaseClock
+from common.artifacts.provenance import RAW
+from common.artifacts.publish import data_request, open_codec
+from common.artifacts.tracking import quiet_libraries
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Rollout
 from step3_ppo.main import optimizer_steps_per_iteration, prompt_sampler

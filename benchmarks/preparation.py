@@ -12,17 +12,17 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.environment import require_environment
+    from common.runtime.requirements import require_environment
     require_environment()
 
 import psutil
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, say_line
-from common.config import PathName, option, parse
+from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
-from common.distributed import run_program
-from common.run import data_request, open_codec
+from common.runtime.distributed import run_program
+from common.artifacts.publish import data_request, open_codec
 from step1_sft.config import SFTConfig
 
 

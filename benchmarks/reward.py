@@ -8,7 +8,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.environment import require_environment
+    from common.runtime.requirements import require_environment
     require_environment()
 
 import torch
@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.plain import padded_to
 from benchmarks.supervised import compare_training
-from common.config import PathName, option, parse
-from common.data.collate import PairBatch, collate_comparisons
+from common.config.parser import PathName, option, parse
+from common.batching.collate import PairBatch, collate_comparisons
 from common.data.prepare import prepare
-from common.data.sampler import MicroBatch
-from common.distributed import device, global_sum, run_program, seed_rank, start
-from common.engine import accumulate, gradient_norm
-from common.run import data_request, open_codec, step_sampler
-from common.tracking import quiet_libraries
+from common.batching.sampler import MicroBatch
+from common.runtime.distributed import device, global_sum, run_program, seed_rank, start
+from common.training.engine import accumulate, gradient_norm
+from common.artifacts.publish import data_request, open_codec, step_sampler
+from common.artifacts.tracking import quiet_libraries
 from step2_reward.config import RewardConfig
 from step2_reward.main import build_engine
 from step2_reward.trainer import RewardTrainer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.environment import require_environment
+    from common.runtime.requirements import require_environment
     require_environment()
 
 import torch
@@ -15,21 +15,21 @@ import torch
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import Outcome, compare, counted_positions
 from benchmarks.plain import LongTail, cached_generate, generate_batch, same_responses
-from common.config import PathName, option, parse
-from common.data.collate import collate_prompts
+from common.config.parser import PathName, option, parse
+from common.batching.collate import collate_prompts
 from common.data.prepare import prepare
-from common.data.sampler import MicroBatch
-from common.distributed import device, global_sum, rank, run_program, start, world_size
-from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
+from common.batching.sampler import MicroBatch
+from common.runtime.distributed import device, global_sum, rank, run_program, start, world_size
+from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
 from common.errors import UserError
-from common.lora import add_lora
-from common.models.factory import load_causal_lm
-from common.run import data_request, open_codec
-from common.tracking import quiet_libraries
+from common.models.lora import add_lora
+from common.models.loading import load_causal_lm
+from common.artifacts.publish import data_request, open_codec
+from common.artifacts.tracking import quiet_libraries
 from step3_ppo.config import PPOConfig
-from step3_ppo.decoding import Decoder, Request
-from step3_ppo.generation_mode import generation_mode
-from step3_ppo.sampling import response_limits, uniforms
+from step3_ppo.generation.continuous_batching import Decoder, Request
+from step3_ppo.generation.generation_mode import generation_mode
+from step3_ppo.generation.sampling import response_limits, uniforms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.measure import Outcome, assert_close, compare, counted_positions, tolerance
 from benchmarks.plain import fixed_micro_batches
-from common.data.sampler import MicroBatch, StepSampler
+from common.batching.sampler import MicroBatch, StepSampler
 
 Step = Callable[[Sequence[MicroBatch]], dict]
 

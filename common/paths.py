@@ -62,7 +62,7 @@ def announce_lookup(name: str) -> None:
     """
     from huggingface_hub.utils import logging
 
-    from common.distributed import is_main
+    from common.runtime.distributed import is_main
     logging.set_verbosity_error()
     if is_main():  # on stderr: the answers of inference/generate.py go to stdout
         print(f"{name} is no local path: looking it up on the Hugging Face hub", file=sys.stderr, flush=True)

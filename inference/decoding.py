@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from common.data.collate import collate_prompts
+from common.batching.collate import collate_prompts
 from common.data.records import Prompt
-from common.data.sampler import MicroBatch, evaluation_batches
+from common.batching.sampler import MicroBatch, evaluation_batches
 from inference.loading import Loaded
 from inference.options import DecodingOptions
 

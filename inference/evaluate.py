@@ -10,15 +10,15 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.environment import require_environment
+    from common.runtime.requirements import require_environment
     require_environment()
 
 import torch
 
-from common.config import PathName, option, options
+from common.config.parser import PathName, option, options
 from common.data.builtin import true_reward
 from common.data.records import Prompt
-from common.distributed import run_program
+from common.runtime.distributed import run_program
 from common.errors import UserError
 from inference.decoding import Answer, answer_prompts
 from inference.generate import open_output, plain

@@ -15,10 +15,10 @@ from torch import nn
 
 from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
-from common.engine import DTYPES, resolve_dtype
+from common.training.engine import DTYPES, resolve_dtype
 from common.errors import UserError
-from common.models.door import check_finite
-from common.models.factory import explained, gives_scores, load_causal_lm, load_scalar_model
+from common.models.checks import check_finite
+from common.models.loading import explained, gives_scores, load_causal_lm, load_scalar_model
 from common.models.scalar import ScalarModel
 from inference.locating import ModelFiles, find_model
 from inference.options import LoadOptions

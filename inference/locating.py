@@ -8,8 +8,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.models.adapter import (ADAPTER_CONFIG, adapter_provenance, holds_adapter, merged_model, read_adapter,
                                    refuse_adapter)
-from common.models.factory import resolve_model
-from common.provenance import Provenance, read_provenance
+from common.models.loading import resolve_model
+from common.artifacts.provenance import Provenance, read_provenance
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,19 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.environment import require_environment
+    from common.runtime.requirements import require_environment
     require_environment()
 
 from safetensors import SafetensorError
 
-from common.checkpoint import write_model
-from common.config import PathName, option
-from common.distributed import run_program, say
-from common.engine import DTYPES
+from common.artifacts.export import write_model
+from common.config.parser import PathName, option
+from common.runtime.distributed import run_program, say
+from common.training.engine import DTYPES
 from common.errors import TrainingFailure, UserError
-from common.models.factory import load_config
-from common.obstacles import check_nothing_in_the_way
-from common.options import check_output_dir
+from common.models.loading import load_config
+from common.artifacts.obstacles import check_nothing_in_the_way
+from common.config.groups import check_output_dir
 from inference.loading import load_whole, open_codec, quiet
 from inference.locating import adapters_inside, find_model
 from inference.options import SourceOptions, read_options

@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from common.config import Config, ConfigType, PathName, option, parse
+from common.config.parser import Config, ConfigType, PathName, option, parse
 from common.data.rows import FileFormat
 from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError

@@ -13,8 +13,8 @@ from common.data.reading import ReadReport, SourcedRecord, read_records
 from common.data.records import Prompt, user_turns
 from common.data.split import assignment, parse_split_by
 from common.errors import UserError
-from common.provenance import Provenance
-from common.split_rule import key_rule
+from common.artifacts.provenance import Provenance
+from common.artifacts.split_rule import key_rule
 from inference.options import PromptOptions
 
 _MANY = 100_000  # records, which take some seconds to read

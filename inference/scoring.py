@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from datasets import Dataset
 
-from common.data.collate import collate_texts
+from common.batching.collate import collate_texts
 from common.data.records import Prompt
-from common.data.sampler import MicroBatch
-from common.models.scorer import score_at_last_token
+from common.batching.sampler import MicroBatch
+from common.models.pooling import score_at_last_token
 from inference.decoding import Answer, in_batches
 from inference.loading import Loaded
 

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 
-from common.harmless import harmless
+from common.runtime.terminal import harmless
 
 
 class Terminal:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.config import Config, options, parse
+from common.config.parser import Config, options, parse
 from common.errors import UserError
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         steps = [(step, _read(step, flags, own)) for step, *flags in _split(words)]
         # Imports torch, so not before the flags are known to be right.
-        from common.engine import check_engine_options
+        from common.training.engine import check_engine_options
         made: set[Path] = set()
         for step, config in steps:
             _for_step(step, check_engine_options, config)
@@ -64,7 +64,7 @@ def _for_step(step: str, function, *arguments):
 def _check_inputs(config: Config, made: set[Path]) -> None:
     """Raises UserError for data or a model that is not there; `made` are the models of the steps before."""
     from common.data.sources import local_source
-    from common.models.factory import check_model_name
+    from common.models.loading import check_model_name
     for spec in config.all_sources():
         local_source(spec)
     for name in options(type(config)):

@@ -7,8 +7,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.errors import UserError
 from common.paths import as_typed_in_a_shell
-from common.report import STEPS, make_report, render, write_summary
-from common.streams import open_closed, outlast_readers
+from launch.report import STEPS, make_report, render, write_summary
+from common.runtime.streams import open_closed, outlast_readers
 
 
 def main() -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config import PathName, option
+from common.config.parser import PathName, option
 from common.data.blend import SourceSpec, parse_data_path
-from common.options import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
+from common.config.groups import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,25 +5,25 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.environment import require_environment
+    from common.runtime.requirements import require_environment
     require_environment()
-    from common.watch import begin
+    from common.runtime.watchdog import begin
     begin()
 
 
-from common.checkpoint import export_model
-from common.config import parse
+from common.artifacts.export import export_model
+from common.config.parser import parse
 from common.data.prepare import PreparedData, agree_on, prepare_many
-from common.data.sampler import StepSampler, evaluation_batches
+from common.batching.sampler import StepSampler, evaluation_batches
 from common.data.tokenization import Codec
-from common.distributed import rank, run_program, say, seed_rank, start, world_size
-from common.engine import EngineSettings, OptimizerSettings, check_engine_options, deepspeed_config, training_engine
-from common.lora import add_lora
-from common.loop import SupervisedLoop
-from common.memory import fit_micro_batches, named_when_out_of_memory
-from common.models.factory import check_language_model, check_room, load_causal_lm, resolve_model
-from common.resume import Checkpoints, TrainingState
-from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
+from common.runtime.distributed import rank, run_program, say, seed_rank, start, world_size
+from common.training.engine import EngineSettings, OptimizerSettings, check_engine_options, deepspeed_config, training_engine
+from common.models.lora import add_lora
+from common.training.loop import SupervisedLoop
+from common.training.memory import fit_micro_batches, named_when_out_of_memory
+from common.models.loading import check_language_model, check_room, load_causal_lm, resolve_model
+from common.checkpoints.manager import Checkpoints, TrainingState
+from common.artifacts.publish import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from step1_sft.config import SFTConfig
 from step1_sft.packing import packing_of
 from step1_sft.trainer import SFTTrainer

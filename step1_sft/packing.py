@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset
 from transformers.utils import is_flash_attn_2_available
 
-from common.data.collate import collate_demonstrations
-from common.data.sampler import MicroBatch
-from common.distributed import device, on_every_rank, on_gpu
+from common.batching.collate import collate_demonstrations
+from common.batching.sampler import MicroBatch
+from common.runtime.distributed import device, on_every_rank, on_gpu
 from common.models.attention import attends_by
 from common.models.logprobs import response_log_probs
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from common.data.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations, collate_prompts
-from common.data.sampler import MicroBatch
+from common.batching.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations, collate_prompts
+from common.batching.sampler import MicroBatch
 from common.data.tokenization import Codec
-from common.distributed import device, global_sum, world_size
-from common.engine import gradient_norm
-from common.joint_step import JointStep
+from common.runtime.distributed import device, global_sum, world_size
+from common.training.engine import gradient_norm
+from common.training.atomic_step import JointStep
 from common.models.logprobs import next_token_loss_sum
 from step1_sft.packing import Packing
 

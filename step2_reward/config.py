@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config import PathName, option
-from common.options import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
+from common.config.parser import PathName, option
+from common.config.groups import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
 
 
 @dataclass(frozen=True, kw_only=True)

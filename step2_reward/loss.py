@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.sums import Sums, masked_sum
+from common.training.metrics import Sums, masked_sum
 
 
 def bradley_terry_loss_sum(

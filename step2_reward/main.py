@@ -5,25 +5,25 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.environment import require_environment
+    from common.runtime.requirements import require_environment
     require_environment()
-    from common.watch import begin
+    from common.runtime.watchdog import begin
     begin()
 
-from common.checkpoint import export_model
-from common.config import parse
+from common.artifacts.export import export_model
+from common.config.parser import parse
 from common.data.prepare import agree_on, prepare
-from common.data.sampler import evaluation_batches
+from common.batching.sampler import evaluation_batches
 from common.data.tokenization import Codec
-from common.distributed import rank, run_program, seed_rank, start, world_size
-from common.engine import EngineSettings, OptimizerSettings, check_engine_options, deepspeed_config, training_engine
+from common.runtime.distributed import rank, run_program, seed_rank, start, world_size
+from common.training.engine import EngineSettings, OptimizerSettings, check_engine_options, deepspeed_config, training_engine
 from common.errors import UserError
-from common.lora import add_lora
-from common.loop import SupervisedLoop
-from common.memory import fit_micro_batches, named_when_out_of_memory
-from common.models.factory import check_room, gives_scores, load_scalar_model, resolve_model
-from common.resume import Checkpoints, TrainingState
-from common.run import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
+from common.models.lora import add_lora
+from common.training.loop import SupervisedLoop
+from common.training.memory import fit_micro_batches, named_when_out_of_memory
+from common.models.loading import check_room, gives_scores, load_scalar_model, resolve_model
+from common.checkpoints.manager import Checkpoints, TrainingState
+from common.artifacts.publish import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from step2_reward.config import RewardConfig
 from step2_reward.trainer import RewardTrainer
 

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from common.data.collate import PairBatch, collate_comparisons, unmasked
-from common.data.sampler import MicroBatch
+from common.batching.collate import PairBatch, collate_comparisons, unmasked
+from common.batching.sampler import MicroBatch
 from common.data.tokenization import Codec
-from common.distributed import device, global_sum
-from common.engine import gradient_norm
-from common.joint_step import JointStep
-from common.models.scorer import score_at_last_token
-from common.sums import Sums, add_sums, means
+from common.runtime.distributed import device, global_sum
+from common.training.engine import gradient_norm
+from common.training.atomic_step import JointStep
+from common.models.pooling import score_at_last_token
+from common.training.metrics import Sums, add_sums, means
 from step2_reward.loss import bradley_terry_loss_sum, score_mean_and_std
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.sums import masked_sum
+from common.training.metrics import masked_sum
 
 
 def gae(

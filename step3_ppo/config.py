@@ -7,10 +7,10 @@ from math import ceil
 from pathlib import Path
 from typing import ClassVar
 
-from common.config import Config, PathName, option, options
+from common.config.parser import Config, PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
 from common.errors import UserError
-from common.options import LORA_ALPHA_HELP, Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
+from common.config.groups import LORA_ALPHA_HELP, Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
 
 _NO_DROPOUT = "dropout is off in every model of PPO"
 _ONE_ENGINE = "generation always runs on the training engine's own weights"

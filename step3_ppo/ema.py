@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from common.distributed import rank
+from common.runtime.distributed import rank
 
 
 class EMA:

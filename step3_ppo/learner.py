@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from common.data.collate import TokenBatch, unmasked
-from common.distributed import device, global_sum
-from common.joint_step import JointStep
+from common.batching.collate import TokenBatch, unmasked
+from common.runtime.distributed import device, global_sum
+from common.training.atomic_step import JointStep
 from common.models.logprobs import next_token_loss_sum, response_log_probs
-from common.phases import PhaseClock
-from common.sums import Sums, add_sums
+from common.training.timing import PhaseClock
+from common.training.metrics import Sums, add_sums
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience, Rollout
 from step3_ppo.loss import kl_loss_sum, policy_loss_sum, value_loss_sum

@@ -4,15 +4,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
 
-from common import peers
-from common.data.sampler import MicroBatch, StepSampler
-from common.distributed import say
-from common.harmless import harmless
-from common.loop import describe
-from common.memory import named_when_out_of_memory
-from common.stopping import training_begins
-from common.tracking import Tracker
-from step3_ppo.assessment import RolloutAbandoned
+from common.runtime import heartbeat
+from common.batching.sampler import MicroBatch, StepSampler
+from common.runtime.distributed import say
+from common.runtime.terminal import harmless
+from common.training.loop import describe
+from common.training.memory import named_when_out_of_memory
+from common.runtime.signals import training_begins
+from common.artifacts.tracking import Tracker
+from step3_ppo.scoring import RolloutAbandoned
 from step3_ppo.config import PPOConfig
 from step3_ppo.trainer import PPOTrainer
 
@@ -59,7 +59,7 @@ def evaluation_is_due(config: PPOConfig, made: int) -> bool:
 def train(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], tracker: Tracker, bar) -> None:
     """One iteration, checked and shown."""
     config, step = trainer.config, index + 1
-    peers.enter("training")
+    heartbeat.enter("training")
     training = trainer.iteration(index, micro_batches)
     bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN}, refresh=False)
     bar.update()
@@ -71,7 +71,7 @@ def train(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], 
 
 def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) -> dict[str, float]:
     """Answer held-out prompts; log the metrics and write the answers to samples/. Nothing where none are held out."""
-    peers.enter("evaluation")
+    heartbeat.enter("evaluation")
     with named_when_out_of_memory("the evaluation"):
         metrics, rows = trainer.evaluate()
     if not rows:

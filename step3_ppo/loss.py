@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.sums import Sums, masked_sum
+from common.training.metrics import Sums, masked_sum
 from step3_ppo.rewards import LOG_RATIO_LIMIT, kl_estimate
 
 

@@ -8,32 +8,32 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.environment import require_environment
+    from common.runtime.requirements import require_environment
     require_environment()
-    from common.watch import begin
+    from common.runtime.watchdog import begin
     begin()
 
 from datasets import Dataset
 
-from common.checkpoint import export_model
-from common.config import parse
-from common.data.collate import TokenBatch, collate_texts
+from common.artifacts.export import export_model
+from common.config.parser import parse
+from common.batching.collate import TokenBatch, collate_texts
 from common.data.prepare import DataRequest, PreparedData, agree_on, prepare
-from common.data.sampler import StepSampler
+from common.batching.sampler import StepSampler
 from common.data.tokenization import Codec
-from common.distributed import rank, run_program, say, start, world_size
-from common.engine import check_engine_options
-from common.memory import fit_micro_batches, named_when_out_of_memory
-from common.models.factory import check_language_model, check_room, resolve_model
-from common.phases import PhaseClock
-from common.provenance import RAW, Calibration
-from common.resume import Checkpoints, TrainingState
-from common.run import (data_request, open_codec, open_run, publishing, read_calibration, report_done, say_data)
+from common.runtime.distributed import rank, run_program, say, start, world_size
+from common.training.engine import check_engine_options
+from common.training.memory import fit_micro_batches, named_when_out_of_memory
+from common.models.loading import check_language_model, check_room, resolve_model
+from common.training.timing import PhaseClock
+from common.artifacts.provenance import RAW, Calibration
+from common.checkpoints.manager import Checkpoints, TrainingState
+from common.artifacts.publish import (data_request, open_codec, open_run, publishing, read_calibration, report_done, say_data)
 from step3_ppo.config import PPOConfig
 from step3_ppo.learner import Learner
 from step3_ppo.loop import run_iterations
 from step3_ppo.models import PPOModels, build_models
-from step3_ppo.sampling import Sampling
+from step3_ppo.generation.sampling import Sampling
 from step3_ppo.trainer import PPOTrainer
 
 

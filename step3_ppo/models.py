@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.data.collate import unmasked
+from common.batching.collate import unmasked
 from common.data.tokenization import Codec
-from common.distributed import say
-from common.engine import (EngineSettings, OptimizerSettings, deepspeed_config, frozen_engine, resolve_dtype,
+from common.runtime.distributed import say
+from common.training.engine import (EngineSettings, OptimizerSettings, deepspeed_config, frozen_engine, resolve_dtype,
                            training_engine)
-from common.lora import adapters_disabled, add_lora
-from common.models.factory import load_causal_lm, load_scalar_model
+from common.models.lora import adapters_disabled, add_lora
+from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
-from common.models.scorer import score_at_last_token
-from common.optim import say_shortened_warmup
-from common.provenance import RAW, Calibration
+from common.models.pooling import score_at_last_token
+from common.training.optim import say_shortened_warmup
+from common.artifacts.provenance import RAW, Calibration
 from step3_ppo.config import PPOConfig
 from step3_ppo.ema import EMA
 from step3_ppo.experience import Rollout

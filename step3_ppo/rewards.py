@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.sums import Sums, masked_sum
+from common.training.metrics import Sums, masked_sum
 from step3_ppo.config import KL_ESTIMATORS
 
 LOG_RATIO_LIMIT = 20.0  # nats; beyond it a ratio of probabilities is clamped, before exp can overflow

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 from deepspeed.runtime.rollout.base import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 
-from common.data.collate import PromptBatch
-from step3_ppo.assessment import RolloutAbandoned
-from step3_ppo.rollout import ActorRollouts
-from step3_ppo.sampling import Sampling
+from common.batching.collate import PromptBatch
+from step3_ppo.scoring import RolloutAbandoned
+from step3_ppo.generation.rollout import ActorRollouts
+from step3_ppo.generation.sampling import Sampling
 
 
 class ActorRolloutEngine(RolloutEngine):

@@ -10,18 +10,18 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common.data.collate import TokenBatch, collate_prompts
-from common.data.sampler import MicroBatch, StepSampler, evaluation_batches
+from common.batching.collate import TokenBatch, collate_prompts
+from common.batching.sampler import MicroBatch, StepSampler, evaluation_batches
 from common.data.tokenization import Codec
-from common.distributed import device, on_gpu, rank, say, world_size
-from common.engine import gradient_norm
+from common.runtime.distributed import device, on_gpu, rank, say, world_size
+from common.training.engine import gradient_norm
 from common.errors import DIVERGED, Diverged, UserError
-from common.loop import check_finite
-from common.phases import PhaseClock
-from common.provenance import RAW, Calibration
-from common.sums import Sums, add_sums, means
+from common.training.loop import check_finite
+from common.training.timing import PhaseClock
+from common.artifacts.provenance import RAW, Calibration
+from common.training.metrics import Sums, add_sums, means
 from step3_ppo.advantages import gae, whiten
-from step3_ppo.assessment import Assessment, assess, share_rollout
+from step3_ppo.scoring import Assessment, assess, share_rollout
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience, Rollout
 from step3_ppo.kl_controller import AdaptiveKL, FixedKL
@@ -29,9 +29,9 @@ from step3_ppo.learner import Learner
 from step3_ppo.loss import explained_variance, explained_variance_sums
 from step3_ppo.models import PPOModels
 from step3_ppo.rewards import ShapedScores, shape_scores, token_rewards
-from step3_ppo.rollout import ActorRollouts
-from step3_ppo.sampling import NO_TOKEN, Sampling
-from step3_ppo.states_away import StatesAway
+from step3_ppo.generation.rollout import ActorRollouts
+from step3_ppo.generation.sampling import NO_TOKEN, Sampling
+from step3_ppo.generation.optimizer_offload import StatesAway
 
 EVALUATION = 2**31  # takes the place of the iteration in the random numbers: every evaluation draws the same ones
 

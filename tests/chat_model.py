@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from common.data.records import Message, Prompt
 from common.data.tokenization import Codec, load_tokenizer, make_codec
-from common.provenance import Provenance
-from common.run import text_of
+from common.artifacts.provenance import Provenance
+from common.artifacts.publish import text_of
 
 CAPITAL, AGAIN, RED, SING = "What is the capital of France?", "And again?", "Paint it red.", "Sing to me."
 # What is asked, in turns, and the last answer; the same question means something else in another dialogue.

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from multiprocessing.connection import wait
 from typing import TypeVar
 
-from common.distributed import cores
+from common.runtime.distributed import cores
 from common.errors import UserError
 
 Item = TypeVar("Item")

@@ -34,7 +34,7 @@ from common.data.reading import SourcedRecord, fingerprint, read_records
 from common.data.records import Prompt, user_turns
 from common.data.split import assignment, parse_data_split, parse_split_by
 from common.data.tokenization import Codec, tokenizer_fingerprint
-from common.distributed import gather_objects
+from common.runtime.distributed import gather_objects
 from common.errors import UserError
 from common.paths import writing_to
 

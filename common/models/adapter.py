@@ -16,10 +16,10 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from common.data.tokenization import Codec, load_tokenizer, make_codec
-from common.distributed import is_main
+from common.runtime.distributed import is_main
 from common.errors import UserError, reason_of
 from common.paths import content_digest
-from common.provenance import Provenance, read_provenance
+from common.artifacts.provenance import Provenance, read_provenance
 
 ADAPTER_CONFIG = "adapter_config.json"
 _READ = (".json", ".safetensors", ".bin", ".model", ".py", ".jinja", ".txt")
@@ -70,7 +70,7 @@ def merged_model(directory: Path, flag: str, cache_dir: Path) -> Path:
     Raises:
         UserError: there is no such base, or the two do not fit.
     """
-    from common.models.factory import resolve_model
+    from common.models.loading import resolve_model
     name = f"{flag} {directory}"
     beside = (directory / "config.json").is_file()
     named, scores = read_adapter(directory, name)
@@ -102,7 +102,7 @@ def merged_model(directory: Path, flag: str, cache_dir: Path) -> Path:
 def _write_merged(adapter: Path, weights: str, tokenizer: str, name: str, scores: bool, draft: Path) -> None:
     from peft import PeftModel
     from transformers.utils import logging
-    from common.models.factory import explained, gives_scores, load_causal_lm, load_scalar_model
+    from common.models.loading import explained, gives_scores, load_causal_lm, load_scalar_model
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     own = (adapter / "tokenizer_config.json").is_file()

@@ -1,7 +1,7 @@
 """ScalarModel: one number per position, for the reward model and the critic.
 
 Pooling (the score of a response is read at its last real token) happens outside, from lengths: see
-`common.models.scorer`. What is saved is the inner transformers sequence-classification model.
+`common.models.pooling`. What is saved is the inner transformers sequence-classification model.
 """
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.provenance import RAW, Calibration
+from common.artifacts.provenance import RAW, Calibration
 
 
 class ScoreHead(nn.Linear):

@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from common.distributed import gather_objects, is_main, run_program
+from common.runtime.distributed import gather_objects, is_main, run_program
 from common.errors import TrainingFailure
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2

@@ -16,18 +16,18 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 from datasets import Dataset
 
-from common.checkpoint import full_state_dict
-from common.data.collate import collate_prompts
-from common.data.sampler import evaluation_batches
+from common.artifacts.export import full_state_dict
+from common.batching.collate import collate_prompts
+from common.batching.sampler import evaluation_batches
 from common.data.tokenization import load_tokenizer, make_codec
-from common.distributed import is_main, on_every_rank, rank, run_program, start, world_size
-from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
-from common.models.factory import load_causal_lm
+from common.runtime.distributed import is_main, on_every_rank, rank, run_program, start, world_size
+from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
+from common.models.loading import load_causal_lm
 from step1_sft.trainer import SFTTrainer
-from step3_ppo.assessment import share_rollout
-from step3_ppo.rollout import ActorRollouts
-from step3_ppo.sampling import Sampling
-from step3_ppo.states_away import StatesAway
+from step3_ppo.scoring import share_rollout
+from step3_ppo.generation.rollout import ActorRollouts
+from step3_ppo.generation.sampling import Sampling
+from step3_ppo.generation.optimizer_offload import StatesAway
 from tests.architectures import build_model
 from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
 from tests.distributed.shared_models import shared_models

@@ -15,16 +15,16 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
-from common.checkpoint import full_state_dict
-from common.data.sampler import StepSampler
+from common.artifacts.export import full_state_dict
+from common.batching.sampler import StepSampler
 from common.data.tokenization import load_tokenizer, make_codec
-from common.distributed import is_main, rank, run_program, start, world_size
-from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
-from common.lora import add_lora
+from common.runtime.distributed import is_main, rank, run_program, start, world_size
+from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
+from common.models.lora import add_lora
 from common.models import logprobs
-from common.models.factory import load_causal_lm, load_scalar_model
-from common.optim import BETAS
-from common.provenance import RAW
+from common.models.loading import load_causal_lm, load_scalar_model
+from common.training.optim import BETAS
+from common.artifacts.provenance import RAW
 from step1_sft.trainer import SFTTrainer
 from step2_reward.trainer import RewardTrainer
 from step3_ppo.config import PPOConfig

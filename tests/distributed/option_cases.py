@@ -18,12 +18,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from common.checkpoint_store import CheckpointStore
-from common.distributed import run_program
+from common.checkpoints.store import CheckpointStore
+from common.runtime.distributed import run_program
 from common.errors import TrainingFailure, UserError
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
-from step3_ppo import decoding
+from step3_ppo.generation import continuous_batching
 from step3_ppo.main import main as step3
 from tests.distributed.option_rows import STEPS, runs
 
@@ -95,7 +95,7 @@ def records(path: Path) -> list[dict]:
 def watched():
     """What DeepSpeed is asked for within the context, and what engines and rollouts do; all is done as without."""
     import deepspeed
-    initialize, init_distributed, cache = deepspeed.initialize, deepspeed.init_distributed, decoding.SlotCache
+    initialize, init_distributed, cache = deepspeed.initialize, deepspeed.init_distributed, continuous_batching.SlotCache
     save = CheckpointStore.save
     seen: dict = {"engines": [], "passes": [], "caches": 0, "checkpoints": [], "timeout": None}
 
@@ -125,7 +125,7 @@ def watched():
 
     with (mock.patch("deepspeed.initialize", initialize_watched),
           mock.patch("deepspeed.init_distributed", init_distributed_watched),
-          mock.patch("step3_ppo.decoding.SlotCache", cache_watched),
+          mock.patch("step3_ppo.generation.continuous_batching.SlotCache", cache_watched),
           mock.patch.object(CheckpointStore, "save", save_watched)):
         yield seen
 

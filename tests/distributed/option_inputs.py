@@ -11,9 +11,9 @@ from datasets import Features, Value
 from datasets.arrow_writer import ArrowWriter
 
 from common.data.tokenization import load_tokenizer, make_codec
-from common.lora import add_lora, save_adapter
-from common.provenance import Provenance
-from common.run import text_of
+from common.models.lora import add_lora, save_adapter
+from common.artifacts.provenance import Provenance
+from common.artifacts.publish import text_of
 from tests.architectures import build_model
 
 TEMPLATE = "human_assistant"

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common.distributed import barrier, is_main, run_program, say, world_size
+from common.runtime.distributed import barrier, is_main, run_program, say, world_size
 from common.errors import Finished, UserError
-from common.resume import Checkpoints
+from common.checkpoints.manager import Checkpoints
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3

@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import torch
 
-from common.checkpoint import full_state_dict
-from common.distributed import on_every_rank, world_size
-from common.engine import EngineSettings, deepspeed_config, frozen_engine
-from common.models.factory import load_scalar_model
-from common.models.scorer import score_at_last_token
-from common.provenance import RAW, Calibration
+from common.artifacts.export import full_state_dict
+from common.runtime.distributed import on_every_rank, world_size
+from common.training.engine import EngineSettings, deepspeed_config, frozen_engine
+from common.models.loading import load_scalar_model
+from common.models.pooling import score_at_last_token
+from common.artifacts.provenance import RAW, Calibration
 from step3_ppo.config import PPOConfig
 from step3_ppo.models import build_models, evaluating, inputs_of
 from step3_ppo.trainer import PPOTrainer

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from common.distributed import cores
+from common.runtime.distributed import cores
 from tests.distributed.variants import GENERATION, GENERATION_AT_LENGTH
 from tests.launching import ROOT, at_length, launch_each
 

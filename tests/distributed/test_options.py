@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from common.config import ignored_options, options
+from common.config.parser import ignored_options, options
 from tests.distributed.option_inputs import make_inputs
 from tests.distributed.option_rows import STEPS
 from tests.launching import ROOT, launch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.report import Report, make_report
+from launch.report import Report, make_report
 from tests.launching import ROOT, launch, run
 
 PPO_RECIPE = ROOT / "launch" / "recipes" / "quickstart" / "ppo.yaml"

@@ -20,10 +20,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from common.checkpoint_store import MANIFEST, POINTER
-from common.distributed import barrier, gather_objects, is_main, rank, run_program
+from common.checkpoints.store import MANIFEST, POINTER
+from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program
 from common.errors import UserError
-from common.resume import Checkpoints
+from common.checkpoints.manager import Checkpoints
 from step1_sft.main import main as step1
 
 STEPS, INTERVAL = 8, 2

@@ -13,18 +13,18 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common import watch
+from common.runtime import watchdog
 
-watch.begin()
+watchdog.begin()
 
 import torch.distributed as dist
 
-from common.distributed import rank, run_program, start
-from common.peers import INTERVAL, enter
-from common.stopping import told, training_begins
+from common.runtime.distributed import rank, run_program, start
+from common.runtime.heartbeat import INTERVAL, enter
+from common.runtime.signals import told, training_begins
 
 TIMEOUT = 10
-watch.GRACE = watch.PATIENCE = 5.0
+watchdog.GRACE = watchdog.PATIENCE = 5.0
 
 
 def main(argv) -> None:
@@ -51,7 +51,8 @@ def main(argv) -> None:
 
 
 def ppo(marks: Path, where: str, flags: list[str]) -> None:
-    from step3_ppo import decoding, main, rollout, trainer
+    from step3_ppo import main, trainer
+    from step3_ppo.generation import continuous_batching, rollout
     now = ""  # where it is
 
     def at(name: str) -> None:
@@ -74,9 +75,9 @@ def ppo(marks: Path, where: str, flags: list[str]) -> None:
             time.sleep(0.05)
         return whole_update(self, experience, index)
 
-    sample_tokens, whole_rollout = decoding.sample_tokens, rollout.ActorRollouts.roll_out
+    sample_tokens, whole_rollout = continuous_batching.sample_tokens, rollout.ActorRollouts.roll_out
     whole_update = trainer.PPOTrainer.update
-    decoding.sample_tokens = rollout.sample_tokens = sample_slowly
+    continuous_batching.sample_tokens = rollout.sample_tokens = sample_slowly
     rollout.ActorRollouts.roll_out, trainer.PPOTrainer.update = roll_out, update
     main.main(flags)
 

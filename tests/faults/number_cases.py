@@ -16,12 +16,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from common.data.tokenization import load_tokenizer, make_codec
-from common.distributed import barrier, gather_objects, is_main, rank, run_program, start
-from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
+from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program, start
+from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from common.errors import TrainingFailure
-from common.models.factory import load_causal_lm, load_scalar_model
-from common.provenance import RAW
-from common.resume import Checkpoints
+from common.models.loading import load_causal_lm, load_scalar_model
+from common.artifacts.provenance import RAW
+from common.checkpoints.manager import Checkpoints
 from step1_sft.main import main as step1
 from step1_sft.trainer import SFTTrainer
 from step2_reward.main import main as step2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint_store import PARTIAL
+from common.checkpoints.store import PARTIAL
 from tests.faults.checkpoint_cases import DAMAGES, HINDRANCES, INTERVAL, OPTIMIZER, STEPS, WEIGHTS
 from tests.launching import ROOT, environment, launch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.stopping import STOPPED
+from common.runtime.signals import STOPPED
 from tests.distributed.option_inputs import make_inputs
 from tests.distributed.test_resumed_runs import metrics
 from tests.faults.end_cases import TIMEOUT

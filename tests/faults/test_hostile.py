@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.models.factory import load_causal_lm, load_scalar_model
+from common.models.loading import load_causal_lm, load_scalar_model
 from tests.architectures import build_model
 from tests.launching import ROOT, run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.checkpoint_store import PARTIAL, POINTER
+from common.checkpoints.store import PARTIAL, POINTER
 from tests.launching import ROOT, environment, free_port, launch, run
 
 TIMES = {"seconds", "step_seconds", "samples_per_second"}

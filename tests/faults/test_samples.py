@@ -9,9 +9,9 @@ from tests.launching import ROOT, environment
 PROGRAM = """
 import sys
 sys.path[:0] = [{root!r}]
-from common import watch
-watch.begin()
-from common.distributed import run_program
+from common.runtime import watchdog
+watchdog.begin()
+from common.runtime.distributed import run_program
 from {step}.main import main
 from {step}.trainer import {trainer}
 def fails(*args, **kwargs):

@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from common.checkpoint import write_model
-from common.data.collate import unmasked
+from common.artifacts.export import write_model
+from common.batching.collate import unmasked
 from common.data.tokenization import load_tokenizer, make_codec
-from common.lora import adapters_disabled, add_lora, linear_modules, merged_state_dict
-from common.models.factory import load_causal_lm, load_scalar_model
+from common.models.lora import adapters_disabled, add_lora, linear_modules, merged_state_dict
+from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs
-from common.models.scorer import score_at_last_token
-from common.provenance import Calibration
+from common.models.pooling import score_at_last_token
+from common.artifacts.provenance import Calibration
 from tests.architectures import CONFIGS, build_model
 from tests.given_logits import GivenLogits
 

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.data.tokenization import load_tokenizer, make_codec
-from common.lora import add_lora
+from common.models.lora import add_lora
 from common.models import logprobs
-from common.models.factory import load_causal_lm
+from common.models.loading import load_causal_lm
 from tests.architectures import CONFIGS, build_model
 
 PROMPTS, RESPONSES = torch.tensor([3, 9, 1, 4]), torch.tensor([5, 2, 7, 0])

@@ -3,11 +3,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.checkpoint import write_model
+from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
-from common.lora import adapters_disabled, add_lora, folded_adapters
-from common.models.factory import load_causal_lm, load_scalar_model
-from common.models.scorer import score_at_last_token
+from common.models.lora import adapters_disabled, add_lora, folded_adapters
+from common.models.loading import load_causal_lm, load_scalar_model
+from common.models.pooling import score_at_last_token
 from tests.architectures import CONFIGS, build_model
 from chat_model import CAPITAL, learn, prompt_of
 

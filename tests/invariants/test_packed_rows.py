@@ -2,10 +2,10 @@
 import pytest
 import torch
 import transformers as hf
-from common.data.collate import collate_demonstrations
-from common.data.sampler import MicroBatch
+from common.batching.collate import collate_demonstrations
+from common.batching.sampler import MicroBatch
 from common.data.tokenization import load_tokenizer, make_codec
-from common.models.factory import load_causal_lm
+from common.models.loading import load_causal_lm
 from common.models.logprobs import next_token_loss_sum
 from datasets import Dataset
 from step1_sft import packing

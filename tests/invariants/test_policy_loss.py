@@ -4,7 +4,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.models.logprobs import length_mask, response_log_probs
-from common.sums import add_sums, means
+from common.training.metrics import add_sums, means
 from step3_ppo.loss import explained_variance, explained_variance_sums, policy_loss_sum, value_loss_sum
 from tests.given_logits import GivenLogits
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.sums import add_sums, means
+from common.training.metrics import add_sums, means
 from step2_reward.loss import bradley_terry_loss_sum, score_mean_and_std
 
 scores = st.floats(-50, 50)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from common.models.logprobs import length_mask
-from common.sums import add_sums, means
+from common.training.metrics import add_sums, means
 from step3_ppo.rewards import shape_scores, token_rewards
 
 RAW = torch.tensor([9.0, 9.7, 10.4, 30.0, -30.0])

@@ -9,16 +9,16 @@ from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
 from scipy import stats
 from transformers import FalconConfig, FalconForCausalLM
 
-from common.data.collate import PromptBatch
+from common.batching.collate import PromptBatch
 from common.data.tokenization import load_tokenizer, make_codec
-from common.models.factory import load_causal_lm
-from step3_ppo import rollout as rollout_module
-from step3_ppo.assessment import RolloutAbandoned
-from step3_ppo.cache_attention import fastest_cache_dtype
-from step3_ppo.decoding import Decoder, Request, can_decode
-from step3_ppo.rollout import ActorRollouts, generate, to_rollout
+from common.models.loading import load_causal_lm
+from step3_ppo.generation import rollout as rollout_module
+from step3_ppo.scoring import RolloutAbandoned
+from step3_ppo.generation.cache_attention import fastest_cache_dtype
+from step3_ppo.generation.continuous_batching import Decoder, Request, can_decode
+from step3_ppo.generation.rollout import ActorRollouts, generate, to_rollout
 from step3_ppo.rollout_engine import ActorRolloutEngine
-from step3_ppo.sampling import Sampling, filtered_probabilities, response_limits, sample_tokens, uniforms
+from step3_ppo.generation.sampling import Sampling, filtered_probabilities, response_limits, sample_tokens, uniforms
 from tests.architectures import CONFIGS, build_model
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=12)

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from chat_model import provenance_of
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.lora import add_lora, save_adapter
-from common.models.factory import load_causal_lm, load_scalar_model, resolve_model
-from common.provenance import read_provenance
+from common.models.lora import add_lora, save_adapter
+from common.models.loading import load_causal_lm, load_scalar_model, resolve_model
+from common.artifacts.provenance import read_provenance
 from inference.loading import load_judge, load_speaker
 from inference.merge_lora import main as merge_lora
 from inference.options import LoadOptions

@@ -114,8 +114,8 @@ def test_step_3_refuses_models_trained_on_other_text(good, tmp_path, builtin_cac
     """The actor says that it was trained with another template, and with another tokenizer."""
     import shutil
     from common.data.tokenization import load_tokenizer, make_codec
-    from common.provenance import Provenance
-    from common.run import text_of
+    from common.artifacts.provenance import Provenance
+    from common.artifacts.publish import text_of
     actor = tmp_path / "actor"
     shutil.copytree(good.pop("--model_name_or_path"), actor)
     text = text_of(make_codec(load_tokenizer(str(actor)), "human_assistant"))
@@ -131,8 +131,8 @@ def test_step_3_refuses_models_trained_on_other_text(good, tmp_path, builtin_cac
 def test_step_3_refuses_a_scale_that_nothing_can_be_measured_in(good, tmp_path, mean, std, said):
     import shutil
     from common.data.tokenization import load_tokenizer, make_codec
-    from common.provenance import FILE, Provenance
-    from common.run import text_of
+    from common.artifacts.provenance import FILE, Provenance
+    from common.artifacts.publish import text_of
     model = good.pop("--model_name_or_path")
     scorer = tmp_path / "scorer"
     shutil.copytree(model, scorer)
@@ -148,7 +148,7 @@ def test_step_3_refuses_a_scale_that_nothing_can_be_measured_in(good, tmp_path, 
 
 
 def test_provenance_is_strict_json(tmp_path):
-    from common.provenance import Provenance
+    from common.artifacts.provenance import Provenance
     with pytest.raises(ValueError):
         Provenance("reward", "x", "t", "h", "e", "p", "2,4,4", 0.05, score_mean=float("nan")).write(tmp_path)
     assert not (tmp_path / "provenance.json").exists()
@@ -158,9 +158,9 @@ def test_provenance_is_strict_json(tmp_path):
 def step_1_made(good, tmp_path, monkeypatch):
     """An actor as step 1 leaves it, but for the training, from the given options; the working directory is its own."""
     import shutil
-    from common.config import parse
+    from common.config.parser import parse
     from common.data.tokenization import load_tokenizer, make_codec
-    from common.run import publishing
+    from common.artifacts.publish import publishing
     from step1_sft.config import SFTConfig
     monkeypatch.chdir(tmp_path)
     actor = tmp_path / "actor"

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from common.checkpoint_store import MANIFEST, PARTIAL, POINTER, CheckpointStore, NotSaved
+from common.checkpoints.store import MANIFEST, PARTIAL, POINTER, CheckpointStore, NotSaved
 from common.errors import UserError
-from common.shards import Shards
+from common.checkpoints.shard_writer import Shards
 
 
 SHARD = "actor/engine/shard"

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from common.data.collate import collate_comparisons, collate_demonstrations, collate_prompts, collate_texts
-from common.data.sampler import MicroBatch
+from common.batching.collate import collate_comparisons, collate_demonstrations, collate_prompts, collate_texts
+from common.batching.sampler import MicroBatch
 from datasets import Dataset
 
 END = 2

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.config import ignored_options, option, options, parse, save_config
+from common.config.parser import ignored_options, option, options, parse, save_config
 from common.errors import UserError
 from inference.chatbot import ChatConfig
 from inference.evaluate import EvaluateConfig
@@ -407,7 +407,7 @@ def test_options_shared_by_steps_have_one_meaning():
 
 
 def test_a_group_can_be_declared_in_a_few_lines():
-    from common.config import Config
+    from common.config.parser import Config
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Speed(Config):
@@ -420,7 +420,7 @@ def test_a_group_can_be_declared_in_a_few_lines():
 
 
 def test_parsing_imports_no_torch():
-    code = ("import sys; from common.config import parse\n"
+    code = ("import sys; from common.config.parser import parse\n"
             "from step1_sft.config import SFTConfig; from step2_reward.config import RewardConfig\n"
             "from step3_ppo.config import PPOConfig\n"
             f"parse(SFTConfig, []); parse(RewardConfig, []); parse(PPOConfig, {MODELS.split()})\n"

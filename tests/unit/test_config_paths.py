@@ -9,7 +9,7 @@ import pytest
 import yaml
 from test_config import PROGRAMS, Unchecked, message, read, recipe
 
-from common.config import options, parse
+from common.config.parser import options, parse
 from step1_sft.config import SFTConfig
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from chat_model import AGAIN, ANSWERS, CAPITAL, RED, SING, prompt_of
-from common.harmless import harmless
+from common.runtime.terminal import harmless
 from inference.decoding import answer_prompts, stream_answer
 from inference.dialogue import Dialogue
 from inference.loading import load_speaker

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from common.engine import EngineSettings, OptimizerSettings, deepspeed_config, read_override, resolve_dtype
+from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, read_override, resolve_dtype
 from common.errors import UserError
-from common.learning_rate import SCHEDULES
-from common.optim import Untrained, build_scheduler, parameter_groups
+from common.training.learning_rate import SCHEDULES
+from common.training.optim import Untrained, build_scheduler, parameter_groups
 from step1_sft.config import SFTConfig
 
 

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from chat_model import provenance_of
-from common.config import parse
+from common.config.parser import parse
 from common.data.builtin import builtin_rows
 from common.data.records import Message, Prompt
 from common.data.split import assignment

@@ -6,11 +6,11 @@ import torch
 from huggingface_hub.utils import http_backoff
 from safetensors.torch import load_file, save_file
 
-from common.checkpoint import write_model
+from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.memory import memory_status
-from common.models.factory import load_causal_lm, load_scalar_model, resolve_model
+from common.training.memory import memory_status
+from common.models.loading import load_causal_lm, load_scalar_model, resolve_model
 from tests.architectures import CONFIGS, build_model
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from common.distributed import run_program
+from common.runtime.distributed import run_program
 from common.errors import Finished
-from common.finished import FILE
-from common.resume import Checkpoints, TrainingState
-from common.tracking import Tracker
+from common.checkpoints.completed import FILE
+from common.checkpoints.manager import Checkpoints, TrainingState
+from common.artifacts.tracking import Tracker
 from step2_reward.config import RewardConfig
 
 

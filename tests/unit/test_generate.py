@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 from chat_model import AGAIN, ANSWERS, CAPITAL, RED, prompt_of
-from common.config import parse
+from common.config.parser import parse
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
 from common.errors import TrainingFailure, UserError
-from common.harmless import harmless
+from common.runtime.terminal import harmless
 from inference.generate import GenerateConfig, main
 from inference.prompts import read_prompts
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from common.config import Config, parse
+from common.config.parser import Config, parse
 from launch import check_flags
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig

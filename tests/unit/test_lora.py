@@ -5,8 +5,8 @@ from transformers.pytorch_utils import Conv1D
 
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.lora import add_lora, folded_adapters, folding_takes, has_lora, linear_modules
-from common.models.factory import load_causal_lm
+from common.models.lora import add_lora, folded_adapters, folding_takes, has_lora, linear_modules
+from common.models.loading import load_causal_lm
 from tests.architectures import CONFIGS, build_model
 
 

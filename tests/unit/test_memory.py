@@ -4,9 +4,9 @@ import mmap
 import pytest
 import torch
 
-from common import distributed
+from common.runtime import distributed
 from common.errors import TrainingFailure
-from common.memory import fit_micro_batches, most_that_fit, named_when_out_of_memory
+from common.training.memory import fit_micro_batches, most_that_fit, named_when_out_of_memory
 from step1_sft.config import SFTConfig
 
 MIB = 2**20

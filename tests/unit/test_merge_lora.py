@@ -9,8 +9,8 @@ import torch
 from chat_model import CAPITAL, prompt_of, provenance_of
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
-from common.lora import add_lora, save_adapter
-from common.provenance import read_provenance
+from common.models.lora import add_lora, save_adapter
+from common.artifacts.provenance import read_provenance
 from inference.loading import load_judge, load_speaker
 from inference.merge_lora import main
 from inference.options import LoadOptions

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.models.door import check_files
-from common.models.factory import load_causal_lm, load_scalar_model, resolve_model
+from common.models.checks import check_files
+from common.models.loading import load_causal_lm, load_scalar_model, resolve_model
 from inference.loading import load_judge, load_speaker
 from inference.options import LoadOptions
 from tests.architectures import CONFIGS, build_model

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from common.data.collate import collate_demonstrations
-from common.data.packing import balanced, best_fit, block_causal_mask, packed
-from common.data.sampler import MicroBatch, StepSampler
+from common.batching.collate import collate_demonstrations
+from common.batching.bin_packing import balanced, best_fit, block_causal_mask, packed
+from common.batching.sampler import MicroBatch, StepSampler
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st

@@ -3,10 +3,10 @@ log-probs at the temperature of sampling."""
 import pytest
 import torch
 
-from common.checkpoint import write_model
+from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
-from common.models.factory import load_causal_lm, load_scalar_model
-from common.provenance import Calibration
+from common.models.loading import load_causal_lm, load_scalar_model
+from common.artifacts.provenance import Calibration
 from step3_ppo import models as ppo_models
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Rollout

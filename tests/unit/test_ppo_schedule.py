@@ -3,7 +3,7 @@ evaluations see all sources."""
 import pytest
 from datasets import Dataset
 
-from common.data.sampler import StepSampler
+from common.batching.sampler import StepSampler
 from step3_ppo.config import PPOConfig
 from step3_ppo.main import evaluated, optimizer_steps, prompt_sampler
 

@@ -11,7 +11,7 @@ from common.data.prepare import DataRequest, prepare, prepare_many
 from common.data.split import dialogue_hash
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.models.factory import resolve_model
+from common.models.loading import resolve_model
 from preparation import pairs, request, write
 from tokenizers_built import byte_level_bpe, llama_sentencepiece
 

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from common.errors import UserError
-from common.provenance import FILE, Provenance, read_provenance
+from common.artifacts.provenance import FILE, Provenance, read_provenance
 
 WHOLE = Provenance(step="reward", base="owner/model", tokenizer="f" * 64, template="chat", end_token="</s>",
                    pad_token="<pad>", data_split="2,4,4", eval_fraction=0.05, data_path=("a", "b"), score_mean=0.5,

@@ -11,7 +11,7 @@ from common.data.builtin import builtin_rows
 from common.data.records import Message, Prompt
 from common.data.templates import get_template
 from common.errors import UserError
-from common.report import Change, make_report, question_of, render, write_summary
+from launch.report import Change, make_report, question_of, render, write_summary
 from tests.launching import ROOT
 
 QUESTIONS = list(dict.fromkeys(row["prompt"] for row in builtin_rows("courtesy")))[:8]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from common.config import parse
+from common.config.parser import parse
 from common.errors import UserError
-from common.resume import Checkpoints, TrainingState, _batches, _plain
-from common.tracking import Tracker
+from common.checkpoints.manager import Checkpoints, TrainingState, _batches, _plain
+from common.artifacts.tracking import Tracker
 from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
 

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
-from common.data.sampler import MicroBatch, StepSampler, evaluation_batches, token_budget_batches
+from common.batching.sampler import MicroBatch, StepSampler, evaluation_batches, token_budget_batches
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 
-from common.checkpoint import write_model
+from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.builtin import materialise
-from common.models.factory import load_causal_lm, load_scalar_model
-from common.provenance import RAW, Calibration, Provenance
-from common.run import read_calibration, text_of
-from step3_ppo.assessment import Assessment
+from common.models.loading import load_causal_lm, load_scalar_model
+from common.artifacts.provenance import RAW, Calibration, Provenance
+from common.artifacts.publish import read_calibration, text_of
+from step3_ppo.scoring import Assessment
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Rollout
 from step3_ppo.models import PPOModels

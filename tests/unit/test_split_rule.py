@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 from chat_model import provenance_of
-from common.config import parse
+from common.config.parser import parse
 from common.data.prepare import prepare
 from common.data.split import beginnings
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.builtin import materialise
-from common.provenance import read_provenance
-from common.run import data_request, publishing
-from common.split_rule import check_split_rule, key_rule, known_openings
+from common.artifacts.provenance import read_provenance
+from common.artifacts.publish import data_request, publishing
+from common.artifacts.split_rule import check_split_rule, key_rule, known_openings
 from inference.options import PromptOptions
 from inference.prompts import held_out_prompts
 from preparation import write

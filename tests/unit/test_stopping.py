@@ -5,14 +5,14 @@ import time
 
 import pytest
 
-from common.stopping import STOPPED
+from common.runtime.signals import STOPPED
 from tests.launching import ROOT
 
 BEGIN = """
 import os, signal, sys, time
-from common import stopping
-stopping.ONE_SIGNAL = 0.5
-stopping.catch_signals()
+from common.runtime import signals
+signals.ONE_SIGNAL = 0.5
+signals.catch_signals()
 def send(number):
     os.kill(os.getpid(), number)
 """
@@ -32,14 +32,14 @@ def test_before_training_a_signal_ends_the_program_in_one_line(name):
 
 
 def test_ctrl_c_is_what_is_said_whatever_the_launcher_makes_of_it():
-    done = run("stopping.training_begins(); send(signal.SIGTERM); send(signal.SIGINT); time.sleep(0.4); "
-               "print(stopping.told())")
+    done = run("signals.training_begins(); send(signal.SIGTERM); send(signal.SIGINT); time.sleep(0.4); "
+               "print(signals.told())")
     assert (done.returncode, done.stdout) == (0, "SIGINT\n")
 
 
 def test_signals_close_together_count_as_one_and_a_later_one_ends_at_once():
-    done = run("stopping.training_begins(); send(signal.SIGINT); send(signal.SIGTERM); "
-               "time.sleep(0.7); print(stopping.told(), flush=True); send(signal.SIGTERM); time.sleep(9); "
+    done = run("signals.training_begins(); send(signal.SIGINT); send(signal.SIGTERM); "
+               "time.sleep(0.7); print(signals.told(), flush=True); send(signal.SIGTERM); time.sleep(9); "
                "print('still here')")
     assert (done.returncode, done.stdout) == (STOPPED, "SIGINT\n")
     assert "ended at once by a second signal, SIGTERM" in done.stderr.splitlines()[-1]

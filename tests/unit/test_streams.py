@@ -6,18 +6,18 @@ import sys
 
 import pytest
 
-from common.streams import LastingStream, until_reader_leaves
+from common.runtime.streams import LastingStream, until_reader_leaves
 from tests.launching import ROOT
 
 STARTING = """
 import sys
-from common.environment import require_environment
+from common.runtime.requirements import require_environment
 require_environment()
 """
 PROGRAM = STARTING + """
 import os
-from common.distributed import run_program
-from common.streams import until_reader_leaves
+from common.runtime.distributed import run_program
+from common.runtime.streams import until_reader_leaves
 def main(argv):
 """
 

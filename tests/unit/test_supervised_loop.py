@@ -3,10 +3,10 @@ import json
 
 import pytest
 
-from common.data.sampler import StepSampler
+from common.batching.sampler import StepSampler
 from common.errors import TrainingFailure
-from common.loop import SupervisedLoop
-from common.tracking import Tracker
+from common.training.loop import SupervisedLoop
+from common.artifacts.tracking import Tracker
 
 
 def evaluated_after(directory, *, epochs=2, eval_interval=0, stop_after=0, losses=iter(())) -> list[int]:

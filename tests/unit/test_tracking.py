@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
-from common.config import parse
+from common.config.parser import parse
 from common.errors import TrainingFailure, UserError
-from common.resume import Checkpoints, TrainingState
-from common.run import open_run
-from common.tracking import Tracker
+from common.checkpoints.manager import Checkpoints, TrainingState
+from common.artifacts.publish import open_run
+from common.artifacts.tracking import Tracker
 from step1_sft.config import SFTConfig
 
 
@@ -155,6 +155,6 @@ def test_a_file_system_that_does_not_answer_is_not_gone(output, monkeypatch):
         def refuse(path, *, error=error, **how):
             raise error
         with monkeypatch.context() as patch:
-            patch.setattr("common.tracking.os.stat", refuse)
+            patch.setattr("common.artifacts.tracking.os.stat", refuse)
             assert (tracker.lost() is not None) == gone
     assert tracker.lost() is None

@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from common.checkpoint import write_model
-from common.config import parse
+from common.artifacts.export import write_model
+from common.config.parser import parse
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
-from common.models import factory
-from common.models.factory import gives_scores, load_causal_lm, load_scalar_model
-from common.models.whole import problem
-from common.run import publishing
+from common.models import loading
+from common.models.loading import gives_scores, load_causal_lm, load_scalar_model
+from common.models.completeness import problem
+from common.artifacts.publish import publishing
 from step1_sft.config import SFTConfig
 from tests.architectures import CONFIGS, build_model
 
@@ -54,7 +54,7 @@ def test_a_config_of_fewer_layers_than_there_are_weights_of_is_refused(directory
 
 
 def test_heads_that_others_leave_with_an_actor_are_named_and_left_out(directory, capsys):
-    factory._note.cache_clear()
+    loading._note.cache_clear()
     change_weights(directory, lambda weights: weights.update({"v_head.summary.weight": torch.ones(1, 32)}))
     load(directory)
     load(directory)
@@ -63,7 +63,7 @@ def test_heads_that_others_leave_with_an_actor_are_named_and_left_out(directory,
 
 
 def test_what_older_versions_saved_besides_weights_is_no_matter(directory, capsys):
-    factory._note.cache_clear()
+    loading._note.cache_clear()
     change_weights(directory, lambda weights: weights.update({
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "decoder.version": torch.ones(1),
         "model.layers.0.attn.masked_bias": torch.ones(())}))
@@ -72,7 +72,7 @@ def test_what_older_versions_saved_besides_weights_is_no_matter(directory, capsy
 
 
 def test_a_language_models_head_is_left_over_where_scores_are_wanted(directory, capsys):
-    factory._note.cache_clear()
+    loading._note.cache_clear()
     load_scalar_model(str(directory), "--model", codec_of(directory), dtype=torch.float32)
     assert "lm_head.weight" in notes(capsys)[0]
 

@@ -1,0 +1,140 @@
+"""provenance.json: how an output directory was made, and whether what follows fits it.
+
+A model directory alone does not say which template and end token it was trained with, or in which scale its
+scores lie. A step that starts from another step's output checks here, before it loads a model.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
+
+from common.data.split import check_eval_fraction, proportions
+from common.errors import UserError, reason_of
+from common.paths import from_anywhere
+
+FILE = "provenance.json"
+_LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "datasets")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Mean and standard deviation of a reward model's raw scores, in which scores and values are measured."""
+    mean: float
+    std: float
+
+    def normalise(self, scores):
+        """(scores - mean) / std, for a number or a tensor of any shape."""
+        return (scores - self.mean) / self.std
+
+    @classmethod
+    def of(cls, scores) -> Calibration:
+        """That of a tensor of raw scores (B,)."""
+        scores = scores.double()
+        return cls(float(scores.mean()), float(scores.std(correction=0)))
+
+    @property
+    def usable(self) -> bool:
+        """Whether fp32 can tell scores apart in it."""
+        return self.std > 0 and abs(self.mean) / self.std < 2**20 and max(abs(self.mean), self.std, 1 / self.std) < 1e30
+
+
+RAW = Calibration(0.0, 1.0)  # leaves scores as they are
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a model came to be.
+
+    Attributes:
+        step: "sft", "reward" or "ppo".
+        base: the model it was trained from; a directory by its absolute path, once written.
+        tokenizer: fingerprint of the tokenizer, see `common.data.tokenization.tokenizer_fingerprint`.
+        template: name of the template.
+        template_date: what a chat template that writes the date wrote, YYYY-MM-DD; '' for one that does not.
+        end_token, pad_token: the tokens' texts.
+        data_path: the data sources; files and directories by their resolved paths.
+        unsplit_data_path: those that were given to this step whole.
+        data_split, eval_fraction, split_by: the rule that kept the steps' prompts apart, see `common.artifacts.split_rule`.
+        shared_openings: by source, the openings that "auto" keyed by more turns, see `common.data.openings.KeyRule`.
+        score_mean, score_std: of a reward model's raw scores over held-out answers.
+        versions: of the libraries that trained it.
+    """
+    step: str
+    base: str
+    tokenizer: str
+    template: str
+    end_token: str
+    pad_token: str
+    data_split: str
+    eval_fraction: float
+    data_path: tuple[str, ...] = ()
+    unsplit_data_path: tuple[str, ...] = ()
+    template_date: str = ""
+    split_by: str = "opening"  # of those that do not say
+    shared_openings: dict[str, list[int]] = field(default_factory=dict)
+    score_mean: float | None = None
+    score_std: float | None = None
+    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})
+
+    def write(self, directory: str | Path) -> None:
+        """Write provenance.json into `directory`."""
+        values = {**asdict(self), "base": from_anywhere(self.base)}
+        (Path(directory) / FILE).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_provenance(model: str | Path) -> Provenance | None:
+    """The provenance of a model directory, or of the output directory it lies in; None for any other model.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not Path(model).is_dir():  # a hub name
+        return None
+    for directory in (Path(model), Path(model).absolute().parent):
+        path = directory / FILE
+        if not path.is_file():
+            continue
+        try:
+            return _checked(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({reason_of(error)}): train the model again or remove the file"
+                            ) from None
+    return None
+
+
+def _checked(values) -> Provenance:
+    """Raises ValueError or TypeError for what no provenance holds."""
+    if not isinstance(values, dict):
+        raise ValueError("it is no object")
+    provenance = Provenance(**values)
+    for name, kind in get_type_hints(Provenance).items():
+        if not _fits(getattr(provenance, name), kind):
+            raise ValueError(f"{name} is {str(getattr(provenance, name))[:40]!r}")
+    try:
+        proportions(provenance.data_split)
+        check_eval_fraction(provenance.eval_fraction)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return provenance
+
+
+def _fits(value, kind) -> bool:
+    """Whether a value out of JSON is of a field's type."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(kind) in (tuple, list):
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(item, parts[1]) for item in value.values())
+    if kind is float:
+        return type(value) is float or type(value) is int and abs(value) < 2**63
+    return type(value) is kind
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no number")

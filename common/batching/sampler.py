@@ -1,0 +1,173 @@
+"""Which rows form which optimizer step, on which rank.
+
+Rows of like length go together, so that little is padded, and every rank gets the same number of batches with
+about the same number of tokens. What an optimizer step consists of depends on the seed, the epoch and its
+size only: the same run on another number of ranks, or cut into micro-batches in another way, sees the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.batching.bin_packing import balanced, packed
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass. Where `real` is False the row is a repeated one that must count nothing.
+
+    Attributes:
+        packs: how many rows share each sequence, one after another; empty where every row has its own.
+    """
+
+    indices: tuple[int, ...]
+    real: tuple[bool, ...]
+    packs: tuple[int, ...] = ()
+
+
+class StepSampler:
+    """The optimizer steps of an epoch, as one rank sees them.
+
+    Every row occurs once in an epoch, over all ranks; fillers make the last rows a whole step.
+
+    Args:
+        lengths: tokens of each row; of a pair those of both sequences, padded to the longer one.
+        rows_per_micro_batch: rows of one forward pass on one rank.
+        micro_batches_per_step: gradient accumulation.
+        world_size, rank: the steps are dealt out over the ranks.
+        seed: of the order; each epoch has its own.
+        max_tokens: if not 0, the same steps are cut otherwise: into as few micro-batches as hold so many padded
+            tokens each, of any number of rows; see `token_budget_batches`.
+        pack_to: if not 0, rows share sequences of so many tokens; `rows_per_micro_batch` (or what `max_tokens` have
+            room for) is then the number of sequences at most.
+    """
+
+    # Rows are sorted by length among so many steps' worth of rows, and at most among a quarter of the epoch:
+    # sorting a whole epoch would put the same rows together in every epoch.
+    _STEPS_SORTED_TOGETHER = 50
+
+    def __init__(self, lengths: Sequence[int], *, rows_per_micro_batch: int, micro_batches_per_step: int,
+                 world_size: int, rank: int, seed: int, max_tokens: int = 0, pack_to: int = 0):
+        if not 0 <= rank < world_size or min(rows_per_micro_batch, micro_batches_per_step, len(lengths)) < 1:
+            raise ValueError("a sampler needs rows, positive batch sizes and a rank below the world size")
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._rows = rows_per_micro_batch
+        self._micro_batches = micro_batches_per_step
+        self._world_size = world_size
+        self._rank = rank
+        self._seed = seed
+        self._max_tokens = max_tokens
+        self._pack_to = min(pack_to, max_tokens) if max_tokens else pack_to
+        self._global_rows = rows_per_micro_batch * micro_batches_per_step * world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._lengths) // self._global_rows)
+
+    def epoch(self, epoch: int) -> list[list[MicroBatch]]:
+        """This rank's micro-batches, one inner list per optimizer step."""
+        return [self._dealt(rows) for rows in self._global_batches(epoch)]
+
+    def _global_batches(self, epoch: int) -> list[np.ndarray]:
+        """The rows of each step, longest first; independent of ranks and micro-batches."""
+        random = np.random.default_rng([self._seed, epoch])
+        order = random.permutation(len(self._lengths))
+        together = min(max(self.steps_per_epoch // 4, 1), self._STEPS_SORTED_TOGETHER) * self._global_rows
+        steps: list[np.ndarray] = []
+        for start in range(0, len(order), together):
+            rows = _longest_first(order[start:start + together], self._lengths)
+            steps += [rows[i:i + self._global_rows] for i in range(0, len(rows), self._global_rows)]
+        return [steps[i] for i in random.permutation(len(steps))]
+
+    def _dealt(self, rows: np.ndarray) -> list[MicroBatch]:
+        """This rank's share of a step. Neighbours in length are on all ranks at the same time; the rank that
+        has the longest of one round has the shortest of the next."""
+        if self._pack_to:
+            sequences = self._max_tokens // self._pack_to if self._max_tokens else self._rows
+            return _packed_batches(rows, self._lengths, self._pack_to, sequences, self._world_size, self._rank)
+        if self._max_tokens:
+            return _within_budget(rows, self._lengths, self._max_tokens, self._world_size, self._rank)
+        batches = _batches(rows, self._rows, count=self._micro_batches * self._world_size)
+        rounds = [batches[i:i + self._world_size] for i in range(0, len(batches), self._world_size)]
+        return [dealt[self._rank if number % 2 == 0 else -1 - self._rank]
+                for number, dealt in enumerate(rounds)]
+
+
+def evaluation_batches(lengths: Sequence[int], rows_per_batch: int, world_size: int, rank: int,
+                       max_batches: int | None = None) -> list[MicroBatch]:
+    """This rank's batches of an evaluation: every row once over all ranks, as many batches on each rank.
+
+    Longest rows first: what does not fit into memory shows at once. With `max_batches`, a limit over all
+    ranks, an even choice from the long to the short ones, the same on any number of ranks.
+    """
+    rows = _longest_first(np.arange(len(lengths)), np.asarray(lengths, dtype=np.int64))
+    if not len(rows):
+        return []
+    batches = _batches(rows, rows_per_batch, count=-(-len(rows) // rows_per_batch))
+    if max_batches is not None and max_batches < len(batches):
+        batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
+    filler = MicroBatch(batches[-1].indices, (False,) * rows_per_batch)
+    return (batches + [filler] * (-len(batches) % world_size))[rank::world_size]
+
+
+def token_budget_batches(lengths: Sequence[int], max_tokens: int, world_size: int, rank: int) -> list[MicroBatch]:
+    """This rank's batches, of at most `max_tokens` padded tokens each, or of one longer row.
+
+    Every row occurs once over all ranks. Each rank has about as many tokens, and exactly as many batches: what ZeRO-3
+    gathers for a batch, it gathers on all ranks together. Longest rows first.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    rows = _longest_first(np.arange(len(lengths)), lengths)
+    return _within_budget(rows, lengths, max_tokens, world_size, rank) if len(rows) else []
+
+
+def _within_budget(rows: np.ndarray, lengths: np.ndarray, max_tokens: int, world_size: int,
+                   rank: int) -> list[MicroBatch]:
+    shares = [_cut(rows[share], lengths, max_tokens) for share in balanced(lengths[rows].tolist(), world_size)]
+    count = max(map(len, shares))
+    groups = shares[rank]
+    while len(groups) < count and (divisible := [number for number, group in enumerate(groups) if len(group) > 1]):
+        number = max(divisible, key=lambda number: len(groups[number]) * lengths[groups[number][0]])
+        half = len(groups[number]) // 2
+        groups[number:number + 1] = groups[number][:half], groups[number][half:]
+    batches = [MicroBatch(tuple(group.tolist()), (True,) * len(group)) for group in groups]
+    return batches + [MicroBatch((int(rows[-1]),), (False,))] * (count - len(batches))
+
+
+def _packed_batches(rows: np.ndarray, lengths: np.ndarray, pack_to: int, sequences_per_batch: int, world_size: int,
+                    rank: int) -> list[MicroBatch]:
+    shares = [rows[share] for share in balanced(lengths[rows].tolist(), world_size)]
+    sequences = [packed(lengths[share].tolist(), pack_to) for share in shares]
+    count = max(-(-len(bins) // sequences_per_batch) for bins in sequences)
+    batches = []
+    for numbers in np.array_split(np.arange(len(sequences[rank])), count):
+        packs = [shares[rank][sequences[rank][number]] for number in numbers]
+        indices = tuple(int(row) for pack in packs for row in pack)
+        batches.append(MicroBatch(indices, (True,) * len(indices), tuple(map(len, packs))) if packs else
+                       MicroBatch((int(rows[-1]),), (False,), (1,)))
+    return batches
+
+
+def _cut(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Rows, longest first, in as few consecutive groups as keep to `max_tokens` padded tokens."""
+    groups = []
+    while len(rows):
+        taken = max(max_tokens // int(lengths[rows[0]]), 1)
+        groups.append(rows[:taken])
+        rows = rows[taken:]
+    return groups
+
+
+def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(-lengths[rows], kind="stable")]
+
+
+def _batches(rows: np.ndarray, rows_per_batch: int, count: int) -> list[MicroBatch]:
+    """`count` batches of consecutive rows; places left over are filled with the last, the shortest row."""
+    filled = rows.tolist() + [int(rows[-1])] * (count * rows_per_batch - len(rows))
+    real = [place < len(rows) for place in range(len(filled))]
+    return [MicroBatch(tuple(filled[i:i + rows_per_batch]), tuple(real[i:i + rows_per_batch]))
+            for i in range(0, len(filled), rows_per_batch)]

@@ -1,0 +1,94 @@
+"""A DeepSpeed engine in a checkpoint: written shard by shard, read as data.
+
+DeepSpeed's files are pickles, and it asks torch to trust them. They are read here by torch's reader for tensors and
+plain values instead, which refuses what could run code.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError, reason_of
+from common.checkpoints.shard_writer import Shards
+
+TAG = "engine"  # DeepSpeed's name for a checkpoint within its directory
+_DATA_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # overrules the weights_only=False of DeepSpeed's calls
+
+
+def save_engine(engine, name: str, shards: Shards) -> None:
+    """Add DeepSpeed's checkpoint of an engine, without frozen weights, to what this rank writes."""
+    directory = str(shards.directory / name)
+
+    def write(state_dict: dict, path: str) -> None:
+        shards.add(os.path.relpath(path, shards.directory), lambda file: torch.save(state_dict, file))
+
+    def nothing(*args, **kwargs) -> None:
+        """Directories are made with their files; a checkpoint holds no programs."""
+
+    with _replaced(engine.checkpoint_engine, save=write, makedirs=nothing), _replaced(
+            engine, _copy_recovery_script=nothing):
+        engine.save_checkpoint(directory, tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+
+
+def load_engine(engine, directory: Path) -> None:
+    """Weights, optimizer and schedule as they were saved; frozen weights stay as they were loaded from the model.
+
+    Raises:
+        UserError: it is no checkpoint of this model, or one that would run code.
+    """
+    try:
+        with loading_data_only(directory):
+            found, _ = engine.load_checkpoint(str(directory), tag=TAG, load_module_strict=False)
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # DeepSpeed takes what it reads for what it has written
+        raise UserError(f"{directory} cannot be loaded into this model ({type(error).__name__}: {reason_of(error)}): "
+                        "go on from another checkpoint, --resume PATH, or start anew, --resume never") from error
+    if found is None:
+        raise UserError(f"{directory} is no checkpoint of this model")
+
+
+@contextlib.contextmanager
+def loading_data_only(directory: Path):
+    """Within the context torch loads tensors and plain values, though DeepSpeed asks it to trust the file.
+
+    Raises:
+        UserError: a file in `directory` holds anything else.
+    """
+    asked = os.environ.get(_DATA_ONLY)
+    os.environ[_DATA_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(_known_classes()):
+            yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise UserError(f"{directory} holds more than data{f' ({named[1]})' if named else ''}, which could run code: "
+                        "resume from another checkpoint") from error
+    finally:
+        del os.environ[_DATA_ONLY]
+        if asked is not None:
+            os.environ[_DATA_ONLY] = asked
+
+
+def _known_classes() -> list[type]:
+    """What DeepSpeed's files hold besides tensors and plain values; no more than data either."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextlib.contextmanager
+def _replaced(holder: object, **attributes):
+    """Within the context `holder` has these attributes of its own."""
+    vars(holder).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            delattr(holder, name)

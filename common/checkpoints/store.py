@@ -1,0 +1,247 @@
+"""Checkpoints on disk: each is whole, or it does not exist.
+
+All ranks write their shards into a temporary directory, each hashed while it is written and then brought to the disk. A
+manifest lists them; only then does a rename give the directory its name, and a pointer, replaced in one piece, say that
+it is the newest. Older ones are deleted last. So whatever happens at whatever moment, the newest whole checkpoint is
+found again, and a damaged one is recognised.
+
+All methods are called by all ranks together unless they say otherwise; the directory is one that every rank sees.
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from common.runtime.distributed import barrier, gather_objects, is_main, rank, world_size
+from common.errors import UserError
+from common.checkpoints.shard_writer import Shards
+
+MANIFEST = "manifest.json"
+POINTER = "newest"
+PARTIAL = ".partial"
+_BLOCK = 1 << 20
+
+
+class NotSaved(Exception):
+    """A checkpoint could not be written; what was there before is as it was. Raised on all ranks alike."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        directory: holds a directory step-N for each.
+        keep: how many of the newest stay, once training has gone on from the newest.
+        look: what else is wrong with a checkpoint whose files are as they were written; asked on rank 0.
+    """
+
+    def __init__(self, directory: str | Path, keep: int, look: Callable[[Path], list[str]] = lambda path: []):
+        self.directory, self.keep, self.look = Path(directory), keep, look
+
+    def save(self, step: int, write: Callable[[Shards], None]) -> Path:
+        """Publish the files that `write`, called on every rank, adds to this rank's shards.
+
+        Raises:
+            NotSaved: the disk refused; the message names the path and the bytes needed.
+        """
+        if is_main():
+            self._sweep()
+        # A name of its own: what cannot be removed (NFS keeps what a hung process holds open) is in nobody's way.
+        partial = self.directory / f"{PARTIAL}-{step}-{gather_objects(uuid.uuid4().hex[:8])[0]}"
+        final = self.directory / f"step-{step}"
+        shards = Shards(partial)
+        write(shards)
+        written = self._unless_refused(shards)
+        if is_main():
+            shards.attempt(lambda: self._publish(written, final))
+        self._unless_refused(shards)
+        if is_main():
+            # Nothing has been computed from it yet: until `prune` the one before stays too.
+            self._retire(final, max(self.keep, 2))
+        return final
+
+    def newest_whole(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is what its manifest says, or None; `say` is told of each that is not.
+
+        Raises:
+            UserError: see `problems`.
+        """
+        for path in self._by_age():
+            problems = self.problems(path)
+            if not problems:
+                return path
+            say(f"warning: checkpoint {path} is not whole ({'; '.join(problems[:3])}): looking for the one before")
+        return None
+
+    def problems(self, path: Path) -> list[str]:
+        """What is wrong with a checkpoint: files missing, of another size or content, or of no use. Empty if it is
+        whole.
+
+        Raises:
+            UserError: on all ranks alike, if the disk refuses to read what is there; that tells nothing of the content.
+        """
+        refused: list[str] = []
+        try:
+            files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+            expected = sorted((str(name), int(size), str(digest)) for name, (size, digest) in files.items())
+            found = [] if expected else [f"{MANIFEST} lists no files"]
+        except OSError as error:
+            expected, found = [], _unread(MANIFEST, error, refused)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            expected, found = [], [f"{MANIFEST} cannot be read: {error}"]
+        for name, size, digest in expected[rank()::world_size()]:
+            found += _problem(path / name, name, size, digest, refused)
+        everyone = gather_objects((found, refused))
+        for _, refusals in everyone:
+            if refusals:
+                raise UserError(f"checkpoint {path} cannot be read: {refusals[0]}: see to the disk and start again, or "
+                                "go on from another, --resume PATH, or anew, --resume never")
+        problems = sorted({problem for problems, _ in everyone for problem in problems})
+        return problems or gather_objects(self.look(path) if is_main() else [])[0]
+
+    def scratch(self) -> Path:
+        """A directory, not made yet, for what lasts no longer than until `clean`, or the next save."""
+        return self.directory / f"{PARTIAL}-scratch"
+
+    def prune(self, newest: Path) -> None:
+        """Remove what is more than `keep`: `newest` has proven good."""
+        if is_main():
+            self._retire(newest, self.keep)
+
+    def newest_before(self, step: int) -> Path | None:
+        """The newest checkpoint taken after fewer steps; not read, so that any rank may ask alone."""
+        paths = [path for path in self.directory.glob("step-*") if -1 < _step(path) < step]
+        return max(paths, key=_step, default=None)
+
+    def clean(self) -> None:
+        """Remove what an interrupted save has left."""
+        if is_main():
+            self._sweep()
+        barrier()
+
+    def delete(self) -> None:
+        """Remove all checkpoints."""
+        if is_main():
+            with contextlib.suppress(OSError):
+                for path in self.directory.glob("step-*"):
+                    self._put_aside(path)
+            shutil.rmtree(self.directory, ignore_errors=True)
+        barrier()
+
+    def _by_age(self) -> list[Path]:
+        """Finished checkpoints, that of the pointer first, then the newest; the same list on all ranks."""
+        paths = {path.name: path for path in self.directory.glob("step-*") if path.is_dir()
+                 and path.name.removeprefix("step-").isdecimal()} if is_main() else {}
+        names = sorted(paths, key=lambda name: -int(name.removeprefix("step-")))
+        try:
+            pointed = (self.directory / POINTER).read_text(encoding="utf-8").strip() if is_main() else ""
+        except (OSError, ValueError):
+            pointed = ""
+        names = gather_objects(sorted(names, key=lambda name: name != pointed))[0]
+        return [self.directory / name for name in names]
+
+    def _unless_refused(self, shards: Shards) -> list[Shards]:
+        """Every rank's shards; if the disk refused one of them, nothing is left and all raise."""
+        everyone = gather_objects(shards)
+        refused = next(((number, theirs.refusal) for number, theirs in enumerate(everyone) if theirs.refusal), None)
+        if refused is not None:
+            if is_main():
+                shutil.rmtree(shards.directory, ignore_errors=True)
+            number, reason = refused
+            raise NotSaved(f"no checkpoint could be written to {self.directory}, which takes "
+                           f"{sum(theirs.needed for theirs in everyone):,} bytes: {reason} (rank {number}): free space "
+                           "there, or make it writable")
+        return everyone
+
+    def _publish(self, written: list[Shards], final: Path) -> None:
+        partial, files = written[0].directory, {}
+        for number, shards in enumerate(written):
+            for name, (size, digest) in shards.files.items():
+                if not (partial / name).is_file() or (partial / name).stat().st_size != size:
+                    raise OSError(f"rank 0 does not see {name} as rank {number} has written it: every machine must see "
+                                  "the same directory")
+                files[name] = size, digest
+        _write_durably(partial / MANIFEST, json.dumps({"files": files}, indent=1))
+        for directory in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+            _sync(directory)
+        if final.exists():  # of a run that was told not to resume, or a damaged one
+            self._put_aside(final)
+        os.rename(partial, final)
+        _sync(self.directory)
+        _sync(self.directory.parent)
+        _write_durably(self.directory / f"{POINTER}.new", final.name)
+        os.replace(self.directory / f"{POINTER}.new", self.directory / POINTER)
+        _sync(self.directory)
+
+    def _retire(self, newest: Path, keep: int) -> None:
+        """Delete what is too old, and what lies ahead: damaged, or of a run that went on from before."""
+        steps = sorted(map(_step, self.directory.glob("step-*")))
+        older = [step for step in steps if 0 <= step < _step(newest)]
+        kept = {_step(newest), *older[max(0, len(older) - keep + 1):]}
+        for step in set(steps) - kept - {-1}:
+            with contextlib.suppress(OSError):
+                self._put_aside(self.directory / f"step-{step}")
+        self._sweep()
+
+    def _put_aside(self, path: Path) -> None:
+        """What is to be deleted loses its name first, so that no checkpoint is ever half there."""
+        os.rename(path, path.with_name(f"{PARTIAL}-{path.name}-{uuid.uuid4().hex[:8]}"))
+
+    def _sweep(self) -> None:
+        for left in self.directory.glob(f"{PARTIAL}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    name = path.name.removeprefix("step-")
+    return int(name) if name.isdecimal() else -1
+
+
+def _problem(path: Path, name: str, size: int, digest: str, refused: list[str]) -> list[str]:
+    try:
+        if path.stat().st_size != size:
+            return [f"{name} has {path.stat().st_size:,} bytes, not {size:,}"]
+        return [] if _sha256(path) == digest else [f"{name} has other content than was written"]
+    except OSError as error:
+        return _unread(name, error, refused)
+    except ValueError as error:  # a name with a NUL
+        return [f"{name!r}: {error}"]
+
+
+def _unread(name: str, error: OSError, refused: list[str]) -> list[str]:
+    """Why a file was not read: what is wrong with it, or, if it may yet be there and whole, an entry in `refused`."""
+    why = f"{name}: {error.strerror}"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return [why]
+    refused.append(why)
+    return []
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

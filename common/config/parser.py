@@ -1,0 +1,262 @@
+"""Options declared once, as dataclass fields: they become flags, YAML keys, help texts and a saved recipe.
+
+A value comes from the field's default, then the recipes (`--config`), then the command line; the later wins.
+Nothing here knows what an option means, and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+
+from common.errors import UserError, did_you_mean
+from common.config.option import Option, PathName, convert, convert_words, joined, kind_of, option
+from common.paths import as_typed_in_a_shell
+
+__all__ = ["Config", "Option", "PathName", "ignored_options", "option", "options", "parse", "save_config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every group of options; the first line of a group's docstring is its title in --help."""
+
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # worth telling the user once
+
+    def validate(self) -> None:
+        """Raises UserError for a value out of range; groups add the checks of values against each other."""
+        for name, meta in options(type(self)).items():
+            # Paths have been expanded where they were read.
+            convert(replace(meta, path=False), getattr(self, name), f"--{name}")
+
+    def only_with(self, requirement: str, met: bool, *names: str) -> None:
+        """Raises UserError when one of `names` is set (is not its default) without what it depends on."""
+        for name in names:
+            if not met and getattr(self, name) != options(type(self))[name].default:
+                raise UserError(f"--{name} works only with {requirement}: add that, or leave --{name} out")
+
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+
+
+@functools.cache
+def options(cls: type[Config]) -> dict[str, Option]:
+    """Every option of `cls` by name, in the order of --help: the class's own, then those of its bases."""
+    groups = {name: owner for owner in cls.__mro__ for name in inspect.get_annotations(owner)}
+    hints = typing.get_type_hints(cls)
+    declared = {item.name: item for item in fields(cls) if "option" in item.metadata}
+    result = {}
+    for name in (name for name in groups if name in declared):
+        item = declared[name]
+        default = item.default_factory() if item.default is MISSING else item.default
+        title = inspect.getdoc(groups[name]).splitlines()[0].rstrip(".")
+        result[name] = replace(item.metadata["option"], name=name, default=default, group=title,
+                               **kind_of(hints[name]))
+    return result
+
+
+def ignored_options(cls: type[Config]) -> dict[str, str]:
+    """The options accepted without effect, each with the reason."""
+    return {name: meta.ignored for name, meta in options(cls).items() if meta.ignored}
+
+
+def parse(cls: type[ConfigType], argv: Sequence[str] | None = None, prog: str | None = None) -> ConfigType:
+    """The validated config of this command line (None: the program's own arguments).
+
+    `config.notes` has a line for each option given that has no effect, or twice. Raises UserError; --help exits.
+    """
+    recipes, given, notes = _read_command_line(cls, list(sys.argv[1:] if argv is None else argv), prog)
+    known, values = options(cls), {}
+    for layer in [*(_read_recipe(cls, path) for path in recipes), given]:
+        for name, setting in layer.items():
+            values[name] = setting.value
+            if known[name].ignored and not known[name].quiet:
+                notes[name] = f"{setting.where} has no effect: {known[name].ignored}"
+    config = cls(**values, notes=tuple(notes.values()))
+    config.validate()
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes a recipe that `--config` reads back to an equal config; options without effect are left out."""
+    values = {name: getattr(config, name) for name, meta in options(type(config)).items() if not meta.ignored}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+class _Setting(NamedTuple):
+    where: str  # as the user knows it: "--seed" or "recipe.yaml:3: seed"
+    spelling: str  # the name or the alias that was used
+    value: Any
+
+
+def _spellings(cls: type[Config]) -> dict[str, Option]:
+    return {spelling: meta for name, meta in options(cls).items() for spelling in (name, *meta.aliases)}
+
+
+def _add(layer: dict[str, _Setting], name: str, setting: _Setting) -> None:
+    other = layer.get(name)
+    if other and other.spelling != setting.spelling and other.value != setting.value:
+        raise UserError(f"{other.where} and {setting.where} name one option: keep one of them")
+    layer[name] = setting
+
+
+def _add_again(layer: dict[str, _Setting], meta: Option, setting: _Setting, notes: dict[str, str]) -> None:
+    """As `_add`, for the command line: what takes several values gets those of each time that its flag is given."""
+    other = layer.get(meta.name)
+    if other and meta.kind in (tuple, dict):
+        try:
+            setting = setting._replace(value=joined(other.value, setting.value))
+        except ValueError:
+            raise UserError(f"{setting.where} is given twice with different values for one name: keep one") from None
+        layer[meta.name] = setting
+        return
+    _add(layer, meta.name, setting)
+    if other and other.value != setting.value and not meta.ignored:  # a script's flag, then the user's; or a slip
+        notes[meta.name] = f"{setting.where} {setting.value} takes the place of {other.where} {other.value}"
+
+
+def _hint(word: str, known: Iterable[str], before: str = "") -> str:
+    return did_you_mean(word, known, ": ", before) or ": --help lists what there is"
+
+
+def _read_recipe(cls: type[Config], path: str) -> dict[str, _Setting]:
+    path = as_typed_in_a_shell(path, "--config")
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path}: not a text file in UTF-8") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f"{path}:{mark.line + 1}" if mark else path
+        raise UserError(f"{place}: not valid YAML: {problem or 'unreadable'}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}: a recipe holds lines of the form 'option: value'")
+    known, layer, seen = _spellings(cls), {}, set()
+    for key_node, value_node in root.value:
+        key, place = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        if key not in known:
+            raise UserError(f"{place}: unknown key {key}{_hint(key, known)}")
+        if key in seen:
+            raise UserError(f"{place}: {key} is given twice: keep one")
+        seen.add(key)
+        if isinstance(value_node, yaml.MappingNode) and len({name.value for name, _ in value_node.value}) < len(
+                value_node.value):
+            raise UserError(f"{place}: {key}: one name is given twice: keep one")
+        try:
+            raw = loader.construct_object(value_node, deep=True)
+        except (yaml.YAMLError, ValueError, TypeError):
+            raise UserError(f"{place}: {key}: expected {known[key].allowed()}") from None
+        value = convert(known[key], raw, f"{place}: {key}")
+        _add(layer, known[key].name, _Setting(f"{place}: {key}", key, value))
+    return layer
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        # argparse before Python 3.14 takes -1e-3 for a flag; no flag of ours begins with one dash and a number.
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+class _Collect(argparse.Action):
+    """Keeps flags and words as written: values are converted at one place, for recipes and flags alike."""
+
+    def __call__(self, parser, namespace, words, flag=None):
+        namespace.given.append((flag.removeprefix("--"), [words] if isinstance(words, str) else words or []))
+
+
+def _build_parser(cls: type[Config], prog: str | None) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        usage="%(prog)s [--config recipe.yaml] [--option value ...]",
+        description="Booleans: --flag, --no_flag, --flag true|false. "
+        "The command line wins over recipes, recipes over the defaults.",
+    )
+    collect = {"action": _Collect, "dest": "given", "default": argparse.SUPPRESS}
+    help = "YAML recipes with lines 'option: value'; of several, the later wins"
+    parser.add_argument("--config", nargs="+", metavar="FILE", help=help, **collect)
+    sections: dict[str, Any] = {}
+    for name, meta in options(cls).items():
+        if meta.group not in sections:
+            sections[meta.group] = parser.add_argument_group(meta.group)
+        section = sections[meta.group]
+        count = {bool: "?", tuple: "+", dict: "+"}.get(meta.kind)
+        section.add_argument(f"--{name}", nargs=count, metavar=_metavar(meta), help=_help(meta), **collect)
+        for alias in meta.aliases:
+            section.add_argument(f"--{alias}", nargs=count, help=argparse.SUPPRESS, **collect)
+        for spelling in (name, *meta.aliases) if meta.kind is bool else ():
+            section.add_argument(f"--no_{spelling}", nargs=0, help=argparse.SUPPRESS, **collect)
+    return parser
+
+
+def _metavar(meta: Option) -> str:
+    if meta.choices:
+        return "{" + ",".join(map(str, meta.choices)) + "}"
+    if meta.path:
+        return "PATH"
+    names = {bool: "true|false", int: "N", float: "X", str: "TEXT", tuple: "TEXT", dict: "NAME=VALUE"}
+    return names[meta.kind]
+
+
+def _help(meta: Option) -> str:
+    if meta.ignored:
+        return f"accepted without effect: {meta.ignored}".replace("%", "%%")
+    default = " ".join(meta.default) if meta.kind is tuple else meta.default
+    if meta.kind is bool:
+        default = str(default).lower()
+    elif isinstance(default, float):
+        default = f"{default:g}"
+    details = [meta.unit, f"default {'none' if default in (None, '', {}) else default}"]
+    details += [f"also --{alias}" for alias in meta.aliases]
+    return f"{meta.help} [{'; '.join(filter(None, details))}]".replace("%", "%%")
+
+
+def _with_underscores(word: str) -> str:
+    """--max-seq-len=5 -> --max_seq_len=5; other words stay as they are."""
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def _read_command_line(
+    cls: type[Config], argv: list[str], prog: str | None
+) -> tuple[list[str], dict[str, _Setting], dict[str, str]]:
+    """The recipes named, the options given, and notes on some of them by name."""
+    known = _spellings(cls)
+    negations = {f"no_{spelling}": spelling for spelling, meta in known.items() if meta.kind is bool}
+    words = [_with_underscores(word) for word in argv]
+    namespace, unknown = _build_parser(cls, prog).parse_known_args(words, argparse.Namespace(given=[]))
+    for flag in (word[2:].partition("=")[0] for word in unknown if word.startswith("--")):
+        raise UserError(f"unknown flag --{flag}{_hint(flag, [*known, *negations, 'config'], '--')}")
+    if unknown:
+        raise UserError(f"unexpected argument {unknown[0]}: every value follows its --flag")
+    recipes, layer, notes = [], {}, {}
+    for flag, values in namespace.given:
+        where = f"--{flag}"
+        if flag == "config":
+            recipes += values
+        elif flag in negations:
+            _add_again(layer, known[negations[flag]], _Setting(where, negations[flag], False), notes)
+        else:
+            value = convert_words(known[flag], values, where)
+            _add_again(layer, known[flag], _Setting(where, flag, value), notes)
+    return recipes, layer, notes

@@ -1,0 +1,120 @@
+"""The loop of supervised training: evaluate, then epochs of optimizer steps with evaluations between them."""
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from common.batching.sampler import MicroBatch, StepSampler
+from common.runtime import heartbeat
+from common.runtime.distributed import say
+from common.errors import DIVERGED, Diverged
+from common.training.memory import named_when_out_of_memory
+from common.runtime.signals import training_begins
+from common.artifacts.tracking import Tracker
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class SupervisedLoop:
+    """Epochs over a data set.
+
+    Attributes:
+        sampler: gives every epoch's optimizer steps.
+        epochs: passes over the data.
+        eval_interval: optimizer steps between evaluations besides those before and after each epoch; 0 for none.
+        stop_after: optimizer steps after which to stop early; 0 for never.
+        log_interval: optimizer steps between lines in the metrics file.
+        print_steps: print every logged step, besides the progress bar.
+    """
+    sampler: StepSampler
+    tracker: Tracker
+    epochs: int
+    eval_interval: int
+    stop_after: int
+    log_interval: int
+    print_steps: bool
+
+    @classmethod
+    def from_config(cls, config, sampler: StepSampler, tracker: Tracker) -> SupervisedLoop:
+        """The loop of step 1 and step 2."""
+        return cls(sampler, tracker, config.num_train_epochs, config.eval_interval, config.stop_after,
+                   config.log_interval, config.print_loss)
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Optimizer steps of all epochs, over which the learning rate changes, also where the run stops early."""
+        return self.epochs * self.sampler.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of this run."""
+        return min(self.scheduled_steps, self.stop_after) if self.stop_after else self.scheduled_steps
+
+    def run(self, train_step: Callable[[Sequence[MicroBatch]], Metrics], evaluate: Callable[[], Metrics],
+            done: int = 0, after_step: Callable[[int], None] = lambda step: None) -> Metrics:
+        """Train to the end.
+
+        Args:
+            train_step: takes this rank's micro-batches of one optimizer step; returns what to log of it.
+            evaluate: returns metrics over the held-out data; none where nothing is held out.
+            done: steps that an interrupted run has made already.
+            after_step: called after each step but the last, with the steps made; to save, or to end a run that was
+                told to stop. The evaluation after that step comes later, and so again where a run is resumed.
+
+        Returns:
+            The metrics of the last evaluation.
+        """
+        training_begins()
+        steps = (micro_batches for epoch in range(self.epochs) for micro_batches in self.sampler.epoch(epoch))
+        with self.tracker.progress(self.total_steps, "training", done) as bar:
+            for made, micro_batches in enumerate(islice(steps, done, self.total_steps), start=done):
+                if self._evaluation_is_due(made):
+                    self._evaluate(evaluate, made)
+                self._train(train_step, micro_batches, made + 1, bar)
+                if made + 1 < self.total_steps:
+                    after_step(made + 1)
+        return self._evaluate(evaluate, self.total_steps)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        return step % self.sampler.steps_per_epoch == 0 or (self.eval_interval > 0 and step % self.eval_interval == 0)
+
+    def _train(self, train_step, micro_batches: Sequence[MicroBatch], step: int, bar) -> None:
+        heartbeat.enter("training")
+        start = time.perf_counter()
+        with named_when_out_of_memory("the training step"):
+            metrics = train_step(micro_batches)
+        metrics["step_seconds"] = time.perf_counter() - start
+        bar.set_postfix({name: f"{metrics[name]:.4g}" for name in ("loss", "learning_rate")}, refresh=False)
+        bar.update()
+        if step % self.log_interval == 0:
+            self.tracker.log("train", step, metrics)
+            if self.print_steps:
+                say(f"step {step}: " + describe(metrics))
+
+    def _evaluate(self, evaluate, step: int) -> Metrics:
+        heartbeat.enter("evaluation")
+        with named_when_out_of_memory("the evaluation"):
+            metrics = evaluate()
+        if not metrics:
+            return {}
+        self.tracker.log("eval", step, metrics)
+        when = f"evaluation after {step} of {self.total_steps} steps"
+        for name, value in metrics.items():
+            check_finite(value, name.replace("_", " "), f"the {when}")
+        say(f"{when}: " + describe(metrics))
+        return metrics
+
+
+def check_finite(value: float, name: str, when: str) -> None:
+    """Raises Diverged if a value that is the same on all ranks is not finite: nothing after it could be used."""
+    if not math.isfinite(value):
+        raise Diverged(f"the {name} of {when} is {value}: {DIVERGED}")
+
+
+def describe(metrics: Metrics) -> str:
+    """Metrics as one line for people."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items() if value is not None)

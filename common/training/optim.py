@@ -1,0 +1,93 @@
+"""Optimizers and learning-rate schedules: AdamW over named groups of parameters."""
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from common.runtime.distributed import on_every_rank, on_gpu, say
+from common.errors import UserError
+from common.training.learning_rate import share_of_highest
+
+BETAS = (0.9, 0.95)  # the betas of InstructGPT's and DeepSpeed-Chat's training
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float,
+                     lora_learning_rate: float | None = None) -> list[dict]:
+    """Split the trainable parameters into AdamW groups.
+
+    One-dimensional parameters (biases, norms) are not decayed. LoRA matrices are decayed like any matrix and
+    take `lora_learning_rate`; everything else takes `learning_rate`.
+
+    Returns:
+        Non-empty groups, each with params, lr and weight_decay, in a fixed order.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr = lora_learning_rate if lora_learning_rate is not None and "lora_" in name else learning_rate
+        # Under ZeRO-3 a partitioned parameter shows one empty dimension; its true shape is ds_shape.
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        groups.setdefault((lr, weight_decay if dimensions > 1 else 0.0), []).append(parameter)
+    return [{"params": parameters, "lr": lr, "weight_decay": decay}
+            for (lr, decay), parameters in sorted(groups.items(), reverse=True)]
+
+
+def build_optimizer(groups: list[dict], offload: bool) -> torch.optim.Optimizer:
+    """AdamW: torch's, fused on a GPU; DeepSpeed's CPU kernel where the optimizer is offloaded from one."""
+    if offload and on_gpu():
+        return cpu_adam(groups)
+    return torch.optim.AdamW(groups, betas=BETAS, fused=on_gpu())
+
+
+def cpu_adam(groups: list[dict]) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW for CPUs.
+
+    Raises:
+        UserError: it is not compiled yet, and there is no compiler.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    try:
+        return DeepSpeedCPUAdam(groups, betas=BETAS, adamw_mode=True)
+    except RuntimeError as error:
+        raise UserError("--offload needs DeepSpeed's optimizer for CPUs, which cannot be compiled here: install a C++ "
+                        "compiler and ninja (on Debian and Ubuntu: apt install g++ ninja-build), or leave --offload "
+                        f"out ({error.__cause__ or error})") from error
+
+
+def say_shortened_warmup(config, total_steps: int) -> None:
+    """Say where a run is all warm-up, as the default of step 3 has it for little data."""
+    if config.num_warmup_steps > total_steps and config.lr_scheduler_type != "constant":
+        say(f"note: --num_warmup_steps {config.num_warmup_steps} is shortened to the {total_steps} optimizer "
+            f"step{'s' if total_steps > 1 else ''} that this run has")
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, total_steps: int):
+    """The learning-rate schedule `name` over `total_steps` optimizer steps."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: share_of_highest(name, step, warmup_steps, total_steps))
+
+
+class Untrained:
+    """Tells whether training has left every weight of a model as it was, bit for bit.
+
+    Made before the first step (and before a checkpoint is loaded, as a resumed run begins with the same weights).
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model, self._before = model, _checksums(model)
+
+    def still(self) -> bool:
+        """The same on all ranks; all must call it."""
+        return on_every_rank(_checksums(self._model) == self._before)
+
+
+@torch.no_grad()
+def _checksums(model: nn.Module) -> list[int]:
+    """A sum over the bits of each trainable parameter; under ZeRO-3 over this rank's part of it."""
+    sums = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            values = getattr(parameter, "ds_tensor", parameter).detach()
+            sums.append(values.view(torch.int32 if values.element_size() == 4 else torch.int16).sum(dtype=torch.int64))
+    return torch.stack(sums).tolist() if sums else []

@@ -1,0 +1,228 @@
+"""What the three steps reached, read from their output directories: metrics.jsonl and the samples of step 3.
+
+The TRUE reward is known where the held-out questions are those of the built-in task (`common.data.builtin`).
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from textwrap import wrap
+
+from common.data.builtin import builtin_rows, true_reward
+from common.data.templates import TEXT_TEMPLATES
+from common.errors import UserError
+from common.runtime.terminal import harmless
+
+STEPS = ("sft", "reward", "ppo")
+SHOWN_ANSWERS = 6
+COLUMN = 36  # characters of each column of answers
+QUESTION_LINES = 3  # of a longer question the end is shown, where it mostly asks
+
+
+@dataclass(frozen=True)
+class Change:
+    """A number before training and after it."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the built-in task's rule says of the answers to held-out prompts; mean reward and shares, 0 to 1."""
+
+    reward: Change
+    correct: Change
+    courteous: Change
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One held-out prompt, and what was answered before and after PPO."""
+
+    question: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Attributes:
+    perplexity: of held-out demonstrations, step 1.
+    accuracy: share of held-out pairs in which the reward model prefers the chosen answer, step 2.
+    reward: mean raw score of the reward model over held-out prompts, step 3.
+    kl: mean over answers of the KL to the reference, in nats, step 3.
+    response_length: tokens, step 3.
+    truth: None where the true reward is unknown. So is any of the above that was not evaluated.
+    seconds: wall-clock time of each step.
+    cost: of all steps, in the currency of the price; None without one.
+    answers: some held-out prompts.
+    """
+
+    perplexity: Change | None
+    accuracy: Change | None
+    reward: Change | None
+    kl: Change | None
+    response_length: Change | None
+    truth: Truth | None
+    seconds: dict[str, float]
+    cost: float | None
+    answers: tuple[Answers, ...]
+
+
+def make_report(sft: Path, reward: Path, ppo: Path, seconds: Sequence[float] | None = None,
+                price_per_hour: float | None = None) -> Report:
+    """Read the output directories of the three steps.
+
+    Args:
+        seconds: wall-clock time of each step; without it, the time from opening the output directory to the end.
+        price_per_hour: of the machine the steps ran on.
+
+    Raises:
+        UserError: a step has not been finished.
+    """
+    records = {name: _finished(name, directory) for name, directory in zip(STEPS, (sft, reward, ppo))}
+    evaluated = any(row["phase"] == "eval" for row in records["ppo"])
+    before, after = ([_read_rows(ppo / "samples" / f"{name}.jsonl", prompt=str, response=str)
+                      for name in ("before", "after")] if evaluated else ([], []))
+    # A step that was interrupted has taken longer than its last start says.
+    logged = [rows[-1]["seconds"] for rows in records.values()]
+    times = dict(zip(STEPS, map(max, logged, seconds or logged)))
+
+    def change(step: str, metric: str) -> Change | None:
+        values = [row[metric] for row in records[step] if row["phase"] == "eval" and row.get(metric) is not None]
+        return Change(values[0], values[-1]) if values else None
+
+    return Report(
+        perplexity=change("sft", "perplexity"), accuracy=change("reward", "accuracy"),
+        reward=change("ppo", "reward"), kl=change("ppo", "kl"), response_length=change("ppo", "response_length"),
+        truth=judge(before, after) if evaluated else None, seconds=times,
+        cost=None if price_per_hour is None else sum(times.values()) / 3600 * price_per_hour,
+        answers=tuple(_spread(before, after)))
+
+
+def judge(before: Sequence[dict], after: Sequence[dict]) -> Truth | None:
+    """The true reward of two sets of samples, each a row with "prompt" and "response"; None where it is unknown."""
+    try:
+        old, new = ([true_reward(question_of(row["prompt"]), row["response"]) for row in rows]
+                    for rows in (before, after))
+    except UserError:
+        return None
+
+    def mean(name: str) -> Change:
+        return Change(*(sum(float(getattr(item, name)) for item in items) / len(items) for items in (old, new)))
+
+    return Truth(mean("reward"), mean("correct"), mean("courteous"))
+
+
+def question_of(prompt: str) -> str:
+    """The last question in a prompt, without its template.
+
+    In the wording of a tokenizer's own chat template, only a question of the built-in task is found; otherwise it is
+    the whole prompt.
+    """
+    text = "\n\n" + prompt.strip()
+    for template in TEXT_TEMPLATES.values():
+        if template.cue and text.endswith(template.cue):
+            return text.removesuffix(template.cue).rpartition("\n\n" + template.question)[2].strip()
+    return next((question for question in _builtin_questions() if question in text), text.strip())
+
+
+@cache
+def _builtin_questions() -> frozenset[str]:
+    return frozenset(row["prompt"] for row in builtin_rows("courtesy"))
+
+
+def _spread(before: Sequence[dict], after: Sequence[dict]) -> Iterator[Answers]:
+    pairs = list({old["prompt"]: (old, new) for old, new in zip(before, after)}.values())
+    for old, new in pairs[::max(1, len(pairs) // SHOWN_ANSWERS)][:SHOWN_ANSWERS]:
+        yield Answers(question_of(old["prompt"]), old["response"].strip(), new["response"].strip())
+
+
+def render(report: Report) -> str:
+    """The report as text for a terminal."""
+    lines = [*_figures(report), *(["", *_side_by_side(report.answers)] if report.answers else [])]
+    return harmless("\n".join(lines))
+
+
+def write_summary(report: Report, path: Path) -> None:
+    """Write the report as JSON."""
+    path.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _figures(report: Report) -> Iterator[str]:
+    def row(name: str, change: Change | None, form: str = "{:.2f}") -> str:
+        if change is None:
+            return f"{name:<44}{'not evaluated':>20}"
+        return f"{name:<44}{form.format(change.before):>10}{form.format(change.after):>10}"
+
+    share = "{:.1%}"
+    yield f"{'':<44}{'before':>10}{'after':>10}"
+    yield row("step 1: perplexity", report.perplexity)
+    yield row("step 2: accuracy of the reward model", report.accuracy, share)
+    yield row("step 3: mean reward", report.reward)
+    if report.truth is not None:
+        yield row("        TRUE reward, 0 to 1", report.truth.reward)
+        yield row("        answers that are correct", report.truth.correct, share)
+        yield row("        answers that are courteous", report.truth.courteous, share)
+    yield row("        KL to the fine-tuned model, nats", report.kl)
+    yield row("        tokens in an answer", report.response_length, "{:.1f}")
+    minutes = [seconds / 60 for seconds in report.seconds.values()]
+    yield ""
+    yield f"{' + '.join(f'{part:.1f}' for part in minutes)} = {sum(minutes):.1f} minutes" + (
+        "" if report.cost is None else f", which cost ${report.cost:.2f}")
+
+
+def _side_by_side(answers: Sequence[Answers]) -> Iterator[str]:
+    def columns(left: str, right: str) -> str:
+        return f"  {left:<{COLUMN}} | {right}".rstrip()
+
+    yield columns("answers before PPO", "answers after PPO")
+    for item in answers:
+        yield ""
+        yield from _end_of(item.question)
+        left, right = (wrap(text, COLUMN) or ["(nothing)"] for text in (item.before, item.after))
+        yield from (columns(*lines) for lines in zip_longest(left, right, fillvalue=""))
+
+
+def _end_of(question: str) -> list[str]:
+    words = " ".join(question.split())
+    lines = wrap(words, 2 * COLUMN + 5)
+    if len(lines) <= QUESTION_LINES:
+        return lines
+    # From the end backwards, so that the last line is a full one too.
+    lines = [line[::-1] for line in reversed(wrap(words[::-1], 2 * COLUMN + 1)[:QUESTION_LINES])]
+    return [f"... {lines[0]}", *lines[1:]]
+
+
+def _finished(step: str, directory: Path) -> list[dict]:
+    """The metrics of a run that ended well: what lies beside those of another may be an earlier run's."""
+    rows = _read_rows(directory / "logs" / "metrics.jsonl", phase=str, seconds=(int, float))
+    if not any(row["phase"] == "done" for row in rows):
+        raise UserError(f"{directory}: step {STEPS.index(step) + 1} ({step}) was not finished: "
+                        "logs/metrics.jsonl has no row \"done\"; run the step to its end")
+    return rows
+
+
+def _read_rows(path: Path, **holds: type | tuple[type, ...]) -> list[dict]:
+    """JSON lines, each with values of these types by these names."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): has the step been finished?") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): run the step to its end") from None
+    try:
+        rows = [json.loads(line) for line in lines]
+    except (json.JSONDecodeError, RecursionError):
+        raise UserError(f"{path} has a row that was not written whole: run the step to its end") from None
+    if not rows:
+        raise UserError(f"{path} is empty: run the step to its end")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in holds.items()):
+            raise UserError(f"{path}:{number} is damaged: it has no {' and '.join(holds)}: run the step to its end")
+    return rows
