@@ -233,7 +233,7 @@ def step_sampler(config, train, pack_to: int = 0) -> StepSampler:
                        rows_per_micro_batch=config.per_device_train_batch_size,
                        micro_batches_per_step=config.gradient_accumulation_steps, world_size=world_size(),
                        rank=rank(), seed=config.seed, max_tokens=config.max_tokens_per_micro_batch,
-                       pack_to=pack_to)
+                       pack_to=pack_to, group_by_length=config.group_by_length)
 
 
 def report_done(tracker: Tracker, steps: int, metrics: dict[str, float], output_dir: str) -> None:

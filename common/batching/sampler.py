@@ -1,8 +1,9 @@
 """Which rows form which optimizer step, on which rank.
 
-Rows of like length go together, so that little is padded, and every rank gets the same number of batches with
-about the same number of tokens. What an optimizer step consists of depends on the seed, the epoch and its
-size only: the same run on another number of ranks, or cut into micro-batches in another way, sees the same steps.
+The rows of a step are drawn at random, without replacement within an epoch. Only within a step are rows sorted by length
+and balanced, so that little is padded and every rank gets the same number of batches with about the same number of
+tokens. What an optimizer step consists of depends on the seed, the epoch and its size only: the same run on another
+number of ranks, or cut into micro-batches in another way, sees the same steps.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ class StepSampler:
             tokens each, of any number of rows; see `token_budget_batches`.
         pack_to: if not 0, rows share sequences of so many tokens; `rows_per_micro_batch` (or what `max_tokens` have
             room for) is then the number of sequences at most.
+        group_by_length: rows of similar length form a step. Less is padded, but a step is no longer a random sample of
+            the data: its mean length, and with it the weight of each token in the loss, varies from step to step.
     """
 
-    # Rows are sorted by length among so many steps' worth of rows, and at most among a quarter of the epoch:
+    # With group_by_length rows are sorted among so many steps' worth of rows, and at most among a quarter of the epoch:
     # sorting a whole epoch would put the same rows together in every epoch.
     _STEPS_SORTED_TOGETHER = 50
 
     def __init__(self, lengths: Sequence[int], *, rows_per_micro_batch: int, micro_batches_per_step: int,
-                 world_size: int, rank: int, seed: int, max_tokens: int = 0, pack_to: int = 0):
+                 world_size: int, rank: int, seed: int, max_tokens: int = 0, pack_to: int = 0,
+                 group_by_length: bool = False):
         if not 0 <= rank < world_size or min(rows_per_micro_batch, micro_batches_per_step, len(lengths)) < 1:
             raise ValueError("a sampler needs rows, positive batch sizes and a rank below the world size")
         self._lengths = np.asarray(lengths, dtype=np.int64)
@@ -60,6 +64,7 @@ class StepSampler:
         self._rank = rank
         self._seed = seed
         self._max_tokens = max_tokens
+        self._group_by_length = group_by_length
         self._pack_to = min(pack_to, max_tokens) if max_tokens else pack_to
         self._global_rows = rows_per_micro_batch * micro_batches_per_step * world_size
 
@@ -75,6 +80,9 @@ class StepSampler:
         """The rows of each step, longest first; independent of ranks and micro-batches."""
         random = np.random.default_rng([self._seed, epoch])
         order = random.permutation(len(self._lengths))
+        if not self._group_by_length:
+            return [_longest_first(order[start:start + self._global_rows], self._lengths)
+                    for start in range(0, len(order), self._global_rows)]
         together = min(max(self.steps_per_epoch // 4, 1), self._STEPS_SORTED_TOGETHER) * self._global_rows
         steps: list[np.ndarray] = []
         for start in range(0, len(order), together):

@@ -186,6 +186,8 @@ class SupervisedOptions(ScheduleOptions):
     per_device_train_batch_size: int = option(16, "rows per rank in one training micro-batch", low=1)
     per_device_eval_batch_size: int = option(16, "rows per rank in one evaluation batch", low=1)
     max_seq_len: int = option(512, "longest prompt and answer together", unit="tokens", low=2)
+    group_by_length: bool = option(
+        False, "form optimizer steps of rows of similar length: less padding, but steps are no longer random samples")
     weight_decay: float = option(0.0, "AdamW's weight decay; biases and norms have none", low=0)
     zero_stage: int = option(0, "ZeRO stage", choices=(0, 1, 2, 3))
     offload: bool = option(False, "keep optimizer state (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory")

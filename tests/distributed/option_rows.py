@@ -76,6 +76,7 @@ SUPERVISED = {
     "per_device_train_batch_size": Row("weights", "2"),
     "per_device_eval_batch_size": Row("metrics", "2", "--eval_iters 1"),
     "max_seq_len": Row("metrics", "20"),
+    "group_by_length": Row("metrics"),
     "weight_decay": Row("weights", "0.5"),
     "zero_stage": Row("engines", "1"),
     "offload": Row("engines", base="--zero_stage 1"),

@@ -1,5 +1,6 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
@@ -11,10 +12,12 @@ some_lengths = st.lists(st.integers(1, 500), min_size=1, max_size=150)
 small = st.integers(1, 4)
 
 
-def ranks(lengths, rows, micro_batches, world_size, seed=0, epoch=0, max_tokens=0) -> list[list[list[MicroBatch]]]:
+def ranks(lengths, rows, micro_batches, world_size, seed=0, epoch=0, max_tokens=0,
+          group_by_length=False) -> list[list[list[MicroBatch]]]:
     """An epoch as every rank sees it: [rank][step][micro-batch]."""
     samplers = [StepSampler(lengths, rows_per_micro_batch=rows, micro_batches_per_step=micro_batches,
-                            world_size=world_size, rank=rank, seed=seed, max_tokens=max_tokens)
+                            world_size=world_size, rank=rank, seed=seed, max_tokens=max_tokens,
+                            group_by_length=group_by_length)
                 for rank in range(world_size)]
     return [sampler.epoch(epoch) for sampler in samplers]
 
@@ -32,9 +35,9 @@ def padded_tokens(batches, lengths) -> int:
     return sum(len(batch.indices) * max(lengths[row] for row in batch.indices) for batch in batches)
 
 
-@given(some_lengths, small, small, small)
-def test_every_row_once_in_an_epoch_and_equal_counts_on_every_rank(lengths, rows, micro_batches, world_size):
-    seen = ranks(lengths, rows, micro_batches, world_size)
+@given(some_lengths, small, small, small, st.booleans())
+def test_every_row_once_in_an_epoch_and_equal_counts_on_every_rank(lengths, rows, micro_batches, world_size, grouped):
+    seen = ranks(lengths, rows, micro_batches, world_size, group_by_length=grouped)
     assert sum(step_rows(seen), Counter()) == Counter(range(len(lengths)))
     steps = -(-len(lengths) // (rows * micro_batches * world_size))
     for steps_of_rank in seen:
@@ -42,13 +45,16 @@ def test_every_row_once_in_an_epoch_and_equal_counts_on_every_rank(lengths, rows
         assert all(len(batch.indices) == len(batch.real) == rows for step in steps_of_rank for batch in step)
 
 
-@given(some_lengths, small, st.integers(0, 5))
-def test_steps_are_the_same_on_any_number_of_ranks(lengths, rows, epoch):
+@given(some_lengths, small, st.integers(0, 5), st.booleans())
+def test_steps_are_the_same_on_any_number_of_ranks(lengths, rows, epoch, grouped):
     """12 micro-batches a step, dealt as 1 x 12, 2 x 6, 3 x 4, 12 x 1; one of 12 x rows is the same step."""
-    expected = step_rows(ranks(lengths, rows, 12, 1, epoch=epoch))
-    assert step_rows(ranks(lengths, 12 * rows, 1, 1, epoch=epoch)) == expected
+    def steps(rows, micro_batches, world_size):
+        return step_rows(ranks(lengths, rows, micro_batches, world_size, epoch=epoch, group_by_length=grouped))
+
+    expected = steps(rows, 12, 1)
+    assert steps(12 * rows, 1, 1) == expected
     for world_size in (2, 3, 12):
-        assert step_rows(ranks(lengths, rows, 12 // world_size, world_size, epoch=epoch)) == expected
+        assert steps(rows, 12 // world_size, world_size) == expected
 
 
 def test_order_depends_on_seed_and_epoch_alone():
@@ -59,21 +65,45 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert ranks(lengths, 2, 2, 2, seed=2, epoch=0) != first
 
 
-def test_other_epochs_put_other_rows_together():
+@pytest.mark.parametrize("grouped", [False, True])
+def test_other_epochs_put_other_rows_together(grouped):
     lengths = [row % 37 + 1 for row in range(400)]
-    first, second = ({frozenset(rows) for rows in step_rows(ranks(lengths, 4, 1, 1, epoch=epoch))}
-                     for epoch in (0, 1))
+    first, second = ({frozenset(rows) for rows in step_rows(ranks(lengths, 4, 1, 1, epoch=epoch,
+                                                                  group_by_length=grouped))} for epoch in (0, 1))
     assert len(first & second) < len(first) / 10
 
 
-def test_little_is_padded_and_ranks_carry_alike():
+def spread_of_mean_lengths(steps, lengths) -> float:
+    """Standard deviation over steps of the mean length of a step's rows."""
+    return np.std([np.mean([lengths[row] for row in rows]) for rows in steps])
+
+
+def test_a_step_is_a_random_sample_of_the_rows():
+    """The mean length of 20,000 rows' steps of 128 varies as that of samples drawn without replacement does."""
+    lengths = np.random.default_rng(0).integers(1, 257, 20_000)
+    seen = [rows for epoch in range(4) for rows in step_rows(ranks(lengths, 16, 4, 2, epoch=epoch))]
+    whole = [rows for rows in seen if rows.total() == 128]
+    expected = lengths.std() / 128 ** 0.5
+    # The standard deviation of an estimate from n steps is about its size over the root of 2 n: 2.8 percent here.
+    assert spread_of_mean_lengths(whole, lengths) == pytest.approx(expected, rel=0.12)
+
+
+def test_with_group_by_length_steps_hold_rows_of_similar_length_and_little_is_padded():
     lengths = [(row * 7919) % 500 + 1 for row in range(4000)]
-    seen = ranks(lengths, 4, 4, 2)
+    seen = ranks(lengths, 4, 4, 2, group_by_length=True)
     grouped = [sum(padded_tokens(step, lengths) for step in steps) for steps in seen]
     as_they_come = [MicroBatch(tuple(range(i, i + 4)), (True,) * 4) for i in range(0, 4000, 4)]
     random = padded_tokens(as_they_come, lengths)
     assert sum(grouped) / sum(lengths) - 1 < 0.1 * (random / sum(lengths) - 1)
     assert max(grouped) / min(grouped) < 1.02
+    assert spread_of_mean_lengths(step_rows(seen), lengths) > 0.8 * np.std(lengths)
+
+
+def test_rows_of_similar_length_share_micro_batches_within_a_random_step():
+    lengths = [(row * 7919) % 500 + 1 for row in range(4000)]
+    padded = sum(padded_tokens(step, lengths) for steps in ranks(lengths, 4, 4, 2) for step in steps)
+    as_they_come = [MicroBatch(tuple(range(i, i + 4)), (True,) * 4) for i in range(0, 4000, 4)]
+    assert padded / sum(lengths) - 1 < 0.35 * (padded_tokens(as_they_come, lengths) / sum(lengths) - 1)
 
 
 @given(some_lengths, small, small)
