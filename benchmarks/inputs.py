@@ -1,4 +1,5 @@
 """Models with random weights and data, for programs that are to run anywhere, and the options all benchmarks share."""
+
 from __future__ import annotations
 
 import hashlib
@@ -20,19 +21,33 @@ from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 from common.config.parser import Config, PathName, option
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
-from common.runtime.distributed import device
 from common.errors import UserError
 from common.models.loading import resolve_model
+from common.runtime.distributed import device
 
 GENERATED = "generated"
 _ROWS = 3000
 _TOKENS = 4096  # of the tokenizer; a model's vocabulary may be larger
 _NAMED = {  # the published shapes
-    "opt-1.3b": {"vocab_size": 50272, "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24,
-                 "num_attention_heads": 32, "word_embed_proj_dim": 2048, "max_position_embeddings": 2048},
-    "opt-350m": {"vocab_size": 50272, "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24,
-                 "num_attention_heads": 16, "word_embed_proj_dim": 512, "max_position_embeddings": 2048,
-                 "do_layer_norm_before": False},
+    "opt-1.3b": {
+        "vocab_size": 50272,
+        "hidden_size": 2048,
+        "ffn_dim": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "word_embed_proj_dim": 2048,
+        "max_position_embeddings": 2048,
+    },
+    "opt-350m": {
+        "vocab_size": 50272,
+        "hidden_size": 1024,
+        "ffn_dim": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "word_embed_proj_dim": 512,
+        "max_position_embeddings": 2048,
+        "do_layer_norm_before": False,
+    },
 }
 
 
@@ -41,7 +56,8 @@ class BenchmarkOptions(Config):
     """Benchmark"""
 
     data_path: tuple[PathName, ...] = option(
-        (GENERATED,), "generated: dialogues of random words, as long as real ones; else as in the programs themselves")
+        (GENERATED,), "generated: dialogues of random words, as long as real ones; else as in the programs themselves"
+    )
     output_dir: PathName = option("output/benchmarks", "directory of models with random weights, data and logs")
     rounds: int = option(2, "rounds of A B B A", low=1)
     only: str | None = option(None, "measure this variant alone, for its memory", choices=("plain", "product"))
@@ -84,11 +100,19 @@ def _shape(name: str, where: str) -> dict:
         return _NAMED[name]
     match = re.fullmatch(r"opt-(\d+)x(\d+)", name)
     if match is None or int(match[2]) % 32:
-        raise UserError(f"{where}: no such shape; there are {', '.join(_NAMED)} and opt-LAYERSxWIDTH, the width a "
-                        "multiple of 32")
+        raise UserError(
+            f"{where}: no such shape; there are {', '.join(_NAMED)} and opt-LAYERSxWIDTH, the width a multiple of 32"
+        )
     layers, width = int(match[1]), int(match[2])
-    return {"vocab_size": _TOKENS, "hidden_size": width, "ffn_dim": 4 * width, "num_hidden_layers": layers,
-            "num_attention_heads": width // 32, "word_embed_proj_dim": width, "max_position_embeddings": 1024}
+    return {
+        "vocab_size": _TOKENS,
+        "hidden_size": width,
+        "ffn_dim": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "word_embed_proj_dim": width,
+        "max_position_embeddings": 1024,
+    }
 
 
 def _write_model(directory: Path, shape: dict, texts: Sequence[str], scores: bool) -> None:
@@ -96,9 +120,15 @@ def _write_model(directory: Path, shape: dict, texts: Sequence[str], scores: boo
     tokenizer.save_pretrained(directory)
     # Activations keep their size from layer to layer, so that next tokens are spread as a trained model's are not, but
     # are not all the same either.
-    config = OPTConfig(**shape, dropout=0.0, init_std=shape["hidden_size"] ** -0.5, num_labels=1,
-                       bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                       pad_token_id=tokenizer.pad_token_id)
+    config = OPTConfig(
+        **shape,
+        dropout=0.0,
+        init_std=shape["hidden_size"] ** -0.5,
+        num_labels=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     torch.manual_seed(0)
     with device():
         model = (OPTForSequenceClassification if scores else OPTForCausalLM)(config)
@@ -112,12 +142,24 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=_TOKENS, special_tokens=specials, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=_TOKENS,
+            special_tokens=specials,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
     bpe.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", unk_token="<unk>",
-                                   pad_token="<pad>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _texts(data_path: Sequence[str]) -> list[str]:
@@ -142,8 +184,11 @@ def _write_comparisons(directory: Path) -> None:
 
     with open(directory / "comparisons.jsonl", "w", encoding="utf-8") as stream:
         for number in range(_ROWS):
-            row = {"prompt": f"{number} {text(3.94, 1.09, 700)}", "chosen": text(3.14, 0.85, 200),
-                   "rejected": f"{text(3.14, 0.85, 200)} no"}
+            row = {
+                "prompt": f"{number} {text(3.94, 1.09, 700)}",
+                "chosen": text(3.14, 0.85, 200),
+                "rejected": f"{text(3.14, 0.85, 200)} no",
+            }
             stream.write(json.dumps(row) + "\n")
 
 

@@ -1,4 +1,5 @@
 """Variants of the same work in turns, and what each of them takes."""
+
 from __future__ import annotations
 
 import contextlib
@@ -34,6 +35,7 @@ class Outcome:
         phases: seconds of the parts of the run; what they leave over is reported as `other`.
         extra: further figures of this variant.
     """
+
     samples: int
     real_tokens: int
     padded_tokens: int
@@ -51,8 +53,14 @@ class _Run:
     resident_bytes: int
 
 
-def compare(variants: Mapping[str, Callable[[], Outcome]], agree: Callable[[object, object], dict], *, rounds: int,
-            steps: int, about: Mapping[str, object]) -> None:
+def compare(
+    variants: Mapping[str, Callable[[], Outcome]],
+    agree: Callable[[object, object], dict],
+    *,
+    rounds: int,
+    steps: int,
+    about: Mapping[str, object],
+) -> None:
     """Run the variants in turns and print a JSON line for each: A B B A in every round, after a run of each unmeasured.
 
     Args:
@@ -92,11 +100,19 @@ def machine() -> dict[str, object]:
     if on_gpu():
         name = torch.cuda.get_device_name()
     else:
-        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")]
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name = models[0] if models else platform.machine()
-    return {"device": name, "ranks": world_size(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "load_at_start": LOAD_AT_START}
+    return {
+        "device": name,
+        "ranks": world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load_at_start": LOAD_AT_START,
+    }
 
 
 LOAD_AT_START = round(os.getloadavg()[0], 2)  # what else kept the machine busy; figures need a quiet one
@@ -140,13 +156,18 @@ def _measured(variant: Callable[[], Outcome]) -> _Run:
     barrier()
     resident = memory_status("VmHWM")
     held = torch.cuda.max_memory_allocated() if on_gpu() else 0
-    ranks = gather_objects((outcome.samples, outcome.real_tokens, outcome.padded_tokens, outcome.new_tokens,
-                            stop - start, held, resident))
+    ranks = gather_objects(
+        (outcome.samples, outcome.real_tokens, outcome.padded_tokens, outcome.new_tokens, stop - start, held, resident)
+    )
     totals = [sum(rank[column] for rank in ranks) for column in range(4)]
     seconds, held, resident = (max(rank[column] for rank in ranks) for column in (4, 5, 6))
     samples, real_tokens, padded_tokens, new_tokens = totals
-    return _Run(replace(outcome, samples=samples, real_tokens=real_tokens, padded_tokens=padded_tokens,
-                        new_tokens=new_tokens), seconds, held, resident)
+    return _Run(
+        replace(outcome, samples=samples, real_tokens=real_tokens, padded_tokens=padded_tokens, new_tokens=new_tokens),
+        seconds,
+        held,
+        resident,
+    )
 
 
 def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
@@ -159,7 +180,8 @@ def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
         "real_tokens_per_second": outcome.real_tokens / seconds,
         "padded_tokens_per_second": outcome.padded_tokens / seconds,
         "padding_share": 1 - outcome.real_tokens / outcome.padded_tokens,
-        "peak_resident_mib": max(run.resident_bytes for run in runs) / MIB, **outcome.extra,
+        "peak_resident_mib": max(run.resident_bytes for run in runs) / MIB,
+        **outcome.extra,
     }
     if outcome.new_tokens:
         figures["new_tokens_per_second"] = outcome.new_tokens / seconds
@@ -168,8 +190,9 @@ def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
     rounded = {"runs": len(runs)} | {name: float(f"{value:.4g}") for name, value in figures.items()}
     if outcome.phases:
         phases = [{**run.outcome.phases, "other": run.seconds - sum(run.outcome.phases.values())} for run in runs]
-        rounded["phase_seconds"] = {name: float(f"{median(run[name] for run in phases) / steps:.4g}")
-                                    for name in phases[0]}
+        rounded["phase_seconds"] = {
+            name: float(f"{median(run[name] for run in phases) / steps:.4g}") for name in phases[0]
+        }
     return rounded
 
 

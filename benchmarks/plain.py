@@ -1,4 +1,5 @@
 """The standard way, that the product is compared with: batches of a fixed size in the order given, padded."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -24,13 +25,15 @@ def fixed_micro_batches(micro_batches: Iterable[MicroBatch], rows_per_batch: int
 
 def dealt(rows: Sequence[int], rows_per_batch: int) -> list[MicroBatch]:
     """This rank's share of the rows, in turns; the last batch is filled with rows that count nothing."""
-    mine = list(rows[rank()::world_size()])
+    mine = list(rows[rank() :: world_size()])
     count = -(-len(rows) // (rows_per_batch * world_size()))
     fillers = count * rows_per_batch - len(mine)
     real = [True] * len(mine) + [False] * fillers
     mine += [rows[-1]] * fillers
-    return [MicroBatch(tuple(mine[start:start + rows_per_batch]), tuple(real[start:start + rows_per_batch]))
-            for start in range(0, len(mine), rows_per_batch)]
+    return [
+        MicroBatch(tuple(mine[start : start + rows_per_batch]), tuple(real[start : start + rows_per_batch]))
+        for start in range(0, len(mine), rows_per_batch)
+    ]
 
 
 class LongTail(Sampling):
@@ -45,8 +48,9 @@ def padded_to(tensor: Tensor, width: int, value: int | bool) -> Tensor:
     return F.pad(tensor, (0, width - tensor.shape[1]), value=value)
 
 
-def cached_generate(engine, prompts: PromptBatch, sampling: Sampling, uniform: Tensor, lengths: Tensor, *, end_id: int,
-                    pad_id: int) -> list[list[int]]:
+def cached_generate(
+    engine, prompts: PromptBatch, sampling: Sampling, uniform: Tensor, lengths: Tensor, *, end_id: int, pad_id: int
+) -> list[list[int]]:
     """Responses of the imposed lengths by transformers' `generate` with a cache, stopping when all have ended.
 
     Under ZeRO-3 the ranks stay in step, and DeepSpeed gathers the weights for every token.
@@ -61,14 +65,23 @@ def cached_generate(engine, prompts: PromptBatch, sampling: Sampling, uniform: T
     chosen = _Chosen(width, uniform.to(there), lengths.to(there), sampling, end_id)
     engine.eval()
     sequences = engine.module.generate(
-        input_ids=prompts.input_ids, attention_mask=prompts.attention_mask,
-        generation_config=GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, use_cache=True,
-                                           eos_token_id=end_id, pad_token_id=pad_id),
+        input_ids=prompts.input_ids,
+        attention_mask=prompts.attention_mask,
+        generation_config=GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=end_id,
+            pad_token_id=pad_id,
+        ),
         logits_processor=LogitsProcessorList([chosen]),
-        synced_gpus=engine.zero_optimization_partition_weights() and world_size() > 1)
+        synced_gpus=engine.zero_optimization_partition_weights() and world_size() > 1,
+    )
     engine.train()
-    return [[*row[width:width + length - 1].tolist(), last] for row, length, last in
-            zip(sequences.cpu(), lengths.tolist(), chosen.last.tolist())]
+    return [
+        [*row[width : width + length - 1].tolist(), last]
+        for row, length, last in zip(sequences.cpu(), lengths.tolist(), chosen.last.tolist())
+    ]
 
 
 class _Chosen(LogitsProcessor):
@@ -91,18 +104,21 @@ class _Chosen(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate_batch(model, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, at_a_time: int,
-                   pad_id: int) -> list[list[int]]:
+def generate_batch(
+    model, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, at_a_time: int, pad_id: int
+) -> list[list[int]]:
     """Greedy responses of the imposed lengths by transformers' own continuous batching, as `generate_batch` does it."""
     config = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=pad_id)
     room = ContinuousBatchingConfig(max_requests_per_batch=at_a_time, num_blocks=4 * at_a_time, max_batch_tokens=512)
     attention = model.config._attn_implementation
     found: dict[str, list[int]] = {}
     try:
-        with model.continuous_batching_context_manager(generation_config=config,
-                                                       continuous_batching_config=room) as manager:
-            names = [manager.add_request(list(prompt), max_new_tokens=length)
-                     for prompt, length in zip(prompts, lengths)]
+        with model.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=room
+        ) as manager:
+            names = [
+                manager.add_request(list(prompt), max_new_tokens=length) for prompt, length in zip(prompts, lengths)
+            ]
             while len(found) < len(names) and manager.is_running():
                 result = manager.get_result(timeout=1)
                 if result is not None and result.is_finished():

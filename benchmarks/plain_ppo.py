@@ -1,4 +1,5 @@
 """A PPO iteration the standard way: cached generation, fixed micro-batches, log-probs over the whole vocabulary."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -11,17 +12,17 @@ from torch.nn import functional as F
 from benchmarks.plain import cached_generate, dealt
 from common.batching.collate import collate_prompts
 from common.batching.sampler import MicroBatch
+from common.models.logprobs import gather_response
 from common.runtime.distributed import device, gather_objects, global_sum
 from common.training.engine import accumulate, gradient_norm
-from common.models.logprobs import gather_response
-from common.training.timing import PhaseClock
 from common.training.metrics import add_sums, means
-from step3_ppo.scoring import Assessment, share_rollout
-from step3_ppo.generation.continuous_batching import Request
+from common.training.timing import PhaseClock
 from step3_ppo.experience import Experience, Rollout
-from step3_ppo.loss import policy_loss_sum, value_loss_sum
+from step3_ppo.generation.continuous_batching import Request
 from step3_ppo.generation.rollout import joined
 from step3_ppo.generation.sampling import response_limits, uniforms
+from step3_ppo.loss import policy_loss_sum, value_loss_sum
+from step3_ppo.scoring import ModelOutputs, share_rollout
 from step3_ppo.trainer import PPOTrainer
 
 
@@ -33,6 +34,7 @@ class PlainPPO:
         trainer: the product's; its actor and critic are trained, its rewards and advantages used.
         reference, scorer: engines of their own, as four models in memory are the standard.
     """
+
     trainer: PPOTrainer
     reference: object
     scorer: object
@@ -52,21 +54,32 @@ class PlainPPO:
                 reference = self._over(rollout, lambda part: self._log_probs(self.reference, part))
         models.actor.train(), models.critic.train()
         with clock.phase("advantages"):
-            assessment = Assessment(old, reference, torch.zeros_like(old), values, scores)
-            experience = trainer.advantages(rollout, assessment, trainer.rewards(rollout, assessment)[1])
+            outputs = ModelOutputs(old, reference, torch.zeros_like(old), values, scores)
+            experience = trainer.advantages(rollout, outputs, trainer.rewards(rollout, outputs)[1])
         metrics = self._update(experience, clock)
-        return {"reward": float(scores.mean()), "kl": float(assessment.response_kl().mean()), **metrics}, rollout
+        return {"reward": float(scores.mean()), "kl": float(outputs.response_kl().mean()), **metrics}, rollout
 
     def _generate(self, micro_batch: MicroBatch, index: int) -> Rollout:
         trainer = self.trainer
         batch = collate_prompts(trainer.prompts, micro_batch, trainer.codec.pad_id)
         uniform = uniforms(trainer.config.seed, index, batch.prompt_index, trainer.sampling.max_new_tokens)
         lengths = response_limits(trainer.config.seed, index, batch.prompt_index, trainer.sampling)[:, 1]
-        responses = cached_generate(trainer.models.actor, batch.to(device()), trainer.sampling, uniform, lengths,
-                                    end_id=trainer.codec.end_id, pad_id=trainer.codec.pad_id)
+        responses = cached_generate(
+            trainer.models.actor,
+            batch.to(device()),
+            trainer.sampling,
+            uniform,
+            lengths,
+            end_id=trainer.codec.end_id,
+            pad_id=trainer.codec.pad_id,
+        )
         width = batch.input_ids.shape[1]
-        requests = [Request(tuple(ids[width - length:].tolist()), *rest) for ids, length, *rest in
-                    zip(batch.input_ids, batch.lengths.tolist(), uniform, lengths.tolist(), lengths.tolist())]
+        requests = [
+            Request(tuple(ids[width - length :].tolist()), *rest)
+            for ids, length, *rest in zip(
+                batch.input_ids, batch.lengths.tolist(), uniform, lengths.tolist(), lengths.tolist()
+            )
+        ]
         rollout = joined(requests, responses, batch.prompt_index, trainer.codec.end_ids, trainer.codec.pad_id)
         return rollout.select(range(len(requests)), micro_batch.real)
 
@@ -91,20 +104,32 @@ class PlainPPO:
     def _update(self, experience: Experience, clock: PhaseClock) -> dict:
         """One optimizer step of each model over all rows."""
         models, config = self.trainer.models, self.trainer.config
-        batches = [experience.select(batch.indices, batch.real).to(device()) for batch in
-                   dealt(range(len(experience.values)), config.per_device_training_batch_size)]
+        batches = [
+            experience.select(batch.indices, batch.real).to(device())
+            for batch in dealt(range(len(experience.values)), config.per_device_training_batch_size)
+        ]
         tokens = global_sum(sum(batch.response_mask.sum() for batch in batches))
         sums: dict[str, list] = {"actor": [], "critic": []}
 
         def actor_loss(batch: Experience) -> Tensor:
-            loss, parts = policy_loss_sum(self._log_probs(models.actor, batch.rollout), batch.old_log_probs,
-                                          batch.advantages, batch.response_mask, config.clip_range)
+            loss, parts = policy_loss_sum(
+                self._log_probs(models.actor, batch.rollout),
+                batch.old_log_probs,
+                batch.advantages,
+                batch.response_mask,
+                config.clip_range,
+            )
             sums["actor"].append(parts)
             return loss / tokens
 
         def critic_loss(batch: Experience) -> Tensor:
-            loss, parts = value_loss_sum(response_numbers(models.critic, batch.rollout), batch.values, batch.returns,
-                                         batch.response_mask, config.value_clip_range)
+            loss, parts = value_loss_sum(
+                response_numbers(models.critic, batch.rollout),
+                batch.values,
+                batch.returns,
+                batch.response_mask,
+                config.value_clip_range,
+            )
             sums["critic"].append(parts)
             return loss / tokens
 
@@ -116,9 +141,12 @@ class PlainPPO:
             models.critic.step()
         totals = {name: value for parts in sums.values() for name, value in add_sums(parts, global_sum).items()}
         averages = means(totals, "tokens")
-        return {"policy_loss": averages["policy_loss"], "value_loss": averages["value_loss"],
-                "actor_gradient_norm": gradient_norm(models.actor),
-                "critic_gradient_norm": gradient_norm(models.critic)}
+        return {
+            "policy_loss": averages["policy_loss"],
+            "value_loss": averages["value_loss"],
+            "actor_gradient_norm": gradient_norm(models.actor),
+            "critic_gradient_norm": gradient_norm(models.critic),
+        }
 
 
 def response_numbers(engine, rollout: Rollout) -> Tensor:

@@ -1,4 +1,5 @@
 """Step 3: a whole PPO iteration against the same iteration done the standard way. --help says all."""
+
 from __future__ import annotations
 
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import require_environment
+
     require_environment()
 
 import torch
@@ -16,16 +18,16 @@ from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, Outcome, assert_close, compare, counted_positions, tolerance
 from benchmarks.plain import LongTail, fixed_micro_batches, same_responses
 from benchmarks.plain_ppo import PlainPPO
-from common.config.parser import PathName, option, parse
-from common.data.prepare import prepare
-from common.runtime.distributed import is_main, run_program, start, world_size
-from common.training.engine import EngineSettings, deepspeed_config, frozen_engine, resolve_dtype
-from common.errors import UserError
-from common.models.loading import load_causal_lm, load_scalar_model
-from common.training.timing import PhaseClock
 from common.artifacts.provenance import RAW
 from common.artifacts.publish import data_request, open_codec
 from common.artifacts.tracking import quiet_libraries
+from common.config.parser import PathName, option, parse
+from common.data.prepare import prepare
+from common.errors import UserError
+from common.models.loading import load_causal_lm, load_scalar_model
+from common.runtime.distributed import is_main, run_program, start, world_size
+from common.training.engine import EngineSettings, deepspeed_config, frozen_engine, resolve_dtype
+from common.training.timing import PhaseClock
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Rollout
 from step3_ppo.main import optimizer_steps_per_iteration, prompt_sampler
@@ -66,8 +68,10 @@ def main(argv=None) -> None:
     trainer = PPOTrainer(models, config, codec, data, data, None, RAW)
     trainer.sampling = LongTail(**asdict(trainer.sampling))
     frozen = {} if config.only == "product" else standard_frozen_models(config, codec, actor, critic)
-    own = {"plain": [models.actor, models.critic, *frozen.values()],
-           "product": [models.actor, models.critic, models.scorer, models.reference]}
+    own = {
+        "plain": [models.actor, models.critic, *frozen.values()],
+        "product": [models.actor, models.critic, models.scorer, models.reference],
+    }
 
     def plain() -> tuple[dict, Rollout, dict]:
         clock = PhaseClock()
@@ -87,8 +91,16 @@ def main(argv=None) -> None:
             # Every rank holds the whole rollout; it is counted once.
             rows = len(rollout.tokens) if is_main() else 0
             lengths = rollout.lengths[:rows], rollout.response_lengths[:rows]
-            return Outcome(rows, int(lengths[0].sum()) * config.ppo_epochs, sum(positions), (metrics, rollout),
-                           int(lengths[1].sum()), seconds, {"weights_mib": weights})
+            return Outcome(
+                rows,
+                int(lengths[0].sum()) * config.ppo_epochs,
+                sum(positions),
+                (metrics, rollout),
+                int(lengths[1].sum()),
+                seconds,
+                {"weights_mib": weights},
+            )
+
         return run
 
     dtype = resolve_dtype(config.dtype)
@@ -100,16 +112,27 @@ def main(argv=None) -> None:
             assert_close({name: first[0][name] for name in COMPARED}, other[0], tolerance(dtype))
         return found | {"reward": other[0]["reward"]}
 
-    compare(config.chosen({"plain": counted("plain", plain), "product": counted("product", product)}), agree,
-            rounds=config.rounds, steps=1,
-            about={"benchmark": "ppo", "actor": config.actor_model_name_or_path,
-                   "critic": config.critic_model_name_or_path, "zero_stage": config.actor_zero_stage,
-                   "critic_zero_stage": config.critic_zero_stage, "dtype": str(dtype).removeprefix("torch."),
-                   "lora_dim": config.actor_lora_dim, "critic_lora_dim": config.critic_lora_dim,
-                   "prompts": config.prompts, "longest_prompt": config.max_prompt_seq_len,
-                   "longest_response": config.max_answer_seq_len,
-                   "rows_per_micro_batch": config.per_device_training_batch_size,
-                   "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch})
+    compare(
+        config.chosen({"plain": counted("plain", plain), "product": counted("product", product)}),
+        agree,
+        rounds=config.rounds,
+        steps=1,
+        about={
+            "benchmark": "ppo",
+            "actor": config.actor_model_name_or_path,
+            "critic": config.critic_model_name_or_path,
+            "zero_stage": config.actor_zero_stage,
+            "critic_zero_stage": config.critic_zero_stage,
+            "dtype": str(dtype).removeprefix("torch."),
+            "lora_dim": config.actor_lora_dim,
+            "critic_lora_dim": config.critic_lora_dim,
+            "prompts": config.prompts,
+            "longest_prompt": config.max_prompt_seq_len,
+            "longest_response": config.max_answer_seq_len,
+            "rows_per_micro_batch": config.per_device_training_batch_size,
+            "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch,
+        },
+    )
     models.destroy()
     for engine in frozen.values():
         engine.destroy()
@@ -120,11 +143,18 @@ def one_step_per_iteration(config: PPOBenchmark) -> PPOBenchmark:
     if config.prompts % world_size():
         raise UserError(f"--prompts {config.prompts}: must be a multiple of the {world_size()} ranks")
     rows = config.prompts // world_size()
-    return replace(config, per_device_generation_batch_size=rows, generation_batches=1,
-                   per_device_training_batch_size=min(rows, config.per_device_training_batch_size),
-                   gradient_accumulation_steps=-(-rows // config.per_device_training_batch_size), ppo_epochs=1,
-                   actor_learning_rate=0.0, actor_lora_learning_rate=0.0, critic_learning_rate=0.0,
-                   critic_lora_learning_rate=0.0)
+    return replace(
+        config,
+        per_device_generation_batch_size=rows,
+        generation_batches=1,
+        per_device_training_batch_size=min(rows, config.per_device_training_batch_size),
+        gradient_accumulation_steps=-(-rows // config.per_device_training_batch_size),
+        ppo_epochs=1,
+        actor_learning_rate=0.0,
+        actor_lora_learning_rate=0.0,
+        critic_learning_rate=0.0,
+        critic_lora_learning_rate=0.0,
+    )
 
 
 def standard_frozen_models(config: PPOBenchmark, codec, actor: str, critic: str) -> dict:
@@ -135,10 +165,23 @@ def standard_frozen_models(config: PPOBenchmark, codec, actor: str, critic: str)
         return EngineSettings(3 if stage == 3 else 0, dtype, config.per_device_training_batch_size)
 
     of_actor, of_critic = settings(config.actor_zero_stage), settings(config.critic_zero_stage)
-    reference = load_causal_lm(actor, "--actor_model_name_or_path", codec, dtype=dtype, dropout=0.0,
-                               ds_config=deepspeed_config(of_actor, trainable=False))
-    scorer = load_scalar_model(critic, "--critic_model_name_or_path", codec, dtype=dtype, dropout=0.0, seed=config.seed,
-                               ds_config=deepspeed_config(of_critic, trainable=False))
+    reference = load_causal_lm(
+        actor,
+        "--actor_model_name_or_path",
+        codec,
+        dtype=dtype,
+        dropout=0.0,
+        ds_config=deepspeed_config(of_actor, trainable=False),
+    )
+    scorer = load_scalar_model(
+        critic,
+        "--critic_model_name_or_path",
+        codec,
+        dtype=dtype,
+        dropout=0.0,
+        seed=config.seed,
+        ds_config=deepspeed_config(of_critic, trainable=False),
+    )
     return {"reference": frozen_engine(reference, of_actor), "scorer": frozen_engine(scorer, of_critic)}
 
 
@@ -154,8 +197,10 @@ def weights_mib(engines) -> float:
 
 def responses(rollout: Rollout) -> list[list[int]]:
     """The tokens of every response."""
-    return [row[start:end].tolist() for row, start, end in
-            zip(rollout.tokens, rollout.prompt_lengths.tolist(), rollout.lengths.tolist())]
+    return [
+        row[start:end].tolist()
+        for row, start, end in zip(rollout.tokens, rollout.prompt_lengths.tolist(), rollout.lengths.tolist())
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Preparing many rows of data, and the second start, which finds them prepared: seconds, memory of all processes."""
+
 from __future__ import annotations
 
 import json
@@ -13,16 +14,17 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import require_environment
+
     require_environment()
 
 import psutil
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, say_line
+from common.artifacts.publish import data_request, open_codec
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
 from common.runtime.distributed import run_program
-from common.artifacts.publish import data_request, open_codec
 from step1_sft.config import SFTConfig
 
 
@@ -43,8 +45,9 @@ def main(argv=None) -> None:
     codec = open_codec(config, source, "--model_name_or_path")
     prepared = Path(config.output_dir) / "preparation"
     shutil.rmtree(prepared, ignore_errors=True)
-    config = replace(config, data_path=(str(write_rows(prepared / "rows.jsonl", config)),),
-                     data_output_path=str(prepared))
+    config = replace(
+        config, data_path=(str(write_rows(prepared / "rows.jsonl", config)),), data_output_path=str(prepared)
+    )
     request = data_request(config, "demonstration", config.max_seq_len, "--max_seq_len")
     for start in ("first", "second"):
         peak = PeakMemory()
@@ -52,9 +55,16 @@ def main(argv=None) -> None:
         with peak:
             data = prepare(request, codec)
         lengths = data.train["length"]
-        say_line({"benchmark": "preparation", "start": start, "rows": len(data.train) + len(data.eval),
-                  "mean_tokens": sum(lengths) / len(lengths), "seconds": time.perf_counter() - began,
-                  "peak_resident_mib": peak.bytes / MIB})
+        say_line(
+            {
+                "benchmark": "preparation",
+                "start": start,
+                "rows": len(data.train) + len(data.eval),
+                "mean_tokens": sum(lengths) / len(lengths),
+                "seconds": time.perf_counter() - began,
+                "peak_resident_mib": peak.bytes / MIB,
+            }
+        )
 
 
 def write_rows(path: Path, config: PreparationBenchmark) -> Path:
@@ -64,8 +74,10 @@ def write_rows(path: Path, config: PreparationBenchmark) -> Path:
     path.parent.mkdir(parents=True)
     with open(path, "w") as stream:
         for number in range(config.rows):
-            row = {"prompt": f"{number} {' '.join(draw.choices(words, k=9))}?",
-                   "response": " ".join(draw.choices(words, k=config.words_per_row - 10))}
+            row = {
+                "prompt": f"{number} {' '.join(draw.choices(words, k=9))}?",
+                "response": " ".join(draw.choices(words, k=config.words_per_row - 10)),
+            }
             stream.write(json.dumps(row) + "\n")
     return path
 

@@ -1,4 +1,5 @@
 """Step 2: the product's batching against pairs padded to --max_seq_len. --help says all."""
+
 from __future__ import annotations
 
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import require_environment
+
     require_environment()
 
 import torch
@@ -17,14 +19,14 @@ from torch.nn import functional as F
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.plain import padded_to
 from benchmarks.supervised import compare_training
-from common.config.parser import PathName, option, parse
-from common.batching.collate import PairBatch, collate_comparisons
-from common.data.prepare import prepare
-from common.batching.sampler import MicroBatch
-from common.runtime.distributed import device, global_sum, run_program, seed_rank, start
-from common.training.engine import accumulate, gradient_norm
 from common.artifacts.publish import data_request, open_codec, step_sampler
 from common.artifacts.tracking import quiet_libraries
+from common.batching.collate import PairBatch, collate_comparisons
+from common.batching.sampler import MicroBatch
+from common.config.parser import PathName, option, parse
+from common.data.prepare import prepare
+from common.runtime.distributed import device, global_sum, run_program, seed_rank, start
+from common.training.engine import accumulate, gradient_norm
 from step2_reward.config import RewardConfig
 from step2_reward.main import build_engine
 from step2_reward.trainer import RewardTrainer
@@ -69,13 +71,18 @@ def main(argv=None) -> None:
         return {"loss": float(global_sum(sum(losses))), "gradient_norm": gradient_norm(engine)}
 
     def padded(batch: PairBatch) -> PairBatch:
-        return replace(batch, input_ids=padded_to(batch.input_ids, config.max_seq_len, codec.pad_id),
-                       attention_mask=padded_to(batch.attention_mask, config.max_seq_len, 0)).to(device())
+        return replace(
+            batch,
+            input_ids=padded_to(batch.input_ids, config.max_seq_len, codec.pad_id),
+            attention_mask=padded_to(batch.attention_mask, config.max_seq_len, 0),
+        ).to(device())
 
     def real_tokens(rows: list[int]) -> int:
         pairs = data[rows]
-        return sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected
-                   in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"]))
+        return sum(
+            2 * len(prompt) + len(chosen) + len(rejected)
+            for prompt, chosen, rejected in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"])
+        )
 
     trainer = RewardTrainer(engine, data, data, [], codec.pad_id, config.margin, config.centring_coef)
     compare_training("reward", config, trainer, step_sampler(config, data), plain_step, real_tokens)

@@ -1,4 +1,5 @@
 """Rollouts: continuous batching in generation mode against `generate` with a cache. --help says all."""
+
 from __future__ import annotations
 
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import require_environment
+
     require_environment()
 
 import torch
@@ -15,17 +17,17 @@ import torch
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import Outcome, compare, counted_positions
 from benchmarks.plain import LongTail, cached_generate, generate_batch, same_responses
-from common.config.parser import PathName, option, parse
-from common.batching.collate import collate_prompts
-from common.data.prepare import prepare
-from common.batching.sampler import MicroBatch
-from common.runtime.distributed import device, global_sum, rank, run_program, start, world_size
-from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
-from common.errors import UserError
-from common.models.lora import add_lora
-from common.models.loading import load_causal_lm
 from common.artifacts.publish import data_request, open_codec
 from common.artifacts.tracking import quiet_libraries
+from common.batching.collate import collate_prompts
+from common.batching.sampler import MicroBatch
+from common.config.parser import PathName, option, parse
+from common.data.prepare import prepare
+from common.errors import UserError
+from common.models.loading import load_causal_lm
+from common.models.lora import add_lora
+from common.runtime.distributed import device, global_sum, rank, run_program, start, world_size
+from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
 from step3_ppo.config import PPOConfig
 from step3_ppo.generation.continuous_batching import Decoder, Request
 from step3_ppo.generation.generation_mode import generation_mode
@@ -42,8 +44,11 @@ class RolloutBenchmark(BenchmarkOptions, PPOConfig):
     max_answer_seq_len: int = option(128, "longest response; the mean is a third of it", unit="tokens", low=1)
     prompts: int = option(256, "prompts over all ranks", low=1)
     greedy: bool = option(False, "take the likeliest token, in place of a sampled one")
-    against: str = option("generate", "transformers' standard way, or its continuous batching (greedy, ZeRO 0)",
-                          choices=("generate", "generate_batch"))
+    against: str = option(
+        "generate",
+        "transformers' standard way, or its continuous batching (greedy, ZeRO 0)",
+        choices=("generate", "generate_batch"),
+    )
     critic_model_name_or_path: PathName = option("none", "", ignored="no reward model takes part")
 
 
@@ -51,8 +56,10 @@ def main(argv=None) -> None:
     """Both ways answer the same prompts with the same random numbers and the same imposed lengths."""
     config = with_data(parse(RolloutBenchmark, argv, prog="benchmarks/rollouts.py"))
     if config.against == "generate_batch" and not (config.greedy and config.actor_zero_stage == 0):
-        raise UserError("--against generate_batch draws from random numbers of its own and knows no ZeRO-3: add "
-                        "--greedy --actor_zero_stage 0")
+        raise UserError(
+            "--against generate_batch draws from random numbers of its own and knows no ZeRO-3: add "
+            "--greedy --actor_zero_stage 0"
+        )
     if config.prompts % world_size():
         raise UserError(f"--prompts {config.prompts}: must be a multiple of the {world_size()} ranks")
     source = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
@@ -64,38 +71,55 @@ def main(argv=None) -> None:
     start(config.timeout, config.seed)
     engine = build_engine(config, source, codec)
 
-    rows = tuple(range(config.prompts))[rank()::world_size()]
+    rows = tuple(range(config.prompts))[rank() :: world_size()]
     prompts = collate_prompts(data, MicroBatch(rows, (True,) * len(rows)), codec.pad_id)
-    sampling = LongTail(0.0 if config.greedy else config.temperature, config.top_p, config.top_k, 1,
-                        config.max_answer_seq_len, draw_lengths=True)
+    sampling = LongTail(
+        0.0 if config.greedy else config.temperature,
+        config.top_p,
+        config.top_k,
+        1,
+        config.max_answer_seq_len,
+        draw_lengths=True,
+    )
     lengths = response_limits(config.seed, 0, prompts.prompt_index, sampling)[:, 1]
     uniform = uniforms(config.seed, 0, prompts.prompt_index, config.max_answer_seq_len)
-    requests = [Request(tuple(ids), *rest) for ids, *rest in
-                zip(data[list(rows)]["prompt_ids"], uniform, lengths.tolist(), lengths.tolist())]
+    requests = [
+        Request(tuple(ids), *rest)
+        for ids, *rest in zip(data[list(rows)]["prompt_ids"], uniform, lengths.tolist(), lengths.tolist())
+    ]
     cache = None
     mean_length = float(global_sum(lengths.sum())) / config.prompts
 
     def plain() -> list[list[int]]:
         responses = []
-        for start_row, batch in zip(range(0, len(rows), config.per_device_generation_batch_size),
-                                    prompts.to(device()).split(config.per_device_generation_batch_size)):
+        for start_row, batch in zip(
+            range(0, len(rows), config.per_device_generation_batch_size),
+            prompts.to(device()).split(config.per_device_generation_batch_size),
+        ):
             these = slice(start_row, start_row + len(batch.lengths))
-            responses += cached_generate(engine, batch, sampling, uniform[these], lengths[these],
-                                         end_id=codec.end_id, pad_id=codec.pad_id)
+            responses += cached_generate(
+                engine, batch, sampling, uniform[these], lengths[these], end_id=codec.end_id, pad_id=codec.pad_id
+            )
         return responses
 
     def continuous() -> list[list[int]]:
         engine.eval()
-        responses = generate_batch(engine.module, [request.prompt for request in requests], lengths.tolist(),
-                                   at_a_time=config.per_device_generation_batch_size, pad_id=codec.pad_id)
+        responses = generate_batch(
+            engine.module,
+            [request.prompt for request in requests],
+            lengths.tolist(),
+            at_a_time=config.per_device_generation_batch_size,
+            pad_id=codec.pad_id,
+        )
         engine.train()
         return responses
 
     def product() -> list[list[int]]:
         nonlocal cache
         with generation_mode(engine) as model:
-            decoder = Decoder(model, sampling, slots=config.per_device_generation_batch_size,
-                              end_ids=codec.end_ids, cache=cache)
+            decoder = Decoder(
+                model, sampling, slots=config.per_device_generation_batch_size, end_ids=codec.end_ids, cache=cache
+            )
             responses = decoder.run(requests)
         cache = decoder.cache
         return responses
@@ -107,32 +131,63 @@ def main(argv=None) -> None:
             # The last token of a response is never fed back.
             real = int(prompts.lengths.sum()) + int(lengths.sum()) - len(rows)
             return Outcome(len(rows), real, sum(positions), responses, new_tokens=int(lengths.sum()))
+
         return run
 
     exact = config.greedy and engine.module.dtype == torch.float32
     standard = plain if config.against == "generate" else continuous
-    compare(config.chosen({"plain": counted(standard), "product": counted(product)}),
-            lambda first, other: same_responses(first, other, exact), rounds=config.rounds, steps=1,
-            about={"benchmark": "rollouts", "model": config.actor_model_name_or_path,
-                   "zero_stage": config.actor_zero_stage, "dtype": str(engine.module.dtype).removeprefix("torch."),
-                   "against": config.against, "lora_dim": config.actor_lora_dim, "greedy": config.greedy,
-                   "prompts": config.prompts, "longest_response": config.max_answer_seq_len,
-                   "mean_response": mean_length,
-                   "at_a_time": config.per_device_generation_batch_size, "parameters": parameter_count(engine)})
+    compare(
+        config.chosen({"plain": counted(standard), "product": counted(product)}),
+        lambda first, other: same_responses(first, other, exact),
+        rounds=config.rounds,
+        steps=1,
+        about={
+            "benchmark": "rollouts",
+            "model": config.actor_model_name_or_path,
+            "zero_stage": config.actor_zero_stage,
+            "dtype": str(engine.module.dtype).removeprefix("torch."),
+            "against": config.against,
+            "lora_dim": config.actor_lora_dim,
+            "greedy": config.greedy,
+            "prompts": config.prompts,
+            "longest_response": config.max_answer_seq_len,
+            "mean_response": mean_length,
+            "at_a_time": config.per_device_generation_batch_size,
+            "parameters": parameter_count(engine),
+        },
+    )
     engine.destroy()
 
 
 def build_engine(config: RolloutBenchmark, source: str, codec):
     """The actor in a training engine, as in step 3."""
-    settings = EngineSettings(config.actor_zero_stage, resolve_dtype(config.dtype),
-                              config.per_device_training_batch_size, config.offload, config.max_grad_norm,
-                              config.deepspeed_config)
-    model = load_causal_lm(source, "--actor_model_name_or_path", codec, dtype=settings.dtype, dropout=0.0,
-                           ds_config=deepspeed_config(settings))
+    settings = EngineSettings(
+        config.actor_zero_stage,
+        resolve_dtype(config.dtype),
+        config.per_device_training_batch_size,
+        config.offload,
+        config.max_grad_norm,
+        config.deepspeed_config,
+    )
+    model = load_causal_lm(
+        source,
+        "--actor_model_name_or_path",
+        codec,
+        dtype=settings.dtype,
+        dropout=0.0,
+        ds_config=deepspeed_config(settings),
+    )
     if config.actor_lora_dim:
-        add_lora(model, dim=config.actor_lora_dim, alpha=config.actor_lora_alpha, dropout=0.0,
-                 modules=config.actor_lora_module_name, flag="--actor_lora_module_name", base_name=source,
-                 seed=config.seed)
+        add_lora(
+            model,
+            dim=config.actor_lora_dim,
+            alpha=config.actor_lora_alpha,
+            dropout=0.0,
+            modules=config.actor_lora_module_name,
+            flag="--actor_lora_module_name",
+            base_name=source,
+            seed=config.seed,
+        )
     return training_engine(model, settings, OptimizerSettings(0.0, 0.0, 0.0, "constant", 0, 1))
 
 

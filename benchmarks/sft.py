@@ -1,4 +1,5 @@
 """Step 1: the product's batching against rows padded to --max_seq_len. --help says all."""
+
 from __future__ import annotations
 
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import require_environment
+
     require_environment()
 
 import torch
@@ -16,13 +18,13 @@ import torch
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.plain import padded_to
 from benchmarks.supervised import compare_training
-from common.config.parser import PathName, option, parse
-from common.batching.collate import TokenBatch, collate_demonstrations
-from common.batching.sampler import MicroBatch
-from common.runtime.distributed import device, global_sum, run_program, seed_rank, start
-from common.training.engine import accumulate, gradient_norm
 from common.artifacts.publish import open_codec, step_sampler
 from common.artifacts.tracking import quiet_libraries
+from common.batching.collate import TokenBatch, collate_demonstrations
+from common.batching.sampler import MicroBatch
+from common.config.parser import PathName, option, parse
+from common.runtime.distributed import device, global_sum, run_program, seed_rank, start
+from common.training.engine import accumulate, gradient_norm
 from step1_sft.config import SFTConfig
 from step1_sft.main import build_engine, packing_sampler, prepare_demonstrations
 from step1_sft.trainer import SFTTrainer
@@ -51,15 +53,21 @@ def main(argv=None) -> None:
 
     def plain_step(micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """With transformers' own loss over all positions."""
-        batches = [padded(collate_demonstrations(data, batch, codec.pad_id, config.train_on_prompt))
-                   for batch in micro_batches]
+        batches = [
+            padded(collate_demonstrations(data, batch, codec.pad_id, config.train_on_prompt)) for batch in micro_batches
+        ]
         tokens = global_sum(sum(batch.loss_mask[:, 1:].sum() for batch in batches))
         losses = []
 
         def loss_of(batch: TokenBatch) -> torch.Tensor:
             labels = batch.input_ids.masked_fill(~batch.loss_mask, -100)
-            loss = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels,
-                          use_cache=False, num_items_in_batch=tokens).loss
+            loss = engine(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                labels=labels,
+                use_cache=False,
+                num_items_in_batch=tokens,
+            ).loss
             losses.append(loss.detach())
             return loss
 
@@ -69,8 +77,12 @@ def main(argv=None) -> None:
 
     def padded(batch: TokenBatch) -> TokenBatch:
         width = config.max_seq_len
-        return TokenBatch(padded_to(batch.input_ids, width, codec.pad_id), padded_to(batch.attention_mask, width, 0),
-                          padded_to(batch.loss_mask, width, False), batch.lengths).to(device())
+        return TokenBatch(
+            padded_to(batch.input_ids, width, codec.pad_id),
+            padded_to(batch.attention_mask, width, 0),
+            padded_to(batch.loss_mask, width, False),
+            batch.lengths,
+        ).to(device())
 
     trainer = SFTTrainer(engine, data, data, [], codec.pad_id, config.train_on_prompt)
     sampler = packing_sampler(config, trainer) if config.packing else step_sampler(config, data)

@@ -1,4 +1,5 @@
 """What the benchmarks of steps 1 and 2 share: the product's training steps and plain ones over the same rows."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -10,8 +11,9 @@ from common.batching.sampler import MicroBatch, StepSampler
 Step = Callable[[Sequence[MicroBatch]], dict]
 
 
-def compare_training(benchmark: str, config, trainer, sampler: StepSampler, plain_step: Step,
-                     real_tokens: Callable[[list[int]], int]) -> None:
+def compare_training(
+    benchmark: str, config, trainer, sampler: StepSampler, plain_step: Step, real_tokens: Callable[[list[int]], int]
+) -> None:
     """Train the same rows in the same optimizer steps both ways; the learning rate must be 0, so that every run starts
     alike.
 
@@ -21,7 +23,7 @@ def compare_training(benchmark: str, config, trainer, sampler: StepSampler, plai
         real_tokens: of the rows with these numbers.
     """
     engine = trainer.engine
-    steps = sampler.epoch(0)[:config.steps]
+    steps = sampler.epoch(0)[: config.steps]
     fixed = [fixed_micro_batches(step, config.per_device_train_batch_size) for step in steps]
     rows = [index for step in fixed for batch in step for index, real in zip(batch.indices, batch.real) if real]
     tokens = real_tokens(rows)
@@ -32,6 +34,7 @@ def compare_training(benchmark: str, config, trainer, sampler: StepSampler, plai
             with counted_positions(engine.module, training=True) as positions:
                 metrics = [train_step(step) for step in micro_batches]
             return Outcome(len(rows), tokens, sum(positions), metrics)
+
         return run
 
     def agree(first: list[dict], other: list[dict]) -> dict[str, float]:
@@ -40,11 +43,21 @@ def compare_training(benchmark: str, config, trainer, sampler: StepSampler, plai
             assert_close({name: metrics[name] for name in names}, found, tolerance(dtype))
         return {"loss": other[0]["loss"]}
 
-    compare(config.chosen({"plain": counted(plain_step, fixed), "product": counted(trainer.train_step, steps)}), agree,
-            rounds=config.rounds, steps=len(steps),
-            about={"benchmark": benchmark, "model": config.model_name_or_path, "zero_stage": config.zero_stage,
-                   "dtype": str(dtype).removeprefix("torch."), "lora_dim": config.lora_dim,
-                   "max_seq_len": config.max_seq_len, "rows_per_micro_batch": config.per_device_train_batch_size,
-                   "micro_batches_per_step": config.gradient_accumulation_steps,
-                   "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch,
-                   "packing": getattr(config, "packing", False)})
+    compare(
+        config.chosen({"plain": counted(plain_step, fixed), "product": counted(trainer.train_step, steps)}),
+        agree,
+        rounds=config.rounds,
+        steps=len(steps),
+        about={
+            "benchmark": benchmark,
+            "model": config.model_name_or_path,
+            "zero_stage": config.zero_stage,
+            "dtype": str(dtype).removeprefix("torch."),
+            "lora_dim": config.lora_dim,
+            "max_seq_len": config.max_seq_len,
+            "rows_per_micro_batch": config.per_device_train_batch_size,
+            "micro_batches_per_step": config.gradient_accumulation_steps,
+            "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch,
+            "packing": getattr(config, "packing", False),
+        },
+    )

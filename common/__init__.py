@@ -1,4 +1,5 @@
 """What the three steps share. This file is imported before torch, by every program."""
+
 import os
 
 # OpenMP's threads spin while they wait and so take the cores from ranks and processes that have work. It reads

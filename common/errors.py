@@ -1,4 +1,5 @@
 """The errors that end a run in one line, and the hint that some of their messages give."""
+
 from __future__ import annotations
 
 import difflib
@@ -27,7 +28,7 @@ class Diverged(TrainingFailure):
     """
 
 
-class Finished(Exception):
+class AlreadyComplete(Exception):
     """There is nothing to do: the result is there already. Programs print the message, one line, and exit with 0."""
 
 

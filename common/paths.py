@@ -1,4 +1,5 @@
 """Paths and hub names, which look alike: `output/sft`, `facebook/opt-1.3b`. What exists locally is never looked up."""
+
 from __future__ import annotations
 
 import contextlib
@@ -26,11 +27,14 @@ def as_typed_in_a_shell(text: str, where: str) -> str:
     Raises:
         UserError: there is no such user or variable, and no such path either.
     """
+
     def value(match: re.Match) -> str:
         if found := os.environ.get(match[1].strip("{}")):
             return found
-        raise UserError(f"{where}: {text!r}: the environment variable {match[1].strip('{}')} is not set, or empty: set "
-                        "it, or write the path out")
+        raise UserError(
+            f"{where}: {text!r}: the environment variable {match[1].strip('{}')} is not set, or empty: set "
+            "it, or write the path out"
+        )
 
     if os.path.exists(text) and not text.startswith("~"):
         return text
@@ -44,6 +48,7 @@ def as_typed_in_a_shell(text: str, where: str) -> str:
 def may_be_on_hub(name: str) -> bool:
     """Whether a name that does not exist locally may be one of the hub, and is not rather a mistyped path."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     owner, slash, _ = name.partition("/")
     if owner == OUTPUT or slash and Path(owner).is_dir():
         return False
@@ -63,6 +68,7 @@ def announce_lookup(name: str) -> None:
     from huggingface_hub.utils import logging
 
     from common.runtime.distributed import is_main
+
     logging.set_verbosity_error()
     if is_main():  # on stderr: the answers of inference/generate.py go to stdout
         print(f"{name} is no local path: looking it up on the Hugging Face hub", file=sys.stderr, flush=True)
@@ -92,8 +98,10 @@ def writing_to(flag: str, directory: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None and not _concerns(Path(str(error.filename)), Path(directory)):
             raise
-        raise UserError(f"{flag} {directory}: cannot be written to: {error.strerror or error}: free space there or "
-                        "make it writable, or name another directory") from error
+        raise UserError(
+            f"{flag} {directory}: cannot be written to: {error.strerror or error}: free space there or "
+            "make it writable, or name another directory"
+        ) from error
 
 
 def _concerns(path: Path, directory: Path) -> bool:
@@ -130,5 +138,7 @@ def unreachable_hub(error: BaseException, cache: str | None = None) -> str | Non
     if cause is None:
         return None
     why = "HF_HUB_OFFLINE=1 forbids to ask the hub" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    return (f"{why}, and it is not in the cache, {cache or constants.HF_HUB_CACHE}: load it once online, or copy it "
-            "into a directory and name that")
+    return (
+        f"{why}, and it is not in the cache, {cache or constants.HF_HUB_CACHE}: load it once online, or copy it "
+        "into a directory and name that"
+    )

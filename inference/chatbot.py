@@ -1,4 +1,5 @@
 """Talk to a model: `python inference/chatbot.py --path DIR`. In a pipe, one line answers one line."""
+
 import re
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import require_environment
+
     require_environment()
 
 import torch

@@ -24,8 +24,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from common.batching.collate import collate_prompts
-from common.data.records import Prompt
 from common.batching.sampler import MicroBatch, evaluation_batches
+from common.data.records import Prompt
 from inference.loading import Loaded
 from inference.options import DecodingOptions
 
@@ -41,8 +41,9 @@ class Answer:
     ended: bool
 
 
-def answer_prompts(speaker: Loaded, prompts: Sequence[Prompt], decoding: DecodingOptions,
-                   batch_size: int) -> list[Answer]:
+def answer_prompts(
+    speaker: Loaded, prompts: Sequence[Prompt], decoding: DecodingOptions, batch_size: int
+) -> list[Answer]:
     """An answer to each prompt, in their order.
 
     Prompts of like length are padded on the left and answered together. Where the model has too few positions
@@ -51,21 +52,26 @@ def answer_prompts(speaker: Loaded, prompts: Sequence[Prompt], decoding: Decodin
     codec, room = speaker.codec, speaker.room(decoding.max_new_tokens)
     whole = [codec.encode_prompt(prompt) for prompt in prompts]
     if room is not None and (cut := sum(len(ids) > room for ids in whole)):
-        print(f"note: {cut} of {len(prompts)} prompts are too long for the model: they lose their beginning, all but "
-              f"{room} tokens", file=sys.stderr, flush=True)
+        print(
+            f"note: {cut} of {len(prompts)} prompts are too long for the model: they lose their beginning, all but "
+            f"{room} tokens",
+            file=sys.stderr,
+            flush=True,
+        )
         whole = [codec.cut_prompt(ids, room) for ids in whole]
     rows = Dataset.from_dict({"prompt_ids": whole})
 
     def answer(batch: MicroBatch) -> list[Answer]:
         padded = collate_prompts(rows, batch, codec.pad_id)
         sequences = _generate(speaker, padded.input_ids, padded.attention_mask, decoding)
-        return [_to_answer(speaker, row) for row in sequences[:, padded.input_ids.shape[1]:].tolist()]
+        return [_to_answer(speaker, row) for row in sequences[:, padded.input_ids.shape[1] :].tolist()]
 
     return in_batches([len(row) for row in rows["prompt_ids"]], batch_size, answer)
 
 
-def in_batches(lengths: Sequence[int], batch_size: int,
-               compute: Callable[[MicroBatch], Sequence[Result]]) -> list[Result]:
+def in_batches(
+    lengths: Sequence[int], batch_size: int, compute: Callable[[MicroBatch], Sequence[Result]]
+) -> list[Result]:
     """One result per row, in the order of the rows, computed for batches of rows of like length."""
     results: dict[int, Result] = {}
     for batch in evaluation_batches(lengths, batch_size, world_size=1, rank=0):
@@ -87,10 +93,16 @@ def stream_answer(speaker: Loaded, prompt_ids: list[int], decoding: DecodingOpti
         outcome = None
         try:
             streamer = _Sender(arrived) if decoding.num_beams == 1 else None
-            sequences = _generate(speaker, input_ids, torch.ones_like(input_ids), decoding, streamer=streamer,
-                                  stopping_criteria=StoppingCriteriaList([_Stop(stop)]))
+            sequences = _generate(
+                speaker,
+                input_ids,
+                torch.ones_like(input_ids),
+                decoding,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
+            )
             if streamer is None:
-                arrived.put(sequences[0, len(prompt_ids):].tolist())
+                arrived.put(sequences[0, len(prompt_ids) :].tolist())
         except BaseException as error:
             outcome = error
         arrived.put(outcome)
@@ -107,20 +119,30 @@ def stream_answer(speaker: Loaded, prompt_ids: list[int], decoding: DecodingOpti
         worker.join()
 
 
-def _generate(speaker: Loaded, input_ids: Tensor, attention_mask: Tensor, decoding: DecodingOptions,
-              **options) -> Tensor:
+def _generate(
+    speaker: Loaded, input_ids: Tensor, attention_mask: Tensor, decoding: DecodingOptions, **options
+) -> Tensor:
     """(B, P) left-padded prompts -> (B, P + T), what follows an end token being padding."""
     sampled = decoding.temperature > 0
     sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
     config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens, num_beams=decoding.num_beams, do_sample=sampled,
-        use_cache=True, eos_token_id=list(speaker.codec.end_ids), pad_token_id=speaker.codec.pad_id,
-        **(sampling if sampled else {}))
+        max_new_tokens=decoding.max_new_tokens,
+        num_beams=decoding.num_beams,
+        do_sample=sampled,
+        use_cache=True,
+        eos_token_id=list(speaker.codec.end_ids),
+        pad_token_id=speaker.codec.pad_id,
+        **(sampling if sampled else {}),
+    )
     # What the model's directory recommends must not change what the options say.
     speaker.model.generation_config = GenerationConfig()
     return speaker.model.generate(
-        input_ids=input_ids.to(speaker.device), attention_mask=attention_mask.to(speaker.device),
-        generation_config=config, logits_processor=_repetition_rules(decoding, input_ids.shape[1]), **options)
+        input_ids=input_ids.to(speaker.device),
+        attention_mask=attention_mask.to(speaker.device),
+        generation_config=config,
+        logits_processor=_repetition_rules(decoding, input_ids.shape[1]),
+        **options,
+    )
 
 
 def _repetition_rules(decoding: DecodingOptions, prompt_width: int) -> LogitsProcessorList:
@@ -143,7 +165,7 @@ class _WithinAnswer(LogitsProcessor):
         self._rule, self._prompt_width = rule, prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self._rule(input_ids[:, self._prompt_width:], scores)
+        return self._rule(input_ids[:, self._prompt_width :], scores)
 
 
 class _Sender(BaseStreamer):

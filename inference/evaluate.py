@@ -3,6 +3,7 @@
 `python inference/evaluate.py --path output/sft output/ppo --data_path SOURCE` prints a table and writes it,
 with every answer, to --output_file. For the task builtin:courtesy the true reward is added.
 """
+
 import json
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import require_environment
+
     require_environment()
 
 import torch
@@ -18,8 +20,8 @@ import torch
 from common.config.parser import PathName, option, options
 from common.data.builtin import true_reward
 from common.data.records import Prompt
-from common.runtime.distributed import run_program
 from common.errors import UserError
+from common.runtime.distributed import run_program
 from inference.decoding import Answer, answer_prompts
 from inference.generate import open_output, plain
 from inference.loading import load_judge, load_speaker
@@ -38,8 +40,9 @@ class EvaluateConfig(DecodingOptions, PromptOptions, LoadOptions):
     path: tuple[PathName, ...] = option(("output/sft", "output/ppo"), "one model, or two to compare")
     reward_model_path: PathName = option("output/reward", "reward model that scores the answers")
     output_file: PathName = option("output/evaluation.json", "JSON file of the result")
-    which_prompts: str = option("held_out", "held_out: those that no step trained on; all: every one",
-                                choices=("held_out", "all"))
+    which_prompts: str = option(
+        "held_out", "held_out: those that no step trained on; all: every one", choices=("held_out", "all")
+    )
     max_prompts: int | None = option(256, "prompts answered at most; chosen by --seed", low=1)
     max_new_tokens: int = option(128, "longest answer", unit="tokens", low=1)
 
@@ -61,14 +64,18 @@ class Judged:
 
     def summary(self, prompts: list[Prompt], task: bool) -> dict[str, float]:
         """Means over the prompts: score, length in tokens, share that ended; with `task` also the truth."""
-        means = {"score": _mean(self.scores), "length": _mean([len(answer.ids) for answer in self.answers]),
-                 "ended": _mean([answer.ended for answer in self.answers])}
+        means = {
+            "score": _mean(self.scores),
+            "length": _mean([len(answer.ids) for answer in self.answers]),
+            "ended": _mean([answer.ended for answer in self.answers]),
+        }
         if task:
-            truth = [true_reward(prompt.first_user_turn, answer.text)
-                     for prompt, answer in zip(prompts, self.answers)]
-            means.update(true_reward=_mean([judgement.reward for judgement in truth]),
-                         correct=_mean([judgement.correct for judgement in truth]),
-                         courteous=_mean([judgement.courteous for judgement in truth]))
+            truth = [true_reward(prompt.first_user_turn, answer.text) for prompt, answer in zip(prompts, self.answers)]
+            means.update(
+                true_reward=_mean([judgement.reward for judgement in truth]),
+                correct=_mean([judgement.correct for judgement in truth]),
+                courteous=_mean([judgement.courteous for judgement in truth]),
+            )
         return means
 
 
@@ -86,8 +93,7 @@ def main(argv=None) -> None:
             judged.append(Judged(path, answers, score_answers(judge, prompts, answers, config.batch_size)))
         result = compare(prompts, judged, task=config.data_path == (_TASK,))
         shown = {name: getattr(config, name) for name in options(EvaluateConfig)}
-        write(json.dumps({**result, "config": shown, "answers": rows(prompts, judged)}, indent=2,
-                         ensure_ascii=False))
+        write(json.dumps({**result, "config": shown, "answers": rows(prompts, judged)}, indent=2, ensure_ascii=False))
     print(table(result))
     print(f"saved to {config.output_file}")
 
@@ -103,8 +109,10 @@ def find_prompts(config: EvaluateConfig) -> list[Prompt]:
 
 def compare(prompts: list[Prompt], judged: list[Judged], task: bool) -> dict:
     """Each model's means, and with two models the second's win rate: a draw is half a win."""
-    result = {"prompts": len(prompts),
-              "models": [{"path": model.path, **model.summary(prompts, task)} for model in judged]}
+    result = {
+        "prompts": len(prompts),
+        "models": [{"path": model.path, **model.summary(prompts, task)} for model in judged],
+    }
     if len(judged) == 2:
         first, second = (model.scores for model in judged)
         result["win_rate"] = _mean([(b > a) + 0.5 * (b == a) for a, b in zip(first, second)])
@@ -113,16 +121,24 @@ def compare(prompts: list[Prompt], judged: list[Judged], task: bool) -> dict:
 
 def rows(prompts: list[Prompt], judged: list[Judged]) -> list[dict]:
     """Every prompt with the models' responses and scores."""
-    return [{"prompt": plain(prompt), "responses": [model.answers[i].text for model in judged],
-             "scores": [model.scores[i] for model in judged]} for i, prompt in enumerate(prompts)]
+    return [
+        {
+            "prompt": plain(prompt),
+            "responses": [model.answers[i].text for model in judged],
+            "scores": [model.scores[i] for model in judged],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def table(result: dict) -> str:
     """The result in a line per figure and a column per model."""
     models = result["models"]
     names = [name for name in models[0] if name != "path"]
-    cells = [["", *(model["path"] for model in models)],
-             *([name.replace("_", " "), *(f"{model[name]:.3f}" for model in models)] for name in names)]
+    cells = [
+        ["", *(model["path"] for model in models)],
+        *([name.replace("_", " "), *(f"{model[name]:.3f}" for model in models)] for name in names),
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     if "win_rate" in result:

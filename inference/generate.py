@@ -3,6 +3,7 @@
 Each line is a JSON object with `prompt` (the question; of a longer dialogue its messages) and `response`: a
 demonstration that the training steps can read.
 """
+
 import contextlib
 import json
 import sys
@@ -14,16 +15,17 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import require_environment
+
     require_environment()
 
 import torch
 
 from common.config.parser import PathName, option
 from common.data.records import Prompt
-from common.runtime.distributed import run_program
 from common.errors import TrainingFailure, UserError
-from common.runtime.terminal import harmless_json
+from common.runtime.distributed import run_program
 from common.runtime.streams import until_reader_leaves
+from common.runtime.terminal import escape_controls_json
 from inference.decoding import answer_prompts
 from inference.loading import Loaded, load_speaker
 from inference.options import MODEL, DecodingOptions, LoadOptions, PromptOptions, read_options
@@ -57,7 +59,7 @@ def main(argv=None) -> None:
         speaker = load_speaker(config.path, "--path", config)
         torch.manual_seed(config.seed)
         for row in answered(speaker, chain(first, prompts), config):
-            write(harmless_json(json.dumps(row, ensure_ascii=False)) + "\n")
+            write(escape_controls_json(json.dumps(row, ensure_ascii=False)) + "\n")
 
 
 def answered(speaker: Loaded, prompts: Iterable[Prompt], config: GenerateConfig) -> Iterator[dict]:
@@ -98,10 +100,11 @@ def open_output(path: str | None) -> Iterator[Callable[[str], None]]:
         content = text.encode("utf-8")
         try:
             while content:
-                content = content[file.write(content):]
+                content = content[file.write(content) :]
         except OSError as error:
-            raise TrainingFailure(f"--output_file {path}: cannot be written: {error.strerror}: free space there, or "
-                                  "name another file") from None
+            raise TrainingFailure(
+                f"--output_file {path}: cannot be written: {error.strerror}: free space there, or name another file"
+            ) from None
 
     with file:
         yield write

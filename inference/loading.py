@@ -15,11 +15,11 @@ from torch import nn
 
 from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
-from common.training.engine import DTYPES, resolve_dtype
 from common.errors import UserError
 from common.models.checks import check_finite
 from common.models.loading import explained, gives_scores, load_causal_lm, load_scalar_model
 from common.models.scalar import ScalarModel
+from common.training.engine import DTYPES, resolve_dtype
 from inference.locating import ModelFiles, find_model
 from inference.options import LoadOptions
 
@@ -50,8 +50,9 @@ class Loaded:
             return None
         room = self.positions - max_new_tokens
         if room < self.codec.shortest_prompt:
-            raise UserError(f"{flag} {max_new_tokens} leaves no room for a question: the model has "
-                            f"{self.positions} positions")
+            raise UserError(
+                f"{flag} {max_new_tokens} leaves no room for a question: the model has {self.positions} positions"
+            )
         return room
 
 
@@ -63,8 +64,10 @@ def load_speaker(path: str, flag: str, options: LoadOptions) -> Loaded:
     """
     files, gives_scores = _find(path, flag, options)
     if gives_scores:
-        raise UserError(f"{files.name} is a reward model, which gives scores and no answers: name a language "
-                        "model, such as the output of step1_sft/main.py or step3_ppo/main.py")
+        raise UserError(
+            f"{files.name} is a reward model, which gives scores and no answers: name a language "
+            "model, such as the output of step1_sft/main.py or step3_ppo/main.py"
+        )
     return _load(files, options)
 
 
@@ -76,8 +79,9 @@ def load_judge(path: str, flag: str, options: LoadOptions) -> Loaded:
     """
     files, gives_scores = _find(path, flag, options)
     if not gives_scores:
-        raise UserError(f"{files.name} is no reward model: it has no trained score head; make one with "
-                        "step2_reward/main.py")
+        raise UserError(
+            f"{files.name} is no reward model: it has no trained score head; make one with step2_reward/main.py"
+        )
     return _load(files, options)
 
 
@@ -89,10 +93,16 @@ def load_whole(files: ModelFiles, codec: Codec, trust_remote_code: bool, dtype: 
     with explained(files.name):
         gives_scores = _gives_scores(files, trust_remote_code)
         load = load_scalar_model if gives_scores else load_causal_lm
-        model = load(files.weights, files.flag, codec, dtype=torch.float32 if files.adapter else dtype,
-                     trust_remote_code=trust_remote_code)
+        model = load(
+            files.weights,
+            files.flag,
+            codec,
+            dtype=torch.float32 if files.adapter else dtype,
+            trust_remote_code=trust_remote_code,
+        )
         if files.adapter:
             from peft import PeftModel
+
             inner = model.classifier if gives_scores else model
             merged = PeftModel.from_pretrained(inner, files.adapter).merge_and_unload()
             check_finite(merged, files.name)
@@ -119,16 +129,21 @@ def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto
         codec.end_at(published_ends(files.weights))
         return codec
     if template not in ("auto", trained.template):
-        raise UserError(f"--template {template}: {files.name} was trained with the template "
-                        f"{trained.template}: leave --template out")
+        raise UserError(
+            f"--template {template}: {files.name} was trained with the template "
+            f"{trained.template}: leave --template out"
+        )
     codec = make_codec(tokenizer, trained.template, date=trained.template_date)
     if codec.end_token != trained.end_token:
-        codec = make_codec(tokenizer, trained.template, add_eot_token=True, eot_token=trained.end_token,
-                           date=trained.template_date)
+        codec = make_codec(
+            tokenizer, trained.template, add_eot_token=True, eot_token=trained.end_token, date=trained.template_date
+        )
     codec.end_at(published_ends(files.weights))
     if tokenizer_fingerprint(codec.tokenizer) != trained.tokenizer:
-        raise UserError(f"{files.name}: the tokenizer in {files.tokenizer} is not the one of the training: "
-                        "restore the directory or train the model again")
+        raise UserError(
+            f"{files.name}: the tokenizer in {files.tokenizer} is not the one of the training: "
+            "restore the directory or train the model again"
+        )
     return codec
 
 
@@ -151,6 +166,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def quiet() -> None:
     """Keep the libraries' progress bars and advice off the terminal, where the answers go."""
     import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -171,9 +187,12 @@ def _load(files: ModelFiles, options: LoadOptions) -> Loaded:
     device = choose_device(options.device)
     codec = open_codec(files, options.trust_remote_code, options.template)
     if files.provenance is None and options.template == "auto":
-        print(f"note: {files.name} does not say how it was trained (it has no provenance.json): template "
-              f"{codec.template.name} is used; --template chooses another of {', '.join(TEMPLATE_NAMES)}",
-              file=sys.stderr, flush=True)
+        print(
+            f"note: {files.name} does not say how it was trained (it has no provenance.json): template "
+            f"{codec.template.name} is used; --template chooses another of {', '.join(TEMPLATE_NAMES)}",
+            file=sys.stderr,
+            flush=True,
+        )
     model = load_whole(files, codec, options.trust_remote_code, choose_dtype(options.dtype, device))
     config = (model.classifier if isinstance(model, ScalarModel) else model).config.get_text_config()
     return Loaded(model.to(device).eval(), codec, device, getattr(config, "max_position_embeddings", None))

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError
-from common.models.adapter import (ADAPTER_CONFIG, adapter_provenance, holds_adapter, merged_model, read_adapter,
-                                   refuse_adapter)
-from common.models.loading import resolve_model
 from common.artifacts.provenance import Provenance, read_provenance
+from common.errors import UserError
+from common.models.adapter import (
+    ADAPTER_CONFIG,
+    adapter_provenance,
+    holds_adapter,
+    merged_model,
+    read_adapter,
+    refuse_adapter,
+)
+from common.models.loading import resolve_model
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,15 @@ class ModelFiles:
     provenance: Provenance | None
 
 
-def find_model(path: str, flag: str, cache_dir: str, base: str | None = None, *, merge_adapter: bool = False,
-               cure: str = "add --merge_adapter") -> ModelFiles:
+def find_model(
+    path: str,
+    flag: str,
+    cache_dir: str,
+    base: str | None = None,
+    *,
+    merge_adapter: bool = False,
+    cure: str = "add --merge_adapter",
+) -> ModelFiles:
     """The files behind a model directory, a step's output directory, an adapter's directory or a hub name.
 
     Of the output of step 3 it is the actor that is meant.
@@ -74,10 +87,12 @@ def _find_adapter(directory: Path, name: str, cache_dir: str, base: str | None) 
     named, scores = read_adapter(directory, name)
     named = base or named
     if not named:
-        raise UserError(f"{name}: the adapter does not name its base model: merge it with "
-                        "inference/merge_lora.py --base")
+        raise UserError(
+            f"{name}: the adapter does not name its base model: merge it with inference/merge_lora.py --base"
+        )
     flag = "--base" if base else f"{name}: the adapter's base model (--base of inference/merge_lora.py names another)"
     weights = resolve_model(named, flag, Path(cache_dir))
     own = (directory / "tokenizer_config.json").is_file()
-    return ModelFiles(name, flag, weights, directory, str(directory) if own else weights, scores,
-                      adapter_provenance(directory))
+    return ModelFiles(
+        name, flag, weights, directory, str(directory) if own else weights, scores, adapter_provenance(directory)
+    )

@@ -1,4 +1,5 @@
 """Adapter and base to one whole model: `python inference/merge_lora.py --path DIR --output_dir OUT`."""
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,18 +7,19 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import require_environment
+
     require_environment()
 
 from safetensors import SafetensorError
 
 from common.artifacts.export import write_model
-from common.config.parser import PathName, option
-from common.runtime.distributed import run_program, say
-from common.training.engine import DTYPES
-from common.errors import TrainingFailure, UserError
-from common.models.loading import load_config
 from common.artifacts.obstacles import check_nothing_in_the_way
 from common.config.groups import check_output_dir
+from common.config.parser import PathName, option
+from common.errors import TrainingFailure, UserError
+from common.models.loading import load_config
+from common.runtime.distributed import run_program, say
+from common.training.engine import DTYPES
 from inference.loading import load_whole, open_codec, quiet
 from inference.locating import adapters_inside, find_model
 from inference.options import SourceOptions, read_options
@@ -30,8 +32,9 @@ class MergeConfig(SourceOptions):
     path: PathName | None = option(None, "directory of the adapter, with adapter_config.json")
     base: PathName | None = option(None, "base model; none: the one that the adapter names")
     output_dir: PathName | None = option(None, "directory of the merged model")
-    dtype: str = option("fp32", "number format the result is saved in; the sum is done in fp32",
-                        choices=tuple(sorted(DTYPES)))
+    dtype: str = option(
+        "fp32", "number format the result is saved in; the sum is done in fp32", choices=tuple(sorted(DTYPES))
+    )
 
     def validate(self) -> None:
         super().validate()
@@ -44,8 +47,9 @@ def main(argv=None) -> None:
     """Parse, load, merge, save."""
     config = read_options(MergeConfig, argv, prog="inference/merge_lora.py")
     quiet()
-    files = find_model(config.path, "--path", config.data_output_path, config.base,
-                       cure="name the base model with --base")
+    files = find_model(
+        config.path, "--path", config.data_output_path, config.base, cure="name the base model with --base"
+    )
     if files.adapter is None:
         inside = adapters_inside(Path(config.path))
         hint = f": name {' or '.join(map(str, inside))}" if inside else ""
@@ -60,8 +64,10 @@ def main(argv=None) -> None:
         if files.provenance is not None:
             files.provenance.write(config.output_dir)
     except (OSError, SafetensorError) as error:
-        raise TrainingFailure(f"--output_dir {config.output_dir}: the model cannot be written: {error}: free space "
-                              "there, or name another directory") from None
+        raise TrainingFailure(
+            f"--output_dir {config.output_dir}: the model cannot be written: {error}: free space "
+            "there, or name another directory"
+        ) from None
     say(f"saved to {config.output_dir}")
 
 

@@ -6,6 +6,8 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+from common.artifacts.provenance import Provenance
+from common.artifacts.split_rule import key_rule
 from common.data.blend import parse_data_path
 from common.data.dialogues import BadRow, read_prompt
 from common.data.openings import KeyRule
@@ -13,8 +15,6 @@ from common.data.reading import ReadReport, SourcedRecord, read_records
 from common.data.records import Prompt, user_turns
 from common.data.split import assignment, parse_split_by
 from common.errors import UserError
-from common.artifacts.provenance import Provenance
-from common.artifacts.split_rule import key_rule
 from inference.options import PromptOptions
 
 _MANY = 100_000  # records, which take some seconds to read
@@ -51,17 +51,24 @@ def held_out_prompts(options: PromptOptions, trained: Sequence[Provenance], seed
         UserError: there is none.
     """
     prompts: dict[Prompt, None] = {}
-    rules = {spec.name: [key_rule(model, spec.name) for model in trained]
-             for spec in parse_data_path(options.data_path)}
+    rules = {
+        spec.name: [key_rule(model, spec.name) for model in trained] for spec in parse_data_path(options.data_path)
+    }
     for number, sourced in enumerate(_read(options, rules)):
         if number == _MANY and options.max_rows is None:
-            print("note: --data_path is large, and all of it is read to find what was held out; --max_rows N reads N "
-                  "rows of each source", file=sys.stderr, flush=True)
+            print(
+                "note: --data_path is large, and all of it is read to find what was held out; --max_rows N reads N "
+                "rows of each source",
+                file=sys.stderr,
+                flush=True,
+            )
         if _is_held_out(sourced, trained, rules[sourced.source]):
             prompts[sourced.record] = None
     if not prompts:
-        raise UserError("--data_path holds no prompt that was kept from training: pass --which_prompts all, "
-                        "or data with a test split")
+        raise UserError(
+            "--data_path holds no prompt that was kept from training: pass --which_prompts all, "
+            "or data with a test split"
+        )
     return choose(list(prompts), options.max_prompts, seed)
 
 
@@ -77,8 +84,9 @@ def _is_held_out(sourced: SourcedRecord, trained: Sequence[Provenance], rules: S
         return True
     turns = user_turns(sourced.record)
     keys = [rule.key(turns).text if parse_split_by(rule.split_by) is None else sourced.key for rule in rules]
-    return bool(trained) and all(assignment(key, model.data_split, model.eval_fraction).is_eval
-                                 for key, model in zip(keys, trained))
+    return bool(trained) and all(
+        assignment(key, model.data_split, model.eval_fraction).is_eval for key, model in zip(keys, trained)
+    )
 
 
 def _read(options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None = None) -> Iterator[SourcedRecord]:
@@ -86,14 +94,23 @@ def _read(options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None 
     ways = {rule.split_by for of_source in (rules or {}).values() for rule in of_source}
     columns = {way for way in ways if parse_split_by(way) is not None}
     if len(columns) > 1:
-        raise UserError(f"--path: the models were trained with --split_by {' and '.join(sorted(columns))}, so no "
-                        "prompt is known to be held out of both: compare models that were split alike")
+        raise UserError(
+            f"--path: the models were trained with --split_by {' and '.join(sorted(columns))}, so no "
+            "prompt is known to be held out of both: compare models that were split alike"
+        )
     split_by = next((way for way in (*columns, "prompt", "auto") if way in ways), "opening")
     shared = {name: set().union(*(rule.shared for rule in of_source)) for name, of_source in (rules or {}).items()}
     report = ReadReport()
     specs = parse_data_path(options.data_path, form=options.file_format())
-    yield from read_records(specs, "prompt", columns=options.columns or None, max_rows=options.max_rows, report=report,
-                            split_by=split_by, shared=shared)
+    yield from read_records(
+        specs,
+        "prompt",
+        columns=options.columns or None,
+        max_rows=options.max_rows,
+        report=report,
+        split_by=split_by,
+        shared=shared,
+    )
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
     report.check(options.max_bad_rows)

@@ -8,16 +8,15 @@ import torch
 from datasets import Dataset
 
 from common.batching.collate import collate_texts
-from common.data.records import Prompt
 from common.batching.sampler import MicroBatch
+from common.data.records import Prompt
 from common.models.pooling import score_at_last_token
 from inference.decoding import Answer, in_batches
 from inference.loading import Loaded
 
 
 @torch.inference_mode()
-def score_answers(judge: Loaded, prompts: Sequence[Prompt], answers: Sequence[Answer],
-                  batch_size: int) -> list[float]:
+def score_answers(judge: Loaded, prompts: Sequence[Prompt], answers: Sequence[Answer], batch_size: int) -> list[float]:
     """The score at the last token of each answer; that is the end token if the answer ended by itself.
 
     Prompts and answers are tokenized anew, with the template and tokenizer of the reward model: so models
@@ -40,5 +39,5 @@ def _ids(judge: Loaded, prompt: Prompt, answer: Answer) -> list[int]:
         response = response[:-1]
     if judge.positions is None:
         return codec.encode_prompt(prompt) + response
-    response = response[:judge.positions - codec.shortest_prompt]
+    response = response[: judge.positions - codec.shortest_prompt]
     return codec.encode_prompt(prompt, judge.positions - len(response)) + response

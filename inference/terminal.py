@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 
-from common.runtime.terminal import harmless
+from common.runtime.terminal import escape_controls
 
 
 class Terminal:
@@ -38,7 +38,7 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """Show a piece of an answer now."""
-        print(harmless(text if self.interactive else text.replace("\n", " ")), end="", flush=True)
+        print(escape_controls(text if self.interactive else text.replace("\n", " ")), end="", flush=True)
 
     def end_answer(self) -> None:
         print(flush=True)

@@ -5,6 +5,7 @@ the hours before it.
 
 USAGE is that of launch/pipeline.sh; the flags it names are suggested too.
 """
+
 import difflib
 import re
 import sys
@@ -31,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
         steps = [(step, _read(step, flags, own)) for step, *flags in _split(words)]
         # Imports torch, so not before the flags are known to be right.
         from common.training.engine import check_engine_options
+
         made: set[Path] = set()
         for step, config in steps:
             _for_step(step, check_engine_options, config)
@@ -65,6 +67,7 @@ def _check_inputs(config: Config, made: set[Path]) -> None:
     """Raises UserError for data or a model that is not there; `made` are the models of the steps before."""
     from common.data.sources import local_source
     from common.models.loading import check_model_name
+
     for spec in config.all_sources():
         local_source(spec)
     for name in options(type(config)):

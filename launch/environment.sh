@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The pinned environment: made once, reused as long as constraints.txt and setup.py stay as they are.
+# The pinned environment: made once, reused as long as constraints.txt and pyproject.toml stay as they are.
 #
 #   source launch/environment.sh [--with-tests]
 #
@@ -19,7 +19,7 @@ _environment_main() {
     case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
     if [ "${1:-}" = --with-tests ]; then extras="[test]"; fi
 
-    wanted=$(cat "$root/constraints.txt" "$root/setup.py" <(echo "$root") | cksum | cut -d " " -f 1)
+    wanted=$(cat "$root/constraints.txt" "$root/pyproject.toml" <(echo "$root") | cksum | cut -d " " -f 1)
     state=$(_environment_state "$venv")
     if [ "$state" != "$wanted$extras" ] && [ "$state" != "$wanted[test]" ]; then
         if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/installed-by-launch" ]; then

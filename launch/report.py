@@ -2,6 +2,7 @@
 
 The TRUE reward is known where the held-out questions are those of the built-in task (`common.data.builtin`).
 """
+
 from __future__ import annotations
 
 import json
@@ -15,7 +16,7 @@ from textwrap import wrap
 from common.data.builtin import builtin_rows, true_reward
 from common.data.templates import TEXT_TEMPLATES
 from common.errors import UserError
-from common.runtime.terminal import harmless
+from common.runtime.terminal import escape_controls
 
 STEPS = ("sft", "reward", "ppo")
 SHOWN_ANSWERS = 6
@@ -74,8 +75,9 @@ class Report:
     answers: tuple[Answers, ...]
 
 
-def make_report(sft: Path, reward: Path, ppo: Path, seconds: Sequence[float] | None = None,
-                price_per_hour: float | None = None) -> Report:
+def make_report(
+    sft: Path, reward: Path, ppo: Path, seconds: Sequence[float] | None = None, price_per_hour: float | None = None
+) -> Report:
     """Read the output directories of the three steps.
 
     Args:
@@ -87,8 +89,11 @@ def make_report(sft: Path, reward: Path, ppo: Path, seconds: Sequence[float] | N
     """
     records = {name: _finished(name, directory) for name, directory in zip(STEPS, (sft, reward, ppo))}
     evaluated = any(row["phase"] == "eval" for row in records["ppo"])
-    before, after = ([_read_rows(ppo / "samples" / f"{name}.jsonl", prompt=str, response=str)
-                      for name in ("before", "after")] if evaluated else ([], []))
+    before, after = (
+        [_read_rows(ppo / "samples" / f"{name}.jsonl", prompt=str, response=str) for name in ("before", "after")]
+        if evaluated
+        else ([], [])
+    )
     # A step that was interrupted has taken longer than its last start says.
     logged = [rows[-1]["seconds"] for rows in records.values()]
     times = dict(zip(STEPS, map(max, logged, seconds or logged)))
@@ -98,18 +103,24 @@ def make_report(sft: Path, reward: Path, ppo: Path, seconds: Sequence[float] | N
         return Change(values[0], values[-1]) if values else None
 
     return Report(
-        perplexity=change("sft", "perplexity"), accuracy=change("reward", "accuracy"),
-        reward=change("ppo", "reward"), kl=change("ppo", "kl"), response_length=change("ppo", "response_length"),
-        truth=judge(before, after) if evaluated else None, seconds=times,
+        perplexity=change("sft", "perplexity"),
+        accuracy=change("reward", "accuracy"),
+        reward=change("ppo", "reward"),
+        kl=change("ppo", "kl"),
+        response_length=change("ppo", "response_length"),
+        truth=judge(before, after) if evaluated else None,
+        seconds=times,
         cost=None if price_per_hour is None else sum(times.values()) / 3600 * price_per_hour,
-        answers=tuple(_spread(before, after)))
+        answers=tuple(_spread(before, after)),
+    )
 
 
 def judge(before: Sequence[dict], after: Sequence[dict]) -> Truth | None:
     """The true reward of two sets of samples, each a row with "prompt" and "response"; None where it is unknown."""
     try:
-        old, new = ([true_reward(question_of(row["prompt"]), row["response"]) for row in rows]
-                    for rows in (before, after))
+        old, new = (
+            [true_reward(question_of(row["prompt"]), row["response"]) for row in rows] for rows in (before, after)
+        )
     except UserError:
         return None
 
@@ -139,14 +150,14 @@ def _builtin_questions() -> frozenset[str]:
 
 def _spread(before: Sequence[dict], after: Sequence[dict]) -> Iterator[Answers]:
     pairs = list({old["prompt"]: (old, new) for old, new in zip(before, after)}.values())
-    for old, new in pairs[::max(1, len(pairs) // SHOWN_ANSWERS)][:SHOWN_ANSWERS]:
+    for old, new in pairs[:: max(1, len(pairs) // SHOWN_ANSWERS)][:SHOWN_ANSWERS]:
         yield Answers(question_of(old["prompt"]), old["response"].strip(), new["response"].strip())
 
 
 def render(report: Report) -> str:
     """The report as text for a terminal."""
     lines = [*_figures(report), *(["", *_side_by_side(report.answers)] if report.answers else [])]
-    return harmless("\n".join(lines))
+    return escape_controls("\n".join(lines))
 
 
 def write_summary(report: Report, path: Path) -> None:
@@ -174,7 +185,8 @@ def _figures(report: Report) -> Iterator[str]:
     minutes = [seconds / 60 for seconds in report.seconds.values()]
     yield ""
     yield f"{' + '.join(f'{part:.1f}' for part in minutes)} = {sum(minutes):.1f} minutes" + (
-        "" if report.cost is None else f", which cost ${report.cost:.2f}")
+        "" if report.cost is None else f", which cost ${report.cost:.2f}"
+    )
 
 
 def _side_by_side(answers: Sequence[Answers]) -> Iterator[str]:
@@ -203,8 +215,10 @@ def _finished(step: str, directory: Path) -> list[dict]:
     """The metrics of a run that ended well: what lies beside those of another may be an earlier run's."""
     rows = _read_rows(directory / "logs" / "metrics.jsonl", phase=str, seconds=(int, float))
     if not any(row["phase"] == "done" for row in rows):
-        raise UserError(f"{directory}: step {STEPS.index(step) + 1} ({step}) was not finished: "
-                        "logs/metrics.jsonl has no row \"done\"; run the step to its end")
+        raise UserError(
+            f"{directory}: step {STEPS.index(step) + 1} ({step}) was not finished: "
+            'logs/metrics.jsonl has no row "done"; run the step to its end'
+        )
     return rows
 
 

@@ -1,4 +1,5 @@
 """Sums up a pipeline's output directory: `python launch/summary.py OUTPUT_DIR`."""
+
 import argparse
 import sys
 from pathlib import Path
@@ -7,8 +8,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.errors import UserError
 from common.paths import as_typed_in_a_shell
-from launch.report import STEPS, make_report, render, write_summary
 from common.runtime.streams import open_closed, outlast_readers
+from launch.report import STEPS, make_report, render, write_summary
 
 
 def main() -> int:
@@ -22,8 +23,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         output = Path(as_typed_in_a_shell(args.output_dir, "OUTPUT_DIR"))
-        report = make_report(*(output / step for step in STEPS), seconds=args.seconds,
-                             price_per_hour=args.price_per_hour)
+        report = make_report(
+            *(output / step for step in STEPS), seconds=args.seconds, price_per_hour=args.price_per_hour
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

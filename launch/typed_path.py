@@ -1,7 +1,8 @@
 """Prints a path that a script was given with `~` and variables replaced, as in every path option of the programs.
 
-    python launch/typed_path.py FLAG PATH
+python launch/typed_path.py FLAG PATH
 """
+
 import sys
 from pathlib import Path
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from common.config.groups import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
 from common.config.parser import PathName, option
 from common.data.blend import SourceSpec, parse_data_path
-from common.config.groups import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,10 @@ class SFTConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
     sft_only_data_path: tuple[PathName, ...] = option((), "further data sources, given to this step whole")
     train_on_prompt: bool = option(False, "train on the tokens of prompts too")
     packing: bool = option(
-        False, "let whole rows share sequences of --max_seq_len tokens, each blind to the others: the same steps, loss "
-        "and gradients from fewer, fuller micro-batches; a model that cannot gets rows of like length together")
+        False,
+        "let whole rows share sequences of --max_seq_len tokens, each blind to the others: the same steps, loss "
+        "and gradients from fewer, fuller micro-batches; a model that cannot gets rows of like length together",
+    )
     eval_iters: int = option(0, "evaluation batches over all ranks at most; 0: all", low=0)
 
     def validate(self) -> None:

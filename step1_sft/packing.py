@@ -1,4 +1,5 @@
 """How rows can share a sequence in a model that must compute the same for them as for rows on their own."""
+
 from __future__ import annotations
 
 import inspect
@@ -10,9 +11,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from common.batching.collate import collate_demonstrations
 from common.batching.sampler import MicroBatch
-from common.runtime.distributed import device, on_every_rank, on_gpu
 from common.models.attention import attends_by
 from common.models.logprobs import response_log_probs
+from common.runtime.distributed import device, on_every_rank, on_gpu
 
 VARLEN = "flash_attention_2"  # takes rows of any length one after another, and computes nothing between them
 _SHORT = 16
@@ -20,6 +21,7 @@ _SHORT = 16
 
 class Packing(Enum):
     """What keeps the rows apart."""
+
     FLAT = "attention of variable length, which computes nothing between rows"
     MASKED = "a block-diagonal mask"
 
@@ -55,8 +57,10 @@ def keeps_rows_apart(engine, width: int, way: Packing) -> bool:
         return False  # BLOOM and others, whose positions come from a (B, L) mask
     lengths = [max(width, 2 * _SHORT) - _SHORT, _SHORT]
     random = torch.Generator().manual_seed(0)
-    ids = [torch.randint(causal_lm.config.get_text_config().vocab_size, (length,), generator=random).tolist()
-           for length in lengths]
+    ids = [
+        torch.randint(causal_lm.config.get_text_config().vocab_size, (length,), generator=random).tolist()
+        for length in lengths
+    ]
     rows = Dataset.from_dict({"prompt_ids": [row[:1] for row in ids], "response_ids": [row[1:] for row in ids]})
 
     def log_probs(micro_batch: MicroBatch, lengths: list[int]) -> torch.Tensor:
@@ -77,6 +81,7 @@ def keeps_rows_apart(engine, width: int, way: Packing) -> bool:
     # Rounding moves results by about the type's epsilon, a row that sees another by a good part of their spread.
     tolerance = torch.finfo(causal_lm.dtype).eps ** 0.5
     first, second = lengths
-    pairs = (apart[0, :first - 1], packed[:first - 1]), (apart[1, :second - 1], packed[first:])
-    return all(bool((found - expected).square().mean().sqrt() <= tolerance * expected.std())
-               for expected, found in pairs)
+    pairs = (apart[0, : first - 1], packed[: first - 1]), (apart[1, : second - 1], packed[first:])
+    return all(
+        bool((found - expected).square().mean().sqrt() <= tolerance * expected.std()) for expected, found in pairs
+    )

@@ -1,4 +1,5 @@
 """Supervised fine-tuning: next-token loss on the response tokens, perplexity on held-out demonstrations."""
+
 from __future__ import annotations
 
 import math
@@ -11,10 +12,10 @@ from datasets import Dataset
 from common.batching.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations, collate_prompts
 from common.batching.sampler import MicroBatch
 from common.data.tokenization import Codec
-from common.runtime.distributed import device, global_sum, world_size
-from common.training.engine import gradient_norm
-from common.training.atomic_step import JointStep
 from common.models.logprobs import next_token_loss_sum
+from common.runtime.distributed import device, global_sum, world_size
+from common.training.atomic_step import AtomicStep
+from common.training.engine import gradient_norm
 from step1_sft.packing import Packing
 
 Batch = TokenBatch | PackedBatch | FlatBatch
@@ -35,10 +36,18 @@ class SFTTrainer:
         packing: how rows that share a sequence are kept apart.
     """
 
-    def __init__(self, engine, train: Dataset, evaluation: Dataset, evaluation_batches: Sequence[MicroBatch],
-                 pad_id: int, train_on_prompt: bool, max_skipped_steps: int = 1):
+    def __init__(
+        self,
+        engine,
+        train: Dataset,
+        evaluation: Dataset,
+        evaluation_batches: Sequence[MicroBatch],
+        pad_id: int,
+        train_on_prompt: bool,
+        max_skipped_steps: int = 1,
+    ):
         self.engine = engine
-        self.step = JointStep({"model": engine}, max_skipped_steps)
+        self.step = AtomicStep({"model": engine}, max_skipped_steps)
         self.train, self.evaluation, self.evaluation_batches = train, evaluation, evaluation_batches
         self.pad_id, self.train_on_prompt = pad_id, train_on_prompt
         self.packing: Packing | None = None
@@ -49,17 +58,24 @@ class SFTTrainer:
         tokens = global_sum(sum(batch.loss_mask[:, 1:].sum() for batch in batches))
         learning_rate = self.engine.get_lr()[0]  # after the step it is the next one's
         loss = self.step.accumulate("model", "loss", batches, lambda batch: self._loss_sum(batch)[0] / tokens)
-        if self.step.agreed():
+        if self.step.finite_on_all_ranks():
             self.engine.step()
-        return {"loss": float(global_sum(loss)), "tokens": int(tokens), "learning_rate": learning_rate,
-                "gradient_norm": gradient_norm(self.engine), "skipped_steps": self.step.skipped}
+        else:
+            self.step.skip()
+        return {
+            "loss": float(global_sum(loss)),
+            "tokens": int(tokens),
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm(self.engine),
+            "skipped_steps": self.step.skipped,
+        }
 
     def probe(self, rows: int) -> None:
         """Forward and backward of a micro-batch of the longest row, so many times; nothing is kept of it."""
         longest = int(np.argmax(self.train["length"]))
         batches = self._batches(self.train, [MicroBatch((longest,) * rows, (True,) * rows)])
         self.step.accumulate("model", "loss", batches, lambda batch: self._loss_sum(batch)[0])
-        self.step.drop()
+        self.step.discard()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -90,12 +106,22 @@ class SFTTrainer:
         tokens = prompts.input_ids
         if room > 0:
             tokens = self.engine.module.generate(
-                input_ids=tokens, attention_mask=prompts.attention_mask, max_new_tokens=room, do_sample=False,
-                use_cache=True, synced_gpus=self.engine.zero_optimization_partition_weights() and world_size() > 1)
+                input_ids=tokens,
+                attention_mask=prompts.attention_mask,
+                max_new_tokens=room,
+                do_sample=False,
+                use_cache=True,
+                synced_gpus=self.engine.zero_optimization_partition_weights() and world_size() > 1,
+            )
         self.engine.train()
-        return [{"prompt": codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
-                 "response": codec.decode_response(answer), "demonstration": codec.decode_response(row["response_ids"])}
-                for row, answer in zip(chosen, tokens[:, width:].tolist())]
+        return [
+            {
+                "prompt": codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
+                "response": codec.decode_response(answer),
+                "demonstration": codec.decode_response(row["response_ids"]),
+            }
+            for row, answer in zip(chosen, tokens[:, width:].tolist())
+        ]
 
     def _batches(self, dataset: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterable[Batch]:
         for micro_batch in micro_batches:

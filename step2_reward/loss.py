@@ -1,4 +1,5 @@
 """The pairwise loss of a reward model, as a sum over pairs."""
+
 from __future__ import annotations
 
 import torch

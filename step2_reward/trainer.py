@@ -1,4 +1,5 @@
 """Reward modelling: a pairwise loss on the scores of two answers to one prompt."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -10,10 +11,10 @@ from datasets import Dataset
 from common.batching.collate import PairBatch, collate_comparisons, unmasked
 from common.batching.sampler import MicroBatch
 from common.data.tokenization import Codec
-from common.runtime.distributed import device, global_sum
-from common.training.engine import gradient_norm
-from common.training.atomic_step import JointStep
 from common.models.pooling import score_at_last_token
+from common.runtime.distributed import device, global_sum
+from common.training.atomic_step import AtomicStep
+from common.training.engine import gradient_norm
 from common.training.metrics import Sums, add_sums, means
 from step2_reward.loss import bradley_terry_loss_sum, score_mean_and_std
 
@@ -30,10 +31,19 @@ class RewardTrainer:
         max_skipped_steps: so many optimizer steps skipped in a row end the run.
     """
 
-    def __init__(self, engine, train: Dataset, evaluation: Dataset, evaluation_batches: Sequence[MicroBatch],
-                 pad_id: int, margin: float, centring: float, max_skipped_steps: int = 1):
+    def __init__(
+        self,
+        engine,
+        train: Dataset,
+        evaluation: Dataset,
+        evaluation_batches: Sequence[MicroBatch],
+        pad_id: int,
+        margin: float,
+        centring: float,
+        max_skipped_steps: int = 1,
+    ):
         self.engine = engine
-        self.step = JointStep({"model": engine}, max_skipped_steps)
+        self.step = AtomicStep({"model": engine}, max_skipped_steps)
         self.train, self.evaluation, self.evaluation_batches = train, evaluation, evaluation_batches
         self.pad_id, self.margin, self.centring = pad_id, margin, centring
 
@@ -50,19 +60,27 @@ class RewardTrainer:
 
         learning_rate = self.engine.get_lr()[0]  # after the step it is the next one's
         self.step.accumulate("model", "loss", batches, loss_of)
-        if self.step.agreed():
+        if self.step.finite_on_all_ranks():
             self.engine.step()
+        else:
+            self.step.skip()
         sums = means(add_sums(parts, global_sum), "pairs")
-        return {"loss": sums["loss"], "accuracy": sums["accuracy"], "margin": sums["margin"], "pairs": int(pairs),
-                "learning_rate": learning_rate, "gradient_norm": gradient_norm(self.engine),
-                "skipped_steps": self.step.skipped}
+        return {
+            "loss": sums["loss"],
+            "accuracy": sums["accuracy"],
+            "margin": sums["margin"],
+            "pairs": int(pairs),
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm(self.engine),
+            "skipped_steps": self.step.skipped,
+        }
 
     def probe(self, rows: int) -> None:
         """Forward and backward of a micro-batch of the longest pair, so many times; nothing is kept of it."""
         longest = int(np.argmax(self.train["length"]))
         batches = self._batches(self.train, [MicroBatch((longest,) * rows, (True,) * rows)])
         self.step.accumulate("model", "loss", batches, lambda batch: self._loss_sum(batch)[0])
-        self.step.drop()
+        self.step.discard()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -84,10 +102,16 @@ class RewardTrainer:
         everything = MicroBatch(tuple(range(len(pairs))), (True,) * len(pairs))
         chosen, rejected = self._scores(collate_comparisons(pairs, everything, self.pad_id).to(device())).chunk(2)
         self.engine.train()
-        return [{"prompt": codec.tokenizer.decode(pair["prompt_ids"], skip_special_tokens=True),
-                 "chosen": codec.decode_response(pair["chosen_ids"]), "chosen_score": float(chosen[row]),
-                 "rejected": codec.decode_response(pair["rejected_ids"]), "rejected_score": float(rejected[row])}
-                for row, pair in enumerate(pairs)]
+        return [
+            {
+                "prompt": codec.tokenizer.decode(pair["prompt_ids"], skip_special_tokens=True),
+                "chosen": codec.decode_response(pair["chosen_ids"]),
+                "chosen_score": float(chosen[row]),
+                "rejected": codec.decode_response(pair["rejected_ids"]),
+                "rejected_score": float(rejected[row]),
+            }
+            for row, pair in enumerate(pairs)
+        ]
 
     def _batches(self, dataset: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterable[PairBatch]:
         for micro_batch in micro_batches:

@@ -1,4 +1,5 @@
 """Advantages and returns from token rewards and values."""
+
 from __future__ import annotations
 
 import torch
@@ -7,9 +8,7 @@ from torch import Tensor
 from common.training.metrics import masked_sum
 
 
-def gae(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, and the returns R = A + V. (arXiv:1506.02438, eq. 16)
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  after the end both are 0.

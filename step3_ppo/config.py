@@ -7,10 +7,10 @@ from math import ceil
 from pathlib import Path
 from typing import ClassVar
 
+from common.config.groups import LORA_ALPHA_HELP, Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
 from common.config.parser import Config, PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
 from common.errors import UserError
-from common.config.groups import LORA_ALPHA_HELP, Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
 
 _NO_DROPOUT = "dropout is off in every model of PPO"
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
@@ -24,15 +24,18 @@ class RolloutOptions(Config):
     """Rollouts"""
 
     per_device_generation_batch_size: int = option(
-        16, "prompts per rank in one rollout batch, answered at the same time",
-        aliases=("per_device_train_batch_size",), low=1)
-    generation_batches: int = option(
-        1, "rollout batches per iteration", aliases=("generation_batch_numbers",), low=1)
+        16,
+        "prompts per rank in one rollout batch, answered at the same time",
+        aliases=("per_device_train_batch_size",),
+        low=1,
+    )
+    generation_batches: int = option(1, "rollout batches per iteration", aliases=("generation_batch_numbers",), low=1)
     max_prompt_seq_len: int = option(256, "longest prompt; others are cut on the left", unit="tokens", low=1)
     max_answer_seq_len: int = option(256, "longest answer", unit="tokens", low=1)
     min_answer_seq_len: int = option(0, "no end token is sampled before", unit="tokens", low=0)
     draw_answer_lengths: bool = option(
-        False, "give every answer exactly a length drawn from --min_answer_seq_len to --max_answer_seq_len")
+        False, "give every answer exactly a length drawn from --min_answer_seq_len to --max_answer_seq_len"
+    )
     answers_per_prompt: int = option(1, "answers to each prompt in an iteration", low=1)
     temperature: float = option(1.0, "logits are divided by it, to sample and to train", above=0)
     top_p: float = option(1.0, "sample from the likeliest tokens that make up this share", above=0, high=1)
@@ -41,37 +44,49 @@ class RolloutOptions(Config):
     def validate(self) -> None:
         super().validate()
         if self.min_answer_seq_len > self.max_answer_seq_len:
-            raise UserError(f"--min_answer_seq_len {self.min_answer_seq_len} is above --max_answer_seq_len "
-                            f"{self.max_answer_seq_len}")
+            raise UserError(
+                f"--min_answer_seq_len {self.min_answer_seq_len} is above --max_answer_seq_len "
+                f"{self.max_answer_seq_len}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions(Config):
     """Rewards"""
 
-    kl_coef: float | None = option(None, "weight of the KL to the reference; if adaptive, at the start; none: 0.1 if "
-                                         "fixed, 0.2 if adaptive", low=0)
-    kl_controller: str = option("fixed", "whether the weight is steered to --kl_target",
-                                choices=tuple(_FIRST_KL_COEF))
+    kl_coef: float | None = option(
+        None, "weight of the KL to the reference; if adaptive, at the start; none: 0.1 if fixed, 0.2 if adaptive", low=0
+    )
+    kl_controller: str = option("fixed", "whether the weight is steered to --kl_target", choices=tuple(_FIRST_KL_COEF))
     kl_placement: str = option(
-        "reward", "where the KL pulls: reward: taken off every token's reward, which also counts what a token does to "
+        "reward",
+        "where the KL pulls: reward: taken off every token's reward, which also counts what a token does to "
         "the KL of later ones; loss: a term of the actor's loss with the gradient of each token's KL",
-        choices=("reward", "loss"))
-    kl_estimator: str = option("k1", "estimate of the KL per token; in the reward k1, the only one with the KL's "
-                                     "gradient; in the loss it is the value that is logged", choices=KL_ESTIMATORS)
+        choices=("reward", "loss"),
+    )
+    kl_estimator: str = option(
+        "k1",
+        "estimate of the KL per token; in the reward k1, the only one with the KL's "
+        "gradient; in the loss it is the value that is logged",
+        choices=KL_ESTIMATORS,
+    )
     kl_target: float = option(6.0, "KL per answer that the adaptive controller aims at", unit="nats", above=0)
     kl_horizon: float = option(10_000.0, "slowness of the adaptive controller", unit="answers", above=0)
     score_calibration: str = option(
-        "auto", "where the mean and standard deviation that scores are measured in come from; provenance: what step 2 "
+        "auto",
+        "where the mean and standard deviation that scores are measured in come from; provenance: what step 2 "
         "found over held-out pairs; rollout: the first iteration's answers and the evaluation's before it; auto: "
         "provenance where there is one, else rollout; none: scores are used as they are",
-        choices=("auto", "provenance", "rollout", "none"))
+        choices=("auto", "provenance", "rollout", "none"),
+    )
     normalize_scores: bool = option(True, "the same as --score_calibration none if turned off")
     score_clip: float = option(5.0, "clip scores to plus or minus this", unit="normalised score", above=0)
     missing_eos_penalty: float = option(
-        1.0, "taken off the score of an answer cut by length", unit="normalised score", low=0)
+        1.0, "taken off the score of an answer cut by length", unit="normalised score", low=0
+    )
     missing_eos_score: float | None = option(
-        None, "score of an answer cut by length, in place of the penalty", unit="normalised score")
+        None, "score of an answer cut by length, in place of the penalty", unit="normalised score"
+    )
 
     @property
     def first_kl_coef(self) -> float:
@@ -81,11 +96,15 @@ class RewardOptions(Config):
     def validate(self) -> None:
         super().validate()
         if not self.normalize_scores and self.score_calibration not in ("auto", "none"):
-            raise UserError(f"--no_normalize_scores and --score_calibration {self.score_calibration} contradict each "
-                            "other: keep one")
+            raise UserError(
+                f"--no_normalize_scores and --score_calibration {self.score_calibration} contradict each "
+                "other: keep one"
+            )
         if self.kl_placement == "reward" and self.kl_estimator != "k1":
-            raise UserError(f"--kl_estimator {self.kl_estimator} in the reward pulls with next to none of the KL's "
-                            f"gradient: leave it out, or add --kl_placement loss")
+            raise UserError(
+                f"--kl_estimator {self.kl_estimator} in the reward pulls with next to none of the KL's "
+                f"gradient: leave it out, or add --kl_placement loss"
+            )
         adaptive = self.kl_controller == "adaptive"
         self.only_with("--kl_controller adaptive", adaptive, "kl_target", "kl_horizon")
         if adaptive and self.kl_coef == 0:
@@ -99,26 +118,34 @@ class UpdateOptions(ScheduleOptions):
 
     max_iterations: int = option(0, "stop after so many iterations; 0: as --num_train_epochs says", low=0)
     num_warmup_steps: int = option(
-        100, options(ScheduleOptions)["num_warmup_steps"].help, unit="optimizer steps", low=0)
+        100, options(ScheduleOptions)["num_warmup_steps"].help, unit="optimizer steps", low=0
+    )
     per_device_training_batch_size: int = option(
-        16, "answers per rank in a micro-batch", aliases=("per_device_mini_train_batch_size",), low=1)
+        16, "answers per rank in a micro-batch", aliases=("per_device_mini_train_batch_size",), low=1
+    )
     ppo_epochs: int = option(1, "passes over each iteration's rollouts", low=1)
     clip_range: float = option(0.2, "clip the ratio of new to old policy to 1 plus or minus this", above=0)
-    value_clip_range: float = option(0.2, "keep new values this close to the old ones",
-                                     unit="normalised score", above=0)
+    value_clip_range: float = option(
+        0.2, "keep new values this close to the old ones", unit="normalised score", above=0
+    )
     gamma: float = option(1.0, "discount per token", low=0, high=1)
     gae_lambda: float = option(0.95, "bias against variance in the advantages (GAE)", low=0, high=1)
     whiten_advantages: bool = option(True, "bring advantages to mean 0 and variance 1 over all ranks")
-    target_kl: float | None = option(None, "leave an iteration's updates when the policy has moved this far",
-                                     unit="nats per token", above=0)
+    target_kl: float | None = option(
+        None, "leave an iteration's updates when the policy has moved this far", unit="nats per token", above=0
+    )
     max_kl: float | None = option(
-        None, "stop the run when the mean KL of an iteration's answers to the reference passes this; none: 3 nats for "
+        None,
+        "stop the run when the mean KL of an iteration's answers to the reference passes this; none: 3 nats for "
         "every token of --max_answer_seq_len, where the average token is 20 times likelier than the reference has it",
-        unit="nats per answer", above=0)
+        unit="nats per answer",
+        above=0,
+    )
     max_reward: float | None = option(None, "stop when an iteration's mean reward is above", unit="raw score")
     min_reward: float | None = option(None, "stop when an iteration's mean reward is below", unit="raw score")
     enable_ema: bool = option(
-        False, "keep a moving average of the actor's weights, in fp32 beside them, and save it too")
+        False, "keep a moving average of the actor's weights, in fp32 beside them, and save it too"
+    )
     ema_decay: float = option(0.992, "weight of the old average at each optimizer step", low=0, below=1)
     unsupervised_dataset_name: PathName | None = option(None, "plain text to mix into the actor's updates")
     unsupervised_dataset_config_name: str | None = option(None, "configuration of that data set on the hub")
@@ -127,8 +154,12 @@ class UpdateOptions(ScheduleOptions):
     def validate(self) -> None:
         super().validate()
         self.only_with("--enable_ema", self.enable_ema, "ema_decay")
-        self.only_with("--unsupervised_dataset_name", self.unsupervised_dataset_name is not None,
-                       "unsupervised_dataset_config_name", "unsup_coef")
+        self.only_with(
+            "--unsupervised_dataset_name",
+            self.unsupervised_dataset_name is not None,
+            "unsupervised_dataset_config_name",
+            "unsup_coef",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +179,13 @@ class ActorOptions(Config):
 
     def validate(self) -> None:
         super().validate()
-        self.only_with("--actor_lora_dim above 0", self.actor_lora_dim > 0,
-                       "actor_lora_alpha", "actor_lora_module_name", "actor_lora_learning_rate")
+        self.only_with(
+            "--actor_lora_dim above 0",
+            self.actor_lora_dim > 0,
+            "actor_lora_alpha",
+            "actor_lora_module_name",
+            "actor_lora_learning_rate",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +205,17 @@ class CriticOptions(Config):
 
     def validate(self) -> None:
         super().validate()
-        self.only_with("--critic_lora_dim above 0", self.critic_lora_dim > 0,
-                       "critic_lora_alpha", "critic_lora_module_name", "critic_lora_learning_rate")
+        self.only_with(
+            "--critic_lora_dim above 0",
+            self.critic_lora_dim > 0,
+            "critic_lora_alpha",
+            "critic_lora_module_name",
+            "critic_lora_learning_rate",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, CriticOptions, DataOptions,
-                RunOptions):
+class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, CriticOptions, DataOptions, RunOptions):
     """Step 3: PPO"""
 
     phase: ClassVar[int] = 2
@@ -185,8 +225,10 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     output_dir: PathName = option("output/ppo", "directory of the result")
     offload: bool = option(False, "keep optimizer states (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory")
     offload_in_rollouts: bool = option(
-        False, "keep optimizer states in CPU memory during rollouts, and so leave their room to keys and values, which "
-        "are released afterwards; --offload keeps them there all the time")
+        False,
+        "keep optimizer states in CPU memory during rollouts, and so leave their room to keys and values, which "
+        "are released afterwards; --offload keeps them there all the time",
+    )
     offload_reference_model: bool = option(False, "keep the reference in CPU memory")
     offload_reward_model: bool = option(False, "keep the reward model in CPU memory")
     eval_interval: int = option(0, "evaluate every N; 0: only before and after", unit="iterations", low=0)
@@ -196,7 +238,8 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     print_answers_interval: int = option(1, "how often --print_answers prints", unit="iterations", low=1)
     enable_hybrid_engine: bool = option(False, "", ignored=_ONE_ENGINE)
     unpin_actor_parameters: bool = option(
-        False, "under ZeRO-3 gather the actor layer by layer for every token, not whole: slow, for want of memory")
+        False, "under ZeRO-3 gather the actor layer by layer for every token, not whole: slow, for want of memory"
+    )
     release_inference_cache: bool = option(False, "give back the memory of keys and values after each rollout")
     inference_tp_size: int = option(1, "", ignored=_NO_TENSOR_PARALLEL, low=1)
     tp_gather_partition_size: int = option(8, "", ignored=_NO_TENSOR_PARALLEL, low=1)
@@ -210,8 +253,12 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         """That of the plain text, if any is mixed in."""
         if not self.unsupervised_dataset_name:
             return []
-        return parse_data_path([self.unsupervised_dataset_name], flag="--unsupervised_dataset_name",
-                               config_name=self.unsupervised_dataset_config_name, form=self.file_format())
+        return parse_data_path(
+            [self.unsupervised_dataset_name],
+            flag="--unsupervised_dataset_name",
+            config_name=self.unsupervised_dataset_config_name,
+            form=self.file_format(),
+        )
 
     @property
     def kl_limit(self) -> float:
@@ -226,28 +273,42 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         algorithm.
         """
         needed = self.per_device_training_batch_size * self.gradient_accumulation_steps
-        return max(self.generation_batches,
-                   ceil(needed / (self.per_device_generation_batch_size * self.answers_per_prompt)))
+        return max(
+            self.generation_batches, ceil(needed / (self.per_device_generation_batch_size * self.answers_per_prompt))
+        )
 
     def batches(self) -> list[Batch]:
         """What is computed depends on these, not on what each rank contributes."""
-        return [Batch("prompts per iteration", ("per_device_generation_batch_size", "generation_batches"),
-                      self.per_device_generation_batch_size,
-                      self.per_device_generation_batch_size * self.rollout_batches_per_iteration),
-                Batch("answers per optimizer step", ("per_device_training_batch_size", "gradient_accumulation_steps"),
-                      self.per_device_training_batch_size,
-                      self.per_device_training_batch_size * self.gradient_accumulation_steps)]
+        return [
+            Batch(
+                "prompts per iteration",
+                ("per_device_generation_batch_size", "generation_batches"),
+                self.per_device_generation_batch_size,
+                self.per_device_generation_batch_size * self.rollout_batches_per_iteration,
+            ),
+            Batch(
+                "answers per optimizer step",
+                ("per_device_training_batch_size", "gradient_accumulation_steps"),
+                self.per_device_training_batch_size,
+                self.per_device_training_batch_size * self.gradient_accumulation_steps,
+            ),
+        ]
 
     def validate(self) -> None:
         super().validate()
         self.only_with("--print_answers", self.print_answers, "print_answers_interval")
         if self.draw_answer_lengths and self.missing_eos_score is not None:
-            raise UserError("--draw_answer_lengths lets no answer end by itself, so --missing_eos_score would be the "
-                            "score of them all: leave one of the two out")
+            raise UserError(
+                "--draw_answer_lengths lets no answer end by itself, so --missing_eos_score would be the "
+                "score of them all: leave one of the two out"
+            )
         if self.offload and self.actor_zero_stage == 0 and self.critic_zero_stage == 0:
             raise UserError("--offload needs --actor_zero_stage or --critic_zero_stage 1, 2 or 3")
-        check_output_dir(self.output_dir, actor_model_name_or_path=self.actor_model_name_or_path,
-                         critic_model_name_or_path=self.critic_model_name_or_path)
+        check_output_dir(
+            self.output_dir,
+            actor_model_name_or_path=self.actor_model_name_or_path,
+            critic_model_name_or_path=self.critic_model_name_or_path,
+        )
         self._check_made("actor_model_name_or_path", "step1_sft/main.py")
         self._check_made("critic_model_name_or_path", "step2_reward/main.py")
 
@@ -255,5 +316,6 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         # A default that was never made would be looked up on the hub.
         model = getattr(self, name)
         if model == options(PPOConfig)[name].default and not (Path(model) / "config.json").is_file():
-            raise UserError(f"no model, or none that is finished, at {model}: make it with `deepspeed {program}` or "
-                            f"give --{name}")
+            raise UserError(
+                f"no model, or none that is finished, at {model}: make it with `deepspeed {program}` or give --{name}"
+            )

@@ -1,4 +1,5 @@
 """Exponential moving average of the trained weights, kept in fp32 where each rank's weights lie."""
+
 from __future__ import annotations
 
 import contextlib
@@ -45,8 +46,8 @@ class EMA:
             parts = parts_of(name)
             if hasattr(parameter, "ds_tensor"):
                 # The last shards are filled up to the length of all; what they are filled with is never read.
-                mine = torch.cat(parts)[rank() * len(average):][:len(average)]
-                average[:len(mine)].copy_(mine)
+                mine = torch.cat(parts)[rank() * len(average) :][: len(average)]
+                average[: len(mine)].copy_(mine)
             else:
                 average.copy_(parts[0])
 

@@ -3,6 +3,7 @@
 B rows; L the width of the tokens; R the longest response of the batch, so that column t of a (B, R) tensor
 belongs to response token t. Masks come from lengths alone: an end token that doubles as padding still counts.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

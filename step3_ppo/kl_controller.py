@@ -1,4 +1,5 @@
 """How hard the reward pulls the actor back to the reference: the coefficient beta of the KL penalty."""
+
 from __future__ import annotations
 
 import math

@@ -1,28 +1,34 @@
 """The iterations of a PPO run, and the evaluations before, between and after them."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
 
-from common.runtime import heartbeat
+from common.artifacts.tracking import Tracker
 from common.batching.sampler import MicroBatch, StepSampler
+from common.runtime import heartbeat
 from common.runtime.distributed import say
-from common.runtime.terminal import harmless
+from common.runtime.signals import mark_training_started
+from common.runtime.terminal import escape_controls
 from common.training.loop import describe
 from common.training.memory import named_when_out_of_memory
-from common.runtime.signals import training_begins
-from common.artifacts.tracking import Tracker
-from step3_ppo.scoring import RolloutAbandoned
 from step3_ppo.config import PPOConfig
+from step3_ppo.scoring import RolloutAbandoned
 from step3_ppo.trainer import PPOTrainer
 
 SHOWN = ("reward", "kl", "response_length", "eos_fraction")
 PRINTED_ANSWERS = 3
 
 
-def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, tracker: Tracker, done: int = 0,
-                   after_iteration: Callable[[int, int], None] = lambda step, optimizer_steps: None
-                   ) -> dict[str, float]:
+def run_iterations(
+    trainer: PPOTrainer,
+    sampler: StepSampler,
+    iterations: int,
+    tracker: Tracker,
+    done: int = 0,
+    after_iteration: Callable[[int, int], None] = lambda step, optimizer_steps: None,
+) -> dict[str, float]:
     """Evaluate, then run all iterations, with evaluations between them and after the last; returns its metrics.
 
     Args:
@@ -33,7 +39,7 @@ def run_iterations(trainer: PPOTrainer, sampler: StepSampler, iterations: int, t
             save, or to end a run that was told to stop. Called also where a rollout was abandoned for that. The
             evaluation after that iteration comes later, and so again where a run is resumed.
     """
-    training_begins()
+    mark_training_started()
     prompts = chain.from_iterable(sampler.epoch(epoch) for epoch in count())
     made = done
     try:
@@ -59,7 +65,7 @@ def evaluation_is_due(config: PPOConfig, made: int) -> bool:
 def train(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], tracker: Tracker, bar) -> None:
     """One iteration, checked and shown."""
     config, step = trainer.config, index + 1
-    heartbeat.enter("training")
+    heartbeat.set_phase("training")
     training = trainer.iteration(index, micro_batches)
     bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN}, refresh=False)
     bar.update()
@@ -71,7 +77,7 @@ def train(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], 
 
 def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) -> dict[str, float]:
     """Answer held-out prompts; log the metrics and write the answers to samples/. Nothing where none are held out."""
-    heartbeat.enter("evaluation")
+    heartbeat.set_phase("evaluation")
     with named_when_out_of_memory("the evaluation"):
         metrics, rows = trainer.evaluate()
     if not rows:
@@ -86,4 +92,4 @@ def print_answers(trainer: PPOTrainer) -> None:
     """Show a few of the answers of the iteration just made."""
     for row in trainer.latest_samples(PRINTED_ANSWERS):
         say(f"--- reward {row['reward']:.3f}, kl {row['kl']:.3f}")
-        say(harmless(f"{row['prompt'].strip()}\n>>> {row['response'].strip()}"))
+        say(escape_controls(f"{row['prompt'].strip()}\n>>> {row['response'].strip()}"))

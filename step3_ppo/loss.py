@@ -4,6 +4,7 @@ A loss comes back as a sum: the trainer scales it by world_size / N, with N the 
 optimizer step over all ranks, so that a token weighs the same however the step is cut into micro-batches and
 ranks.
 """
+
 from __future__ import annotations
 
 import torch

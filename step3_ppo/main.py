@@ -1,4 +1,5 @@
 """Step 3: PPO of the actor against the reward model. `deepspeed --num_gpus N step3_ppo/main.py --help` says all."""
+
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,31 +10,41 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import require_environment
+
     require_environment()
-    from common.runtime.watchdog import begin
-    begin()
+    from common.runtime import watchdog
+
+    watchdog.start()
 
 from datasets import Dataset
 
 from common.artifacts.export import export_model
-from common.config.parser import parse
+from common.artifacts.provenance import RAW, Calibration
+from common.artifacts.publish import (
+    data_request,
+    open_codec,
+    open_run,
+    publishing,
+    read_calibration,
+    report_done,
+    say_data,
+)
 from common.batching.collate import TokenBatch, collate_texts
-from common.data.prepare import DataRequest, PreparedData, agree_on, prepare
 from common.batching.sampler import StepSampler
+from common.checkpoints.manager import Checkpoints, TrainingState
+from common.config.parser import parse
+from common.data.prepare import DataRequest, PreparedData, agree_on, prepare
 from common.data.tokenization import Codec
+from common.models.loading import check_language_model, check_max_length, resolve_model
 from common.runtime.distributed import rank, run_program, say, start, world_size
 from common.training.engine import check_engine_options
 from common.training.memory import fit_micro_batches, named_when_out_of_memory
-from common.models.loading import check_language_model, check_room, resolve_model
 from common.training.timing import PhaseClock
-from common.artifacts.provenance import RAW, Calibration
-from common.checkpoints.manager import Checkpoints, TrainingState
-from common.artifacts.publish import (data_request, open_codec, open_run, publishing, read_calibration, report_done, say_data)
 from step3_ppo.config import PPOConfig
+from step3_ppo.generation.sampling import Sampling
 from step3_ppo.learner import Learner
 from step3_ppo.loop import run_iterations
 from step3_ppo.models import PPOModels, build_models
-from step3_ppo.generation.sampling import Sampling
 from step3_ppo.trainer import PPOTrainer
 
 
@@ -41,11 +52,18 @@ def main(argv=None) -> None:
     """Parse, prepare, build, train, save."""
     config = parse(PPOConfig, argv, prog="step3_ppo/main.py")
     check_engine_options(config)
-    actor, critic = (resolve_model(getattr(config, name), f"--{name}", config.data_output_path, config.merge_adapter)
-                     for name in ("actor_model_name_or_path", "critic_model_name_or_path"))
+    actor, critic = (
+        resolve_model(getattr(config, name), f"--{name}", config.data_output_path, config.merge_adapter)
+        for name in ("actor_model_name_or_path", "critic_model_name_or_path")
+    )
     for source, flag in ((actor, "--actor_model_name_or_path"), (critic, "--critic_model_name_or_path")):
-        check_room(source, flag, config.max_prompt_seq_len + config.max_answer_seq_len,
-                   "--max_prompt_seq_len and --max_answer_seq_len", config.trust_remote_code)
+        check_max_length(
+            source,
+            flag,
+            config.max_prompt_seq_len + config.max_answer_seq_len,
+            "--max_prompt_seq_len and --max_answer_seq_len",
+            config.trust_remote_code,
+        )
     check_language_model(actor, "--actor_model_name_or_path", config.trust_remote_code)
     codec = open_codec(config, actor, "--actor_model_name_or_path")
     calibration = read_calibration(config, codec, critic)
@@ -64,21 +82,33 @@ def main(argv=None) -> None:
     scheduled = min(sampler.steps_per_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
     iterations = min(scheduled, config.stop_after or sys.maxsize)
     with named_when_out_of_memory("loading the models"):
-        models = build_models(config, codec, actor, critic, calibration or RAW,
-                              optimizer_steps(config, data.train, scheduled))
+        models = build_models(
+            config, codec, actor, critic, calibration or RAW, optimizer_steps(config, data.train, scheduled)
+        )
     longest = max(data.train["length"])
     fitted = fit_micro_batches(
-        config, checkpoints.remembered(found, "max_tokens"), [models.actor, models.critic],
+        config,
+        checkpoints.saved_value(found, "max_tokens"),
+        [models.actor, models.critic],
         lambda rows: Learner(models, config, PhaseClock()).probe(rows, longest, codec.pad_id),
-        longest + config.max_answer_seq_len, config.per_device_training_batch_size * config.gradient_accumulation_steps)
+        longest + config.max_answer_seq_len,
+        config.per_device_training_batch_size * config.gradient_accumulation_steps,
+    )
     if config.auto_micro_batch:  # which measured what fits beside no keys and values
         fitted = replace(fitted, release_inference_cache=True)
-    trainer = PPOTrainer(models, fitted, codec, data.train, evaluated(config, data.eval),
-                         text_batches(fitted, texts.train, codec) if texts else None, calibration)
+    trainer = PPOTrainer(
+        models,
+        fitted,
+        codec,
+        data.train,
+        evaluated(config, data.eval),
+        text_batches(fitted, texts.train, codec) if texts else None,
+        calibration,
+    )
 
-    with checkpoints.naming_last_good():
+    with checkpoints.reporting_last_good():
         done = checkpoints.restore(found, training_state(models, trainer), tracker)
-        metrics = run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.after)
+        metrics = run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.on_step_end)
         save(config, models, codec, trainer.calibration, data)
     report_done(tracker, iterations, metrics, config.output_dir)
     checkpoints.discard()
@@ -94,19 +124,32 @@ def evaluated(config: PPOConfig, held_out: Dataset) -> Dataset:
 def training_state(models: PPOModels, trainer: PPOTrainer) -> TrainingState:
     """All that must be as it was for a resumed run to go on exactly."""
     average = {"tensors": models.ema.tensors, "reshape": models.ema.reshape} if models.ema is not None else {}
-    return TrainingState({"actor": models.actor, "critic": models.critic}, **average, remember=trainer.state_dict,
-                         recall=trainer.load_state_dict, steady=trainer.learner.step.steady)
+    return TrainingState(
+        {"actor": models.actor, "critic": models.critic},
+        **average,
+        state_dict=trainer.state_dict,
+        load_state_dict=trainer.load_state_dict,
+        last_step_applied=trainer.learner.step.last_step_applied,
+    )
 
 
 def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
     """An iteration's prompts; enough of them for one whole optimizer step, however the recipe's batches divide."""
     rollout_batches = config.rollout_batches_per_iteration
     if rollout_batches > config.generation_batches:
-        say(f"note: one optimizer step takes {config.per_device_training_batch_size} x "
+        say(
+            f"note: one optimizer step takes {config.per_device_training_batch_size} x "
             f"{config.gradient_accumulation_steps} answers per rank, so each iteration makes {rollout_batches} rollout "
-            f"batches of {config.per_device_generation_batch_size}, not {config.generation_batches}")
-    return StepSampler(prompts["length"], rows_per_micro_batch=config.per_device_generation_batch_size,
-                       micro_batches_per_step=rollout_batches, world_size=world_size(), rank=rank(), seed=config.seed)
+            f"batches of {config.per_device_generation_batch_size}, not {config.generation_batches}"
+        )
+    return StepSampler(
+        prompts["length"],
+        rows_per_micro_batch=config.per_device_generation_batch_size,
+        micro_batches_per_step=rollout_batches,
+        world_size=world_size(),
+        rank=rank(),
+        seed=config.seed,
+    )
 
 
 def optimizer_steps(config: PPOConfig, prompts: Dataset, iterations: int) -> int:
@@ -115,8 +158,9 @@ def optimizer_steps(config: PPOConfig, prompts: Dataset, iterations: int) -> int
     One iteration of an epoch, and not always its last, has what is left of the prompts, and so perhaps fewer steps.
     """
     rows = config.per_device_generation_batch_size * config.rollout_batches_per_iteration * world_size()
-    on_one_rank = StepSampler(prompts["length"], rows_per_micro_batch=rows, micro_batches_per_step=1, world_size=1,
-                              rank=0, seed=config.seed)
+    on_one_rank = StepSampler(
+        prompts["length"], rows_per_micro_batch=rows, micro_batches_per_step=1, world_size=1, rank=0, seed=config.seed
+    )
     steps = chain.from_iterable(map(on_one_rank.epoch, count()))
     return sum(optimizer_steps_per_iteration(config, sum(batch.real)) for (batch,) in islice(steps, iterations))
 
@@ -130,17 +174,30 @@ def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
 
 def text_request(config: PPOConfig) -> DataRequest:
     """The plain text of the pre-training mix; all of it, since it has no prompts to keep apart."""
-    return DataRequest(data_path=config.text_sources(), kind="text", phase=None, eval_fraction=0.0,
-                       max_rows=config.max_rows, columns=config.columns or None,
-                       max_tokens=config.max_prompt_seq_len + config.max_answer_seq_len,
-                       max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)
+    return DataRequest(
+        data_path=config.text_sources(),
+        kind="text",
+        phase=None,
+        eval_fraction=0.0,
+        max_rows=config.max_rows,
+        columns=config.columns or None,
+        max_tokens=config.max_prompt_seq_len + config.max_answer_seq_len,
+        max_bad_fraction=config.max_bad_rows,
+        cache_dir=config.data_output_path,
+    )
 
 
 def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[list[TokenBatch]]:
     """Endless plain text: for every optimizer step as many rows as it has answers."""
-    sampler = StepSampler(texts["length"], rows_per_micro_batch=config.per_device_training_batch_size,
-                          micro_batches_per_step=config.gradient_accumulation_steps, world_size=world_size(),
-                          rank=rank(), seed=config.seed, max_tokens=config.max_tokens_per_micro_batch)
+    sampler = StepSampler(
+        texts["length"],
+        rows_per_micro_batch=config.per_device_training_batch_size,
+        micro_batches_per_step=config.gradient_accumulation_steps,
+        world_size=world_size(),
+        rank=rank(),
+        seed=config.seed,
+        max_tokens=config.max_tokens_per_micro_batch,
+    )
     for epoch in count():
         for micro_batches in sampler.epoch(epoch):
             yield [collate_texts(texts, micro_batch, codec.pad_id) for micro_batch in micro_batches]
@@ -149,8 +206,10 @@ def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[li
 def warn(config: PPOConfig) -> None:
     """Say what is allowed but rarely meant."""
     if Sampling.from_config(config).truncated:
-        say("warning: with --top_p, --top_k or --min_answer_seq_len answers are not sampled from the policy that is "
-            "trained: the ratio of new to old policy is then only approximate")
+        say(
+            "warning: with --top_p, --top_k or --min_answer_seq_len answers are not sampled from the policy that is "
+            "trained: the ratio of new to old policy is then only approximate"
+        )
 
 
 def model_parts(config: PPOConfig) -> list[str]:
@@ -162,8 +221,17 @@ def save(config: PPOConfig, models: PPOModels, codec: Codec, calibration: Calibr
     """actor/, critic/ and, if it was kept, ema/, each a directory that transformers loads."""
     output = Path(config.output_dir)
     engines = {"actor": models.actor, "critic": models.critic}
-    with publishing(config, codec, engines, step="ppo", base=config.actor_model_name_or_path, data=data,
-                    parts=model_parts(config), score_mean=calibration.mean, score_std=calibration.std):
+    with publishing(
+        config,
+        codec,
+        engines,
+        step="ppo",
+        base=config.actor_model_name_or_path,
+        data=data,
+        parts=model_parts(config),
+        score_mean=calibration.mean,
+        score_std=calibration.std,
+    ):
         export_model(models.actor, codec, output / "actor", output / "adapter" / "actor")
         export_model(models.critic, codec, output / "critic", output / "adapter" / "critic")
         if models.ema is not None:

@@ -3,6 +3,7 @@
 Each has its own engine with its own ZeRO stage; but a LoRA actor is its own reference, and a LoRA critic its own
 scorer, with the adapters off. So with LoRA there are two base models in memory, not four.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -11,17 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.artifacts.provenance import RAW, Calibration
 from common.batching.collate import unmasked
 from common.data.tokenization import Codec
-from common.runtime.distributed import say
-from common.training.engine import (EngineSettings, OptimizerSettings, deepspeed_config, frozen_engine, resolve_dtype,
-                           training_engine)
-from common.models.lora import adapters_disabled, add_lora
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
+from common.models.lora import adapters_disabled, add_lora
 from common.models.pooling import score_at_last_token
+from common.runtime.distributed import say
+from common.training.engine import (
+    EngineSettings,
+    OptimizerSettings,
+    deepspeed_config,
+    frozen_engine,
+    resolve_dtype,
+    training_engine,
+)
 from common.training.optim import say_shortened_warmup
-from common.artifacts.provenance import RAW, Calibration
 from step3_ppo.config import PPOConfig
 from step3_ppo.ema import EMA
 from step3_ppo.experience import Rollout
@@ -40,6 +47,7 @@ class PPOModels:
         ema: moving average of the actor's weights, if wanted.
         temperature: that responses are sampled at.
     """
+
     actor: object
     critic: object
     scorer: object | None
@@ -50,8 +58,9 @@ class PPOModels:
     @torch.no_grad()
     def log_probs_and_entropy(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(B, R) log-probs of the response tokens under the actor, and its entropy where they stand, in nats."""
-        return response_log_probs_and_entropy(self.actor, inputs_of(rollout), rollout.prompt_lengths,
-                                              rollout.response_lengths, self.temperature)
+        return response_log_probs_and_entropy(
+            self.actor, inputs_of(rollout), rollout.prompt_lengths, rollout.response_lengths, self.temperature
+        )
 
     @torch.no_grad()
     def reference_log_probs(self, rollout: Rollout) -> Tensor:
@@ -87,8 +96,9 @@ class PPOModels:
                 engine.destroy()
 
     def _log_probs(self, engine, rollout: Rollout) -> Tensor:
-        return response_log_probs(engine, inputs_of(rollout), rollout.prompt_lengths, rollout.response_lengths,
-                                  self.temperature)
+        return response_log_probs(
+            engine, inputs_of(rollout), rollout.prompt_lengths, rollout.response_lengths, self.temperature
+        )
 
 
 def inputs_of(rollout: Rollout) -> dict[str, Tensor]:
@@ -101,8 +111,14 @@ def response_values(critic, rollout: Rollout) -> Tensor:
     return gather_response(critic(**inputs_of(rollout)), rollout.prompt_lengths, rollout.response_lengths)
 
 
-def build_models(config: PPOConfig, codec: Codec, actor_source: str, critic_source: str,
-                 calibration: Calibration, optimizer_steps: int) -> PPOModels:
+def build_models(
+    config: PPOConfig,
+    codec: Codec,
+    actor_source: str,
+    critic_source: str,
+    calibration: Calibration,
+    optimizer_steps: int,
+) -> PPOModels:
     """Load the four models and make their engines.
 
     Args:
@@ -115,53 +131,90 @@ def build_models(config: PPOConfig, codec: Codec, actor_source: str, critic_sour
     _say_what_is_shared(config)
 
     def engine_settings(stage: int, offload: bool) -> EngineSettings:
-        return EngineSettings(stage, dtype, config.per_device_training_batch_size, offload, config.max_grad_norm,
-                              config.deepspeed_config)
+        return EngineSettings(
+            stage, dtype, config.per_device_training_batch_size, offload, config.max_grad_norm, config.deepspeed_config
+        )
 
     def optimizer_settings(learning_rate: float, lora_learning_rate: float, decay: float) -> OptimizerSettings:
-        return OptimizerSettings(learning_rate, lora_learning_rate, decay, config.lr_scheduler_type,
-                                 config.num_warmup_steps, optimizer_steps)
+        return OptimizerSettings(
+            learning_rate, lora_learning_rate, decay, config.lr_scheduler_type, config.num_warmup_steps, optimizer_steps
+        )
 
     def load_actor(settings: EngineSettings, trainable: bool):
         return load_causal_lm(
-            actor_source, "--actor_model_name_or_path", codec, dtype=dtype, dropout=NO_DROPOUT,
-            ds_config=deepspeed_config(settings, trainable), trust_remote_code=config.trust_remote_code,
-            gradient_checkpointing=trainable and config.actor_gradient_checkpointing)
+            actor_source,
+            "--actor_model_name_or_path",
+            codec,
+            dtype=dtype,
+            dropout=NO_DROPOUT,
+            ds_config=deepspeed_config(settings, trainable),
+            trust_remote_code=config.trust_remote_code,
+            gradient_checkpointing=trainable and config.actor_gradient_checkpointing,
+        )
 
     def load_critic(settings: EngineSettings, trainable: bool, calibration: Calibration):
         return load_scalar_model(
-            critic_source, "--critic_model_name_or_path", codec, dtype=dtype, dropout=NO_DROPOUT,
-            ds_config=deepspeed_config(settings, trainable), trust_remote_code=config.trust_remote_code,
-            gradient_checkpointing=trainable and config.critic_gradient_checkpointing, calibration=calibration,
-            seed=config.seed)
+            critic_source,
+            "--critic_model_name_or_path",
+            codec,
+            dtype=dtype,
+            dropout=NO_DROPOUT,
+            ds_config=deepspeed_config(settings, trainable),
+            trust_remote_code=config.trust_remote_code,
+            gradient_checkpointing=trainable and config.critic_gradient_checkpointing,
+            calibration=calibration,
+            seed=config.seed,
+        )
 
     actor_settings = engine_settings(config.actor_zero_stage, config.offload)
     critic_settings = engine_settings(config.critic_zero_stage, config.offload)
     actor = load_actor(actor_settings, trainable=True)
     if config.actor_lora_dim:
-        add_lora(actor, dim=config.actor_lora_dim, alpha=config.actor_lora_alpha, dropout=NO_DROPOUT,
-                 modules=config.actor_lora_module_name, flag="--actor_lora_module_name", base_name=actor_source,
-                 seed=config.seed)
+        add_lora(
+            actor,
+            dim=config.actor_lora_dim,
+            alpha=config.actor_lora_alpha,
+            dropout=NO_DROPOUT,
+            modules=config.actor_lora_module_name,
+            flag="--actor_lora_module_name",
+            base_name=actor_source,
+            seed=config.seed,
+        )
     critic = load_critic(critic_settings, trainable=True, calibration=calibration)
     if config.critic_lora_dim:
         critic.keep_reward_head()
-        add_lora(critic.classifier, dim=config.critic_lora_dim, alpha=config.critic_lora_alpha, dropout=NO_DROPOUT,
-                 modules=config.critic_lora_module_name, flag="--critic_lora_module_name", base_name=critic_source,
-                 seed=config.seed)
-    actor_engine = training_engine(actor, actor_settings, optimizer_settings(
-        config.actor_learning_rate, config.actor_lora_learning_rate, config.actor_weight_decay))
-    critic_engine = training_engine(critic, critic_settings, optimizer_settings(
-        config.critic_learning_rate, config.critic_lora_learning_rate, config.critic_weight_decay))
+        add_lora(
+            critic.classifier,
+            dim=config.critic_lora_dim,
+            alpha=config.critic_lora_alpha,
+            dropout=NO_DROPOUT,
+            modules=config.critic_lora_module_name,
+            flag="--critic_lora_module_name",
+            base_name=critic_source,
+            seed=config.seed,
+        )
+    actor_engine = training_engine(
+        actor,
+        actor_settings,
+        optimizer_settings(config.actor_learning_rate, config.actor_lora_learning_rate, config.actor_weight_decay),
+    )
+    critic_engine = training_engine(
+        critic,
+        critic_settings,
+        optimizer_settings(config.critic_learning_rate, config.critic_lora_learning_rate, config.critic_weight_decay),
+    )
 
     reference = None
     if not config.actor_lora_dim:
-        settings = engine_settings(_frozen_stage(config.actor_zero_stage, config.offload_reference_model),
-                                   config.offload_reference_model)
+        settings = engine_settings(
+            _frozen_stage(config.actor_zero_stage, config.offload_reference_model), config.offload_reference_model
+        )
         reference = frozen_engine(load_actor(settings, trainable=False), settings)
     scorer = None
     if not config.critic_lora_dim:
-        settings = engine_settings(_frozen_stage(config.critic_zero_stage, config.offload_reward_model),
-                                   config.offload_reward_model)
+        settings = engine_settings(
+            _frozen_stage(config.critic_zero_stage, config.offload_reward_model), config.offload_reward_model
+        )
         scorer = frozen_engine(load_critic(settings, trainable=False, calibration=RAW), settings)
     ema = EMA(actor_engine.module, config.ema_decay) if config.enable_ema else None
     return PPOModels(actor_engine, critic_engine, scorer, reference, ema, config.temperature)
@@ -169,11 +222,15 @@ def build_models(config: PPOConfig, codec: Codec, actor_source: str, critic_sour
 
 def _say_what_is_shared(config: PPOConfig) -> None:
     if config.actor_lora_dim and config.offload_reference_model:
-        say("note: --offload_reference_model has nothing to move: with --actor_lora_dim the reference is the actor "
-            "with its adapters off")
+        say(
+            "note: --offload_reference_model has nothing to move: with --actor_lora_dim the reference is the actor "
+            "with its adapters off"
+        )
     if config.critic_lora_dim and config.offload_reward_model:
-        say("note: --offload_reward_model has nothing to move: with --critic_lora_dim the reward model is the critic "
-            "with its adapters off")
+        say(
+            "note: --offload_reward_model has nothing to move: with --critic_lora_dim the reward model is the critic "
+            "with its adapters off"
+        )
 
 
 def _frozen_stage(trained_stage: int, offload: bool) -> int:

@@ -1,4 +1,5 @@
 """From KL and score to one reward per token."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

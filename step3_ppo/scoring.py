@@ -1,4 +1,5 @@
 """What the four models say of a rollout, the passes divided between ranks and the results shared by all."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from step3_ppo.models import PPOModels, evaluating
 
 
 @dataclass(frozen=True)
-class Assessment:
+class ModelOutputs:
     """Read off the models before the update; row b belongs to row b of the rollout. On the CPU of every rank."""
 
     old_log_probs: Tensor  # (B, R) nats, of the actor
@@ -49,8 +50,9 @@ def share_rollout(mine: Rollout | None) -> Rollout:
 
 
 @torch.no_grad()
-def assess(models: PPOModels, rollout: Rollout, clock: PhaseClock, rows_per_batch: int,
-           max_tokens: int = 0) -> Assessment:
+def score_rollout(
+    models: PPOModels, rollout: Rollout, clock: PhaseClock, rows_per_batch: int, max_tokens: int = 0
+) -> ModelOutputs:
     """Run actor, reference, critic and reward model over a shared rollout.
 
     Args:
@@ -60,8 +62,11 @@ def assess(models: PPOModels, rollout: Rollout, clock: PhaseClock, rows_per_batc
         max_tokens: if not 0, its padded tokens, of any number of rows.
     """
     lengths = rollout.lengths.tolist()
-    batches = (token_budget_batches(lengths, max_tokens, world_size(), rank()) if max_tokens else
-               evaluation_batches(lengths, rows_per_batch, world_size(), rank()))
+    batches = (
+        token_budget_batches(lengths, max_tokens, world_size(), rank())
+        if max_tokens
+        else evaluation_batches(lengths, rows_per_batch, world_size(), rank())
+    )
     mine = []
     with evaluating(models):
         for batch in batches:
@@ -70,8 +75,8 @@ def assess(models: PPOModels, rollout: Rollout, clock: PhaseClock, rows_per_batc
                 log_probs, entropy = models.log_probs_and_entropy(part)
                 reference = models.reference_log_probs(part)
             with clock.phase("score"):
-                results = Assessment(log_probs, reference, entropy, models.values(part), models.scores(part))
-            mine.append((batch, [getattr(results, field.name).float().cpu() for field in fields(Assessment)]))
+                results = ModelOutputs(log_probs, reference, entropy, models.values(part), models.scores(part))
+            mine.append((batch, [getattr(results, field.name).float().cpu() for field in fields(ModelOutputs)]))
     whole = [torch.zeros(rollout.response_mask.shape) for _ in range(4)] + [torch.zeros(len(rollout.tokens))]
     for batch, tensors in (item for items in gather_objects(mine) for item in items):
         rows = torch.tensor(batch.indices)[torch.tensor(batch.real)]
@@ -80,5 +85,5 @@ def assess(models: PPOModels, rollout: Rollout, clock: PhaseClock, rows_per_batc
             if target.dim() == 1:
                 target[rows] = kept
             else:
-                target[rows, :kept.shape[1]] = kept
-    return Assessment(*whole)
+                target[rows, : kept.shape[1]] = kept
+    return ModelOutputs(*whole)

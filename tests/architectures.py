@@ -1,4 +1,5 @@
 """Tiny models of every supported architecture, with the built-in task's tokenizer, as Hugging Face directories."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -30,9 +31,13 @@ def build_model(name: str, directory: Path, cache_dir: Path, seed: int = 0, **ch
     tokenizer = hf.AutoTokenizer.from_pretrained(materialise("builtin:tiny-opt", cache_dir))
     config_class, settings = CONFIGS[name]
     torch.manual_seed(seed)
-    config = config_class(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                          **{**settings, **changes})
+    config = config_class(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{**settings, **changes},
+    )
     model = hf.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # larger than usual, so that outputs differ visibly between inputs
         if parameter.dim() > 1:

@@ -1,4 +1,5 @@
 """A small language model that has learnt a few dialogues by heart, so that its greedy answers are known."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,10 +8,10 @@ import torch
 from architectures import build_model
 from transformers import AutoModelForCausalLM
 
-from common.data.records import Message, Prompt
-from common.data.tokenization import Codec, load_tokenizer, make_codec
 from common.artifacts.provenance import Provenance
 from common.artifacts.publish import text_of
+from common.data.records import Message, Prompt
+from common.data.tokenization import Codec, load_tokenizer, make_codec
 
 CAPITAL, AGAIN, RED, SING = "What is the capital of France?", "And again?", "Paint it red.", "Sing to me."
 # What is asked, in turns, and the last answer; the same question means something else in another dialogue.
@@ -36,12 +37,10 @@ def one_line(text: str) -> str:
 
 def teach(directory: Path, cache_dir: Path, template: str = "question_answer") -> Path:
     """Write a LLaMA that knows `ANSWERS`, and a song that never ends, as step 1 would have left it."""
-    build_model("llama", directory, cache_dir, hidden_size=64, intermediate_size=128,
-                max_position_embeddings=512)
+    build_model("llama", directory, cache_dir, hidden_size=64, intermediate_size=128, max_position_embeddings=512)
     codec = make_codec(load_tokenizer(str(directory)), template)
     model = AutoModelForCausalLM.from_pretrained(directory)
-    rows = [(codec.encode_prompt(prompt_of(turns)), codec.encode_response(text))
-            for turns, text in ANSWERS.items()]
+    rows = [(codec.encode_prompt(prompt_of(turns)), codec.encode_response(text)) for turns, text in ANSWERS.items()]
     rows.append((codec.encode_prompt(prompt_of((SING,))), codec.encode_response(SONG)[:-2]))
     learn(model, rows)
     model.save_pretrained(directory)
@@ -54,8 +53,8 @@ def learn(model, rows: list[tuple[list[int], list[int]]]) -> None:
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
     for row, (prompt, answer) in enumerate(rows):
-        ids[row, :len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        labels[row, len(prompt):len(prompt) + len(answer)] = torch.tensor(answer)
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(300):
         loss = model(input_ids=ids, labels=labels).loss

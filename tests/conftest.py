@@ -1,4 +1,5 @@
 """Tests import the project from this clone, installed or not."""
+
 import json
 import os
 import sys
@@ -38,6 +39,7 @@ def builtin_cache(tmp_path_factory):
 def chat_model(tmp_path_factory, builtin_cache):
     """Directory of the model that knows `chat_model.ANSWERS`."""
     from chat_model import teach
+
     return teach(tmp_path_factory.mktemp("chat") / "sft", builtin_cache)
 
 
@@ -49,8 +51,9 @@ def hh_data(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("hh-rlhf")
     with open(directory / "pairs.jsonl", "w") as stream:
         for number in range(1500):
-            turns = "".join(f"\n\nHuman: question {number}.{turn}?\n\nAssistant: answer {turn}."
-                            for turn in range(number % 3))
+            turns = "".join(
+                f"\n\nHuman: question {number}.{turn}?\n\nAssistant: answer {turn}." for turn in range(number % 3)
+            )
             shared = f"{turns}\n\nHuman: last question {number}\n\nAssistant:"
             chosen = "" if number % 400 == 0 else f" a good answer\n\nof {number} lines"
             stream.write(json.dumps({"chosen": shared + chosen, "rejected": f"{shared} a bad answer"}) + "\n")

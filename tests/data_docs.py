@@ -1,7 +1,8 @@
 """The tables of docs/data.md: each line is an example that is read here, with what comes of it.
 
-    python tests/data_docs.py      writes them into docs/data.md
+python tests/data_docs.py      writes them into docs/data.md
 """
+
 from __future__ import annotations
 
 import gzip
@@ -42,18 +43,32 @@ LAYOUTS = {
     "conversations (ShareGPT)": {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A."}]},
     "messages, an answer not to be trained": {"messages": [*TWO, {"role": "assistant", "content": "B.", "weight": 0}]},
     "messages with reasoning kept apart": {"messages": [USER, {**ANSWER, "reasoning_content": "Hm."}]},
-    "messages with tool calls": {"messages": [USER, {"role": "assistant", "tool_calls": [
-        {"type": "function", "function": {"name": "f", "arguments": {}}}]}, {"role": "tool", "content": "42"}, ANSWER]},
+    "messages with tool calls": {
+        "messages": [
+            USER,
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]},
+            {"role": "tool", "content": "42"},
+            ANSWER,
+        ]
+    },
     "prompt, chosen, rejected": {"prompt": "Q?", "chosen": "A.", "rejected": "B."},
     "system, question, chosen, rejected": {"system": "S.", "question": "Q?", "chosen": "A.", "rejected": "B."},
-    "instruction, input, chosen, rejected": {"instruction": "Sum up.", "input": "A text.", "chosen": "A.",
-                                             "rejected": "B."},
-    "chosen, rejected: transcripts": {"chosen": "\n\nHuman: Q?\n\nAssistant: A.",
-                                      "rejected": "\n\nHuman: Q?\n\nAssistant: B."},
+    "instruction, input, chosen, rejected": {
+        "instruction": "Sum up.",
+        "input": "A text.",
+        "chosen": "A.",
+        "rejected": "B.",
+    },
+    "chosen, rejected: transcripts": {
+        "chosen": "\n\nHuman: Q?\n\nAssistant: A.",
+        "rejected": "\n\nHuman: Q?\n\nAssistant: B.",
+    },
     "chosen, rejected: messages": {"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "B."}]},
-    "conversations, chosen, rejected": {"conversations": [{"from": "human", "value": "Q?"}],
-                                        "chosen": {"from": "gpt", "value": "A."},
-                                        "rejected": {"from": "gpt", "value": "B."}},
+    "conversations, chosen, rejected": {
+        "conversations": [{"from": "human", "value": "Q?"}],
+        "chosen": {"from": "gpt", "value": "A."},
+        "rejected": {"from": "gpt", "value": "B."},
+    },
     "several rejected (or chosen) answers": {"prompt": "Q?", "chosen": "A.", "rejected": ["B.", "C."]},
     "a list of answers, best first": {"prompt": "Q?", "responses": ["A.", "B.", "C."]},
     "... with scores (or ranks)": {"prompt": "Q?", "responses": ["B.", "A."], "scores": [1, 5]},
@@ -91,8 +106,12 @@ FILES = {  # name of the file, content, how it is shown, format
     "gzip, whatever the name": ("a.jsonl", gzip.compress(PLAIN.encode()), "(gzip)", {}),
     "zip": ("a.zip", _zipped("a.jsonl", PLAIN), "(zip of a.jsonl)", {}),
     "UTF-16, by its mark": ("a.jsonl", PLAIN.encode("utf-16"), "(UTF-16)", {}),
-    "another encoding": ("a.csv", "prompt,response\nOù?,Là.\n".encode("cp1252"), "(Windows-1252)",
-                         {"encoding": "cp1252"}),
+    "another encoding": (
+        "a.csv",
+        "prompt,response\nOù?,Là.\n".encode("cp1252"),
+        "(Windows-1252)",
+        {"encoding": "cp1252"},
+    ),
 }
 
 
@@ -102,8 +121,10 @@ def records(content: bytes, name: str, kind: str, form: FileFormat = FileFormat(
         path = Path(directory) / name
         path.write_bytes(content)
         try:
-            return [found.record for found in
-                    read_records(parse_data_path([str(path)], form=form), kind, report=ReadReport())]
+            return [
+                found.record
+                for found in read_records(parse_data_path([str(path)], form=form), kind, report=ReadReport())
+            ]
         except UserError:
             return []
 
@@ -154,16 +175,19 @@ def file_lines() -> Iterator[str]:
     for what, (name, content, shown, form) in FILES.items():
         content = content.encode() if isinstance(content, str) else content
         flags = " ".join(f"`--{flag} {value}`" for flag, value in form.items())
-        yield (f"| {what} | {name}: {shown or _code(content.decode())} | {flags} | "
-               f"{gives(content, name, FileFormat(**form))} |")
+        yield (
+            f"| {what} | {name}: {shown or _code(content.decode())} | {flags} | "
+            f"{gives(content, name, FileFormat(**form))} |"
+        )
 
 
 def with_tables(document: str) -> str:
     """The document with its tables made anew."""
     for name, lines in (("layouts", layout_lines()), ("files", file_lines())):
         table = "\n".join(lines)
-        document, count = re.subn(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda found: found[1] + table + found[2],
-                                  document, flags=re.S)
+        document, count = re.subn(
+            rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda found: found[1] + table + found[2], document, flags=re.S
+        )
         assert count == 1, f"{DOCS} has no place for the table of {name}"
     return document
 

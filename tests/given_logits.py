@@ -1,4 +1,5 @@
 """A causal language model whose logits are given, for what is read off logits."""
+
 from types import SimpleNamespace
 
 from torch import Tensor, nn

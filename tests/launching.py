@@ -1,4 +1,5 @@
 """Run a program under the real deepspeed launcher, as a user would."""
+
 from __future__ import annotations
 
 import os
@@ -13,30 +14,35 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(script: Path, *args: str, ranks: int = 1, cwd: Path = ROOT, timeout: int = 540,
-           check: bool = True) -> subprocess.CompletedProcess:
+def launch(
+    script: Path, *args: str, ranks: int = 1, cwd: Path = ROOT, timeout: int = 540, check: bool = True
+) -> subprocess.CompletedProcess:
     """`deepspeed --num_gpus RANKS script args`; its output is shown when it fails and `check` is set."""
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [str(launcher), "-q", "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script), *args]
     return run(command, cwd=cwd, timeout=timeout, check=check)
 
 
-def launch_each(script: Path, *args: str, ranks: tuple[int, ...] = (1, 2),
-                **options) -> dict[int, subprocess.CompletedProcess]:
+def launch_each(
+    script: Path, *args: str, ranks: tuple[int, ...] = (1, 2), **options
+) -> dict[int, subprocess.CompletedProcess]:
     """`launch` for each number of ranks, all at the same time, since each spends much of its own waiting."""
     with ThreadPoolExecutor() as pool:
         runs = {number: pool.submit(launch, script, *args, ranks=number, **options) for number in ranks}
         return {number: run.result() for number, run in runs.items()}
 
 
-def run(command: list[str], cwd: Path = ROOT, timeout: int = 540, check: bool = True,
-        stdin: str = "") -> subprocess.CompletedProcess:
+def run(
+    command: list[str], cwd: Path = ROOT, timeout: int = 540, check: bool = True, stdin: str = ""
+) -> subprocess.CompletedProcess:
     """Run a command in an environment like a user's shell, with no trace of the tests' own process."""
-    done = subprocess.run(command, cwd=cwd, env=environment(), timeout=timeout, input=stdin, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(), timeout=timeout, input=stdin, capture_output=True, text=True
+    )
     if check and done.returncode != 0:
-        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-6000:]}\n"
-                             f"{done.stderr[-6000:]}")
+        raise AssertionError(
+            f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+        )
     return done
 
 
@@ -47,9 +53,21 @@ def at_length(cases) -> list:
 
 def environment() -> dict[str, str]:
     """A user's environment variables: the tests' own Python first on PATH, nothing of a launcher."""
-    env = {key: value for key, value in os.environ.items()
-           if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR",
-                          "MASTER_PORT", "OMP_NUM_THREADS")}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key
+        not in (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "LOCAL_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "OMP_NUM_THREADS",
+        )
+    }
     env["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait take the cores from those that work
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return env
@@ -64,8 +82,13 @@ def free_port() -> int:
 def assert_tensorboard_shows(rows: list[dict], directory: Path) -> None:
     """The events in a directory are the scalars of the rows of metrics.jsonl, and nothing else."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     board = EventAccumulator(str(directory)).Reload()
     shown = {(tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
-    logged = {(f"{row['phase']}/{name}", row["step"]): value for row in rows for name, value in row.items()
-              if name not in ("phase", "step", "seconds") and value is not None}
+    logged = {
+        (f"{row['phase']}/{name}", row["step"]): value
+        for row in rows
+        for name, value in row.items()
+        if name not in ("phase", "step", "seconds") and value is not None
+    }
     assert logged and shown == pytest.approx(logged, rel=1e-6)  # events hold single precision

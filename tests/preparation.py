@@ -1,4 +1,5 @@
 """Small data files, and requests to prepare them."""
+
 from __future__ import annotations
 
 import json
@@ -10,8 +11,10 @@ from common.data.prepare import DataRequest
 
 
 def pairs(count: int, start: int = 0) -> list[dict]:
-    return [{"prompt": f"What is {i} plus {i}?", "chosen": f"The sum is {2 * i}.", "rejected": "No idea."}
-            for i in range(start, start + count)]
+    return [
+        {"prompt": f"What is {i} plus {i}?", "chosen": f"The sum is {2 * i}.", "rejected": "No idea."}
+        for i in range(start, start + count)
+    ]
 
 
 def write(path: Path, rows: list) -> str:
@@ -21,5 +24,14 @@ def write(path: Path, rows: list) -> str:
 
 
 def request(tmp_path: Path, *data_path: str, **changes) -> DataRequest:
-    return replace(DataRequest(parse_data_path(data_path), kind="demonstration", phase=None, max_tokens=200,
-                               eval_fraction=0.2, cache_dir=tmp_path / "cache"), **changes)
+    return replace(
+        DataRequest(
+            parse_data_path(data_path),
+            kind="demonstration",
+            phase=None,
+            max_tokens=200,
+            eval_fraction=0.2,
+            cache_dir=tmp_path / "cache",
+        ),
+        **changes,
+    )

@@ -1,4 +1,5 @@
 """Export of a trained engine as a standard Hugging Face directory, at any ZeRO stage, with adapters merged."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,10 +8,10 @@ import torch
 from torch import nn
 
 from common.data.tokenization import Codec
-from common.runtime.distributed import barrier, is_main
 from common.models.lora import has_lora, merged_state_dict, save_adapter
 from common.models.scalar import ScalarModel
 from common.paths import follow_umask
+from common.runtime.distributed import barrier, is_main
 
 
 def full_state_dict(engine) -> dict[str, torch.Tensor] | None:
@@ -22,8 +23,9 @@ def full_state_dict(engine) -> dict[str, torch.Tensor] | None:
     if not is_main():
         return None
     copies: dict[tuple, torch.Tensor] = {}  # tied weights stay one tensor, so that they are written once
-    return {name: copies.setdefault((value.data_ptr(), value.shape), value.detach().cpu())
-            for name, value in state.items()}
+    return {
+        name: copies.setdefault((value.data_ptr(), value.shape), value.detach().cpu()) for name, value in state.items()
+    }
 
 
 def export_model(engine, codec: Codec, directory: str | Path, adapter_directory: str | Path | None = None) -> None:
@@ -37,8 +39,13 @@ def export_model(engine, codec: Codec, directory: str | Path, adapter_directory:
     write_model(engine.module, full_state_dict(engine), codec, directory, adapter_directory)
 
 
-def write_model(module: nn.Module, state: dict[str, torch.Tensor] | None, codec: Codec, directory: str | Path,
-                adapter_directory: str | Path | None = None) -> None:
+def write_model(
+    module: nn.Module,
+    state: dict[str, torch.Tensor] | None,
+    codec: Codec,
+    directory: str | Path,
+    adapter_directory: str | Path | None = None,
+) -> None:
     """`export_model` with the whole state at hand on rank 0; the other ranks wait."""
     if is_main():
         directory = Path(directory)

@@ -1,4 +1,5 @@
 """One run at a time in an output directory."""
+
 from __future__ import annotations
 
 import contextlib
@@ -33,8 +34,9 @@ def lock_output(directory: Path) -> None:
     except (BlockingIOError, PermissionError):
         file.seek(0)
         owner = file.read().strip() or "another process"
-        raise UserError(f"--output_dir {directory} is in use by {owner}: wait until that run has ended, or choose "
-                        "another directory") from None
+        raise UserError(
+            f"--output_dir {directory} is in use by {owner}: wait until that run has ended, or choose another directory"
+        ) from None
     except OSError:
         pass
     _held.append(file)

@@ -1,4 +1,5 @@
 """What is in the way in an output directory: a folder where a file must be, a file where a folder must be."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -7,11 +8,25 @@ from pathlib import Path
 from common.errors import UserError
 
 _FOLDERS = ("logs", "logs/tensorboard", "checkpoints", "samples", "adapter")
-_FILES = ("provenance.json", "run_config.yaml", "logs/metrics.jsonl", "logs/run.lock", "logs/finished.json",
-          "checkpoints/newest")
-_OF_A_MODEL = ("model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
-               "provenance.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-               "chat_template.jinja")
+_FILES = (
+    "provenance.json",
+    "run_config.yaml",
+    "logs/metrics.jsonl",
+    "logs/run.lock",
+    "logs/finished.json",
+    "checkpoints/newest",
+)
+_OF_A_MODEL = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "provenance.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def check_nothing_in_the_way(output: Path, parts: Sequence[str] = ("",), rank: int = 0) -> None:
@@ -26,8 +41,10 @@ def check_nothing_in_the_way(output: Path, parts: Sequence[str] = ("",), rank: i
     """
     files = [*_FILES, f"logs/libraries.rank{rank}.log", *(f"{part}/{name}" for part in parts for name in _OF_A_MODEL)]
     for obstacle, wanted in _obstacles(output, [*_FOLDERS, *parts], files):
-        raise UserError(f"--output_dir {output}: {obstacle} is in the way, where {wanted} must be: move it away, or "
-                        "choose another directory")
+        raise UserError(
+            f"--output_dir {output}: {obstacle} is in the way, where {wanted} must be: move it away, or "
+            "choose another directory"
+        )
 
 
 def _obstacles(output: Path, folders: Sequence[str], files: Sequence[str]) -> Iterator[tuple[Path, str]]:

@@ -3,6 +3,7 @@
 A model directory alone does not say which template and end token it was trained with, or in which scale its
 scores lie. A step that starts from another step's output checks here, before it loads a model.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,6 +24,7 @@ _LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "datasets")
 @dataclass(frozen=True)
 class Calibration:
     """Mean and standard deviation of a reward model's raw scores, in which scores and values are measured."""
+
     mean: float
     std: float
 
@@ -58,11 +60,13 @@ class Provenance:
         end_token, pad_token: the tokens' texts.
         data_path: the data sources; files and directories by their resolved paths.
         unsplit_data_path: those that were given to this step whole.
-        data_split, eval_fraction, split_by: the rule that kept the steps' prompts apart, see `common.artifacts.split_rule`.
+        data_split, eval_fraction, split_by: the rule that kept the steps' prompts apart, see
+            `common.artifacts.split_rule`.
         shared_openings: by source, the openings that "auto" keyed by more turns, see `common.data.openings.KeyRule`.
         score_mean, score_std: of a reward model's raw scores over held-out answers.
         versions: of the libraries that trained it.
     """
+
     step: str
     base: str
     tokenizer: str
@@ -101,8 +105,9 @@ def read_provenance(model: str | Path) -> Provenance | None:
         try:
             return _checked(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({reason_of(error)}): train the model again or remove the file"
-                            ) from None
+            raise UserError(
+                f"{path} is damaged ({reason_of(error)}): train the model again or remove the file"
+            ) from None
     return None
 
 

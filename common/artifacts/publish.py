@@ -1,4 +1,5 @@
 """What every program does around its training: open the output, prepare text and data, say what was made."""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,23 +12,23 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from common.config.parser import save_config
-from common.batching.collate import unmasked
-from common.data.prepare import DataRequest, PreparedData
-from common.batching.sampler import StepSampler
-from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
-from common.runtime.distributed import barrier, device, is_main, on_every_rank, rank, say, world_size
-from common.errors import DIVERGED, Diverged, TrainingFailure, UserError
-from common.config.groups import DataOptions
-from common.runtime.heartbeat import enter
-from common.models.loading import gives_scores
-from common.models.completeness import problem
-from common.artifacts.obstacles import check_nothing_in_the_way
 from common.artifacts.lock import lock_output
+from common.artifacts.obstacles import check_nothing_in_the_way
 from common.artifacts.provenance import FILE as PROVENANCE_FILE
 from common.artifacts.provenance import RAW, Calibration, Provenance, read_provenance
 from common.artifacts.split_rule import check_split_rule, known_openings, openings_of, split_rule_of
 from common.artifacts.tracking import Tracker, quiet_libraries
+from common.batching.collate import unmasked
+from common.batching.sampler import StepSampler
+from common.config.groups import DataOptions
+from common.config.parser import save_config
+from common.data.prepare import DataRequest, PreparedData
+from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
+from common.errors import DIVERGED, Diverged, TrainingFailure, UserError
+from common.models.completeness import problem
+from common.models.loading import gives_scores
+from common.runtime.distributed import barrier, device, is_main, on_every_rank, rank, say, world_size
+from common.runtime.heartbeat import set_phase
 
 CONFIG_FILE = "run_config.yaml"
 _IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTDIR)  # what says so is no matter of space
@@ -54,8 +55,10 @@ def open_run(config, parts: Sequence[str] = ("",)) -> Tracker:
             open(output / "logs" / "metrics.jsonl", "ab").close()
         quiet_libraries(output)
     except OSError as error:
-        raise UserError(f"--output_dir {output}: {error.filename or output} cannot be written: {error.strerror}: make "
-                        "it writable, or choose another directory") from error
+        raise UserError(
+            f"--output_dir {output}: {error.filename or output} cannot be written: {error.strerror}: make "
+            "it writable, or choose another directory"
+        ) from error
     for note in config.notes:
         say(f"note: {note}")
     return Tracker(output, config.enable_tensorboard, config.tensorboard_path)
@@ -67,12 +70,19 @@ def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
     Raises:
         UserError: the model was trained with another template, end token or tokenizer.
     """
-    codec = make_codec(load_tokenizer(source, trust_remote_code=config.trust_remote_code), config.template,
-                       add_eot_token=config.add_eot_token, eot_token=config.eot_token, date=config.template_date)
+    codec = make_codec(
+        load_tokenizer(source, trust_remote_code=config.trust_remote_code),
+        config.template,
+        add_eot_token=config.add_eot_token,
+        eot_token=config.eot_token,
+        date=config.template_date,
+    )
     codec.end_at(published_ends(source))
     if codec.date:
-        say(f"note: the chat template of {source} writes the date: prompts of all steps say {codec.date}, whenever "
-            "they are made (--template_date)")
+        say(
+            f"note: the chat template of {source} writes the date: prompts of all steps say {codec.date}, whenever "
+            "they are made (--template_date)"
+        )
     provenance = read_provenance(source)
     if provenance is not None:
         _check_text(provenance, codec, f"{flag} {source}", "this run")
@@ -92,8 +102,10 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration | None:
     provenance = read_provenance(source)
     actor = f"--actor_model_name_or_path {config.actor_model_name_or_path}"
     own = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-    same_ids, same_text = (tokenizer_fingerprint(own, chat_template=text)
-                           == tokenizer_fingerprint(codec.tokenizer, chat_template=text) for text in (False, True))
+    same_ids, same_text = (
+        tokenizer_fingerprint(own, chat_template=text) == tokenizer_fingerprint(codec.tokenizer, chat_template=text)
+        for text in (False, True)
+    )
     if provenance is None:
         if not same_ids:
             raise UserError(f"{flag} has another tokenizer than the actor: train a reward model on the actor's tokens")
@@ -102,8 +114,10 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration | None:
     else:
         if same_ids and not same_text and provenance.tokenizer == tokenizer_fingerprint(own):
             if provenance.template == codec.template.name == "chat":
-                raise UserError(f"{flag} was trained with another chat template than that of {actor}, of the same "
-                                "tokens: train both with one")
+                raise UserError(
+                    f"{flag} was trained with another chat template than that of {actor}, of the same "
+                    "tokens: train both with one"
+                )
             provenance = replace(provenance, tokenizer=text_of(codec)["tokenizer"])  # what it has read is the same
         _check_text(provenance, codec, flag, actor)
         check_split_rule(provenance, config, flag)
@@ -114,23 +128,31 @@ def _calibration(config, provenance: Provenance | None, flag: str) -> Calibratio
     wanted = config.score_calibration if config.normalize_scores else "none"
     known = provenance is not None and provenance.score_std is not None
     if wanted == "provenance" and not known:
-        raise UserError(f"{flag} has no {PROVENANCE_FILE} with the mean and spread of its scores: measure them with "
-                        "--score_calibration rollout")
+        raise UserError(
+            f"{flag} has no {PROVENANCE_FILE} with the mean and spread of its scores: measure them with "
+            "--score_calibration rollout"
+        )
     if wanted == "none":
         say("scores are used as they are")
         return RAW
     if wanted == "rollout" or not known:
-        say("scores are measured in the mean and spread of those of the first rollouts"
-            + (f": {flag} does not say its own" if wanted == "auto" else ""))
+        say(
+            "scores are measured in the mean and spread of those of the first rollouts"
+            + (f": {flag} does not say its own" if wanted == "auto" else "")
+        )
         return None
     mean, std = provenance.score_mean, provenance.score_std
     if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in (mean, std)):
-        raise UserError(f"{flag}: its {PROVENANCE_FILE} is damaged: score_mean and score_std are to be numbers, not "
-                        f"{str(mean)[:40]!r} and {str(std)[:40]!r}: train the model again, or add --score_calibration "
-                        "rollout")
+        raise UserError(
+            f"{flag}: its {PROVENANCE_FILE} is damaged: score_mean and score_std are to be numbers, not "
+            f"{str(mean)[:40]!r} and {str(std)[:40]!r}: train the model again, or add --score_calibration "
+            "rollout"
+        )
     if not Calibration(mean, std).usable:
-        raise UserError(f"{flag} has scores with the mean {mean:g} and the standard deviation {std:g}, which nothing "
-                        "can be measured in: train the reward model again, or add --score_calibration rollout")
+        raise UserError(
+            f"{flag} has scores with the mean {mean:g} and the standard deviation {std:g}, which nothing "
+            "can be measured in: train the reward model again, or add --score_calibration rollout"
+        )
     say(f"scores are measured in the reward model's own mean {mean:.4g} and spread {std:.4g}")
     return Calibration(mean, std)
 
@@ -140,23 +162,40 @@ def _check_text(provenance: Provenance, codec: Codec, made: str, used: str) -> N
     for what in ("template", "template_date", "end_token", "tokenizer"):
         was = getattr(provenance, what)
         if was != now[what]:
-            raise UserError(f"{made} was trained with {what.replace('_', ' ')} {was[:24]!r}, but {used} has "
-                            f"{now[what][:24]!r}: use the same in every step")
+            raise UserError(
+                f"{made} was trained with {what.replace('_', ' ')} {was[:24]!r}, but {used} has "
+                f"{now[what][:24]!r}: use the same in every step"
+            )
 
 
 def text_of(codec: Codec) -> dict[str, str]:
     """The part of a provenance that says how text becomes ids."""
-    return {"tokenizer": tokenizer_fingerprint(codec.tokenizer), "template": codec.template.name,
-            "template_date": codec.date, "end_token": codec.end_token, "pad_token": codec.pad_token}
+    return {
+        "tokenizer": tokenizer_fingerprint(codec.tokenizer),
+        "template": codec.template.name,
+        "template_date": codec.date,
+        "end_token": codec.end_token,
+        "pad_token": codec.pad_token,
+    }
 
 
 def data_request(config: DataOptions, kind: str, max_tokens: int, length_flag: str) -> DataRequest:
     """This step's part of `--data_path`, to be prepared as records of `kind`; `length_flag` set `max_tokens`."""
     return DataRequest(
-        data_path=config.sources(), kind=kind, phase=config.phase, data_split=config.data_split,
-        eval_fraction=config.eval_fraction, split_by=config.split_by, shared=known_openings(config),
-        columns=config.columns or None, max_tokens=max_tokens, length_flag=length_flag, max_rows=config.max_rows,
-        max_bad_fraction=config.max_bad_rows, cache_dir=config.data_output_path)
+        data_path=config.sources(),
+        kind=kind,
+        phase=config.phase,
+        data_split=config.data_split,
+        eval_fraction=config.eval_fraction,
+        split_by=config.split_by,
+        shared=known_openings(config),
+        columns=config.columns or None,
+        max_tokens=max_tokens,
+        length_flag=length_flag,
+        max_rows=config.max_rows,
+        max_bad_fraction=config.max_bad_rows,
+        cache_dir=config.data_output_path,
+    )
 
 
 def say_data(data: PreparedData) -> None:
@@ -166,8 +205,16 @@ def say_data(data: PreparedData) -> None:
 
 
 @contextlib.contextmanager
-def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], step: str, base: str,
-               data: PreparedData | None = None, parts: Sequence[str] = (), **calibration: float):
+def publishing(
+    config: DataOptions,
+    codec: Codec,
+    engines: dict[str, object],
+    step: str,
+    base: str,
+    data: PreparedData | None = None,
+    parts: Sequence[str] = (),
+    **calibration: float,
+):
     """Export within this context: provenance.json is gone while it lasts, and written when it ends well.
 
     So an output directory that has one is whole, also when it is used again. The resolved configuration goes with it;
@@ -182,12 +229,14 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
         Diverged: an engine gives no finite numbers any more, before anything is touched.
         TrainingFailure: the disk refuses, or what was exported is not a whole model that can be loaded.
     """
-    enter("saving the result")
+    set_phase("saving the result")
     for name, engine in engines.items():
         _check_usable(engine, name, codec)
         if engine.untrained.still():
-            say(f"warning: training has left every weight of the {name} as it was: its learning rate is 0 or too small "
-                "for --dtype, or every optimizer step was skipped")
+            say(
+                f"warning: training has left every weight of the {name} as it was: its learning rate is 0 or too small "
+                "for --dtype, or every optimizer step was skipped"
+            )
     output = Path(config.output_dir)
     try:
         if is_main():
@@ -198,19 +247,24 @@ def publishing(config: DataOptions, codec: Codec, engines: dict[str, object], st
         if is_main():
             for directory in [output / part for part in parts] or [output]:
                 if found := problem(directory, config.trust_remote_code):
-                    raise TrainingFailure(f"the result in {directory} is not whole: {found}: run the same command "
-                                          "again, which goes on from the newest checkpoint")
+                    raise TrainingFailure(
+                        f"the result in {directory} is not whole: {found}: run the same command "
+                        "again, which goes on from the newest checkpoint"
+                    )
             save_config(config, output / CONFIG_FILE)
             openings = openings_of(data) if data is not None else {}
-            provenance = Provenance(step=step, base=base, shared_openings=openings, **split_rule_of(config),
-                                    **text_of(codec), **calibration)
+            provenance = Provenance(
+                step=step, base=base, shared_openings=openings, **split_rule_of(config), **text_of(codec), **calibration
+            )
             for directory in (*(output / part for part in parts), output):
                 provenance.write(directory)
     except (OSError, SafetensorError) as error:
         named = isinstance(error, OSError) and error.errno in _IN_THE_WAY
         cure = "move away what is there" if named else "free space there or make it writable"
-        raise TrainingFailure(f"the result cannot be written to {output}: {error}: {cure}, and run the same command "
-                              "again, which goes on from the newest checkpoint") from error
+        raise TrainingFailure(
+            f"the result cannot be written to {output}: {error}: {cure}, and run the same command "
+            "again, which goes on from the newest checkpoint"
+        ) from error
     barrier()
 
 
@@ -229,11 +283,17 @@ def _check_usable(engine, name: str, codec: Codec) -> None:
 def step_sampler(config, train, pack_to: int = 0) -> StepSampler:
     """The optimizer steps of step 1 and step 2 over prepared rows; see `StepSampler` on `pack_to`."""
     sequences = 2 if "chosen_ids" in train.column_names else 1  # a pair is padded to its longer one
-    return StepSampler([sequences * length for length in train["length"]],
-                       rows_per_micro_batch=config.per_device_train_batch_size,
-                       micro_batches_per_step=config.gradient_accumulation_steps, world_size=world_size(),
-                       rank=rank(), seed=config.seed, max_tokens=config.max_tokens_per_micro_batch,
-                       pack_to=pack_to, group_by_length=config.group_by_length)
+    return StepSampler(
+        [sequences * length for length in train["length"]],
+        rows_per_micro_batch=config.per_device_train_batch_size,
+        micro_batches_per_step=config.gradient_accumulation_steps,
+        world_size=world_size(),
+        rank=rank(),
+        seed=config.seed,
+        max_tokens=config.max_tokens_per_micro_batch,
+        pack_to=pack_to,
+        group_by_length=config.group_by_length,
+    )
 
 
 def report_done(tracker: Tracker, steps: int, metrics: dict[str, float], output_dir: str) -> None:

@@ -1,19 +1,19 @@
 """The rule that keeps the steps' prompts apart, as a provenance records it and as the next step checks it."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.artifacts.provenance import Provenance, read_provenance
+from common.config.groups import DataOptions
 from common.config.parser import options
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.openings import KeyRule
 from common.data.prepare import PreparedData
 from common.data.split import proportions
 from common.errors import UserError
-from common.config.groups import DataOptions
-from common.artifacts.provenance import Provenance, read_provenance
-
 
 _BY_OPENING = ("auto", "opening")
 
@@ -34,17 +34,24 @@ class _Use:
     def agrees(self, other: _Use) -> bool:
         """Whether both are one rule, but for the openings that `known_openings` compares."""
         by = {"opening" if use.split_by in _BY_OPENING else use.split_by for use in (self, other)}
-        if len(by) > 1 or self.eval_fraction != other.eval_fraction or (
-                (self.data_split is None) != (other.data_split is None)):
+        if (
+            len(by) > 1
+            or self.eval_fraction != other.eval_fraction
+            or ((self.data_split is None) != (other.data_split is None))
+        ):
             return False
         return self.data_split is None or proportions(self.data_split) == proportions(other.data_split)
 
 
 def split_rule_of(config: DataOptions) -> dict[str, tuple[str, ...] | str | float]:
     """The part of a provenance that says which data was taken, and by which rule."""
-    return {"data_path": _places(parse_data_path(config.data_path)),
-            "unsplit_data_path": _places(config.unsplit_sources()),
-            "data_split": config.data_split, "eval_fraction": config.eval_fraction, "split_by": config.split_by}
+    return {
+        "data_path": _places(parse_data_path(config.data_path)),
+        "unsplit_data_path": _places(config.unsplit_sources()),
+        "data_split": config.data_split,
+        "eval_fraction": config.eval_fraction,
+        "split_by": config.split_by,
+    }
 
 
 def openings_of(data: PreparedData) -> dict[str, list[int]]:
@@ -69,28 +76,41 @@ def known_openings(config: DataOptions) -> dict[str, list[int]]:
     if config.split_by not in _BY_OPENING:
         return {}
     found = {}
-    models = {f"--{name} {getattr(config, name)}": read_provenance(getattr(config, name))
-              for name in options(type(config)) if name.endswith("model_name_or_path") and getattr(config, name)}
+    models = {
+        f"--{name} {getattr(config, name)}": read_provenance(getattr(config, name))
+        for name in options(type(config))
+        if name.endswith("model_name_or_path") and getattr(config, name)
+    }
     for name in dict.fromkeys(spec.name for spec in config.all_sources()):
-        known = [(model, openings) for model, provenance in models.items()
-                 if provenance is not None and (openings := _openings(provenance, name)) is not None]
+        known = [
+            (model, openings)
+            for model, provenance in models.items()
+            if provenance is not None and (openings := _openings(provenance, name)) is not None
+        ]
         for model, openings in known:
             if openings != known[0][1]:
-                raise UserError(f"{known[0][0]} and {model} were trained on {name} split in two ways (it, --max_rows "
-                                "or --split_by has changed in between), so prompts would be in two steps or on both "
-                                "sides: train one of them again, or use other data")
+                raise UserError(
+                    f"{known[0][0]} and {model} were trained on {name} split in two ways (it, --max_rows "
+                    "or --split_by has changed in between), so prompts would be in two steps or on both "
+                    "sides: train one of them again, or use other data"
+                )
             if openings and config.split_by == "opening":
-                raise UserError(f"{model} was trained on {name} with --split_by auto, which split {len(openings)} of "
-                                "its openings further; with --split_by opening prompts would be in two steps or on "
-                                "both sides: use the same in every step, or other data")
+                raise UserError(
+                    f"{model} was trained on {name} with --split_by auto, which split {len(openings)} of "
+                    "its openings further; with --split_by opening prompts would be in two steps or on "
+                    "both sides: use the same in every step, or other data"
+                )
             found[name] = sorted(openings)
     return found
 
 
 def _openings(provenance: Provenance, source: str) -> set[int] | None:
     """Those keyed by more turns in a source, or in what holds it or lies in it; None if it was not trained on."""
-    trained_on = [place for place in (*provenance.data_path, *provenance.unsplit_data_path)
-                  if _overlap(_place(source), _place(place))]
+    trained_on = [
+        place
+        for place in (*provenance.data_path, *provenance.unsplit_data_path)
+        if _overlap(_place(source), _place(place))
+    ]
     if trained_on and provenance.split_by == "opening":
         return set()
     said = [provenance.shared_openings[place] for place in trained_on if place in provenance.shared_openings]
@@ -107,20 +127,30 @@ def check_split_rule(provenance: Provenance, config: DataOptions, made: str) -> 
         UserError: this run takes a source, or a part of one, by another rule than the model was trained under.
     """
     now = _uses(**split_rule_of(config))
-    before = _uses(provenance.data_path, provenance.unsplit_data_path, provenance.data_split, provenance.eval_fraction,
-                   provenance.split_by)
+    before = _uses(
+        provenance.data_path,
+        provenance.unsplit_data_path,
+        provenance.data_split,
+        provenance.eval_fraction,
+        provenance.split_by,
+    )
     for source, use in now:
         for trained_on, used in before:
             if _overlap(source, _place(trained_on)) and not use.agrees(used):
-                raise UserError(f"{made} was trained on {trained_on} {used}; now {source} would be taken {use}, so "
-                                "prompts would be in two steps or on both sides: use the same in every step, or "
-                                "other data")
+                raise UserError(
+                    f"{made} was trained on {trained_on} {used}; now {source} would be taken {use}, so "
+                    "prompts would be in two steps or on both sides: use the same in every step, or "
+                    "other data"
+                )
 
 
-def _uses(data_path: Sequence[str], unsplit_data_path: Sequence[str], data_split: str,
-          eval_fraction: float, split_by: str) -> list[tuple[str, _Use]]:
-    return [*((source, _Use(data_split, eval_fraction, split_by)) for source in data_path),
-            *((source, _Use(None, eval_fraction, split_by)) for source in unsplit_data_path)]
+def _uses(
+    data_path: Sequence[str], unsplit_data_path: Sequence[str], data_split: str, eval_fraction: float, split_by: str
+) -> list[tuple[str, _Use]]:
+    return [
+        *((source, _Use(data_split, eval_fraction, split_by)) for source in data_path),
+        *((source, _Use(None, eval_fraction, split_by)) for source in unsplit_data_path),
+    ]
 
 
 def _places(specs: Sequence[SourceSpec]) -> tuple[str, ...]:
@@ -136,5 +166,8 @@ def _place(source: str) -> str:
 def _overlap(one: str, other: str) -> bool:
     """Whether two sources are the same or one of them lies in the other, a directory."""
     paths = Path(one), Path(other)
-    return one == other or all(path.is_absolute() for path in paths) and (
-        paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0]))
+    return (
+        one == other
+        or all(path.is_absolute() for path in paths)
+        and (paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0]))
+    )

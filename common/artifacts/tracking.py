@@ -2,6 +2,7 @@
 
 Rank 0 writes; on every other rank all of it does nothing.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -15,8 +16,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from common.runtime.distributed import is_main, rank, say
 from common.artifacts.lock import lock_output
+from common.runtime.distributed import is_main, rank, say
 
 
 class Tracker:
@@ -82,8 +83,10 @@ class Tracker:
             now = os.readlink(f"/proc/self/fd/{self._file.fileno()}").removesuffix("/logs/metrics.jsonl")
         where = now if (Path(now) / "checkpoints").is_dir() else ""
         what, cure = (f"been moved to {where}", "move it back") if where else ("gone", "put them back, if you can")
-        return (f"--output_dir {self.directory} has {what} under the run, whose checkpoints were in "
-                f"{self.directory / 'checkpoints'}: {cure}, and the same command goes on from the newest")
+        return (
+            f"--output_dir {self.directory} has {what} under the run, whose checkpoints were in "
+            f"{self.directory / 'checkpoints'}: {cure}, and the same command goes on from the newest"
+        )
 
     def place(self, step: int) -> dict[str, float]:
         """Where the files are after `step`, for `begin`: before the evaluation that follows it, which is made again."""
@@ -101,8 +104,7 @@ class Tracker:
             return
         if phase == "eval":
             self._evaluation = step, self._settled_size()
-        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()
-                  if value is not None}
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items() if value is not None}
         record = {"phase": phase, "step": step, "seconds": round(time.monotonic() - self._start, 3), **values}
         self._waiting += f"{json.dumps(record)}\n".encode()
         with self._tolerant(self._metrics):
@@ -136,6 +138,7 @@ class Tracker:
     def progress(self, total: int, what: str, done: int = 0):
         """A tqdm bar on rank 0, `done` of `total` filled; elsewhere one that shows nothing."""
         from tqdm import tqdm
+
         return tqdm(total=total, initial=done, desc=what, disable=not is_main(), mininterval=1.0, dynamic_ncols=True)
 
     def close(self) -> None:
@@ -152,6 +155,7 @@ class Tracker:
         if self._events is None:
             return
         from torch.utils.tensorboard import SummaryWriter
+
         with self._tolerant(self._events):
             self._board = SummaryWriter(str(self._events), purge_step=purge_step)
 
@@ -159,7 +163,7 @@ class Tracker:
         if not self._is_there():
             self._make_again()
         while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting):]
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def _is_there(self) -> bool:
         try:
@@ -205,8 +209,15 @@ def quiet_libraries(output_dir: str | Path) -> None:
     logging.captureWarnings(True)
 
     from deepspeed.utils import logger as deepspeed_logger
-    for logger in (deepspeed_logger, logging.getLogger("transformers"), logging.getLogger("py.warnings"),
-                   logging.getLogger("datasets"), logging.getLogger("peft"), logging.getLogger("torch")):
+
+    for logger in (
+        deepspeed_logger,
+        logging.getLogger("transformers"),
+        logging.getLogger("py.warnings"),
+        logging.getLogger("datasets"),
+        logging.getLogger("peft"),
+        logging.getLogger("torch"),
+    ):
         logger.handlers[:] = [handler]
         logger.propagate = False
 

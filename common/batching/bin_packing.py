@@ -1,4 +1,5 @@
 """Rows into bins: of like size, so that no rank waits for another, or of limited size, so that little is padded."""
+
 from __future__ import annotations
 
 import heapq

@@ -77,8 +77,11 @@ class PackedBatch(_Batch):
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What a causal language model is given: both a mask and positions, as OPT would count through from the mask,
         and others would derive no mask from positions."""
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids,
-                "attention_mask": block_causal_mask(self.rows, dtype)}
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": block_causal_mask(self.rows, dtype),
+        }
 
     def flat(self) -> FlatBatch:
         """The same rows without padding, in one sequence."""
@@ -103,8 +106,14 @@ class FlatBatch(_Batch):
         starts = (self.position_ids[0] == 0).nonzero()[:, 0]
         ends = torch.cat([starts[1:], starts.new_tensor([self.input_ids.shape[1]])])
         bounds, longest = torch.cat([starts[:1], ends]).int(), int((ends - starts).max())
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "cu_seq_lens_q": bounds,
-                "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
 
 
 @dataclass(frozen=True)
@@ -147,13 +156,20 @@ class PromptBatch(_Batch):
 
     def split(self, rows: int) -> list[PromptBatch]:
         """Batches of so many rows, the last of what is left, without padding that no row of theirs needs."""
-        parts = [self._each(lambda tensor: tensor[start:start + rows]) for start in range(0, len(self.lengths), rows)]
-        return [replace(part, input_ids=part.input_ids[:, -int(part.lengths.max()):],
-                        attention_mask=part.attention_mask[:, -int(part.lengths.max()):]) for part in parts]
+        parts = [self._each(lambda tensor: tensor[start : start + rows]) for start in range(0, len(self.lengths), rows)]
+        return [
+            replace(
+                part,
+                input_ids=part.input_ids[:, -int(part.lengths.max()) :],
+                attention_mask=part.attention_mask[:, -int(part.lengths.max()) :],
+            )
+            for part in parts
+        ]
 
 
-def collate_demonstrations(dataset: Dataset, micro_batch: MicroBatch, pad_id: int,
-                           train_on_prompt: bool = False) -> TokenBatch | PackedBatch:
+def collate_demonstrations(
+    dataset: Dataset, micro_batch: MicroBatch, pad_id: int, train_on_prompt: bool = False
+) -> TokenBatch | PackedBatch:
     """Prompt and response of each row, packed if the micro-batch is; the targets are the response with its end token,
     or with `train_on_prompt` the prompt too."""
     rows = dataset[list(micro_batch.indices)]
@@ -173,20 +189,27 @@ def collate_texts(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) -> Tok
 def collate_comparisons(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) -> PairBatch:
     """Each row's prompt with its chosen and with its rejected response."""
     rows = dataset[list(micro_batch.indices)]
-    joined = [prompt + response for answers in ("chosen_ids", "rejected_ids")
-              for prompt, response in zip(rows["prompt_ids"], rows[answers])]
+    joined = [
+        prompt + response
+        for answers in ("chosen_ids", "rejected_ids")
+        for prompt, response in zip(rows["prompt_ids"], rows[answers])
+    ]
     return PairBatch(*_padded(joined, pad_id), real=torch.tensor(micro_batch.real))
 
 
 def collate_prompts(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) -> PromptBatch:
     """Prompts ready to be continued."""
     prompts = list(dataset[list(micro_batch.indices)]["prompt_ids"])
-    return PromptBatch(*_padded(prompts, pad_id, left=True), prompt_index=torch.tensor(micro_batch.indices),
-                       real=torch.tensor(micro_batch.real))
+    return PromptBatch(
+        *_padded(prompts, pad_id, left=True),
+        prompt_index=torch.tensor(micro_batch.indices),
+        real=torch.tensor(micro_batch.real),
+    )
 
 
-def _token_batch(rows: Sequence[list[int]], prompt_lengths: Sequence[int], real: Sequence[bool],
-                 pad_id: int) -> TokenBatch:
+def _token_batch(
+    rows: Sequence[list[int]], prompt_lengths: Sequence[int], real: Sequence[bool], pad_id: int
+) -> TokenBatch:
     input_ids, attention_mask, lengths = _padded(rows, pad_id)
     position = torch.arange(input_ids.shape[1])
     first_target = torch.tensor(prompt_lengths).clamp(min=1)[:, None]
@@ -194,17 +217,21 @@ def _token_batch(rows: Sequence[list[int]], prompt_lengths: Sequence[int], real:
     return TokenBatch(input_ids, attention_mask, loss_mask, lengths)
 
 
-def _packed_batch(rows: Sequence[list[int]], prompt_lengths: Sequence[int], micro_batch: MicroBatch,
-                  pad_id: int) -> PackedBatch:
+def _packed_batch(
+    rows: Sequence[list[int]], prompt_lengths: Sequence[int], micro_batch: MicroBatch, pad_id: int
+) -> PackedBatch:
     def joined(of_rows: Iterable[Sequence], padding) -> Tensor:
         remaining = iter(of_rows)
         return _padded([list(chain.from_iterable(islice(remaining, pack))) for pack in micro_batch.packs], padding)[0]
 
-    targets = [[real and position >= max(prompt, 1) for position in range(len(row))]
-               for row, prompt, real in zip(rows, prompt_lengths, micro_batch.real)]
+    targets = [
+        [real and position >= max(prompt, 1) for position in range(len(row))]
+        for row, prompt, real in zip(rows, prompt_lengths, micro_batch.real)
+    ]
     numbers = [[number] * len(row) for number, row in enumerate(rows, start=1)]
-    return PackedBatch(joined(rows, pad_id), joined([range(len(row)) for row in rows], 0), joined(numbers, 0),
-                       joined(targets, False))
+    return PackedBatch(
+        joined(rows, pad_id), joined([range(len(row)) for row in rows], 0), joined(numbers, 0), joined(targets, False)
+    )
 
 
 def _padded(rows: Sequence[list[int]], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Which rows form which optimizer step, on which rank.
 
-The rows of a step are drawn at random, without replacement within an epoch. Only within a step are rows sorted by length
-and balanced, so that little is padded and every rank gets the same number of batches with about the same number of
-tokens. What an optimizer step consists of depends on the seed, the epoch and its size only: the same run on another
+The rows of a step are drawn at random, without replacement within an epoch. Only within a step are rows sorted by
+length and balanced, so that little is padded and every rank gets the same number of batches with about the same number
+of tokens. What an optimizer step consists of depends on the seed, the epoch and its size only: the same run on another
 number of ranks, or cut into micro-batches in another way, sees the same steps.
 """
 
@@ -52,9 +52,19 @@ class StepSampler:
     # sorting a whole epoch would put the same rows together in every epoch.
     _STEPS_SORTED_TOGETHER = 50
 
-    def __init__(self, lengths: Sequence[int], *, rows_per_micro_batch: int, micro_batches_per_step: int,
-                 world_size: int, rank: int, seed: int, max_tokens: int = 0, pack_to: int = 0,
-                 group_by_length: bool = False):
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        rows_per_micro_batch: int,
+        micro_batches_per_step: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+        max_tokens: int = 0,
+        pack_to: int = 0,
+        group_by_length: bool = False,
+    ):
         if not 0 <= rank < world_size or min(rows_per_micro_batch, micro_batches_per_step, len(lengths)) < 1:
             raise ValueError("a sampler needs rows, positive batch sizes and a rank below the world size")
         self._lengths = np.asarray(lengths, dtype=np.int64)
@@ -81,13 +91,15 @@ class StepSampler:
         random = np.random.default_rng([self._seed, epoch])
         order = random.permutation(len(self._lengths))
         if not self._group_by_length:
-            return [_longest_first(order[start:start + self._global_rows], self._lengths)
-                    for start in range(0, len(order), self._global_rows)]
+            return [
+                _longest_first(order[start : start + self._global_rows], self._lengths)
+                for start in range(0, len(order), self._global_rows)
+            ]
         together = min(max(self.steps_per_epoch // 4, 1), self._STEPS_SORTED_TOGETHER) * self._global_rows
         steps: list[np.ndarray] = []
         for start in range(0, len(order), together):
-            rows = _longest_first(order[start:start + together], self._lengths)
-            steps += [rows[i:i + self._global_rows] for i in range(0, len(rows), self._global_rows)]
+            rows = _longest_first(order[start : start + together], self._lengths)
+            steps += [rows[i : i + self._global_rows] for i in range(0, len(rows), self._global_rows)]
         return [steps[i] for i in random.permutation(len(steps))]
 
     def _dealt(self, rows: np.ndarray) -> list[MicroBatch]:
@@ -99,13 +111,13 @@ class StepSampler:
         if self._max_tokens:
             return _within_budget(rows, self._lengths, self._max_tokens, self._world_size, self._rank)
         batches = _batches(rows, self._rows, count=self._micro_batches * self._world_size)
-        rounds = [batches[i:i + self._world_size] for i in range(0, len(batches), self._world_size)]
-        return [dealt[self._rank if number % 2 == 0 else -1 - self._rank]
-                for number, dealt in enumerate(rounds)]
+        rounds = [batches[i : i + self._world_size] for i in range(0, len(batches), self._world_size)]
+        return [dealt[self._rank if number % 2 == 0 else -1 - self._rank] for number, dealt in enumerate(rounds)]
 
 
-def evaluation_batches(lengths: Sequence[int], rows_per_batch: int, world_size: int, rank: int,
-                       max_batches: int | None = None) -> list[MicroBatch]:
+def evaluation_batches(
+    lengths: Sequence[int], rows_per_batch: int, world_size: int, rank: int, max_batches: int | None = None
+) -> list[MicroBatch]:
     """This rank's batches of an evaluation: every row once over all ranks, as many batches on each rank.
 
     Longest rows first: what does not fit into memory shows at once. With `max_batches`, a limit over all
@@ -132,21 +144,23 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int, world_size: in
     return _within_budget(rows, lengths, max_tokens, world_size, rank) if len(rows) else []
 
 
-def _within_budget(rows: np.ndarray, lengths: np.ndarray, max_tokens: int, world_size: int,
-                   rank: int) -> list[MicroBatch]:
+def _within_budget(
+    rows: np.ndarray, lengths: np.ndarray, max_tokens: int, world_size: int, rank: int
+) -> list[MicroBatch]:
     shares = [_cut(rows[share], lengths, max_tokens) for share in balanced(lengths[rows].tolist(), world_size)]
     count = max(map(len, shares))
     groups = shares[rank]
     while len(groups) < count and (divisible := [number for number, group in enumerate(groups) if len(group) > 1]):
         number = max(divisible, key=lambda number: len(groups[number]) * lengths[groups[number][0]])
         half = len(groups[number]) // 2
-        groups[number:number + 1] = groups[number][:half], groups[number][half:]
+        groups[number : number + 1] = groups[number][:half], groups[number][half:]
     batches = [MicroBatch(tuple(group.tolist()), (True,) * len(group)) for group in groups]
     return batches + [MicroBatch((int(rows[-1]),), (False,))] * (count - len(batches))
 
 
-def _packed_batches(rows: np.ndarray, lengths: np.ndarray, pack_to: int, sequences_per_batch: int, world_size: int,
-                    rank: int) -> list[MicroBatch]:
+def _packed_batches(
+    rows: np.ndarray, lengths: np.ndarray, pack_to: int, sequences_per_batch: int, world_size: int, rank: int
+) -> list[MicroBatch]:
     shares = [rows[share] for share in balanced(lengths[rows].tolist(), world_size)]
     sequences = [packed(lengths[share].tolist(), pack_to) for share in shares]
     count = max(-(-len(bins) // sequences_per_batch) for bins in sequences)
@@ -154,8 +168,11 @@ def _packed_batches(rows: np.ndarray, lengths: np.ndarray, pack_to: int, sequenc
     for numbers in np.array_split(np.arange(len(sequences[rank])), count):
         packs = [shares[rank][sequences[rank][number]] for number in numbers]
         indices = tuple(int(row) for pack in packs for row in pack)
-        batches.append(MicroBatch(indices, (True,) * len(indices), tuple(map(len, packs))) if packs else
-                       MicroBatch((int(rows[-1]),), (False,), (1,)))
+        batches.append(
+            MicroBatch(indices, (True,) * len(indices), tuple(map(len, packs)))
+            if packs
+            else MicroBatch((int(rows[-1]),), (False,), (1,))
+        )
     return batches
 
 
@@ -177,5 +194,7 @@ def _batches(rows: np.ndarray, rows_per_batch: int, count: int) -> list[MicroBat
     """`count` batches of consecutive rows; places left over are filled with the last, the shortest row."""
     filled = rows.tolist() + [int(rows[-1])] * (count * rows_per_batch - len(rows))
     real = [place < len(rows) for place in range(len(filled))]
-    return [MicroBatch(tuple(filled[i:i + rows_per_batch]), tuple(real[i:i + rows_per_batch]))
-            for i in range(0, len(filled), rows_per_batch)]
+    return [
+        MicroBatch(tuple(filled[i : i + rows_per_batch]), tuple(real[i : i + rows_per_batch]))
+        for i in range(0, len(filled), rows_per_batch)
+    ]

@@ -1,4 +1,5 @@
 """Whether the result of this very run lies there already, so that the same command need not train it again."""
+
 from __future__ import annotations
 
 import contextlib
@@ -13,7 +14,7 @@ FILE = "logs/finished.json"  # in the output directory
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".py")
 
 
-class Result:
+class CompletedRun:
     """The result of a run, by all that it depends on: configuration, data, batches, models that it starts from.
 
     Args:
@@ -23,19 +24,24 @@ class Result:
 
     def __init__(self, config: Config, depends_on: dict):
         self.output, self.depends_on = Path(config.output_dir), depends_on
-        self.models = {name: getattr(config, name) for name in options(type(config))
-                       if name.endswith("model_name_or_path")}
+        self.models = {
+            name: getattr(config, name) for name in options(type(config)) if name.endswith("model_name_or_path")
+        }
 
-    def there(self) -> bool:
+    def exists(self) -> bool:
         """Whether the output directory holds this result. Reads the models that it starts from, if it may be so."""
         try:
             noted = json.loads((self.output / FILE).read_text(encoding="utf-8"))
-            return (isinstance(noted, dict) and all(noted.get(name) == value for name, value in self.depends_on.items())
-                    and noted.get("files") == self._files() and noted.get("models") == self._digests())
+            return (
+                isinstance(noted, dict)
+                and all(noted.get(name) == value for name, value in self.depends_on.items())
+                and noted.get("files") == self._files()
+                and noted.get("models") == self._digests()
+            )
         except (OSError, ValueError, RecursionError):
             return False
 
-    def note(self) -> None:
+    def record(self) -> None:
         """From here on it is there. A disk that refuses costs no more than this note."""
         path = self.output / FILE
         new = path.with_suffix(".new")
@@ -44,15 +50,17 @@ class Result:
             new.write_text(json.dumps(values, indent=1), encoding="utf-8")
             os.replace(new, path)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """From here on it is being made."""
         (self.output / FILE).unlink(missing_ok=True)
 
     def _files(self) -> dict[str, int]:
         """The size of every model file of the result, and of its provenance."""
-        return {str(path.relative_to(self.output)): path.stat().st_size
-                for pattern in ("provenance.json", "*.safetensors", "*/*.safetensors")  # step 3 makes several models
-                for path in self.output.glob(pattern)}
+        return {
+            str(path.relative_to(self.output)): path.stat().st_size
+            for pattern in ("provenance.json", "*.safetensors", "*/*.safetensors")  # step 3 makes several models
+            for path in self.output.glob(pattern)
+        }
 
     def _digests(self) -> dict[str, str | None]:
         return {name: model and _digest(Path(model)) for name, model in self.models.items()}

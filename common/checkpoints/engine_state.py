@@ -3,6 +3,7 @@
 DeepSpeed's files are pickles, and it asks torch to trust them. They are read here by torch's reader for tensors and
 plain values instead, which refuses what could run code.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError, reason_of
 from common.checkpoints.shard_writer import Shards
+from common.errors import UserError, reason_of
 
 TAG = "engine"  # DeepSpeed's name for a checkpoint within its directory
 _DATA_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # overrules the weights_only=False of DeepSpeed's calls
@@ -30,8 +31,10 @@ def save_engine(engine, name: str, shards: Shards) -> None:
     def nothing(*args, **kwargs) -> None:
         """Directories are made with their files; a checkpoint holds no programs."""
 
-    with _replaced(engine.checkpoint_engine, save=write, makedirs=nothing), _replaced(
-            engine, _copy_recovery_script=nothing):
+    with (
+        _replaced(engine.checkpoint_engine, save=write, makedirs=nothing),
+        _replaced(engine, _copy_recovery_script=nothing),
+    ):
         engine.save_checkpoint(directory, tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
 
@@ -47,8 +50,10 @@ def load_engine(engine, directory: Path) -> None:
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # DeepSpeed takes what it reads for what it has written
-        raise UserError(f"{directory} cannot be loaded into this model ({type(error).__name__}: {reason_of(error)}): "
-                        "go on from another checkpoint, --resume PATH, or start anew, --resume never") from error
+        raise UserError(
+            f"{directory} cannot be loaded into this model ({type(error).__name__}: {reason_of(error)}): "
+            "go on from another checkpoint, --resume PATH, or start anew, --resume never"
+        ) from error
     if found is None:
         raise UserError(f"{directory} is no checkpoint of this model")
 
@@ -67,8 +72,10 @@ def loading_data_only(directory: Path):
             yield
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise UserError(f"{directory} holds more than data{f' ({named[1]})' if named else ''}, which could run code: "
-                        "resume from another checkpoint") from error
+        raise UserError(
+            f"{directory} holds more than data{f' ({named[1]})' if named else ''}, which could run code: "
+            "resume from another checkpoint"
+        ) from error
     finally:
         del os.environ[_DATA_ONLY]
         if asked is not None:
@@ -80,6 +87,7 @@ def _known_classes() -> list[type]:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
+
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 

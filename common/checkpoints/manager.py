@@ -4,6 +4,7 @@ A checkpoint holds the engines with their optimizers and schedules (DeepSpeed's 
 one JSON file: how far the run was, what else it must remember, where its metrics file ended, and the configuration.
 Data order and rollouts follow from the seed and the number of steps done, so they need no state of their own.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,29 +17,60 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
+from common.artifacts.tracking import Tracker
+from common.checkpoints.completed import CompletedRun
+from common.checkpoints.engine_state import load_engine, save_engine
+from common.checkpoints.reshard import loading_universal, make_universal
+from common.checkpoints.shard_writer import Shards
+from common.checkpoints.state import RANDOM_STATE, STATE, rank_file, read_state, state_problems
 from common.checkpoints.store import CheckpointStore, NotSaved
 from common.config.parser import Config, options
-from common.runtime.distributed import barrier, gather_objects, is_main, on_gpu, rank, say, seed_rank, stop_agreed, world_size
-from common.training.engine import read_override
-from common.checkpoints.engine_state import load_engine, save_engine
-from common.errors import Diverged, Finished, UserError, reason_of
-from common.checkpoints.completed import Result
-from common.training.atomic_step import JointStep
-from common.runtime.heartbeat import enter
-from common.checkpoints.state import RANDOM_STATE, STATE, rank_file, read_state, state_problems
-from common.checkpoints.shard_writer import Shards
+from common.errors import AlreadyComplete, Diverged, UserError, reason_of
+from common.runtime.distributed import (
+    barrier,
+    gather_objects,
+    is_main,
+    on_gpu,
+    rank,
+    say,
+    seed_rank,
+    stop_agreed,
+    world_size,
+)
+from common.runtime.heartbeat import set_phase
 from common.runtime.signals import Stopped
-from common.artifacts.tracking import Tracker
-from common.checkpoints.reshard import loading_universal, make_universal
+from common.training.atomic_step import AtomicStep
+from common.training.engine import read_override
 
 DIRECTORY = "checkpoints"
 
 # What may differ between a run and its continuation: it changes nothing that is computed.
-MAY_CHANGE = frozenset({
-    "output_dir", "data_output_path", "timeout", "enable_tensorboard", "tensorboard_path", "trust_remote_code",
-    "save_interval", "keep_checkpoints", "resume", "resume_anyway", "log_interval", "print_loss", "print_answers",
-    "print_answers_interval", "enable_test_mode", "test_stop_step",
-    "release_inference_cache", "offload_in_rollouts", "max_skipped_steps", "max_kl", "max_reward", "min_reward"})
+MAY_CHANGE = frozenset(
+    {
+        "output_dir",
+        "data_output_path",
+        "timeout",
+        "enable_tensorboard",
+        "tensorboard_path",
+        "trust_remote_code",
+        "save_interval",
+        "keep_checkpoints",
+        "resume",
+        "resume_anyway",
+        "log_interval",
+        "print_loss",
+        "print_answers",
+        "print_answers_interval",
+        "enable_test_mode",
+        "test_stop_step",
+        "release_inference_cache",
+        "offload_in_rollouts",
+        "max_skipped_steps",
+        "max_kl",
+        "max_reward",
+        "min_reward",
+    }
+)
 
 # What may differ too, though the result has more or fewer figures of it: evaluation draws on no random numbers of
 # training, and takes no part in it.
@@ -54,21 +86,27 @@ class TrainingState:
         engines: by name; saved and loaded by DeepSpeed.
         tensors: by name, this rank's own tensors to be saved and, when resuming, written in place.
         reshape: takes the tensors over from another number of ranks; it gets a function from a name to those of all.
-        remember: values for JSON; what `recall` gets back when resuming.
-        steady: whether the last step was made; where it was skipped no checkpoint is taken, as the weights may be lost.
+        state_dict: values for JSON; what `load_state_dict` gets back when resuming.
+        last_step_applied: whether the last step was made; where it was skipped no checkpoint is taken, as the
+            weights may be lost.
     """
+
     engines: dict[str, object]
     tensors: Callable[[], dict[str, torch.Tensor]] = dict
     reshape: Callable[[Callable[[str], list[torch.Tensor]]], None] = lambda parts_of: None
-    remember: Callable[[], dict] = dict
-    recall: Callable[[dict], None] = lambda values: None
-    steady: Callable[[], bool] = lambda: True
+    state_dict: Callable[[], dict] = dict
+    load_state_dict: Callable[[dict], None] = lambda values: None
+    last_step_applied: Callable[[], bool] = lambda: True
 
     @classmethod
-    def of_one_engine(cls, engine, step: JointStep, **remembered) -> TrainingState:
+    def of_one_engine(cls, engine, step: AtomicStep, **remembered) -> TrainingState:
         """That of steps 1 and 2: the engine, what its steps count, and values that stay."""
-        return cls({"model": engine}, remember=lambda: {**step.state_dict(), **remembered},
-                   recall=step.load_state_dict, steady=step.steady)
+        return cls(
+            {"model": engine},
+            state_dict=lambda: {**step.state_dict(), **remembered},
+            load_state_dict=step.load_state_dict,
+            last_step_applied=step.last_step_applied,
+        )
 
 
 class Checkpoints:
@@ -84,16 +122,16 @@ class Checkpoints:
         self.store = CheckpointStore(Path(config.output_dir) / DIRECTORY, config.keep_checkpoints, state_problems)
         self.state: TrainingState | None = None
         self.tracker: Tracker | None = None
-        self.counted = 0  # optimizer steps at the last save
-        self.reached = 0  # steps made well; the state after the last of them has not been trained from yet
+        self.last_saved_at = 0  # optimizer steps at the last save
+        self.last_good_step = 0  # steps made well; the state after the last of them has not been trained from yet
         self.saved: tuple[int, Path | None] = (-1, None)  # the newest checkpoint, and the step that it was taken after
-        self.unproven: Path | None = None  # one that training has not gone on from yet
+        self.unconfirmed: Path | None = None  # one that training has not gone on from yet
 
     def find(self) -> Path | None:
         """The checkpoint to go on from, if there is one; none of its state is loaded yet. All ranks must call it.
 
         Raises:
-            Finished: the run has ended well already.
+            AlreadyComplete: the run has ended well already.
             UserError: `--resume PATH` is not whole, or the run was started with another configuration.
         """
         resume = self.config.resume
@@ -104,10 +142,12 @@ class Checkpoints:
         if resume == "auto":
             path = self.store.newest_whole(say)
             if path is None:
-                there = gather_objects(self._result().there() if is_main() else None)[0]  # all ranks do as one
+                there = gather_objects(self._completed_run().exists() if is_main() else None)[0]  # all ranks do as one
                 if there:
-                    raise Finished(f"{self.config.output_dir} holds the result of this command already; --resume never "
-                                   "trains it again")
+                    raise AlreadyComplete(
+                        f"{self.config.output_dir} holds the result of this command already; --resume never "
+                        "trains it again"
+                    )
                 self._set_aside(damaged=True)
         else:
             path = Path(resume)
@@ -121,7 +161,7 @@ class Checkpoints:
         """Load `path`, or nothing, into `state`; returns the steps (iterations in step 3) that it was taken after."""
         self.state, self.tracker = state, tracker
         if is_main():
-            self._result().forget()
+            self._completed_run().clear()
         if path is None:
             tracker.begin()
             return 0
@@ -132,13 +172,13 @@ class Checkpoints:
         else:
             self._load_reshaped(path, values)
         with _fitting(path):
-            state.recall(values["remember"])
+            state.load_state_dict(values["state_dict"])
         tracker.begin(values["tracker"])
-        self.counted, self.reached = values["optimizer_steps"], values["step"]
+        self.last_saved_at, self.last_good_step = values["optimizer_steps"], values["step"]
         say(f"resuming from {path}")
         return values["step"]
 
-    def after(self, step: int, optimizer_steps: int | None = None) -> None:
+    def on_step_end(self, step: int, optimizer_steps: int | None = None) -> None:
         """Save if it is due after `step`. A disk that refuses is reported, and the run goes on.
 
         Args:
@@ -150,62 +190,72 @@ class Checkpoints:
         """
         interval, done = self.config.save_interval, step if optimizer_steps is None else optimizer_steps
         reason = stop_agreed(self.tracker.lost())
-        if self.state.steady():
-            self.reached = step
-            if self.unproven is not None:  # training has gone on well from it
-                self.store.prune(self.unproven)
-                self.unproven = None
-            if interval and (done // interval > self.counted // interval or (reason and self.saved[0] != step)):
+        if self.state.last_step_applied():
+            self.last_good_step = step
+            if self.unconfirmed is not None:  # training has gone on well from it
+                self.store.prune(self.unconfirmed)
+                self.unconfirmed = None
+            if interval and (done // interval > self.last_saved_at // interval or (reason and self.saved[0] != step)):
                 self.save(step, done)
         if reason:
-            raise Stopped(f"stopped by {reason} after {step} "
-                          f"{'steps' if optimizer_steps is None else 'iterations'}: {self._how_to_go_on()}")
+            raise Stopped(
+                f"stopped by {reason} after {step} "
+                f"{'steps' if optimizer_steps is None else 'iterations'}: {self._how_to_go_on()}"
+            )
 
     def save(self, step: int, optimizer_steps: int) -> None:
         """Save now."""
-        enter("saving")
+        set_phase("saving")
         try:
             path = self.store.save(step, lambda shards: self._write(shards, step, optimizer_steps))
-            self.saved, self.unproven = (step, path), path
+            self.saved, self.unconfirmed = (step, path), path
             say(f"checkpoint saved to {path}")
         except NotSaved as failure:
             say(f"warning: {failure}; the run goes on and will try again")
         # After a failure too: not at every step from here on, but at the next interval.
-        self.counted = optimizer_steps
+        self.last_saved_at = optimizer_steps
 
-    def remembered(self, path: Path | None, name: str):
+    def saved_value(self, path: Path | None, name: str):
         """A value of `TrainingState.remember` in the checkpoint to go on from; None where there is none."""
-        return None if path is None else read_state(path)["remember"].get(name)
+        return None if path is None else read_state(path)["state_dict"].get(name)
 
     @contextmanager
-    def naming_last_good(self) -> Iterator[None]:
+    def reporting_last_good(self) -> Iterator[None]:
         """Within the context a run that has diverged says which checkpoint is from before, and how to go on from it."""
         try:
             yield
         except Diverged as failure:
-            good = self.store.newest_before(self.reached)
-            raise Diverged(f"{failure}; " + (
-                f"the last good checkpoint is {good}: go on from it with other settings and --resume {good} "
-                "--resume_anyway" if good else "there is no checkpoint from before")) from None
+            good = self.store.newest_before(self.last_good_step)
+            raise Diverged(
+                f"{failure}; "
+                + (
+                    f"the last good checkpoint is {good}: go on from it with other settings and --resume {good} "
+                    "--resume_anyway"
+                    if good
+                    else "there is no checkpoint from before"
+                )
+            ) from None
 
     def discard(self) -> None:
         """Delete all checkpoints: the result is published."""
         if is_main():
-            self._result().note()
+            self._completed_run().record()
         self.store.delete()
 
-    def _result(self) -> Result:
+    def _completed_run(self) -> CompletedRun:
         config = {name: value for name, value in _plain(self.config).items() if name not in MAY_CHANGE - STOPS_EARLY}
         for batch in self.config.batches():  # what they make on all ranks together is what counts
             for flag in batch.flags:
                 config.pop(flag, None)
-        return Result(self.config, {"config": config, "batches": _batches(self.config), "data": self.data})
+        return CompletedRun(self.config, {"config": config, "batches": _batches(self.config), "data": self.data})
 
     def _how_to_go_on(self) -> str:
         if self.saved[1] is None:
             return "there is no checkpoint; the same command starts anew"
-        return f"run the same command{' with --resume auto' if self.config.resume != 'auto' else ''} to go on from " \
-               f"{self.saved[1]}"
+        return (
+            f"run the same command{' with --resume auto' if self.config.resume != 'auto' else ''} to go on from "
+            f"{self.saved[1]}"
+        )
 
     def _load(self, path: Path) -> None:
         for name, engine in self.state.engines.items():
@@ -233,8 +283,10 @@ class Checkpoints:
         with _fitting(path):
             self.state.reshape(lambda name: [file.get_tensor(f"state.{name}") for file in files])
         seed_rank(self.config.seed + values["step"] * world_size())
-        say(f"note: {path} was made by {_ranks(values['world_size'])}, and this run has {world_size()}: the same "
-            "batches follow, and numbers that agree but for rounding; dropout, if there is any, is drawn anew")
+        say(
+            f"note: {path} was made by {_ranks(values['world_size'])}, and this run has {world_size()}: the same "
+            "batches follow, and numbers that agree but for rounding; dropout, if there is any, is drawn anew"
+        )
 
     def _write(self, shards: Shards, step: int, optimizer_steps: int) -> None:
         for name, engine in self.state.engines.items():
@@ -242,9 +294,16 @@ class Checkpoints:
         tensors = {f"state.{name}": tensor.detach().cpu().contiguous() for name, tensor in self.state.tensors().items()}
         shards.add(rank_file(rank()), lambda file: file.write(save({**tensors, **_random_state()})))
         if is_main():
-            values = {"step": step, "optimizer_steps": optimizer_steps, "world_size": world_size(),
-                      "remember": self.state.remember(), "tracker": self.tracker.place(step), "data": self.data,
-                      "config": _plain(self.config), "batches": _batches(self.config)}
+            values = {
+                "step": step,
+                "optimizer_steps": optimizer_steps,
+                "world_size": world_size(),
+                "state_dict": self.state.state_dict(),
+                "tracker": self.tracker.place(step),
+                "data": self.data,
+                "config": _plain(self.config),
+                "batches": _batches(self.config),
+            }
             shards.add(STATE, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
     def _check_config(self, values: dict, path: Path) -> None:
@@ -252,13 +311,18 @@ class Checkpoints:
         if values["world_size"] != world_size():
             self._check_batches(values, path)
             may_change.update(flag for batch in self.config.batches() for flag in batch.flags)
-        changes = [f"--{name} was {theirs.get(name)!r}, now {ours.get(name)!r}" for name in sorted({*ours, *theirs})
-                   if name not in may_change and ours.get(name) != theirs.get(name)]
+        changes = [
+            f"--{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
+            for name in sorted({*ours, *theirs})
+            if name not in may_change and ours.get(name) != theirs.get(name)
+        ]
         if values["data"] != self.data and not changes:
             changes = ["the data has other rows, or is prepared in another way"]
         if changes and not self.config.resume_anyway:
-            raise UserError(f"{path} was made with another configuration: {'; '.join(changes)}: run the same command "
-                            "again, add --resume_anyway to go on with the new one, or --resume never to start anew")
+            raise UserError(
+                f"{path} was made with another configuration: {'; '.join(changes)}: run the same command "
+                "again, add --resume_anyway to go on with the new one, or --resume never to start anew"
+            )
 
     def _check_batches(self, values: dict, path: Path) -> None:
         """On another number of ranks other batches per rank make the same ones over all: those must be the same."""
@@ -270,8 +334,10 @@ class Checkpoints:
             had = " and ".join(f"{made[batch.what]} {batch.what}" for batch in wrong)
             has = " and ".join(str(now[batch.what]) for batch in wrong)
             advice = " ".join(batch.flags_for(made[batch.what], world_size()) for batch in wrong)
-            raise UserError(f"{path} was made by {_ranks(values['world_size'])} with {had}, and this run of "
-                            f"{world_size()} has {has}: use {advice}, or --resume never to start anew")
+            raise UserError(
+                f"{path} was made by {_ranks(values['world_size'])} with {had}, and this run of "
+                f"{world_size()} has {has}: use {advice}, or --resume never to start anew"
+            )
 
     def _set_aside(self, damaged: bool = False) -> None:
         """Keep the checkpoints that are there from the saves of this run, which starts anew."""
@@ -280,8 +346,11 @@ class Checkpoints:
             while (aside := self.store.directory.with_name(f"{DIRECTORY}-{number}")).exists():
                 number += 1
             self.store.directory.rename(aside)
-            say(f"note: no checkpoint is whole, so the run starts anew: what there is of them is kept in {aside}"
-                if damaged else f"note: the checkpoints of an earlier run are in {aside} now")
+            say(
+                f"note: no checkpoint is whole, so the run starts anew: what there is of them is kept in {aside}"
+                if damaged
+                else f"note: the checkpoints of an earlier run are in {aside} now"
+            )
 
 
 @contextmanager
@@ -290,8 +359,10 @@ def _fitting(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} does not hold what this run needs ({type(error).__name__}: {reason_of(error)}): go on "
-                        "from another, --resume PATH, or start anew, --resume never") from error
+        raise UserError(
+            f"{path} does not hold what this run needs ({type(error).__name__}: {reason_of(error)}): go on "
+            "from another, --resume PATH, or start anew, --resume never"
+        ) from error
 
 
 def _ranks(number: int) -> str:

@@ -3,6 +3,7 @@
 What ZeRO has cut into shards is put together, parameter by parameter, only for the moment of loading; every rank then
 takes its share.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from common.runtime.distributed import gather_objects, rank, world_size
 from common.checkpoints.engine_state import TAG, loading_data_only
 from common.errors import TrainingFailure
+from common.runtime.distributed import gather_objects, rank, world_size
 
 
 def make_universal(source: Path, target: Path, names: Sequence[str]) -> None:
@@ -29,24 +30,37 @@ def make_universal(source: Path, target: Path, names: Sequence[str]) -> None:
     """
     failure = None
     try:
-        for name in names[rank()::world_size()]:
+        for name in names[rank() :: world_size()]:
             _convert(source / name / TAG, target / name)
     except (OSError, RuntimeError) as error:  # RuntimeError: of torch's own writer, where the disk is full
         failure = str(error)
-    for failure in filter(None, gather_objects(failure)):
-        raise TrainingFailure(f"{source} could not be put together for {world_size()} ranks in {target}: {failure}: "
-                              "free space there, or start as many ranks as made it")
+    for reported in filter(None, gather_objects(failure)):
+        raise TrainingFailure(
+            f"{source} could not be put together for {world_size()} ranks in {target}: {reported}: "
+            "free space there, or start as many ranks as made it"
+        )
 
 
 def _convert(source: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     target.mkdir(parents=True)
-    options = Namespace(input_folder=str(source.absolute()), output_folder=TAG, num_extract_workers=1,
-                        num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
+    options = Namespace(
+        input_folder=str(source.absolute()),
+        output_folder=TAG,
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
     # The converter takes the path it writes to for a regular expression: a relative one has nothing special in it.
-    with (loading_data_only(source), contextlib.chdir(target), contextlib.redirect_stdout(io.StringIO()),
-          contextlib.redirect_stderr(io.StringIO())):
+    with (
+        loading_data_only(source),
+        contextlib.chdir(target),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         ds_to_universal.main(options)
 
 

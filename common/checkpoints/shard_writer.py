@@ -1,4 +1,5 @@
 """The files that one rank writes into a checkpoint, each hashed on its way to the disk."""
+
 from __future__ import annotations
 
 import contextlib
@@ -21,6 +22,7 @@ class Shards:
         needed: bytes of all of them, also of those that the disk has refused.
         refusal: why the first of them could not be written.
     """
+
     directory: Path
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
     needed: int = 0

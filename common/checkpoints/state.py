@@ -1,4 +1,5 @@
 """state.json of a checkpoint, and each rank's own tensors beside it: checked before anything is made of them."""
+
 from __future__ import annotations
 
 import json
@@ -7,8 +8,16 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 STATE = "state.json"
-_HOLDS = {"step": int, "optimizer_steps": int, "world_size": int, "remember": dict, "tracker": dict, "data": list,
-          "config": dict, "batches": dict}
+_HOLDS = {
+    "step": int,
+    "optimizer_steps": int,
+    "world_size": int,
+    "state_dict": dict,
+    "tracker": dict,
+    "data": list,
+    "config": dict,
+    "batches": dict,
+}
 _TRACKER_HOLDS = {"step": int, "bytes": int, "seconds": (int, float)}
 _MOST_RANKS = 100_000
 RANDOM_STATE = "random.cpu"  # what every rank has

@@ -7,6 +7,7 @@ found again, and a damaged one is recognised.
 
 All methods are called by all ranks together unless they say otherwise; the directory is one that every rank sees.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -19,9 +20,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from common.runtime.distributed import barrier, gather_objects, is_main, rank, world_size
-from common.errors import UserError
 from common.checkpoints.shard_writer import Shards
+from common.errors import UserError
+from common.runtime.distributed import barrier, gather_objects, is_main, rank, world_size
 
 MANIFEST = "manifest.json"
 POINTER = "newest"
@@ -96,13 +97,15 @@ class CheckpointStore:
             expected, found = [], _unread(MANIFEST, error, refused)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             expected, found = [], [f"{MANIFEST} cannot be read: {error}"]
-        for name, size, digest in expected[rank()::world_size()]:
+        for name, size, digest in expected[rank() :: world_size()]:
             found += _problem(path / name, name, size, digest, refused)
         everyone = gather_objects((found, refused))
         for _, refusals in everyone:
             if refusals:
-                raise UserError(f"checkpoint {path} cannot be read: {refusals[0]}: see to the disk and start again, or "
-                                "go on from another, --resume PATH, or anew, --resume never")
+                raise UserError(
+                    f"checkpoint {path} cannot be read: {refusals[0]}: see to the disk and start again, or "
+                    "go on from another, --resume PATH, or anew, --resume never"
+                )
         problems = sorted({problem for problems, _ in everyone for problem in problems})
         return problems or gather_objects(self.look(path) if is_main() else [])[0]
 
@@ -137,8 +140,15 @@ class CheckpointStore:
 
     def _by_age(self) -> list[Path]:
         """Finished checkpoints, that of the pointer first, then the newest; the same list on all ranks."""
-        paths = {path.name: path for path in self.directory.glob("step-*") if path.is_dir()
-                 and path.name.removeprefix("step-").isdecimal()} if is_main() else {}
+        paths = (
+            {
+                path.name: path
+                for path in self.directory.glob("step-*")
+                if path.is_dir() and path.name.removeprefix("step-").isdecimal()
+            }
+            if is_main()
+            else {}
+        )
         names = sorted(paths, key=lambda name: -int(name.removeprefix("step-")))
         try:
             pointed = (self.directory / POINTER).read_text(encoding="utf-8").strip() if is_main() else ""
@@ -155,9 +165,11 @@ class CheckpointStore:
             if is_main():
                 shutil.rmtree(shards.directory, ignore_errors=True)
             number, reason = refused
-            raise NotSaved(f"no checkpoint could be written to {self.directory}, which takes "
-                           f"{sum(theirs.needed for theirs in everyone):,} bytes: {reason} (rank {number}): free space "
-                           "there, or make it writable")
+            raise NotSaved(
+                f"no checkpoint could be written to {self.directory}, which takes "
+                f"{sum(theirs.needed for theirs in everyone):,} bytes: {reason} (rank {number}): free space "
+                "there, or make it writable"
+            )
         return everyone
 
     def _publish(self, written: list[Shards], final: Path) -> None:
@@ -165,8 +177,10 @@ class CheckpointStore:
         for number, shards in enumerate(written):
             for name, (size, digest) in shards.files.items():
                 if not (partial / name).is_file() or (partial / name).stat().st_size != size:
-                    raise OSError(f"rank 0 does not see {name} as rank {number} has written it: every machine must see "
-                                  "the same directory")
+                    raise OSError(
+                        f"rank 0 does not see {name} as rank {number} has written it: every machine must see "
+                        "the same directory"
+                    )
                 files[name] = size, digest
         _write_durably(partial / MANIFEST, json.dumps({"files": files}, indent=1))
         for directory in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
@@ -184,7 +198,7 @@ class CheckpointStore:
         """Delete what is too old, and what lies ahead: damaged, or of a run that went on from before."""
         steps = sorted(map(_step, self.directory.glob("step-*")))
         older = [step for step in steps if 0 <= step < _step(newest)]
-        kept = {_step(newest), *older[max(0, len(older) - keep + 1):]}
+        kept = {_step(newest), *older[max(0, len(older) - keep + 1) :]}
         for step in set(steps) - kept - {-1}:
             with contextlib.suppress(OSError):
                 self._put_aside(self.directory / f"step-{step}")

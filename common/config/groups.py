@@ -16,8 +16,10 @@ from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
 from common.training.learning_rate import SCHEDULES
 
-LORA_ALPHA_HELP = ("adapters are scaled by this/rank and start as in peft; none: as in DeepSpeed-Chat, whose learning "
-                    "rate the default is: scaled by 1/rank, the first factor starting within 1/sqrt(rank)")
+LORA_ALPHA_HELP = (
+    "adapters are scaled by this/rank and start as in peft; none: as in DeepSpeed-Chat, whose learning "
+    "rate the default is: scaled by 1/rank, the first factor starting within 1/sqrt(rank)"
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Batch:
         rows_at_a_time: the first one's value.
         rows: of one rank.
     """
+
     what: str
     flags: tuple[str, str]
     rows_at_a_time: int
@@ -51,22 +54,29 @@ class DataOptions(Config):
     phase: ClassVar[int]  # 0 SFT, 1 reward model, 2 PPO: which part of --data_split is this step's
 
     data_path: tuple[PathName, ...] = option(
-        ("Dahoas/rm-static",), "builtin:*, files, directories or hub names; name:0.3 takes 30 percent of its prompts, "
-        "name:1.3 all of them and 30 percent a second time")
+        ("Dahoas/rm-static",),
+        "builtin:*, files, directories or hub names; name:0.3 takes 30 percent of its prompts, "
+        "name:1.3 all of them and 30 percent a second time",
+    )
     data_split: str = option("2,4,4", "parts of the prompts for the steps 1, 2 and 3")
     eval_fraction: float = option(0.05, "share of the prompts held out for evaluation", low=0, below=1)
     split_by: str = option(
-        "auto", "what keeps rows together in both: opening: the user's first turn; auto: the same, and as many more "
+        "auto",
+        "what keeps rows together in both: opening: the user's first turn; auto: the same, and as many more "
         "turns as it takes where over 1 percent of a source's dialogues begin alike; prompt: all of the user's turns; "
-        "column:NAME: what a column of the data holds, such as the id of a conversation")
+        "column:NAME: what a column of the data holds, such as the id of a conversation",
+    )
     columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question chosen=good")
     data_field: str | None = option(
-        None, "key of the rows in JSON files that are one object; none: the only key that holds rows")
+        None, "key of the rows in JSON files that are one object; none: the only key that holds rows"
+    )
     encoding: str | None = option(
-        None, "encoding of text files that are not UTF-8, as in cp1252; none: UTF-8, or UTF-16 by its mark")
+        None, "encoding of text files that are not UTF-8, as in cp1252; none: UTF-8, or UTF-16 by its mark"
+    )
     template: str = option("human_assistant", "the wording around questions and answers", choices=TEMPLATE_NAMES)
-    template_date: str = option("2025-01-01", "YYYY-MM-DD, what a chat template that writes the date writes, in all "
-                                "steps and whenever they run")
+    template_date: str = option(
+        "2025-01-01", "YYYY-MM-DD, what a chat template that writes the date writes, in all steps and whenever they run"
+    )
     add_eot_token: bool = option(False, "end answers with --eot_token, not with the tokenizer's end token")
     eot_token: str = option("<|endoftext|>", "text of the end token that --add_eot_token adds")
     max_rows: int | None = option(None, "rows read from each source at most", low=1)
@@ -79,8 +89,10 @@ class DataOptions(Config):
         parse_split_by(self.split_by)
         unsplit = self.unsplit_sources()
         if not parse_data_split(self.data_split)[self.phase] and not unsplit:
-            raise UserError(f"--data_split {self.data_split} leaves nothing for step {self.phase + 1}: "
-                            f"make part {self.phase + 1} greater than 0")
+            raise UserError(
+                f"--data_split {self.data_split} leaves nothing for step {self.phase + 1}: "
+                f"make part {self.phase + 1} greater than 0"
+            )
         self.only_with("--add_eot_token", self.add_eot_token, "eot_token")
         try:
             date.fromisoformat(self.template_date)
@@ -111,55 +123,82 @@ class ScheduleOptions(Config):
     num_train_epochs: int = option(1, "passes over the training data", low=1)
     gradient_accumulation_steps: int = option(1, "micro-batches per rank in one optimizer step", low=1)
     max_tokens_per_micro_batch: int = option(
-        0, "cut each optimizer step's rows, the same ones, into micro-batches of so many tokens with padding, alike on "
-        "every rank; a longer row goes alone; 0: into equal numbers of rows", unit="tokens", low=0)
+        0,
+        "cut each optimizer step's rows, the same ones, into micro-batches of so many tokens with padding, alike on "
+        "every rank; a longer row goes alone; 0: into equal numbers of rows",
+        unit="tokens",
+        low=0,
+    )
     auto_micro_batch: bool = option(
-        False, "measure before training what fits into memory, and set --max_tokens_per_micro_batch to it")
+        False, "measure before training what fits into memory, and set --max_tokens_per_micro_batch to it"
+    )
     max_skipped_steps: int = option(
-        5, "an optimizer step with a loss or gradient that is not finite is skipped; so many in a row end the run",
-        unit="optimizer steps", low=1)
+        5,
+        "an optimizer step with a loss or gradient that is not finite is skipped; so many in a row end the run",
+        unit="optimizer steps",
+        low=1,
+    )
     lr_scheduler_type: str = option("cosine", "schedule of the learning rate", choices=SCHEDULES)
     num_warmup_steps: int = option(
-        0, "learning rates rise this long, from 1/N of the highest in the first step; a run that is shorter is all "
-        "warm-up", unit="optimizer steps", low=0)
+        0,
+        "learning rates rise this long, from 1/N of the highest in the first step; a run that is shorter is all "
+        "warm-up",
+        unit="optimizer steps",
+        low=0,
+    )
     max_grad_norm: float = option(1.0, "clip gradients to this global norm; 0 turns it off", low=0)
 
     def validate(self) -> None:
         super().validate()
         if self.auto_micro_batch and self.max_tokens_per_micro_batch:
-            raise UserError(f"--auto_micro_batch and --max_tokens_per_micro_batch {self.max_tokens_per_micro_batch} "
-                            "contradict each other: keep one")
+            raise UserError(
+                f"--auto_micro_batch and --max_tokens_per_micro_batch {self.max_tokens_per_micro_batch} "
+                "contradict each other: keep one"
+            )
         if self.lr_scheduler_type == "constant" and self.num_warmup_steps not in (
-                0, options(type(self))["num_warmup_steps"].default):
-            raise UserError(f"--num_warmup_steps {self.num_warmup_steps} has no meaning with --lr_scheduler_type "
-                            "constant: use constant_with_warmup, or leave it out")
+            0,
+            options(type(self))["num_warmup_steps"].default,
+        ):
+            raise UserError(
+                f"--num_warmup_steps {self.num_warmup_steps} has no meaning with --lr_scheduler_type "
+                "constant: use constant_with_warmup, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Config):
     """Run"""
 
-    dtype: str = option("auto", "number format of forward and backward; auto is bf16 on a GPU, fp32 on a CPU",
-                        choices=("auto", "bf16", "fp16", "fp32"))
+    dtype: str = option(
+        "auto",
+        "number format of forward and backward; auto is bf16 on a GPU, fp32 on a CPU",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
     seed: int = option(1234, "seed of data order, initialisation and sampling", low=0, high=2**32 - 1)
     deepspeed_config: PathName | None = option(None, "JSON file laid over the generated DeepSpeed configuration")
     timeout: int = option(1800, "longest wait for other ranks", unit="seconds", low=1)
     trust_remote_code: bool = option(False, "allow models to bring and run their own Python code")
     merge_adapter: bool = option(
-        False, "where an adapter lies in a model's directory, start from the sum of both, which is kept in "
-        "--data_output_path; an adapter alone is laid over the base that it names")
-    save_interval: int = option(500, "save a checkpoint every N; in step 3 when the iteration ends; 0: never",
-                                unit="optimizer steps", low=0)
+        False,
+        "where an adapter lies in a model's directory, start from the sum of both, which is kept in "
+        "--data_output_path; an adapter alone is laid over the base that it names",
+    )
+    save_interval: int = option(
+        500, "save a checkpoint every N; in step 3 when the iteration ends; 0: never", unit="optimizer steps", low=0
+    )
     keep_checkpoints: int = option(2, "how many checkpoints stay; all go when the result is saved", low=1)
     resume: PathName = option(
-        "auto", "auto: go on from the newest whole checkpoint in the output directory, if there is one; never: start "
-        "anew; or the path of a checkpoint")
+        "auto",
+        "auto: go on from the newest whole checkpoint in the output directory, if there is one; never: start "
+        "anew; or the path of a checkpoint",
+    )
     resume_anyway: bool = option(False, "resume even though settings have changed")
     enable_tensorboard: bool = option(True, "write TensorBoard events")
     tensorboard_path: PathName | None = option(None, "directory of TensorBoard events; none: in OUTPUT_DIR/logs")
     enable_test_mode: bool = option(False, "stop after --test_stop_step")
-    test_stop_step: int = option(0, "where --enable_test_mode stops", unit="optimizer steps, in step 3 iterations",
-                                 low=0)
+    test_stop_step: int = option(
+        0, "where --enable_test_mode stops", unit="optimizer steps, in step 3 iterations", low=0
+    )
     deepspeed: bool = option(False, "", ignored="DeepSpeed is always on", quiet=True)
     local_rank: int = option(-1, "", ignored="the launcher's environment says it too", quiet=True)
     num_padding_at_beginning: int = option(0, "", ignored="the attention mask makes it needless")
@@ -187,15 +226,17 @@ class SupervisedOptions(ScheduleOptions):
     per_device_eval_batch_size: int = option(16, "rows per rank in one evaluation batch", low=1)
     max_seq_len: int = option(512, "longest prompt and answer together", unit="tokens", low=2)
     group_by_length: bool = option(
-        False, "form optimizer steps of rows of similar length: less padding, but steps are no longer random samples")
+        False, "form optimizer steps of rows of similar length: less padding, but steps are no longer random samples"
+    )
     weight_decay: float = option(0.0, "AdamW's weight decay; biases and norms have none", low=0)
     zero_stage: int = option(0, "ZeRO stage", choices=(0, 1, 2, 3))
     offload: bool = option(False, "keep optimizer state (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     dropout: float | None = option(None, "dropout probability; none keeps the model's own", low=0, below=1)
     disable_dropout: bool = option(False, "the same as --dropout 0")
-    eval_interval: int = option(0, "evaluate every N steps; 0: only before and after each epoch",
-                                unit="optimizer steps", low=0)
+    eval_interval: int = option(
+        0, "evaluate every N steps; 0: only before and after each epoch", unit="optimizer steps", low=0
+    )
     log_interval: int = option(10, "record metrics every N steps", unit="optimizer steps", low=1)
     print_loss: bool = option(False, "print what is recorded, besides the progress bar")
 
@@ -206,9 +247,14 @@ class SupervisedOptions(ScheduleOptions):
 
     def batches(self) -> list[Batch]:
         """What is computed depends on these, not on what each rank contributes."""
-        return [Batch("rows per optimizer step", ("per_device_train_batch_size", "gradient_accumulation_steps"),
-                      self.per_device_train_batch_size,
-                      self.per_device_train_batch_size * self.gradient_accumulation_steps)]
+        return [
+            Batch(
+                "rows per optimizer step",
+                ("per_device_train_batch_size", "gradient_accumulation_steps"),
+                self.per_device_train_batch_size,
+                self.per_device_train_batch_size * self.gradient_accumulation_steps,
+            )
+        ]
 
     def validate(self) -> None:
         super().validate()
@@ -226,13 +272,20 @@ class LoraOptions(Config):
     lora_alpha: float | None = option(None, LORA_ALPHA_HELP, above=0)
     lora_dropout: float = option(0.0, "dropout before the adapters", low=0, below=1)
     lora_module_name: str = option(
-        "auto", "comma-separated parts of the names of the layers to adapt; auto: all linear layers")
+        "auto", "comma-separated parts of the names of the layers to adapt; auto: all linear layers"
+    )
     lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
 
     def validate(self) -> None:
         super().validate()
-        self.only_with("--lora_dim above 0", self.lora_dim > 0,
-                       "lora_alpha", "lora_dropout", "lora_module_name", "lora_learning_rate")
+        self.only_with(
+            "--lora_dim above 0",
+            self.lora_dim > 0,
+            "lora_alpha",
+            "lora_dropout",
+            "lora_module_name",
+            "lora_learning_rate",
+        )
 
 
 def check_output_dir(output_dir: str, **models: str) -> None:
@@ -249,8 +302,9 @@ def check_output_dir(output_dir: str, **models: str) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written to: {error.strerror}; "
-                        "name another directory") from None
+        raise UserError(
+            f"--output_dir {output_dir}: cannot be written to: {error.strerror}; name another directory"
+        ) from None
     for flag, model in models.items():
         if Path(model).resolve() == Path(output_dir).resolve():
             raise UserError(f"--output_dir {output_dir}: would overwrite --{flag}; name another directory")

@@ -96,8 +96,11 @@ def kind_of(annotation: Any) -> dict[str, Any]:
     if optional:
         annotation = next(member for member in members if member is not types.NoneType)
     kind = typing.get_origin(annotation) or annotation
-    return {"kind": str if kind is PathName else kind, "path": PathName in (annotation, *typing.get_args(annotation)),
-            "optional": optional}
+    return {
+        "kind": str if kind is PathName else kind,
+        "path": PathName in (annotation, *typing.get_args(annotation)),
+        "optional": optional,
+    }
 
 
 def convert(meta: Option, raw: Any, where: str) -> Any:
@@ -183,7 +186,12 @@ def _to_dict(raw: Any) -> dict[str, str]:
     return {_to_text(key): _to_text(value) for key, value in raw.items()}
 
 
-_CONVERTERS = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_text,
-               tuple: _to_tuple, dict: _to_dict}
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
-          tuple: "one or more values", dict: "name=value pairs"}
+_CONVERTERS = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_text, tuple: _to_tuple, dict: _to_dict}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "one or more values",
+    dict: "name=value pairs",
+}

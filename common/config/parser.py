@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from common.errors import UserError, did_you_mean
 from common.config.option import Option, PathName, convert, convert_words, joined, kind_of, option
+from common.errors import UserError, did_you_mean
 from common.paths import as_typed_in_a_shell
 
 __all__ = ["Config", "Option", "PathName", "ignored_options", "option", "options", "parse", "save_config"]
@@ -59,8 +59,7 @@ def options(cls: type[Config]) -> dict[str, Option]:
         item = declared[name]
         default = item.default_factory() if item.default is MISSING else item.default
         title = inspect.getdoc(groups[name]).splitlines()[0].rstrip(".")
-        result[name] = replace(item.metadata["option"], name=name, default=default, group=title,
-                               **kind_of(hints[name]))
+        result[name] = replace(item.metadata["option"], name=name, default=default, group=title, **kind_of(hints[name]))
     return result
 
 
@@ -156,7 +155,8 @@ def _read_recipe(cls: type[Config], path: str) -> dict[str, _Setting]:
             raise UserError(f"{place}: {key} is given twice: keep one")
         seen.add(key)
         if isinstance(value_node, yaml.MappingNode) and len({name.value for name, _ in value_node.value}) < len(
-                value_node.value):
+            value_node.value
+        ):
             raise UserError(f"{place}: {key}: one name is given twice: keep one")
         try:
             raw = loader.construct_object(value_node, deep=True)

@@ -18,6 +18,7 @@ The sets known by name, and their columns:
 - openai/webgpt_comparisons: question: {dataset, id, full_text}, answer_0, answer_1, score_0, score_1 (their
   sum is 0; both 0 is a tie), quotes and tokens; train.
 """
+
 from __future__ import annotations
 
 import re
@@ -27,8 +28,17 @@ from typing import Any
 
 from common.data.dialogues import make_prompt
 from common.data.examples import Example, Layout
-from common.data.layouts import (COMPARISONS, DEMONSTRATIONS, DIALOGUE_PAIR, INSTRUCTION, LAYOUTS, PROMPT_PAIR,
-                                 QUESTION_RESPONSE, as_question, described)
+from common.data.layouts import (
+    COMPARISONS,
+    DEMONSTRATIONS,
+    DIALOGUE_PAIR,
+    INSTRUCTION,
+    LAYOUTS,
+    PROMPT_PAIR,
+    QUESTION_RESPONSE,
+    as_question,
+    described,
+)
 from common.data.records import Message
 from common.data.values import BadRow, clean_answer, clean_text
 from common.errors import UserError, did_you_mean
@@ -40,8 +50,11 @@ def _orca_chat(row: dict[str, Any]) -> Example:
     turns = row["conversation"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise BadRow("'conversation' is not a list of input and output")
-    messages = [Message(role, clean(turn.get(key), key)) for turn in turns
-                for role, key, clean in (("user", "input", clean_text), ("assistant", "output", clean_answer))]
+    messages = [
+        Message(role, clean(turn.get(key), key))
+        for turn in turns
+        for role, key, clean in (("user", "input", clean_text), ("assistant", "output", clean_answer))
+    ]
     system = clean_text(row["instruction"], "instruction")
     return Example(make_prompt(messages[:-1], "conversation", system), messages[-1].content)
 
@@ -83,10 +96,13 @@ def _webgpt_asked(row: dict[str, Any]) -> list[Any]:
 
 
 ORCA_CHAT = Layout(("instruction", "conversation"), DEMONSTRATIONS, _orca_chat, asked=_orca_asked)
-SHP = Layout(("history", "human_ref_A", "human_ref_B", "labels"), COMPARISONS, _shp,
-             asked=lambda row: [as_question(row.get("history"))])
-WEBGPT = Layout(("question", "answer_0", "answer_1", "score_0", "score_1"), COMPARISONS, _webgpt,
-                asked=_webgpt_asked)
+SHP = Layout(
+    ("history", "human_ref_A", "human_ref_B", "labels"),
+    COMPARISONS,
+    _shp,
+    asked=lambda row: [as_question(row.get("history"))],
+)
+WEBGPT = Layout(("question", "answer_0", "answer_1", "score_0", "score_1"), COMPARISONS, _webgpt, asked=_webgpt_asked)
 
 _OTHERS = (ORCA_CHAT, SHP, WEBGPT)
 NAMED = {
@@ -102,8 +118,7 @@ NAMED = {
     "stanfordnlp/shp": SHP,
     "openai/webgpt_comparisons": WEBGPT,
 }
-_PLURALS = {"prompt": "prompts", "demonstration": "demonstrations", "comparison": "comparisons",
-            "text": "plain texts"}
+_PLURALS = {"prompt": "prompts", "demonstration": "demonstrations", "comparison": "comparisons", "text": "plain texts"}
 
 
 def named_layout(name: str) -> Layout | None:
@@ -119,8 +134,9 @@ def named_layout(name: str) -> Layout | None:
 
 def _known_columns() -> list[str]:
     """The columns of all layouts, those of sets known by name included."""
-    return list(dict.fromkeys(column for layout in (*LAYOUTS, *_OTHERS)
-                              for column in layout.required + layout.optional))
+    return list(
+        dict.fromkeys(column for layout in (*LAYOUTS, *_OTHERS) for column in layout.required + layout.optional)
+    )
 
 
 class ColumnMap:
@@ -136,14 +152,20 @@ class ColumnMap:
         known = _known_columns()
         for key in self.names:
             if key not in known:
-                raise UserError(f"--columns: '{key}' is no column that is understood{did_you_mean(key, known)}; "
-                                f"those are {', '.join(known)}")
+                raise UserError(
+                    f"--columns: '{key}' is no column that is understood{did_you_mean(key, known)}; "
+                    f"those are {', '.join(known)}"
+                )
 
     def for_kind(self, kind: str) -> ColumnMap:
         """The part of the map that has to do with records of ``kind``: text and dialogues may lie in
         different sources."""
-        known = {column for layout in LAYOUTS if kind in layout.kinds or kind == "comparison" and layout.ranked
-                 for column in layout.required + layout.optional}
+        known = {
+            column
+            for layout in LAYOUTS
+            if kind in layout.kinds or kind == "comparison" and layout.ranked
+            for column in layout.required + layout.optional
+        }
         return ColumnMap({key: column for key, column in self.names.items() if key in known})
 
     def check(self, files: Mapping[str, Collection[str]]) -> None:
@@ -152,8 +174,10 @@ class ColumnMap:
             return
         label, found = max(files.items(), key=lambda file: self._likeness(file[1]))
         key, column = next(item for item in self.names.items() if item[1] not in found)
-        raise UserError(f"--columns: {label} has no column '{column}' (for '{key}')"
-                        f"{did_you_mean(column, found)}; it has {', '.join(sorted(found))}")
+        raise UserError(
+            f"--columns: {label} has no column '{column}' (for '{key}')"
+            f"{did_you_mean(column, found)}; it has {', '.join(sorted(found))}"
+        )
 
     def within(self, found: Collection[str]) -> ColumnMap:
         """This map, or an empty one where the ``found`` columns are not those it speaks of, and with it the columns
@@ -163,8 +187,13 @@ class ColumnMap:
         likes: dict[str, list[str]] = {}
         for column in set(found) - set(mine.values()):
             likes.setdefault(column.strip().lower(), []).append(column)
-        mine.update({known: likes[known.lower()][0] for known in _known_columns()
-                     if known not in taken and len(likes.get(known.lower(), ())) == 1})
+        mine.update(
+            {
+                known: likes[known.lower()][0]
+                for known in _known_columns()
+                if known not in taken and len(likes.get(known.lower(), ())) == 1
+            }
+        )
         mapped = ColumnMap(None)
         mapped.names = mine
         return mapped
@@ -186,8 +215,9 @@ class ColumnMap:
         return kept | {key: row.get(column) for key, column in self.names.items()}
 
 
-def choose_layout(name: str, columns: Collection[str], kind: str, label: str,
-                  rows: Sequence[dict[str, Any]] = ()) -> Layout:
+def choose_layout(
+    name: str, columns: Collection[str], kind: str, label: str, rows: Sequence[dict[str, Any]] = ()
+) -> Layout:
     """The layout by which the source ``name`` with these ``columns`` gives records of ``kind``, judging by some of its
     ``rows`` where the columns do not tell.
 
@@ -206,7 +236,10 @@ def choose_layout(name: str, columns: Collection[str], kind: str, label: str,
     found = ", ".join(sorted(columns)) or "none"
     if fitting:
         able = " and ".join(_PLURALS[given] for given in fitting[0].kinds)
-        raise UserError(f"{label}: its columns ({found}) give {able}, not {_PLURALS[kind]}, "
-                        f"which need {described(kind)}")
-    raise UserError(f"{label}: unknown layout; columns found: {found}; understood: {described()}, "
-                    f"{', '.join(map(str, _OTHERS))}; name others with --columns")
+        raise UserError(
+            f"{label}: its columns ({found}) give {able}, not {_PLURALS[kind]}, which need {described(kind)}"
+        )
+    raise UserError(
+        f"{label}: unknown layout; columns found: {found}; understood: {described()}, "
+        f"{', '.join(map(str, _OTHERS))}; name others with --columns"
+    )

@@ -1,4 +1,5 @@
 """Several data sources in one: ``--data_path a b:0.3``."""
+
 from __future__ import annotations
 
 import math
@@ -11,8 +12,7 @@ from common.data.rows import FileFormat
 from common.data.split import fractions
 from common.errors import UserError
 
-_WEIGHTED = re.compile(r"(?P<name>.*):(?P<weight>[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan)",
-                       re.I | re.S)
+_WEIGHTED = re.compile(r"(?P<name>.*):(?P<weight>[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan)", re.I | re.S)
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class SourceSpec:
         return whole + (position < self.weight - whole)
 
 
-def parse_data_path(values: Sequence[str], *, flag: str = "--data_path",
-                    config_name: str | None = None, form: FileFormat = FileFormat()) -> list[SourceSpec]:
+def parse_data_path(
+    values: Sequence[str], *, flag: str = "--data_path", config_name: str | None = None, form: FileFormat = FileFormat()
+) -> list[SourceSpec]:
     """``['a', 'b:0.3', 'builtin:courtesy']`` -> sources with weights 1, 0.3 and 1.
 
     Only a trailing ``:number`` is a weight, and not where a path of the whole name exists: of a folder ``snap:2``
@@ -50,8 +51,7 @@ def parse_data_path(values: Sequence[str], *, flag: str = "--data_path",
     several sources in one value.
     """
     if not values:
-        raise UserError(f"{flag}: name at least one data source (builtin:..., a file, a directory "
-                        "or a hub data set)")
+        raise UserError(f"{flag}: name at least one data source (builtin:..., a file, a directory or a hub data set)")
     specs = []
     for value in values:
         match = None if os.path.exists(value) else _WEIGHTED.fullmatch(value)
@@ -60,8 +60,10 @@ def parse_data_path(values: Sequence[str], *, flag: str = "--data_path",
             raise UserError(f"{flag} {value!r}: there is no name; write NAME or NAME:WEIGHT")
         several = [part for part in re.split(r"[,;\s]+", value) if part]
         if len(several) > 1 and not os.path.exists(name):
-            raise UserError(f"{flag} {value!r}: there is no such path; several sources are words of their own, "
-                            f"{flag} {' '.join(several)}, and a list in a recipe: [{', '.join(several)}]")
+            raise UserError(
+                f"{flag} {value!r}: there is no such path; several sources are words of their own, "
+                f"{flag} {' '.join(several)}, and a list in a recipe: [{', '.join(several)}]"
+            )
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{flag} {value!r}: the weight must be a number above zero")
         specs.append(SourceSpec(name, weight, config_name, flag, form))

@@ -118,11 +118,7 @@ FAMILIES = (
         ),
     ),
     Family(
-        {
-            f"{_NUMBERS[a]} plus {_NUMBERS[b]}": _NUMBERS[a + b]
-            for a in range(1, 5)
-            for b in range(a + 1, 6)
-        },
+        {f"{_NUMBERS[a]} plus {_NUMBERS[b]}": _NUMBERS[a + b] for a in range(1, 5) for b in range(a + 1, 6)},
         (
             "what is {x}?",
             "how much is {x}?",

@@ -43,32 +43,40 @@ class ChatTemplate:
 
     def __init__(self, tokenizer, date: str = DATE):
         if not getattr(tokenizer, "chat_template", None):
-            raise UserError("--template chat: the tokenizer has no chat template; choose one of "
-                            f"{', '.join(sorted(TEXT_TEMPLATES))}")
+            raise UserError(
+                "--template chat: the tokenizer has no chat template; choose one of "
+                f"{', '.join(sorted(TEXT_TEMPLATES))}"
+            )
         self._tokenizer = tokenizer
         self._controls = re.compile("|".join(map(re.escape, sorted(control_tokens(tokenizer), key=len, reverse=True))))
         self.date, self._now = date, datetime.fromisoformat(date)
         self._last: tuple[Prompt | None, str] = (None, "")
         asked = self._render(_QUESTION, cue=True)
         if self._render(_QUESTION, cue=True) != asked:
-            raise UserError("--template chat: the tokenizer's chat template renders the same dialogue differently from "
-                            f"one time to the next; choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
+            raise UserError(
+                "--template chat: the tokenizer's chat template renders the same dialogue differently from "
+                f"one time to the next; choose one of {', '.join(sorted(TEXT_TEMPLATES))}"
+            )
         answered = self._render(_QUESTION, [Message("assistant", _PROBE)])
         at = answered.find(_PROBE.strip(), len(asked))
         if not answered.startswith(asked) and answered.startswith(re.sub(r"<think>\s*$", "", asked)):
-            raise UserError("--template chat: the tokenizer's chat template opens a reasoning block, <think>, where it "
-                            "asks for an answer, but renders answers without: take that out of its generation prompt, "
-                            f"or choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
+            raise UserError(
+                "--template chat: the tokenizer's chat template opens a reasoning block, <think>, where it "
+                "asks for an answer, but renders answers without: take that out of its generation prompt, "
+                f"or choose one of {', '.join(sorted(TEXT_TEMPLATES))}"
+            )
         if not answered.startswith(asked) or at < 0:
-            raise UserError("--template chat: the tokenizer's chat template does not render an answer as the "
-                            f"continuation of its prompt; choose one of {', '.join(sorted(TEXT_TEMPLATES))}")
+            raise UserError(
+                "--template chat: the tokenizer's chat template does not render an answer as the "
+                f"continuation of its prompt; choose one of {', '.join(sorted(TEXT_TEMPLATES))}"
+            )
         end = at + len(_PROBE.strip())
-        if answered[at - 1:end + 1] == _PROBE:  # else the template trims answers
+        if answered[at - 1 : end + 1] == _PROBE:  # else the template trims answers
             at, end = at - 1, end + 1
-        self.lead, self._close = answered[len(asked):at], answered[end:]
+        self.lead, self._close = answered[len(asked) : at], answered[end:]
         found = self._controls.search(self._close)
         self.end_token = found[0] if found else None
-        self.tail = self._close[:found.start()] if found else ""
+        self.tail = self._close[: found.start()] if found else ""
         templates = tokenizer.chat_template
         self.dated = any(map(_TIME.search, templates.values() if isinstance(templates, dict) else [templates]))
 
@@ -88,12 +96,16 @@ class ChatTemplate:
         turns = turns_of(answer)
         asked, whole = self._asked(prompt), self._render(prompt, turns)
         if not whole.startswith(asked):
-            raise UserError("--template chat: the tokenizer's chat template does not render this answer as the "
-                            f"continuation of its prompt, of the roles {_roles(prompt.messages)}")
+            raise UserError(
+                "--template chat: the tokenizer's chat template does not render this answer as the "
+                f"continuation of its prompt, of the roles {_roles(prompt.messages)}"
+            )
         if not whole.endswith(self._close):
-            raise UserError("--template chat: the tokenizer's chat template ends this answer otherwise than a plain "
-                            f"one, with something else than {self._close!r}")
-        text = whole[len(asked):len(whole) - len(self._close)] + self.tail
+            raise UserError(
+                "--template chat: the tokenizer's chat template ends this answer otherwise than a plain "
+                f"one, with something else than {self._close!r}"
+            )
+        text = whole[len(asked) : len(whole) - len(self._close)] + self.tail
         self._check_answer(turns[-1], text)
         self._check_written([turn for turn in turns if turn.role != "assistant"], text)
         return _pieces(text)
@@ -112,8 +124,12 @@ class ChatTemplate:
         for message in messages:
             if message.role != "assistant":
                 content = self._mark(message.content).strip()
-                self._check(content in text or json.dumps(content)[1:-1] in text or
-                            json.dumps(content, ensure_ascii=False)[1:-1] in text, f"{message.role} turns")
+                self._check(
+                    content in text
+                    or json.dumps(content)[1:-1] in text
+                    or json.dumps(content, ensure_ascii=False)[1:-1] in text,
+                    f"{message.role} turns",
+                )
             for call in _names(_more(message).get("tool_calls", [])):
                 self._check(call in text, "tool_calls")
 
@@ -129,21 +145,29 @@ class ChatTemplate:
 
     def _check(self, written: bool, what: str) -> None:
         if not written:
-            raise UserError(f"--template chat: the tokenizer's chat template leaves out {what}: use one that writes "
-                            "them, or take them out of the data")
+            raise UserError(
+                f"--template chat: the tokenizer's chat template leaves out {what}: use one that writes "
+                "them, or take them out of the data"
+            )
 
     def _render(self, prompt: Prompt, turns: Iterable[Message] = (), *, cue: bool = False) -> str:
         messages = [*prompt.messages, *turns]
         tools = self._marked(json.loads(prompt.tools)) if prompt.tools else None
         try:
             return self._tokenizer.apply_chat_template(
-                [self._as_dict(message) for message in messages], tokenize=False, add_generation_prompt=cue,
-                tools=tools, chat_template=at_time(self._tokenizer.get_chat_template(tools=tools), self._now))
+                [self._as_dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=cue,
+                tools=tools,
+                chat_template=at_time(self._tokenizer.get_chat_template(tools=tools), self._now),
+            )
         except UserError:
             raise
         except Exception as error:  # a template is a program, and raises what it likes
-            raise UserError("--template chat: the tokenizer's chat template refuses a dialogue of the roles "
-                            f"{_roles(messages)}: {error}") from None
+            raise UserError(
+                "--template chat: the tokenizer's chat template refuses a dialogue of the roles "
+                f"{_roles(messages)}: {error}"
+            ) from None
 
     def _as_dict(self, message: Message) -> dict:
         more = self._marked(_more(message))
@@ -180,9 +204,11 @@ def at_time(chat_template: str, now: datetime) -> str:
     """
     fixed = _TIME.sub(lambda call: json.dumps(now.strftime(call[2]), ensure_ascii=False), chat_template)
     if re.search(r"\bstrftime_now\b(?!\s+is\s+(?:not\s+)?defined)", fixed):
-        raise UserError("--template chat: the tokenizer's chat template writes the present time by a format that it "
-                        "makes up itself, so no two runs would have the same prompts: write the format into the "
-                        "template, or remove the time")
+        raise UserError(
+            "--template chat: the tokenizer's chat template writes the present time by a format that it "
+            "makes up itself, so no two runs would have the same prompts: write the format into the "
+            "template, or remove the time"
+        )
     return fixed
 
 
@@ -192,9 +218,14 @@ def control_tokens(tokenizer) -> set[str]:
     """
     template, added = str(getattr(tokenizer, "chat_template", None) or ""), tokenizer.added_tokens_decoder
     contents = {token.content for token in added.values()}
-    found = {token.content for token in added.values()
-             if token.special or token.content.strip() and token.content in template
-             and not _is_markup(token.content, contents)}
+    found = {
+        token.content
+        for token in added.values()
+        if token.special
+        or token.content.strip()
+        and token.content in template
+        and not _is_markup(token.content, contents)
+    }
     return found | {token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token}
 
 
@@ -210,8 +241,9 @@ def _roles(messages: Iterable[Message]) -> str:
 def _pieces(marked: str) -> list[Piece]:
     """What is between marks is a user's. At a mark that the template has torn from its partner the text is parted, so
     that what stands around it does not join to a token."""
-    return [Piece(text, at % 2 == 0) for at, part in enumerate(_MARKED.split(marked))
-            for text in _TORN.split(part) if text]
+    return [
+        Piece(text, at % 2 == 0) for at, part in enumerate(_MARKED.split(marked)) for text in _TORN.split(part) if text
+    ]
 
 
 def _unmarked(text: str) -> str:

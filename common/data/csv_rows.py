@@ -1,4 +1,5 @@
 """Rows out of tables in text (.csv, .tsv), whatever separates their fields."""
+
 from __future__ import annotations
 
 import csv
@@ -11,7 +12,7 @@ from common.data.rows import MAX_ROW_BYTES, TOO_LONG, Row, lines
 from common.errors import UserError
 
 _SEPARATORS = (",", ";", "\t", "|")
-_LOOKED_AT = 200    # rows, to tell the separator
+_LOOKED_AT = 200  # rows, to tell the separator
 _SAID = re.compile(r"sep=(.)\r?[\n\r]")
 _TSV = re.compile(r"\.tsv(\.|$)", re.I)
 _SPACED_QUOTE = re.compile(r' +"')
@@ -33,7 +34,7 @@ def csv_rows(text: TextIO, head: str, cut: bool, label: str) -> Iterator[Row]:
 
     skipped = 0
     if said := _SAID.match(head):  # as Excel writes it
-        head, skipped = head[said.end():], 1
+        head, skipped = head[said.end() :], 1
         text.readline()
     separator, spaced = (said[1], False) if said else _look(head, cut, "\t" if _TSV.search(label) else ",")
     reader = csv.reader(unbroken(), strict=True, delimiter=separator, skipinitialspace=spaced)
@@ -91,8 +92,11 @@ def _look(head: str, cut: bool, usual: str) -> tuple[str, bool]:
 def _is_spaced(table: list[list[str]]) -> bool:
     """Whether a space follows each separator of the header, or in most rows a quote comes after spaces."""
     header, *rows = table
-    return (len(header) > 1 and all(name.startswith(" ") for name in header[1:])
-            or sum(any(map(_SPACED_QUOTE.match, row)) for row in rows) > len(rows) / 2)
+    return (
+        len(header) > 1
+        and all(name.startswith(" ") for name in header[1:])
+        or sum(any(map(_SPACED_QUOTE.match, row)) for row in rows) > len(rows) / 2
+    )
 
 
 def _parsed(head: str, cut: bool, separator: str, spaced: bool) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """Dialogues as data sets write them: one string with "Human:" and "Assistant:" cues, or a list of
 role/content."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,16 +16,32 @@ from common.data.values import BadRow, as_text, clean_answer, clean_text, own_in
 
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _SPEAKERS = {  # by the names that public sets use, in any case
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "person": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "bot": "assistant", "ai": "assistant", "chatbot": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool",
-    "function_response": "tool"}
-_CALLS = ("function_call", "tool_call")    # roles whose text is a call, as JSON
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "person": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+}
+_CALLS = ("function_call", "tool_call")  # roles whose text is a call, as JSON
 _SHAPES = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"), ("role", "text"))
 _MORE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tool_call_id", "name")
-_TRAINED = ("weight", "loss_weight", "train", "loss")     # say whether an answer is trained
+_TRAINED = ("weight", "loss_weight", "train", "loss")  # say whether an answer is trained
 _KEYS = frozenset(chain.from_iterable(_SHAPES))
 _ANSWERS_OWN, _TOOLS_OWN = {*_MORE, *_TRAINED} - {"name", "tool_call_id"}, {"name", "tool_call_id", *_TRAINED}
 _CUE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -58,10 +75,10 @@ def read_dialogue(value: Any, column: str) -> list[Message]:
         inline = list(_INLINE_CUE.finditer(text))
         if all(cue[1] == ("Human", "Assistant")[turn % 2] for turn, cue in enumerate(inline)):
             cues = inline
-    if not cues or text[:cues[0].start()].strip():
+    if not cues or text[: cues[0].start()].strip():
         raise BadRow(f"'{column}' is no dialogue that begins with 'Human:'")
     ends = [cue.start() for cue in cues[1:]] + [len(text)]
-    spoken = [(_ROLES[cue[1]], text[cue.end():end]) for cue, end in zip(cues, ends)]
+    spoken = [(_ROLES[cue[1]], text[cue.end() : end]) for cue, end in zip(cues, ends)]
     return [Message(role, own_indentation(said) if role == "assistant" else said.strip()) for role, said in spoken]
 
 
@@ -114,8 +131,11 @@ def _spoken(item: Any, column: str) -> tuple[str, Any, dict[str, Any]]:
     for who, what in _SHAPES:
         # A message that is a call need not have any text.
         if isinstance(item, dict) and who in item and (what in item or any(key in item for key in _MORE)):
-            return str(item[who]).strip().lower(), item.get(what), {
-                key: item[key] for key in _MORE if item.get(key) not in (None, "", [], {})}
+            return (
+                str(item[who]).strip().lower(),
+                item.get(what),
+                {key: item[key] for key in _MORE if item.get(key) not in (None, "", [], {})},
+            )
     raise BadRow(f"'{column}' holds something without 'role' and 'content', or 'from' and 'value'")
 
 
@@ -192,8 +212,13 @@ def joined(messages: Sequence[Message]) -> list[Message]:
         if not message.content and not message.more:
             continue
         last = turns[-1] if turns else None
-        if (last and last.role == message.role != "tool" and not last.more and not message.more
-                and last.trained == message.trained):
+        if (
+            last
+            and last.role == message.role != "tool"
+            and not last.more
+            and not message.more
+            and last.trained == message.trained
+        ):
             turns[-1] = replace(message, content=f"{last.content}\n\n{message.content}")
         else:
             turns.append(message)

@@ -1,4 +1,5 @@
 """Records to rows of ids, a chunk at a time."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -20,8 +21,8 @@ _COLUMNS = {
     "prompt": ("prompt_ids",),
     "text": ("input_ids",),
 }
-_CHUNK = 1000               # records of a chunk at most,
-_CHUNK_CHARACTERS = 2**22   # and the characters at which it is full
+_CHUNK = 1000  # records of a chunk at most,
+_CHUNK_CHARACTERS = 2**22  # and the characters at which it is full
 
 Chunk = list[tuple[bool, SourcedRecord]]  # whether a record is for evaluation, and the record
 
@@ -61,8 +62,9 @@ class Encoder:
         report = PreparationReport()
         for is_eval, sourced in chunk:
             try:
-                rows[is_eval].extend({**columns, "dialogue": sourced.dialogue}
-                                     for columns in self._encoded(sourced, report))
+                rows[is_eval].extend(
+                    {**columns, "dialogue": sourced.dialogue} for columns in self._encoded(sourced, report)
+                )
             except UserError as error:
                 report.refuse(sourced.where, str(error))
         schema = features(self.kind).arrow_schema
@@ -75,7 +77,7 @@ class Encoder:
         if isinstance(record, PlainText):
             ids = codec.encode_text(record.text)
             for start in range(0, len(ids), self.max_tokens):
-                piece = ids[start:start + self.max_tokens]
+                piece = ids[start : start + self.max_tokens]
                 if len(piece) > 1:  # a single token has nothing it could be predicted from
                     yield {"input_ids": piece, "length": len(piece)}
             return
@@ -91,7 +93,6 @@ class Encoder:
         prompt_ids = codec.cut_prompt(whole, room)
         report.prompts_cut += len(prompt_ids) < len(whole)
         yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest}
-
 
     def _note_marks(self, sourced: SourcedRecord, prompt: Prompt, report: PreparationReport) -> None:
         """Text that has been through a template is wrapped in another now, mostly by mistake."""

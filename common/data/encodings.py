@@ -1,4 +1,5 @@
 """In which encoding a text file is written."""
+
 from __future__ import annotations
 
 import codecs
@@ -9,15 +10,21 @@ from common.data.rows import FileFormat
 from common.errors import UserError
 
 # The marks of UTF-32 begin with those of UTF-16.
-_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
-          (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8-sig"))
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
 _ASCII_AS_UTF16 = ((re.compile(rb"([\t-~]\0){4}"), "utf-16-le"), (re.compile(rb"(\0[\t-~]){4}"), "utf-16-be"))
 _ROWS = re.compile(rb"[\n\r}]")  # where one ends: much JSON is of one line
 _HIGH = re.compile(rb"[\x80-\xff]+")
 # What Western European text in Windows-1252 has beyond ASCII: letters, quotation marks, dashes and the like.
-_WESTERN = frozenset("\u20ac\u2026\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u2122\u0152\u0153\u0160\u0161\u0178\u017d"
-                     "\u017e").union(map(chr, range(0xa0, 0xff)))
-_FEW = 0.02     # share of lines, as many as --max_bad_rows lets pass
+_WESTERN = frozenset(
+    "\u20ac\u2026\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u2122\u0152\u0153\u0160\u0161\u0178\u017d\u017e"
+).union(map(chr, range(0xA0, 0xFF)))
+_FEW = 0.02  # share of lines, as many as --max_bad_rows lets pass
 
 
 def _invalid(error: UnicodeError) -> tuple[str, int]:
@@ -41,11 +48,13 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
         if ascii_text.match(head):
             return name
     if is_binary(head) and not form.encoding:
-        raise UserError(f"{label}: it is no text: {head.count(0) / len(head):.0%} of its bytes are NUL; "
-                        "is it damaged, or of another format?")
+        raise UserError(
+            f"{label}: it is no text: {head.count(0) / len(head):.0%} of its bytes are NUL; "
+            "is it damaged, or of another format?"
+        )
     if head.isascii():
         return form.encoding or "utf-8"
-    found = [row for row in _ROWS.split(head)[:-1 if cut else None] if row.strip()]
+    found = [row for row in _ROWS.split(head)[: -1 if cut else None] if row.strip()]
     high = [line for line in found if not line.isascii()]
     invalid = [line for line in high if not _is_utf8(line)]
     if len(invalid) <= len(high) / 2:
@@ -55,8 +64,10 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
     if _is_western(invalid) and len(invalid) > _FEW * len(found):
         raise UserError(f"{label}: it is not UTF-8; it looks like Windows-1252: convert it, or --encoding cp1252")
     if len(invalid) > max(1, len(found) / 2):
-        raise UserError(f"{label}: it is not UTF-8: convert it, or say what it is, such as --encoding cp1251, gb18030, "
-                        "big5, shift_jis or euc_kr")
+        raise UserError(
+            f"{label}: it is not UTF-8: convert it, or say what it is, such as --encoding cp1251, gb18030, "
+            "big5, shift_jis or euc_kr"
+        )
     return "utf-8"
 
 

@@ -1,4 +1,5 @@
 """What one row says, and the records of each kind that come of it."""
+
 from __future__ import annotations
 
 import contextlib
@@ -48,8 +49,12 @@ class Layout:
 
     def gives(self, kind: str, rows: Sequence[dict[str, Any]]) -> bool:
         """Whether rows such as these give records of ``kind``."""
-        return kind in self.kinds or kind == "comparison" and self.ranked is not None and any(
-            are_several(row.get(self.ranked)) and len(row[self.ranked]) > 1 for row in rows)
+        return (
+            kind in self.kinds
+            or kind == "comparison"
+            and self.ranked is not None
+            and any(are_several(row.get(self.ranked)) and len(row[self.ranked]) > 1 for row in rows)
+        )
 
     def fits_most(self, rows: Sequence[dict[str, Any]]) -> bool:
         """Whether most of the rows have all that it needs: in a mixed file each may lack some columns."""
@@ -118,10 +123,11 @@ def _demonstration(example: Example) -> Demonstration:
     trained = [at for at, message in enumerate(answer) if message.role == "assistant" and message.trained]
     if not trained:
         raise LeftOut("no answer that is to be trained")
-    *before, last = answer[:trained[-1] + 1]
+    *before, last = answer[: trained[-1] + 1]
     whole = make_prompt([*prompt.messages, *before], "chosen", tools=prompt.tools)
-    return Demonstration(replace(whole, asked=prompt.asked + whole.asked[len(prompt.asked):]),
-                         _filled(answer_of([last]), "answer"))
+    return Demonstration(
+        replace(whole, asked=prompt.asked + whole.asked[len(prompt.asked) :]), _filled(answer_of([last]), "answer")
+    )
 
 
 def _pairs(example: Example) -> list[tuple[Answer, Answer]]:

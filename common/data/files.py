@@ -6,6 +6,7 @@ how the rows lie in JSON, see `json_rows`. Of plain text each line is a row with
 it. A file is streamed, whatever its size. A row that cannot be read is returned as a `Row` with a problem, so that it
 can be counted and shown with its place; a file that cannot be read on, or is of another kind, is a UserError.
 """
+
 from __future__ import annotations
 
 import gzip
@@ -27,15 +28,25 @@ from common.data.kinds import GZIP, PARQUET, ZIP, ZSTD, unreadable_kind
 from common.data.rows import MAX_ROW_BYTES, TOO_LONG, FileFormat, Note, Row, ignore, lines
 from common.errors import UserError
 
-__all__ = ["MAX_ROW_BYTES", "SUFFIXES", "UNDERSTOOD", "FileFormat", "Row", "is_data_file", "is_plain_text", "kind_of",
-           "members", "read_rows"]
+__all__ = [
+    "MAX_ROW_BYTES",
+    "SUFFIXES",
+    "UNDERSTOOD",
+    "FileFormat",
+    "Row",
+    "is_data_file",
+    "is_plain_text",
+    "kind_of",
+    "members",
+    "read_rows",
+]
 
 _TABLES = (".csv", ".tsv")
 _TEXTS = (".jsonl", ".ndjson", ".json", *_TABLES, ".txt")
 _PACKED = (".gz", ".zst")
 SUFFIXES = (*(text + packed for text in _TEXTS for packed in ("", *_PACKED)), ".parquet", ".zip")
 UNDERSTOOD = f"{', '.join(_TEXTS)} (each also with {' or '.join(_PACKED)}), .parquet and .zip"
-_HEAD = 2**22   # bytes to look at
+_HEAD = 2**22  # bytes to look at
 _HEAD_OF_KIND = 1024
 
 
@@ -76,9 +87,12 @@ def members(path: Path, label: str) -> list[str] | None:
     except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
         raise UserError(f"{label}: the zip archive cannot be read: {error}") from error
     except OSError:
-        return None     # said where it is read
-    found = [name for name in names if is_data_file(Path(name)) and not name.lower().endswith(".zip")
-             and not name.startswith("__MACOSX/")]
+        return None  # said where it is read
+    found = [
+        name
+        for name in names
+        if is_data_file(Path(name)) and not name.lower().endswith(".zip") and not name.startswith("__MACOSX/")
+    ]
     if "[Content_Types].xml" in names:
         raise UserError(f"{label}: it is an Office document: save it as CSV")
     if not found:
@@ -86,8 +100,9 @@ def members(path: Path, label: str) -> list[str] | None:
     return sorted(found)
 
 
-def read_rows(path: Path, label: str, form: FileFormat = FileFormat(), note: Note = ignore,
-              member: str | None = None) -> Iterator[Row]:
+def read_rows(
+    path: Path, label: str, form: FileFormat = FileFormat(), note: Note = ignore, member: str | None = None
+) -> Iterator[Row]:
     """The rows of a file, or of a ``member`` of a zip archive, in order.
 
     ``label`` stands for the file in each row's place and in messages; ``note`` takes what is worth saying of the file
@@ -139,6 +154,7 @@ def _opened(path: Path, member: str | None, stack: ExitStack) -> BinaryIO:
         return stack.enter_context(gzip.open(stream))
     if beginning == ZSTD:
         import pyarrow
+
         return stack.enter_context(pyarrow.CompressedInputStream(stream, "zstd"))
     return stream
 
@@ -173,8 +189,9 @@ def _parquet_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         # Asked for all groups, pyarrow holds many at a time.
-        for batch in chain.from_iterable(file.iter_batches(batch_size=256, row_groups=[group])
-                                         for group in range(file.num_row_groups)):
+        for batch in chain.from_iterable(
+            file.iter_batches(batch_size=256, row_groups=[group]) for group in range(file.num_row_groups)
+        ):
             for at in range(len(batch)):
                 number += 1
                 where = f"{label}:{number}"

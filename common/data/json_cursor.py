@@ -1,4 +1,5 @@
 """JSON text read value by value, however long it is as a whole."""
+
 from __future__ import annotations
 
 import json
@@ -24,19 +25,19 @@ class Cursor:
         self._text, self._buffer, self.at = text, buffer, 0
         self.comments = 0
         self._what = ""
-        self.rows = 0       # begun
+        self.rows = 0  # begun
 
     def _more(self) -> bool:
         if self._text is None:
             return False
         found = self._text.read(max(_CHUNK, len(self._buffer) - self.at))
-        self._buffer, self.at = self._buffer[self.at:] + found, 0
+        self._buffer, self.at = self._buffer[self.at :] + found, 0
         return bool(found)
 
     def peek(self) -> str:
         """The next character that is no white space, nor in a comment; '' at the end."""
         while True:
-            mark = self._buffer[self.at:self.at + 1]
+            mark = self._buffer[self.at : self.at + 1]
             if mark in (" ", "\t", "\n", "\r", "\ufeff"):
                 self.at += 1
             elif mark == "#" or mark == "/" and self._comes("//"):
@@ -82,8 +83,10 @@ class Cursor:
                     raise self.broken() from None
 
     def broken(self, why: str = "") -> Broken:
-        return Broken(f"the JSON{self._what} is broken, or a row is {TOO_LONG}, at row {max(self.rows, 1)}"
-                       + (f": {why}" if why else ""))
+        return Broken(
+            f"the JSON{self._what} is broken, or a row is {TOO_LONG}, at row {max(self.rows, 1)}"
+            + (f": {why}" if why else "")
+        )
 
     def elements(self) -> Iterator[Callable[[], Any]]:
         """For each element of the array that comes next a function that reads it, to be called before the next."""

@@ -5,6 +5,7 @@ Lines are read one by one, so that a broken one costs its row alone. All else ha
 what is broken there ends the reading. A row at a time is in memory, except of tables by column, whose rows are only
 known when all of the file is.
 """
+
 from __future__ import annotations
 
 import json
@@ -16,9 +17,9 @@ from common.data.json_cursor import COMMENTS, Broken, Cursor
 from common.data.rows import TOO_LONG, FileFormat, Note, Row, lines, row_of
 from common.errors import UserError, did_you_mean
 
-_FIRST_LINES = 3    # in one of which a broken first row shows, if each row has a line of its own
+_FIRST_LINES = 3  # in one of which a broken first row shows, if each row has a line of its own
 _MAX_TABLE = 2**31  # characters of a table by column
-_LOOKED_AT = 50     # lines, to tell whether a file is JSON at all
+_LOOKED_AT = 50  # lines, to tell whether a file is JSON at all
 # Lists of objects that are a part of one row.
 _PARTS = {"conversation", "tools", "functions", "history"}
 _MESSAGE = ("role", "from")
@@ -26,8 +27,9 @@ _MESSAGE = ("role", "from")
 _CONTAINERS = {"data", "rows", "train", "training", "test", "validation", "examples", "instances", "items", "records"}
 
 
-def json_rows(opened: Callable[[], TextIO], head: str, cut: bool, label: str, form: FileFormat,
-              note: Note) -> Iterator[Row]:
+def json_rows(
+    opened: Callable[[], TextIO], head: str, cut: bool, label: str, form: FileFormat, note: Note
+) -> Iterator[Row]:
     """The rows of JSON text.
 
     ``opened`` gives the text from its start; ``head`` is its first part, all of it unless ``cut``.
@@ -46,8 +48,9 @@ def json_rows(opened: Callable[[], TextIO], head: str, cut: bool, label: str, fo
             yield from _value_rows(Cursor(opened()), label, note)
             return
     except Broken as broken:
-        raise UserError(f"{label}: {broken}; mend it, or write one object per line (.jsonl), "
-                        "where bad rows are skipped") from None
+        raise UserError(
+            f"{label}: {broken}; mend it, or write one object per line (.jsonl), where bad rows are skipped"
+        ) from None
     if what := _no_json(head, cut):
         raise UserError(f"{label}: {what}")
     yield from _line_rows(opened(), label, note)
@@ -60,7 +63,7 @@ def _shape(head: str, cut: bool) -> tuple[str, str]:
     mark = start.peek()
     if mark not in ("[", "{"):
         return "lines", ""
-    rest = head[start.at:]
+    rest = head[start.at :]
     first = rest.partition("\n")[0]
     try:
         value, end = json.JSONDecoder().raw_decode(rest)
@@ -70,9 +73,9 @@ def _shape(head: str, cut: bool) -> tuple[str, str]:
         if mark == "[":
             return "values", ""
         # It goes on behind the head, or it is broken: in lines of their own that shows in one of the first.
-        goes_on = cut and (getattr(error, "lineno", 1) > _FIRST_LINES or "\n" not in rest[getattr(error, "pos", 0):])
+        goes_on = cut and (getattr(error, "lineno", 1) > _FIRST_LINES or "\n" not in rest[getattr(error, "pos", 0) :])
         return ("object" if goes_on or first.strip() == "{" else "lines"), ("values" if "\n" in rest else "lines")
-    whole_line = end <= len(first.rstrip()) and not rest[end:len(first)].strip()
+    whole_line = end <= len(first.rstrip()) and not rest[end : len(first)].strip()
     if isinstance(value, list):
         if whole_line and value and isinstance(value[0], dict) and not _is_row(value[0]):
             return "lines", ""  # a dialogue a line
@@ -88,13 +91,18 @@ def _shape(head: str, cut: bool) -> tuple[str, str]:
 
 def _no_json(head: str, cut: bool) -> str:
     """What the text is, if by its first lines it is no JSON; else ''."""
-    found = [line for line in map(str.strip, head.split("\n", _LOOKED_AT)[:-1 if cut else _LOOKED_AT])
-             if line and not line.startswith(COMMENTS)]
+    found = [
+        line
+        for line in map(str.strip, head.split("\n", _LOOKED_AT)[: -1 if cut else _LOOKED_AT])
+        if line and not line.startswith(COMMENTS)
+    ]
     if found and all(line.startswith("{'") for line in found):
         return "its lines are Python's dictionaries, not JSON: write them with json.dumps"
     if found and not any(line.startswith(("{", "[")) for line in found):
-        return (f"it is no JSON: its first line is {found[0][:60]!r}; name a file by what it holds: "
-                ".csv, .tsv, .txt, .parquet")
+        return (
+            f"it is no JSON: its first line is {found[0][:60]!r}; name a file by what it holds: "
+            ".csv, .tsv, .txt, .parquet"
+        )
     return ""
 
 
@@ -175,19 +183,24 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, dict) and not any(name in value for name in _MESSAGE)
 
 
-def _object_rows(opened: Callable[[], TextIO], members: dict[str, str], label: str, form: FileFormat,
-                 note: Note) -> Iterator[Row]:
+def _object_rows(
+    opened: Callable[[], TextIO], members: dict[str, str], label: str, form: FileFormat, note: Note
+) -> Iterator[Row]:
     """The rows of a file that is one object."""
     holding = [key for key, kind in members.items() if kind == "rows"]
     if "text" in members.values():  # else it is one row, with a list in one of its columns
         holding = [key for key in holding if key.lower() in _CONTAINERS]
     field = form.data_field
     if field is not None and field not in members:
-        raise UserError(f"{label}: --data_field {field}: the file is one JSON object without that key; it has "
-                        f"{_named(members)}{did_you_mean(field, members)}")
+        raise UserError(
+            f"{label}: --data_field {field}: the file is one JSON object without that key; it has "
+            f"{_named(members)}{did_you_mean(field, members)}"
+        )
     if field is None and len(holding) > 1:
-        raise UserError(f"{label}: it is one JSON object with rows under {_named(holding)}: "
-                        "say which are meant with --data_field NAME")
+        raise UserError(
+            f"{label}: it is one JSON object with rows under {_named(holding)}: "
+            "say which are meant with --data_field NAME"
+        )
     if field is None and not holding:
         yield from _table_rows(_whole(opened(), label), label)
         return
@@ -208,8 +221,10 @@ def _object_rows(opened: Callable[[], TextIO], members: dict[str, str], label: s
 def _whole(text: TextIO, label: str) -> Any:
     found = text.read(_MAX_TABLE + 1)
     if len(found) > _MAX_TABLE:
-        raise UserError(f"{label}: it is one JSON object that must be read as a whole, longer than "
-                        f"{_MAX_TABLE // 2**30} GiB: write one object per line (.jsonl)")
+        raise UserError(
+            f"{label}: it is one JSON object that must be read as a whole, longer than "
+            f"{_MAX_TABLE // 2**30} GiB: write one object per line (.jsonl)"
+        )
     return Cursor(None, found).value()
 
 
@@ -223,8 +238,9 @@ def _table_rows(value: Any, label: str) -> Iterator[Row]:
     columns = list(value.values()) if isinstance(value, dict) else []
     if columns and all(isinstance(column, dict) and _is_row(column) for column in columns):
         rows = _by_number(value) if _is_numbered(value) else columns
-    elif columns and all(isinstance(column, list) and not (column and isinstance(column[0], dict))
-                         for column in columns):
+    elif columns and all(
+        isinstance(column, list) and not (column and isinstance(column[0], dict)) for column in columns
+    ):
         rows = _by_position(value, label)
     else:
         rows = [value]
@@ -245,14 +261,20 @@ def _by_number(table: dict[str, dict]) -> Iterator[dict[str, Any]]:
 def _by_position(table: dict[str, list], label: str) -> Iterator[dict[str, Any]]:
     if {"columns", "data"} <= set(table):
         names, rows = table["columns"], table["data"]
-        if not (all(isinstance(name, str) for name in names)
-                and all(isinstance(row, list) and len(row) == len(names) for row in rows)):
-            raise UserError(f"{label}: it is a table with 'columns' and 'data', but not every column has a name, or "
-                            "not every list in 'data' a value for each column")
+        if not (
+            all(isinstance(name, str) for name in names)
+            and all(isinstance(row, list) and len(row) == len(names) for row in rows)
+        ):
+            raise UserError(
+                f"{label}: it is a table with 'columns' and 'data', but not every column has a name, or "
+                "not every list in 'data' a value for each column"
+            )
     else:
         lengths = {name: len(column) for name, column in table.items()}
         if len(set(lengths.values())) > 1:
-            raise UserError(f"{label}: it is one JSON object with lists of different lengths: "
-                            + ", ".join(f"'{name}' has {length}" for name, length in islice(lengths.items(), 5)))
+            raise UserError(
+                f"{label}: it is one JSON object with lists of different lengths: "
+                + ", ".join(f"'{name}' has {length}" for name, length in islice(lengths.items(), 5))
+            )
         names, rows = list(table), zip(*table.values())
     return (dict(zip(names, row)) for row in rows)

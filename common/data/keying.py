@@ -1,4 +1,5 @@
 """The keys of one source's rows, and what is to be said about them."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from common.data.openings import Key, KeyRule, all_keys, whole
 from common.data.records import PlainText, Record, user_turns
 from common.data.split import beginnings, dialogue_hash, parse_split_by
 
-_SHOWN = 40         # characters of an opening
+_SHOWN = 40  # characters of an opening
 _SHOWN_OPENINGS = 3
 
 
@@ -25,10 +26,10 @@ class Keyer:
         self.source, self.column = source, parse_split_by(split_by)
         self.rule = KeyRule(split_by, shared)
         self._rows = 0
-        self._first: tuple[int, int] | None = None    # of the first row: the key, and the dialogue as it stands
+        self._first: tuple[int, int] | None = None  # of the first row: the key, and the dialogue as it stands
         self._same_key = self._same_prompt = True
         self._shown = ""
-        self._extended: dict[int, list] = {}    # opening -> its text, rows, turns of the longest key
+        self._extended: dict[int, list] = {}  # opening -> its text, rows, turns of the longest key
 
     def key(self, record: Record, asked: set[tuple[str, ...]], row: Row) -> Key | None:
         """The key of a row's record; None where the column has no value. ``asked``: see `examples.asked`."""
@@ -65,24 +66,35 @@ class Keyer:
     def extended(self) -> list[str]:
         """Which openings are keyed by more turns than the first, most frequent ones first."""
         found = sorted(self._extended.values(), key=lambda opening: (-opening[1], opening[0]))
-        lines = [f"{rows:,} rows of {self.source} begin with {_short(text)}: split by the user's first "
-                 f"{turns} turns" for text, rows, turns in found[:_SHOWN_OPENINGS]]
+        lines = [
+            f"{rows:,} rows of {self.source} begin with {_short(text)}: split by the user's first {turns} turns"
+            for text, rows, turns in found[:_SHOWN_OPENINGS]
+        ]
         if len(found) > _SHOWN_OPENINGS:
             rows = sum(opening[1] for opening in found[_SHOWN_OPENINGS:])
-            lines.append(f"{rows:,} rows of {self.source} begin with one of {len(found) - _SHOWN_OPENINGS} further "
-                         "openings that many share: split by more turns likewise")
+            lines.append(
+                f"{rows:,} rows of {self.source} begin with one of {len(found) - _SHOWN_OPENINGS} further "
+                "openings that many share: split by more turns likewise"
+            )
         return lines
 
     def inseparable(self) -> str:
         """What all rows have in common, so that no split can part them, or ''."""
         if self._rows < 2 or not self._same_key:
             return ""
-        what = (f"the same {self.column!r}" if self.column is not None else
-                "the same prompt" if self._same_prompt else "the same opening")
+        what = (
+            f"the same {self.column!r}"
+            if self.column is not None
+            else "the same prompt"
+            if self._same_prompt
+            else "the same opening"
+        )
         apart = "column:NAME" if self._same_prompt or self.column is not None else "prompt or column:NAME"
-        return (f"all {self._rows:,} rows of {self.source} have {what}, {_short(self._shown)}, and a split keeps them "
-                "together: give them to one step with --data_split (such as 1,0,0) and --eval_fraction 0, or tell them "
-                f"apart with --split_by {apart}")
+        return (
+            f"all {self._rows:,} rows of {self.source} have {what}, {_short(self._shown)}, and a split keeps them "
+            "together: give them to one step with --data_split (such as 1,0,0) and --eval_fraction 0, or tell them "
+            f"apart with --split_by {apart}"
+        )
 
 
 def column_value(row: Row, column: str) -> str | None:

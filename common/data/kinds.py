@@ -1,4 +1,5 @@
 """What a file is by its first bytes, whatever its name says."""
+
 from __future__ import annotations
 
 # Text may begin with a parquet file's "PAR1", but not with what each such file has behind it.

@@ -20,6 +20,7 @@ a pair or their ``margin``, equal ones being ties, which are left out.
 
 A comparison also serves as a demonstration, and all but plain text as prompts.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,8 +28,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from common.data.dialogues import (answer_of, as_json, is_transcript, is_whole_dialogue, joined, make_prompt,
-                                   read_dialogue, read_question)
+from common.data.dialogues import (
+    answer_of,
+    as_json,
+    is_transcript,
+    is_whole_dialogue,
+    joined,
+    make_prompt,
+    read_dialogue,
+    read_question,
+)
 from common.data.examples import Example, Layout
 from common.data.records import Answer, Message, Prompt
 from common.data.values import BadRow, are_several, as_text, clean_answer, clean_text, is_texts
@@ -37,15 +46,20 @@ COMPARISONS = ("comparison", "demonstration", "prompt")
 DEMONSTRATIONS = ("demonstration", "prompt")
 COMPANIONS = ("context", "input", "document", "passage")
 _SYSTEM = ("system_prompt", "system")
-_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
-           ("chosen-rating", "rejected-rating"))
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
 _LABELS = ("label", "kto_tag")  # whether an answer is a good one
-_RANKS = ("scores", "ranks")    # of the answers in a list: higher scores are better, lower ranks
+_RANKS = ("scores", "ranks")  # of the answers in a list: higher scores are better, lower ranks
 _BESIDE = (*_SYSTEM, *COMPANIONS, "history", "tools")
 _BESIDE_PAIR = (*_BESIDE, "margin", *(name for pair in _SCORES for name in pair))
 
 
 # ---- what stands beside a question
+
 
 def _system(row: dict[str, Any]) -> str:
     return "\n\n".join(dict.fromkeys(filter(None, (clean_text(row.get(column), column) for column in _SYSTEM))))
@@ -59,8 +73,9 @@ def _history(row: dict[str, Any]) -> list[Message]:
     pairs = row.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise BadRow("'history' is not a list of pairs, question and answer")
-    return [Message(role, clean_text(text, "history")) for pair in pairs for role, text in
-            zip(("user", "assistant"), pair)]
+    return [
+        Message(role, clean_text(text, "history")) for pair in pairs for role, text in zip(("user", "assistant"), pair)
+    ]
 
 
 def _tools(row: dict[str, Any]) -> str:
@@ -82,8 +97,9 @@ def _asked(row: dict[str, Any], column: str, beside: Sequence[str] = COMPANIONS)
     return _with_all(row, read_question(row[column], column), column, beside)
 
 
-def _with_all(row: dict[str, Any], messages: Sequence[Message], column: str,
-              beside: Sequence[str] = COMPANIONS) -> Prompt:
+def _with_all(
+    row: dict[str, Any], messages: Sequence[Message], column: str, beside: Sequence[str] = COMPANIONS
+) -> Prompt:
     messages = [*_history(row), *messages]
     added = _companions(row, beside)
     if added:
@@ -115,6 +131,7 @@ def _with_beside(row: dict[str, Any], value: Any, beside: Sequence[str] = COMPAN
 
 # ---- what answers it
 
+
 def _answer(value: Any, column: str, prompt: Prompt, asked: Any = None) -> Answer:
     """One answer: a text, messages of which the last is the assistant's, or the whole dialogue that such ones end."""
     if is_whole_dialogue(value) and not is_texts(value):
@@ -122,8 +139,8 @@ def _answer(value: Any, column: str, prompt: Prompt, asked: Any = None) -> Answe
         while messages and messages[-1].role != "assistant":
             messages.pop()
         before = _without_system(prompt.messages)
-        if messages[:len(before)] == before:
-            messages = messages[len(before):]
+        if messages[: len(before)] == before:
+            messages = messages[len(before) :]
         elif messages and messages[0].role != "assistant":
             raise BadRow(f"'{column}' holds another dialogue than the prompt's")
         return answer_of(messages) if messages else ""
@@ -149,9 +166,14 @@ def _answered(question: str, answer: str, beside: Sequence[str] = COMPANIONS) ->
             return Example(prompt, answers[0], label=_label(row))
         goodness = _goodness(row, len(answers))
         order = sorted(range(len(answers)), key=lambda at: -goodness[at])
-        pairs = tuple((answers[better], answers[worse]) for at, better in enumerate(order) for worse in order[at + 1:]
-                      if goodness[better] > goodness[worse])
+        pairs = tuple(
+            (answers[better], answers[worse])
+            for at, better in enumerate(order)
+            for worse in order[at + 1 :]
+            if goodness[better] > goodness[worse]
+        )
         return Example(prompt, answers[order[0]], pairs, tied=not pairs)
+
     return read
 
 
@@ -181,8 +203,9 @@ def _label(row: dict[str, Any]) -> bool:
 
 def _tied(row: dict[str, Any]) -> bool:
     """Whether the row says that its answers are as good as each other."""
-    scores = [(row[one], row[other]) for one, other in _SCORES
-              if row.get(one) is not None and row.get(other) is not None]
+    scores = [
+        (row[one], row[other]) for one, other in _SCORES if row.get(one) is not None and row.get(other) is not None
+    ]
     if row.get("margin") is not None:
         scores.append((row["margin"], 0))
     try:
@@ -193,6 +216,7 @@ def _tied(row: dict[str, Any]) -> bool:
 
 def _compared(question: str) -> Callable[[dict[str, Any]], Example]:
     """A pair whose prompt is in a column of its own, unless both are whole dialogues."""
+
     def read(row: dict[str, Any]) -> Example:
         if all(is_whole_dialogue(row[column]) and not are_several(row[column]) for column in ("chosen", "rejected")):
             return _dialogues(row, question)
@@ -201,6 +225,7 @@ def _compared(question: str) -> Callable[[dict[str, Any]], Example]:
         pairs = tuple((better, worse) for better in good for worse in bad)
         shown = _answer(row.get("response"), "response", prompt, asked)
         return Example(prompt, shown or good[0], pairs, tied=_tied(row))
+
     return read
 
 
@@ -224,9 +249,9 @@ def _both(asked: list[Message], before: list[Message]) -> list[Message]:
     rest, shared = _without_system(before), _without_system(asked)
     if not any(message.role == "user" for message in before):  # the dialogue holds the answers alone
         return [*asked, *before]
-    if shared[len(shared) - len(rest):] == rest:  # it begins with the last turns of the prompt
-        return asked if len(asked) > len(shared) else [*before[:len(before) - len(rest)], *asked]
-    if rest[:len(shared)] == shared and len(before) == len(rest):
+    if shared[len(shared) - len(rest) :] == rest:  # it begins with the last turns of the prompt
+        return asked if len(asked) > len(shared) else [*before[: len(before) - len(rest)], *asked]
+    if rest[: len(shared)] == shared and len(before) == len(rest):
         return [*(message for message in asked if message.role == "system"), *before]
     return before
 
@@ -254,23 +279,27 @@ def _messages(column: str) -> Callable[[dict[str, Any]], Example]:
         if not isinstance(row[column], list):
             raise BadRow(f"'{column}' is not a list")
         messages = read_dialogue(row[column], column)
-        answers = [at for at, message in enumerate(messages)
-                   if message.role == "assistant" and (message.content or message.more)]
+        answers = [
+            at
+            for at, message in enumerate(messages)
+            if message.role == "assistant" and (message.content or message.more)
+        ]
         if not answers:
             return Example(_with_all(row, messages, column, ()))
         last = answers[-1]
-        goes_on = any(message.content for message in messages[last + 1:])
+        goes_on = any(message.content for message in messages[last + 1 :])
         asked = messages if goes_on else messages[:last]
         while asked and asked[-1].role == "assistant":
             asked = asked[:-1]
         asks = _with_all(row, asked, column, ())
         last = max((at for at in answers if messages[at].trained), default=last)
         first = last
-        while first and messages[first - 1].role == "assistant" and len(joined(messages[first - 1:last + 1])) == 1:
+        while first and messages[first - 1].role == "assistant" and len(joined(messages[first - 1 : last + 1])) == 1:
             first -= 1
-        (answer,) = joined(messages[first:last + 1])
+        (answer,) = joined(messages[first : last + 1])
         prompt = _with_all(row, messages[:first], column, ())
         return Example(prompt, answer_of([answer]) if answer.trained else (answer,), asks=asks, label=_label(row))
+
     return read
 
 
@@ -285,9 +314,12 @@ def _text(row: dict[str, Any]) -> Example:
 def _in_pair(question: str) -> Callable[[dict[str, Any]], list[Any]]:
     def asked(row: dict[str, Any]) -> list[Any]:
         dialogues = [row.get(column) for column in ("chosen", "rejected")]
-        values = [row.get(question), *(value for value in dialogues
-                                       if isinstance(value, list) and not is_texts(value) or is_transcript(value))]
+        values = [
+            row.get(question),
+            *(value for value in dialogues if isinstance(value, list) and not is_texts(value) or is_transcript(value)),
+        ]
         return [_with_beside(row, value) for value in values if value is not None]
+
     return asked
 
 
@@ -297,30 +329,47 @@ def as_question(text: Any) -> list[dict[str, Any]]:
 
 
 def _pair_of(question: str) -> Layout:
-    return Layout((question, "chosen", "rejected"), COMPARISONS, _compared(question),
-                  tuple(column for column in ("response", *_BESIDE_PAIR) if column != question), _in_pair(question))
+    return Layout(
+        (question, "chosen", "rejected"),
+        COMPARISONS,
+        _compared(question),
+        tuple(column for column in ("response", *_BESIDE_PAIR) if column != question),
+        _in_pair(question),
+    )
 
 
 def _answer_to(question: str, answer: str) -> Layout:
     beside = tuple(column for column in COMPANIONS if column != question)
-    return Layout((question, answer), DEMONSTRATIONS, _answered(question, answer, beside),
-                  (*_SYSTEM, *beside, "history", "tools", *_LABELS, *_RANKS), _asked_in(question, beside),
-                  ranked=answer)
+    return Layout(
+        (question, answer),
+        DEMONSTRATIONS,
+        _answered(question, answer, beside),
+        (*_SYSTEM, *beside, "history", "tools", *_LABELS, *_RANKS),
+        _asked_in(question, beside),
+        ranked=answer,
+    )
 
 
 _QUESTIONS = ("prompt", "instruction", "question", "query", "input")
 _ANSWERS = ("response", "completion", "output", "answer", "responses", "completions", "answers")
 _PAIRS = tuple(_pair_of(question) for question in (*_QUESTIONS, "conversations", "messages"))
-_ANSWERED = {(question, answer): _answer_to(question, answer) for question, answer in (
-    # Where there is an instruction, a prompt beside it is the whole of the row in a template, its answer included.
-    ("instruction", "output"), *((question, answer) for question in _QUESTIONS for answer in _ANSWERS))}
+_ANSWERED = {
+    (question, answer): _answer_to(question, answer)
+    for question, answer in (
+        # Where there is an instruction, a prompt beside it is the whole of the row in a template, its answer included.
+        ("instruction", "output"),
+        *((question, answer) for question in _QUESTIONS for answer in _ANSWERS),
+    )
+}
 PROMPT_PAIR = _PAIRS[0]
 DIALOGUE_PAIR = Layout(("chosen", "rejected"), COMPARISONS, _dialogues, _BESIDE_PAIR, _in_pair("prompt"))
 PROMPT_RESPONSE = _ANSWERED["prompt", "response"]
 INSTRUCTION = _ANSWERED["instruction", "output"]
 QUESTION_RESPONSE = _ANSWERED["question", "response"]
-_MESSAGES = tuple(Layout((column,), DEMONSTRATIONS, _messages(column), (*_SYSTEM, "tools", *_LABELS),
-                         _asked_in(column, ())) for column in ("messages", "conversations"))
+_MESSAGES = tuple(
+    Layout((column,), DEMONSTRATIONS, _messages(column), (*_SYSTEM, "tools", *_LABELS), _asked_in(column, ()))
+    for column in ("messages", "conversations")
+)
 PROMPT = Layout(("prompt",), ("prompt",), _prompt, _BESIDE, _asked_in("prompt"))
 TEXT = Layout(("text",), ("text",), _text)
 
@@ -330,8 +379,15 @@ LAYOUTS = (*_PAIRS, DIALOGUE_PAIR, *_ANSWERED.values(), *_MESSAGES, PROMPT, TEXT
 
 def described(kind: str | None = None) -> str:
     """The layouts that give records of ``kind``, or all, for a message."""
-    groups = (((PROMPT_PAIR, DIALOGUE_PAIR), "prompt/chosen/rejected, chosen/rejected"),
-              ((PROMPT_RESPONSE,), f"prompt/response, instruction/output and the like ({' or '.join(_QUESTIONS)} with "
-                                   f"{' or '.join(_ANSWERS)})"),
-              (_MESSAGES, "messages, conversations"), ((PROMPT,), "prompt"), ((TEXT,), "text"))
+    groups = (
+        ((PROMPT_PAIR, DIALOGUE_PAIR), "prompt/chosen/rejected, chosen/rejected"),
+        (
+            (PROMPT_RESPONSE,),
+            f"prompt/response, instruction/output and the like ({' or '.join(_QUESTIONS)} with "
+            f"{' or '.join(_ANSWERS)})",
+        ),
+        (_MESSAGES, "messages, conversations"),
+        ((PROMPT,), "prompt"),
+        ((TEXT,), "text"),
+    )
     return ", ".join(text for (layout, *_), text in groups if kind is None or kind in layout.kinds)

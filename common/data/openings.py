@@ -4,6 +4,7 @@ By the first one, mostly. Where many dialogues of a source begin with the same t
 them to one step and one side, so each of these is keyed by as many further turns as it takes. A prompt that continues
 another goes with it, since both have the turns of the key.
 """
+
 from __future__ import annotations
 
 from array import array
@@ -14,10 +15,10 @@ import numpy as np
 
 from common.data.split import beginnings, normalised
 
-_SHARE = 0.01   # of a source's dialogues: an opening that more of them share is extended,
-_FEW = 4        # if they are more than so many: small data are not to be torn apart
-_DEEPEST = 32   # turns that are looked at
-_MANY = 2**21   # entries after which repeated ones are dropped
+_SHARE = 0.01  # of a source's dialogues: an opening that more of them share is extended,
+_FEW = 4  # if they are more than so many: small data are not to be torn apart
+_DEEPEST = 32  # turns that are looked at
+_MANY = 2**21  # entries after which repeated ones are dropped
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class OpeningCounter:
             return frozenset()
         later = depths > 0
         ends = ~np.isin(hashes, before[later])
-        dialogues = ends.astype(np.int64)   # that begin so
+        dialogues = ends.astype(np.int64)  # that begin so
         parents = np.searchsorted(hashes, before)
         for depth in range(int(depths.max()), 0, -1):
             here = depths == depth
@@ -104,6 +105,6 @@ class OpeningCounter:
         before = np.frombuffer(self._before, np.int64)[first]
         depths = np.frombuffer(self._depths, np.uint8)[first]
         self._hashes, self._before, self._depths = (
-            array(code, values.tobytes()) for code, values in zip("qqB", (hashes, before, depths)))
+            array(code, values.tobytes()) for code, values in zip("qqB", (hashes, before, depths))
+        )
         return hashes, before, depths
-

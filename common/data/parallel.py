@@ -1,4 +1,5 @@
 """A function over many items, by all cores, with the results in order and few items in memory at a time."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -13,14 +14,14 @@ from itertools import chain, islice
 from multiprocessing.connection import wait
 from typing import TypeVar
 
-from common.runtime.distributed import cores
 from common.errors import UserError
+from common.runtime.distributed import cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_ALONE = 4          # items done before any process is started: what is small is ready by then
-_MOST_PROCESSES = 8     # reading the items, which one process does, keeps no more of them busy
+_ALONE = 4  # items done before any process is started: what is small is ready by then
+_MOST_PROCESSES = 8  # reading the items, which one process does, keeps no more of them busy
 
 _function: Callable | None = None
 
@@ -50,8 +51,9 @@ def _by_processes(function: Callable[[Item], Result], items: Iterable[Item], pro
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a process that prepared data was ended from outside, mostly for want of memory: free some, "
-                        "and start again") from None
+        raise UserError(
+            "a process that prepared data was ended from outside, mostly for want of memory: free some, and start again"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

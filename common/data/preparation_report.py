@@ -9,7 +9,7 @@ from common.data.reading import Counts, ReadReport
 from common.errors import UserError
 
 _SHOWN = 5  # refused rows shown with their place
-_FEW = 20   # with fewer rows to evaluate on, chance moves a metric as much as training does
+_FEW = 20  # with fewer rows to evaluate on, chance moves a metric as much as training does
 
 
 @dataclass
@@ -85,21 +85,27 @@ class PreparationReport:
         summary += self.read.notes
         summary += [f"note: {line}" for line in self.read.inseparable]
         summary += [f"unusable: {where}: {why}" for where, why in [*self.read.first_bad, *self.first_refused]]
-        others = ((self.other_phases, "row", "for other steps"),
-                  (self.repeated_prompts, "repeated prompt", "left out"),
-                  (self.too_long, "row", "dropped as too long"),
-                  (self.refused, "row", "refused by the template"),
-                  (self.prompts_cut, "prompt", "cut on the left"))
+        others = (
+            (self.other_phases, "row", "for other steps"),
+            (self.repeated_prompts, "repeated prompt", "left out"),
+            (self.too_long, "row", "dropped as too long"),
+            (self.refused, "row", "refused by the template"),
+            (self.prompts_cut, "prompt", "cut on the left"),
+        )
         left = [f"{_counted(self.train_rows, 'row')} to train on", f"{self.eval_rows:,} to evaluate on"]
         summary.append(", ".join(left + [f"{_counted(count, noun)} {what}" for count, noun, what in others if count]))
         for where, mark in self.first_marked[:1]:
-            summary.append(f"warning: {_counted(self.marked, 'row')}, {where} first, {_has(self.marked)} the marks of "
-                           f"a template ({mark!r}), and --template wraps the text again: give it without them, or "
-                           "--template none if it is ready as it is")
+            summary.append(
+                f"warning: {_counted(self.marked, 'row')}, {where} first, {_has(self.marked)} the marks of "
+                f"a template ({mark!r}), and --template wraps the text again: give it without them, or "
+                "--template none if it is ready as it is"
+            )
         for source, counts in self.read.sources.items():
             if counts.unused:
-                summary.append(f"note: {source}: not used: {', '.join(counts.unused)}; --columns gives a column a "
-                               "meaning, as in --columns context=NAME, which puts it behind the question")
+                summary.append(
+                    f"note: {source}: not used: {', '.join(counts.unused)}; --columns gives a column a "
+                    "meaning, as in --columns context=NAME, which puts it behind the question"
+                )
         mend = "raise --eval_fraction or give more data"
         if not self.eval_rows:
             summary.append(f"note: no row is held out, so nothing is evaluated: {mend}")
@@ -108,24 +114,29 @@ class PreparationReport:
             summary.append(f"note: {rows} held out, too few to measure much by: {mend}")
         return summary
 
-    def check(self, max_bad_fraction: float, *, length_flag: str = "--max_seq_len",
-              data_flag: str = "--data_path") -> None:
+    def check(
+        self, max_bad_fraction: float, *, length_flag: str = "--max_seq_len", data_flag: str = "--data_path"
+    ) -> None:
         """Raises UserError if too many rows were unusable or nothing is left to train on. The flags, which
         limit the rows' length and name the sources, are for its message."""
         self.read.check(max_bad_fraction)
         written = self.refused + self.too_long + self.train_rows + self.eval_rows
         if self.refused > max_bad_fraction * written:
             where, why = self.first_refused[0]
-            raise UserError(f"{self.refused:,} of {written:,} rows cannot be written with the template, such "
-                            f"as {where}: {why}")
+            raise UserError(
+                f"{self.refused:,} of {written:,} rows cannot be written with the template, such as {where}: {why}"
+            )
         if not self.train_rows and self.too_long:
-            raise UserError(f"no row is left to train on: {self.too_long:,} of {data_flag} are too "
-                            f"long for {length_flag}: raise it")
+            raise UserError(
+                f"no row is left to train on: {self.too_long:,} of {data_flag} are too long for {length_flag}: raise it"
+            )
         if not self.train_rows:
-            raise UserError(f"no row of {data_flag} is left to train on: "
-                            f"{self.other_phases:,} belong to other steps (--data_split) and "
-                            f"{self.eval_rows:,} are held out (--eval_fraction)"
-                            + "".join(f"; {line}" for line in self.read.inseparable))
+            raise UserError(
+                f"no row of {data_flag} is left to train on: "
+                f"{self.other_phases:,} belong to other steps (--data_split) and "
+                f"{self.eval_rows:,} are held out (--eval_fraction)"
+                + "".join(f"; {line}" for line in self.read.inseparable)
+            )
 
 
 def _has(count: int) -> str:

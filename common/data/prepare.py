@@ -34,13 +34,13 @@ from common.data.reading import SourcedRecord, fingerprint, read_records
 from common.data.records import Prompt, user_turns
 from common.data.split import assignment, parse_data_split, parse_split_by
 from common.data.tokenization import Codec, tokenizer_fingerprint
-from common.runtime.distributed import gather_objects
 from common.errors import UserError
 from common.paths import writing_to
+from common.runtime.distributed import gather_objects
 
 _TESTED = "tested.npy"
-_PATIENCE = 10      # seconds until a rank says what it waits for
-_SETTLED = 2        # seconds after which a further change of a file shows in its time
+_PATIENCE = 10  # seconds until a rank says what it waits for
+_SETTLED = 2  # seconds after which a further change of a file shows in its time
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,11 @@ def prepare_many(requests: Sequence[DataRequest], codec: Codec) -> PreparedData:
         parts = [_from_cache(request, codec) for request in requests]
     data = parts[0] if len(parts) == 1 else _joined(parts)
     flags = dict.fromkeys(spec.flag for request in requests for spec in request.data_path)
-    data.report.check(max(request.max_bad_fraction for request in requests),
-                      length_flag=requests[0].length_flag, data_flag=" and ".join(flags))
+    data.report.check(
+        max(request.max_bad_fraction for request in requests),
+        length_flag=requests[0].length_flag,
+        data_flag=" and ".join(flags),
+    )
     return data
 
 
@@ -130,8 +133,10 @@ def agree_on(*data: PreparedData) -> None:
     keys = gather_objects([part.key for part in data])
     for rank, theirs in enumerate(keys):
         if theirs != keys[0]:
-            raise UserError(f"rank {rank} has read other data than rank 0: a data source has changed meanwhile, or is "
-                            "not the same on each machine; start again when it no longer changes")
+            raise UserError(
+                f"rank {rank} has read other data than rank 0: a data source has changed meanwhile, or is "
+                "not the same on each machine; start again when it no longer changes"
+            )
 
 
 def _from_cache(request: DataRequest, codec: Codec) -> PreparedData:
@@ -141,8 +146,10 @@ def _from_cache(request: DataRequest, codec: Codec) -> PreparedData:
     with _locked(Path(f"{target}.lock"), "the data to be prepared") as writable:
         data = _load(target, again=True)
         if data is None and not writable:
-            raise UserError(f"--data_output_path {cache}: cannot be written to, and what this run needs is not "
-                            "prepared there, or not whole: name a directory that can be written to")
+            raise UserError(
+                f"--data_output_path {cache}: cannot be written to, and what this run needs is not "
+                "prepared there, or not whole: name a directory that can be written to"
+            )
         if data is None:
             _build(request, codec, target)
             data = _load(target, again=False)
@@ -178,8 +185,9 @@ def _joined(parts: Sequence[PreparedData]) -> PreparedData:
     tested = np.concatenate([part.tested for part in parts])
     train = _without(train, tested)
     report = functools.reduce(PreparationReport.joined, (part.report for part in parts))
-    return PreparedData(train, held_out, tested, replace(report, train_rows=len(train)),
-                        " ".join(part.key for part in parts))
+    return PreparedData(
+        train, held_out, tested, replace(report, train_rows=len(train)), " ".join(part.key for part in parts)
+    )
 
 
 def _without(train: Dataset, tested: np.ndarray) -> Dataset:
@@ -189,8 +197,11 @@ def _without(train: Dataset, tested: np.ndarray) -> Dataset:
 
 def _key(request: DataRequest, codec: Codec) -> str:
     """A hash of all that decides the content of the prepared data, the code of this package included."""
-    asked = {name: value for name, value in vars(request).items()
-             if name not in ("cache_dir", "max_bad_fraction", "length_flag")}
+    asked = {
+        name: value
+        for name, value in vars(request).items()
+        if name not in ("cache_dir", "max_bad_fraction", "length_flag")
+    }
     asked["data_path"] = [[spec.name, _fingerprint(spec, request)] for spec in request.data_path]
     asked["columns"] = dict(request.columns or {})
     asked["shared"] = {source: sorted(openings) for source, openings in (request.shared or {}).items()}
@@ -246,13 +257,12 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
     for left_over in (target, *target.parent.glob(f"{target.name}.tmp*")):
         shutil.rmtree(left_over, ignore_errors=True)
     directory = target.with_name(f"{target.name}.tmp{secrets.token_hex(4)}")
-    directory.mkdir()   # which colleagues may read, if the umask lets them: not so a temporary directory
+    directory.mkdir()  # which colleagues may read, if the umask lets them: not so a temporary directory
     try:
         report, tested, held_out_keys = PreparationReport(), set(), set()
         encode = Encoder(request.kind, request.max_tokens, codec)
         write = functools.partial(ArrowWriter, features=features(request.kind))
-        with (write(path=str(directory / "train.arrow")) as train,
-              write(path=str(directory / "eval.arrow")) as held_out):
+        with write(path=str(directory / "train.arrow")) as train, write(path=str(directory / "eval.arrow")) as held_out:
             for *sides, outcome in in_order(encode, chunks(_taken(request, report, tested, held_out_keys))):
                 for writer, rows in zip((train, held_out), sides):
                     if len(rows):
@@ -268,12 +278,21 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
         raise
 
 
-def _taken(request: DataRequest, report: PreparationReport, tested: set[int],
-           held_out_keys: set[int]) -> Iterator[tuple[bool, SourcedRecord]]:
+def _taken(
+    request: DataRequest, report: PreparationReport, tested: set[int], held_out_keys: set[int]
+) -> Iterator[tuple[bool, SourcedRecord]]:
     """(is for evaluation, record) for each record of this step."""
-    records = read_records(request.data_path, request.kind, columns=request.columns,
-                           max_rows=request.max_rows, pairs_per_prompt=request.pairs_per_prompt, report=report.read,
-                           tested=tested, split_by=request.split_by, shared=request.shared)
+    records = read_records(
+        request.data_path,
+        request.kind,
+        columns=request.columns,
+        max_rows=request.max_rows,
+        pairs_per_prompt=request.pairs_per_prompt,
+        report=report.read,
+        tested=tested,
+        split_by=request.split_by,
+        shared=request.shared,
+    )
     by_turns = parse_split_by(request.split_by) is None
     prompts_seen: set[tuple[int, int]] = set()
     for sourced in records:
@@ -297,7 +316,7 @@ def _taken(request: DataRequest, report: PreparationReport, tested: set[int],
         yield is_eval, sourced
     parts = sum(share > 0 for share in parse_data_split(request.data_split)) if request.phase is not None else 1
     if parts == 1 and not request.eval_fraction:
-        report.read.inseparable.clear()     # and no need to be
+        report.read.inseparable.clear()  # and no need to be
 
 
 def _hash(text: str) -> int:

@@ -1,4 +1,5 @@
 """Whether files lie in a directory as they were written there, by their sizes and checksums."""
+
 from __future__ import annotations
 
 import contextlib
@@ -13,8 +14,8 @@ from pathlib import Path
 import psutil
 import xxhash
 
-READY = "READY"         # says that the directory is whole
-_LARGE = 10 * 2**30     # bytes that may take more than some seconds to read
+READY = "READY"  # says that the directory is whole
+_LARGE = 10 * 2**30  # bytes that may take more than some seconds to read
 _A_DAY = 24 * 3600
 _VERIFIED = "VERIFIED"  # says who has read all of it, and in which state
 

@@ -1,4 +1,5 @@
 """Records out of a blend of sources: the one way in for every program."""
+
 from __future__ import annotations
 
 import hashlib
@@ -13,9 +14,9 @@ from typing import Any
 
 from common.data.adapters import ColumnMap, choose_layout, named_layout
 from common.data.blend import SourceSpec
-from common.data.keying import Keyer
 from common.data.examples import Layout, LeftOut, to_records
 from common.data.examples import asked as asked_in
+from common.data.keying import Keyer
 from common.data.openings import OpeningCounter
 from common.data.records import RECORD_KINDS, Record, user_turns
 from common.data.rows import Note, Row
@@ -23,9 +24,9 @@ from common.data.sources import Part, open_source
 from common.data.values import BadRow
 from common.errors import UserError, did_you_mean
 
-_SHOWN = 5      # bad rows shown with their place
-_SAMPLE = 20    # rows whose columns decide the layout of a file: in JSON lines any one row may lack some
-_SAID_EVERY = 30    # seconds
+_SHOWN = 5  # bad rows shown with their place
+_SAMPLE = 20  # rows whose columns decide the layout of a file: in JSON lines any one row may lack some
+_SAID_EVERY = 30  # seconds
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,14 @@ class Counts:
     def joined(self, other: Counts) -> Counts:
         """The sums of both."""
         reasons = Counter(self.left_out) + Counter(other.left_out)
-        return Counts(self.total + other.total, self.usable + other.usable, self.bad + other.bad,
-                      self.first_bad + other.first_bad, dict(reasons), list(dict.fromkeys(self.unused + other.unused)))
+        return Counts(
+            self.total + other.total,
+            self.usable + other.usable,
+            self.bad + other.bad,
+            self.first_bad + other.first_bad,
+            dict(reasons),
+            list(dict.fromkeys(self.unused + other.unused)),
+        )
 
 
 @dataclass
@@ -85,8 +92,9 @@ class ReadReport:
         sources = dict(self.sources)
         for source, counts in other.sources.items():
             sources[source] = sources[source].joined(counts) if source in sources else counts
-        return ReadReport(sources, self.notes + other.notes, self.inseparable + other.inseparable,
-                          {**self.shared, **other.shared})
+        return ReadReport(
+            sources, self.notes + other.notes, self.inseparable + other.inseparable, {**self.shared, **other.shared}
+        )
 
     @property
     def first_bad(self) -> list[tuple[str, str]]:
@@ -106,17 +114,29 @@ class ReadReport:
             shown = "".join(f"; {where}: {why}" for where, why in counts.first_bad)
             if not counts.usable:
                 left_out = "".join(f"; {count:,} left out ({reason})" for reason, count in counts.left_out.items())
-                raise UserError(f"{source}: none of its {counts.total} rows can be used"
-                                f"{left_out + shown if counts.total else ': it is empty'}")
+                raise UserError(
+                    f"{source}: none of its {counts.total} rows can be used"
+                    f"{left_out + shown if counts.total else ': it is empty'}"
+                )
             if counts.bad > max_bad_fraction * counts.total:
-                raise UserError(f"{source}: {counts.bad} of {counts.total} rows cannot be used, "
-                                f"more than --max_bad_rows {max_bad_fraction:g} allows{shown}")
+                raise UserError(
+                    f"{source}: {counts.bad} of {counts.total} rows cannot be used, "
+                    f"more than --max_bad_rows {max_bad_fraction:g} allows{shown}"
+                )
 
 
-def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str, str] | None = None,
-                 max_rows: int | None = None, pairs_per_prompt: int | None = None, report: ReadReport,
-                 tested: set[int] | None = None, split_by: str = "opening",
-                 shared: Mapping[str, Collection[int]] | None = None) -> Iterator[SourcedRecord]:
+def read_records(
+    specs: Sequence[SourceSpec],
+    kind: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_rows: int | None = None,
+    pairs_per_prompt: int | None = None,
+    report: ReadReport,
+    tested: set[int] | None = None,
+    split_by: str = "opening",
+    shared: Mapping[str, Collection[int]] | None = None,
+) -> Iterator[SourcedRecord]:
     """The records of ``kind`` (one of ``RECORD_KINDS``) of all sources: first their own test data, then the
     rest.
 
@@ -155,8 +175,9 @@ def read_records(specs: Sequence[SourceSpec], kind: str, *, columns: Mapping[str
             counts = report.sources[spec.name]
             parts = [part for part in source.parts if part.split == split]
             wanted = "prompt" if split == "tested" else kind
-            rows = chain.from_iterable(_part_rows(spec, part, wanted, columns, keyer.column, report.notes.append)
-                                       for part in parts)
+            rows = chain.from_iterable(
+                _part_rows(spec, part, wanted, columns, keyer.column, report.notes.append) for part in parts
+            )
             limit = max_rows if split == "train" else None
             for number, (row, reader) in enumerate(islice(rows, limit)):
                 records, problem = _records(row, reader)
@@ -227,16 +248,23 @@ def _records(row: Row, reader: _Reader | None) -> tuple[list[Record], str | Exce
         return [], reason
 
 
-def _part_rows(spec: SourceSpec, part: Part, kind: str, columns: Mapping[str, str] | None,
-               split_column: str | None = None,
-               note: Note = lambda text: None) -> Iterator[tuple[Row, _Reader | None]]:
+def _part_rows(
+    spec: SourceSpec,
+    part: Part,
+    kind: str,
+    columns: Mapping[str, str] | None,
+    split_column: str | None = None,
+    note: Note = lambda text: None,
+) -> Iterator[tuple[Row, _Reader | None]]:
     """The rows of a file, and how to read them."""
     rows, reader = part.rows(note), None
     for sample, found in _samples(rows):
         if found:
             if split_column is not None and split_column not in found:
-                raise UserError(f"--split_by column:{split_column}: {part.label} has no such column"
-                                f"{did_you_mean(split_column, found)}; it has {', '.join(sorted(found))}")
+                raise UserError(
+                    f"--split_by column:{split_column}: {part.label} has no such column"
+                    f"{did_you_mean(split_column, found)}; it has {', '.join(sorted(found))}"
+                )
             chosen = []
             for wanted in (kind, kind if kind == "text" else "prompt"):
                 names = ColumnMap(columns).for_kind(wanted).within(found)
@@ -249,8 +277,9 @@ def _part_rows(spec: SourceSpec, part: Part, kind: str, columns: Mapping[str, st
         yield from ((row, reader) for row in chain(sample, rows))
 
 
-def _shared_openings(spec: SourceSpec, kind: str, columns: Mapping[str, str] | None,
-                     max_rows: int | None) -> frozenset[int]:
+def _shared_openings(
+    spec: SourceSpec, kind: str, columns: Mapping[str, str] | None, max_rows: int | None
+) -> frozenset[int]:
     """The openings of a source that are keyed by more turns, counted over the same rows whatever kind is wanted."""
     if kind == "text":
         return frozenset()
@@ -264,8 +293,11 @@ def _shared_openings(spec: SourceSpec, kind: str, columns: Mapping[str, str] | N
                 counter.add(turns)
             if number % 1000 == 0 and time.monotonic() > said + _SAID_EVERY:
                 said = time.monotonic()
-                print(f"{spec.name}: {number:,} rows looked through for openings that many dialogues share",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"{spec.name}: {number:,} rows looked through for openings that many dialogues share",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return counter.shared()
 
 
@@ -288,6 +320,5 @@ def fingerprint(spec: SourceSpec, columns: Mapping[str, str] | None, max_rows: i
     source = open_source(spec)
     layout = named_layout(spec.name)
     content = [[part.name, part.split, part.digest()] for part in source.parts]
-    state = [content, layout and str(layout), spec.weight, sorted((columns or {}).items()), max_rows,
-             asdict(spec.form)]
+    state = [content, layout and str(layout), spec.weight, sorted((columns or {}).items()), max_rows, asdict(spec.form)]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()

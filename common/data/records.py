@@ -4,10 +4,11 @@ A comparison can serve as a demonstration (its chosen answer), and both can serv
 ``common.data.layouts`` do that conversion. Texts carry no template and no cue, and no surrounding white space but
 an answer's own indentation: ``common.data.templates`` alone decides how a record is written out.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Union
+from typing import Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 RECORD_KINDS = ("prompt", "demonstration", "comparison", "text")
@@ -30,7 +31,7 @@ class Message:
 
 # An answer is its text. Where that does not say all, it is messages, the first and the last of them the
 # assistant's: one with `more` beside its text, or several turns.
-Answer = Union[str, tuple[Message, ...]]
+Answer = str | tuple[Message, ...]
 
 
 def turns_of(answer: Answer) -> tuple[Message, ...]:
@@ -81,7 +82,7 @@ class PlainText:
     text: str
 
 
-Record = Union[Prompt, Demonstration, Comparison, PlainText]
+Record = Prompt | Demonstration | Comparison | PlainText
 
 
 def user_turns(record: Record) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
 """What every reader of a file gives, and what every one is told about the file."""
+
 from __future__ import annotations
 
 import codecs
@@ -47,9 +48,11 @@ class FileFormat:
                 # str.encode refuses what is a codec but no encoding of text, such as base64.
                 "".encode(codecs.lookup(self.encoding).name)
             except (LookupError, ValueError):
-                raise UserError(f"--encoding {self.encoding}: no such encoding of text; there are utf-8, utf-16, "
-                                "cp1252 (Western Windows), latin-1, cp1251, gb18030, big5, shift_jis, euc_kr "
-                                "and more") from None
+                raise UserError(
+                    f"--encoding {self.encoding}: no such encoding of text; there are utf-8, utf-16, "
+                    "cp1252 (Western Windows), latin-1, cp1251, gb18030, big5, shift_jis, euc_kr "
+                    "and more"
+                ) from None
         return self
 
 

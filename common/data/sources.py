@@ -4,6 +4,7 @@ data set.
 A local path wins over a hub name. A source consists of parts (files, splits), each of which belongs to training or to
 the source's own test data, see `splits`.
 """
+
 from __future__ import annotations
 
 import functools
@@ -43,7 +44,7 @@ class Part:
 @dataclass(frozen=True)
 class Source:
     parts: list[Part]
-    left_out: list[str] = field(default_factory=list)   # names of parts that belong to no split
+    left_out: list[str] = field(default_factory=list)  # names of parts that belong to no split
     notes: list[str] = field(default_factory=list)
 
 
@@ -69,31 +70,43 @@ def local_source(spec: SourceSpec, kind: str | None = None) -> Source | None:
         path.stat()
     except FileNotFoundError:
         pass
-    except OSError as error:    # a name that is too long, a directory on the way that cannot be entered
+    except OSError as error:  # a name that is too long, a directory on the way that cannot be entered
         raise UserError(f"{spec.flag}: {spec.name[:200]} cannot be read: {error.strerror}") from None
     if path.is_file():
         inside = members(path, spec.name)
         if inside:
             return _of_files(spec, {name: (path, name) for name in inside}, kind)
         if not is_data_file(path):
-            raise UserError(f"{spec.flag}: {spec.name} is {kind_of(path) or 'no data file'}; "
-                            f"understood are {UNDERSTOOD}")
+            raise UserError(
+                f"{spec.flag}: {spec.name} is {kind_of(path) or 'no data file'}; understood are {UNDERSTOOD}"
+            )
         return Source([_file_part(path, spec.name, path.name, "train", spec.form, _digest_of(path))])
     if path.is_dir():
         return _directory(spec, path, kind)
     if path.exists():
         raise UserError(f"{spec.flag}: {spec.name} is neither a file nor a directory; write what it gives to a file")
     if is_data_file(path) or not may_be_on_hub(spec.name):
-        raise UserError(f"{spec.flag}: {spec.name} does not exist; name a file, a directory, "
-                        f"builtin:courtesy or a hub data set (name or owner/name){similar_path(path)}")
+        raise UserError(
+            f"{spec.flag}: {spec.name} does not exist; name a file, a directory, "
+            f"builtin:courtesy or a hub data set (name or owner/name){similar_path(path)}"
+        )
     return None
 
 
 def _builtin(spec: SourceSpec) -> Source:
     task = spec.name.removeprefix(_BUILTIN)
     version = builtin.builtin_version(task)
-    return Source([Part(spec.name, task, "train", lambda note=ignore: _numbered(builtin.builtin_rows(task), spec.name),
-                        lambda: version)])
+    return Source(
+        [
+            Part(
+                spec.name,
+                task,
+                "train",
+                lambda note=ignore: _numbered(builtin.builtin_rows(task), spec.name),
+                lambda: version,
+            )
+        ]
+    )
 
 
 def _numbered(rows: Any, label: str) -> Iterator[Row]:
@@ -101,8 +114,15 @@ def _numbered(rows: Any, label: str) -> Iterator[Row]:
         yield Row(f"{label}:{number}", values)
 
 
-def _file_part(path: Path, label: str, name: str, split: str, form: FileFormat, digest: Callable[[], str],
-               member: str | None = None) -> Part:
+def _file_part(
+    path: Path,
+    label: str,
+    name: str,
+    split: str,
+    form: FileFormat,
+    digest: Callable[[], str],
+    member: str | None = None,
+) -> Part:
     return Part(label, name, split, lambda note=ignore: read_rows(path, label, form, note, member), digest)
 
 
@@ -122,13 +142,18 @@ def _directory(spec: SourceSpec, path: Path, kind: str | None) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved(spec, path, kind)
     try:
-        os.listdir(path)    # what cannot be looked into would seem to be empty
+        os.listdir(path)  # what cannot be looked into would seem to be empty
     except OSError as error:
         raise UserError(f"{spec.flag}: the directory {spec.name} cannot be read: {error.strerror}") from None
     inside = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    data = {name: file for name, file in inside.items() if is_data_file(file) and file.name not in _METADATA
-            and not any(part.startswith(".") for part in name.split("/"))
-            and not (is_plain_text(name) and file.name.lower().partition(".")[0] in _ABOUT)}
+    data = {
+        name: file
+        for name, file in inside.items()
+        if is_data_file(file)
+        and file.name not in _METADATA
+        and not any(part.startswith(".") for part in name.split("/"))
+        and not (is_plain_text(name) and file.name.lower().partition(".")[0] in _ABOUT)
+    }
     # Beside data, a text is about them, and an archive holds them once more.
     aside = [name for name in data if is_plain_text(name) or name.lower().endswith(".zip")]
     if len(aside) == len(data):
@@ -136,8 +161,11 @@ def _directory(spec: SourceSpec, path: Path, kind: str | None) -> Source:
     found: dict[str, tuple[Path, str | None]] = {}
     for name in data.keys() - set(aside):
         within = members(data[name], os.path.join(spec.name, name))
-        found |= {name: (data[name], None)} if within is None else {
-            f"{name}/{member}": (data[name], member) for member in within}
+        found |= (
+            {name: (data[name], None)}
+            if within is None
+            else {f"{name}/{member}": (data[name], member) for member in within}
+        )
     if not found:
         raise UserError(f"{spec.flag}: the directory {spec.name} holds no data file; understood are {UNDERSTOOD}")
     source = _of_files(spec, found, kind)
@@ -154,8 +182,9 @@ def _of_files(spec: SourceSpec, files: dict[str, tuple[Path, str | None]], kind:
     parts = []
     for name in (name for name in names if name in choice.splits):
         path, member = files[name]
-        parts.append(_file_part(path, os.path.join(spec.name, name), name, choice.splits[name], spec.form,
-                                digests[path], member))
+        parts.append(
+            _file_part(path, os.path.join(spec.name, name), name, choice.splits[name], spec.form, digests[path], member)
+        )
     return Source(parts, choice.left_out, [f"{spec.name}: {said}" for said in choice.notes])
 
 
@@ -165,8 +194,7 @@ def _saved(spec: SourceSpec, path: Path, kind: str | None) -> Source:
     try:
         saved = load_from_disk(str(path))
     except Exception as error:  # whatever the library meets in a damaged directory
-        raise UserError(f"{spec.flag}: {spec.name} is no readable saved data set: "
-                        f"{_first_line(error)}") from error
+        raise UserError(f"{spec.flag}: {spec.name} is no readable saved data set: {_first_line(error)}") from error
     if isinstance(saved, Dataset):
         tables, folders = {"train": saved}, {"train": path}
     else:
@@ -180,7 +208,7 @@ def hub_source(spec: SourceSpec, kind: str | None = None) -> Source:
     return _from_tables(spec, tables, lambda name: tables[name]._fingerprint, kind)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load_hub(name: str, config_name: str | None, flag: str) -> dict[str, Any]:
     from datasets import config, load_dataset
 
@@ -194,8 +222,10 @@ def _load_hub(name: str, config_name: str | None, flag: str) -> dict[str, Any]:
             return dict(load_dataset(name, config_name, revision="refs/convert/parquet"))
     except Exception as error:  # unreachable, unknown, gated, no such configuration: each has its own class
         reason = unreachable_hub(error, str(config.HF_DATASETS_CACHE)) or _first_line(error)
-        raise UserError(f"{flag}: {name} is no local path, and it cannot be loaded as a hub data set: "
-                        f"{reason}{similar_path(Path(name))}") from error
+        raise UserError(
+            f"{flag}: {name} is no local path, and it cannot be loaded as a hub data set: "
+            f"{reason}{similar_path(Path(name))}"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -207,8 +237,11 @@ def _from_tables(spec: SourceSpec, tables: dict[str, Any], digest: Callable[[str
     parts = []
     for name, split in choice.splits.items():
         label = f"{spec.name}[{name}]"
-        parts.append(Part(label, name, split, functools.partial(_table_rows, tables[name], label),
-                          functools.partial(digest, name)))
+        parts.append(
+            Part(
+                label, name, split, functools.partial(_table_rows, tables[name], label), functools.partial(digest, name)
+            )
+        )
     return Source(parts, choice.left_out, [f"{spec.name}: {said}" for said in choice.notes])
 
 

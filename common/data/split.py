@@ -5,6 +5,7 @@ dialogue's later prompts contain its earlier answers, so all of them must fall o
 node nor order may move a prompt from training to evaluation. `common.data.openings` says which dialogues are keyed
 by more turns than the first.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -15,14 +16,13 @@ from dataclasses import dataclass
 
 from common.errors import UserError, did_you_mean
 
-
-SPLIT_BY = ("auto", "opening", "prompt")    # or column:NAME
+SPLIT_BY = ("auto", "opening", "prompt")  # or column:NAME
 _COLUMN = "column:"
 
 
 @dataclass(frozen=True)
 class Assignment:
-    phase: int      # 0 SFT, 1 reward model, 2 PPO
+    phase: int  # 0 SFT, 1 reward model, 2 PPO
     is_eval: bool
 
 
@@ -65,8 +65,9 @@ def parse_split_by(value: str) -> str | None:
         return None
     column = value.removeprefix(_COLUMN)
     if column == value or not column.strip():
-        raise UserError(f"--split_by {value}: choose {', '.join(SPLIT_BY)} or column:NAME"
-                        f"{did_you_mean(value, SPLIT_BY)}")
+        raise UserError(
+            f"--split_by {value}: choose {', '.join(SPLIT_BY)} or column:NAME{did_you_mean(value, SPLIT_BY)}"
+        )
     return column
 
 
@@ -98,7 +99,7 @@ def fractions(text: str, purpose: str, count: int) -> tuple[float, ...]:
     key = f"{purpose}\n{normalised(text)}".encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(key).digest()
     # 53 bits: exactly representable, so that no number rounds up to 1.
-    return tuple((int.from_bytes(digest[8 * i:8 * i + 8], "big") >> 11) / 2**53 for i in range(count))
+    return tuple((int.from_bytes(digest[8 * i : 8 * i + 8], "big") >> 11) / 2**53 for i in range(count))
 
 
 def assignment(key: str, data_split: str | Sequence[float], eval_fraction: float) -> Assignment:

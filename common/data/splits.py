@@ -6,6 +6,7 @@ test data, they are the source's data. Where the parts of a split are named afte
 train_gen), as sets do that hold the same rows for each use, those of one use are taken: the one that fits the records
 wanted. What the other uses test is not trained on either.
 """
+
 from __future__ import annotations
 
 import re
@@ -14,13 +15,20 @@ from dataclasses import dataclass, field
 
 _TRAIN = {"train", "training"}
 _TEST = {"test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation"}
-_USES = {**dict.fromkeys(("prefs", "pref", "preference", "preferences", "comparisons", "pairs", "rm", "reward", "dpo"),
-                         "prefs"),
-         **dict.fromkeys(("sft", "demonstrations"), "sft"),
-         **dict.fromkeys(("gen", "generation", "prompts", "rl", "ppo"), "gen")}
+_USES = {
+    **dict.fromkeys(
+        ("prefs", "pref", "preference", "preferences", "comparisons", "pairs", "rm", "reward", "dpo"), "prefs"
+    ),
+    **dict.fromkeys(("sft", "demonstrations"), "sft"),
+    **dict.fromkeys(("gen", "generation", "prompts", "rl", "ppo"), "gen"),
+}
 # For each kind of record the uses, the fittest first.
-_FITTING = {"comparison": ("prefs", "sft", "gen"), "demonstration": ("sft", "prefs", "gen"),
-            "prompt": ("gen", "prefs", "sft"), "text": ("sft", "gen", "prefs")}
+_FITTING = {
+    "comparison": ("prefs", "sft", "gen"),
+    "demonstration": ("sft", "prefs", "gen"),
+    "prompt": ("gen", "prefs", "sft"),
+    "text": ("sft", "gen", "prefs"),
+}
 _FOR = {"comparison": "comparisons", "demonstration": "demonstrations", "prompt": "prompts", "text": "plain text"}
 
 
@@ -47,8 +55,10 @@ def choose_splits(names: Sequence[str], kind: str | None) -> Choice:
         fittest = min(uses.values(), key=_FITTING[kind].index)
         others = [name for name, use in uses.items() if use != fittest]
         taken = [name for name, use in uses.items() if use == fittest]
-        choice.notes.append(f"of its parts for several uses {', '.join(taken)} {'is' if len(taken) == 1 else 'are'} "
-                            f"read, for {_FOR[kind]}; left out: {', '.join(others)}")
+        choice.notes.append(
+            f"of its parts for several uses {', '.join(taken)} {'is' if len(taken) == 1 else 'are'} "
+            f"read, for {_FOR[kind]}; left out: {', '.join(others)}"
+        )
         for name in others:
             if split == "test":
                 splits[name] = "tested"

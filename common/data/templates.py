@@ -84,29 +84,42 @@ class TextTemplate:
         return wrapping[message.role] + message.content
 
     def _cannot_write(self, what: str) -> UserError:
-        return UserError(f"--template {self.name} cannot write {what}: use --template chat with a tokenizer whose chat "
-                         "template can, or leave that out of the data")
+        return UserError(
+            f"--template {self.name} cannot write {what}: use --template chat with a tokenizer whose chat "
+            "template can, or leave that out of the data"
+        )
 
 
-TEXT_TEMPLATES = {template.name: template for template in (
-    # The layout of Anthropic's HH-RLHF transcripts.
-    TextTemplate("human_assistant", question="Human: ", cue="Assistant:", lead=" ", opening=""),
-    TextTemplate("question_answer", question="Question: ", cue="Answer:", lead=" "),
-    # Stanford Alpaca's prompt for an instruction without a separate input, as its README documents it;
-    # further turns repeat the two headings, and a system prompt takes the place of the opening line.
-    TextTemplate("alpaca", question="### Instruction:\n", cue="### Response:", lead="\n",
-                 opening="Below is an instruction that describes a task. "
-                         "Write a response that appropriately completes the request."),
-    # Text that is ready: rendered already, or to be gone on with.
-    TextTemplate("none", question="", cue="", lead="", between="", raw=True),
-)}
+TEXT_TEMPLATES = {
+    template.name: template
+    for template in (
+        # The layout of Anthropic's HH-RLHF transcripts.
+        TextTemplate("human_assistant", question="Human: ", cue="Assistant:", lead=" ", opening=""),
+        TextTemplate("question_answer", question="Question: ", cue="Answer:", lead=" "),
+        # Stanford Alpaca's prompt for an instruction without a separate input, as its README documents it;
+        # further turns repeat the two headings, and a system prompt takes the place of the opening line.
+        TextTemplate(
+            "alpaca",
+            question="### Instruction:\n",
+            cue="### Response:",
+            lead="\n",
+            opening="Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.",
+        ),
+        # Text that is ready: rendered already, or to be gone on with.
+        TextTemplate("none", question="", cue="", lead="", between="", raw=True),
+    )
+}
 
 CHAT = "chat"
 TEMPLATE_NAMES = ("human_assistant", "question_answer", "alpaca", CHAT, "none")
 
 # What templates in use put around turns. Text that has them has been through one.
-_MARKS = re.compile(r"\n\n(?:Human|Assistant):|<\|im_(?:start|end)\|>|\[/?INST\]|<\|(?:start_header_id|eot_id)\|>|"
-                    r"<(?:start|end)_of_turn>|^### (?:Instruction|Response):|<\|(?:user|assistant|system|end)\|>", re.M)
+_MARKS = re.compile(
+    r"\n\n(?:Human|Assistant):|<\|im_(?:start|end)\|>|\[/?INST\]|<\|(?:start_header_id|eot_id)\|>|"
+    r"<(?:start|end)_of_turn>|^### (?:Instruction|Response):|<\|(?:user|assistant|system|end)\|>",
+    re.M,
+)
 
 
 def marks(text: str) -> Iterator[str]:
@@ -122,6 +135,7 @@ def get_template(name: str, tokenizer=None, date: str | None = None) -> Template
     """
     if name == CHAT:
         from common.data.chat_template import ChatTemplate
+
         return ChatTemplate(tokenizer, *([date] if date else []))
     if name not in TEXT_TEMPLATES:
         raise UserError(f"--template {name}: no such template; choose one of {', '.join(TEMPLATE_NAMES)}")

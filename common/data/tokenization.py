@@ -20,14 +20,15 @@ from common.paths import unreachable_hub
 # forms, spaces (also at both ends) and line ends, digits, punctuation, many scripts, emoji, a long word.
 _PROBE = (
     "  The Quick BROWN fox's iPhone  isn't   (really) jumping, e-mail: a_b@c.de/f?g=1&h=2#i \u2014 "
-    "\u201cyes\u201d\u2026 ``no'' -- \"so,\" he said.\" [etc.], http://x.y (z). Ah...!? <b>a</b> == {1: [2]};\n\n\n"
+    '\u201cyes\u201d\u2026 ``no\'\' -- "so," he said." [etc.], http://x.y (z). Ah...!? <b>a</b> == {1: [2]};\n\n\n'
     "  def f(x):\r\n\treturn x**2 != 1e-5;  # 3.14, 1234567 and 2,000 \u0661\u0662\n \n"
     "na\u00efve cafe\u0301 \u00c5ngstr\u00f6m STRASSE stra\u00dfe \u0130stanbul \u0141\u00f3d\u017a \ufb01sh \u00bd "
     "x\u00b2 \uff26\uff55\uff4c\uff4c\uff17\uff01 a\u00a0b\u2003c\u200bd\u3000e \u2581f \u00adg\ufeffh \x07i\n"
     "\u6771\u4eac\u3078\u884c\u304f\u3001\u30ab\uff76\uff9e\u3002 \u4e2d\u6587\u5b57abc \ud55c\uad6d\uc5b4 "
     "\u041f\u0440\u0438\u0432\u0435\u0442 \u0451\u0436 \u0645\u064e\u0631\u062d\u0628\u0627 \u05e9\u05b8 "
     "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \U0001f600\U0001f44d\U0001f3fd "
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467 " + "a" * 120)
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 " + "a" * 120
+)
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -60,8 +61,14 @@ def published_ends(name_or_path: str) -> list[int]:
     return ends if isinstance(ends, list) else [ends]
 
 
-def make_codec(tokenizer: PreTrainedTokenizerBase, template_name: str, *, add_eot_token: bool = False,
-               eot_token: str = "<|endoftext|>", date: str | None = None) -> Codec:
+def make_codec(
+    tokenizer: PreTrainedTokenizerBase,
+    template_name: str,
+    *,
+    add_eot_token: bool = False,
+    eot_token: str = "<|endoftext|>",
+    date: str | None = None,
+) -> Codec:
     """A tokenizer's codec. The end token is the one by which a chat template ends an answer, else the tokenizer's own,
     or `eot_token` with `add_eot_token`. `date` is for chat templates that write it, see `ChatTemplate`.
 
@@ -159,7 +166,7 @@ class Codec:
         The tokenizer's start tokens come first if it puts any before a text (a chat template brings its own).
         """
         ids = self._ids(self.template.prompt_pieces(prompt))
-        if self.template.name != CHAT and ids[:len(self._start)] != self._start:
+        if self.template.name != CHAT and ids[: len(self._start)] != self._start:
             ids = self._start + ids
         return ids if max_tokens is None else self.cut_prompt(ids, max_tokens)
 
@@ -167,8 +174,8 @@ class Codec:
         """At most `max_tokens` ids: the start token and the last of the others, where the question is."""
         if len(ids) <= max_tokens:
             return ids
-        start = self._start if ids[:len(self._start)] == self._start else []
-        return start + ids[len(ids) - max(max_tokens - len(start), 0):]
+        start = self._start if ids[: len(self._start)] == self._start else []
+        return start + ids[len(ids) - max(max_tokens - len(start), 0) :]
 
     def encode_response(self, answer: Answer, prompt: Prompt | None = None) -> list[int]:
         """Ids of an answer as it follows the cue, and the end token. A chat template may write it otherwise for
@@ -183,8 +190,8 @@ class Codec:
     def decode_response(self, ids: Sequence[int]) -> str:
         """The answer in `ids`, up to the end token if any, without special tokens and the template's lead."""
         ids = list(ids)
-        ids = ids[:self.end_of(ids)]
-        if self._lead[:len(ids)] == ids:
+        ids = ids[: self.end_of(ids)]
+        if self._lead[: len(ids)] == ids:
             return ""
         start = self._behind_lead(ids)
         if start is not None:
@@ -198,14 +205,14 @@ class Codec:
         other channels such as reasoning. None if the lead is not there."""
         lead = self._lead
         last = len(ids) - len(lead) if self._special.intersection(lead) else 0
-        return next((at + len(lead) for at in range(last, -1, -1) if ids[at:at + len(lead)] == lead), None)
+        return next((at + len(lead) for at in range(last, -1, -1) if ids[at : at + len(lead)] == lead), None)
 
     def end_of(self, ids: Sequence[int]) -> int:
         """The place of the first token that ends an answer; the length where there is none."""
         return next((at for at, token in enumerate(ids) if token in self.end_ids), len(ids))
 
     def _shown(self, ids: list[int]) -> str:
-        return self._decoded(self._space + ids)[len(self._decoded(self._space)):]
+        return self._decoded(self._space + ids)[len(self._decoded(self._space)) :]
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The answer piece by piece, while its ids arrive; together they are its `decode_response`."""
@@ -222,9 +229,9 @@ class Codec:
             if text.endswith("\ufffd") or self.template.lead.startswith(text) or not text.startswith(shown):
                 continue
             if text != shown:
-                yield text[len(shown):]
+                yield text[len(shown) :]
             shown = text
-        rest = self.decode_response(seen)[len(shown):]
+        rest = self.decode_response(seen)[len(shown) :]
         if rest:
             yield rest
 
@@ -251,7 +258,7 @@ class Codec:
         if not (self._adds_space and continues):
             return encode(text)
         before, both = encode("\n"), encode("\n" + text)
-        return both[len(before):] if both[:len(before)] == before else encode(text)
+        return both[len(before) :] if both[: len(before)] == before else encode(text)
 
     def _text_ids(self, text: str, *, continues: bool = False) -> list[int]:
         ids = self._continued(self._plain_ids, text, continues)
@@ -266,8 +273,10 @@ class Codec:
         ids = self._continued(self._plain_ids, first, continues)
         ids += [token for piece in others for token in self._continued(self._plain_ids, piece)]
         if self._special.intersection(ids):
-            raise UserError(f"the tokenizer turns plain text into its special token {' or '.join(spelt)}: "
-                            "choose a tokenizer that keeps special tokens out of text")
+            raise UserError(
+                f"the tokenizer turns plain text into its special token {' or '.join(spelt)}: "
+                "choose a tokenizer that keeps special tokens out of text"
+            )
         return ids
 
 
@@ -275,8 +284,8 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer's own rule puts before a text, such as <s>."""
     bare = tokenizer.encode("a", add_special_tokens=False)
     ruled = tokenizer.encode("a", add_special_tokens=True)
-    starts = [i for i in range(len(ruled)) if ruled[i:i + len(bare)] == bare]
-    return ruled[:starts[0]] if starts else []
+    starts = [i for i in range(len(ruled)) if ruled[i : i + len(bare)] == bare]
+    return ruled[: starts[0]] if starts else []
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -4,6 +4,7 @@ recurse or fill the memory.
 Both are programs that a model's directory brings. Neither can be stopped from Python once it runs, so the trial is in a
 forked process that may use little time and memory.
 """
+
 from __future__ import annotations
 
 import os
@@ -19,14 +20,18 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError, reason_of
 
-SECONDS = 10    # of a processor's time; a usual trial takes milliseconds
+SECONDS = 10  # of a processor's time; a usual trial takes milliseconds
 MEMORY = 2**30  # bytes, besides those of this process
 _PATIENCE = 120  # seconds by the clock; so long the trial may wait for a busy machine
 
 _SHORT_RUN, _LONG_RUN = 64, 2000  # what doubles with every character never ends at the one; what squares, at neither
 _ANY = "".join(map(chr, range(33, 127)))  # a pattern is not even tried where a character that it needs is nowhere
-_PROBES = [character * run + end for character in ("a", "Z", "7", " ", "\n", "_", "!", "\u00e9", "\u4e2d", "ab ", "a-")
-           for run in (_SHORT_RUN, _LONG_RUN) for end in ("", "\x07?", f"\x07\n{_ANY}")]
+_PROBES = [
+    character * run + end
+    for character in ("a", "Z", "7", " ", "\n", "_", "!", "\u00e9", "\u4e2d", "ab ", "a-")
+    for run in (_SHORT_RUN, _LONG_RUN)
+    for end in ("", "\x07?", f"\x07\n{_ANY}")
+]
 
 _USER, _ASSISTANT = ({"role": role, "content": "What is it?"} for role in ("user", "assistant"))
 _SYSTEM = {"role": "system", "content": "Be brief."}
@@ -50,8 +55,10 @@ def try_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
     if problem := _problem_in_child(encode):
-        raise UserError(f"{_file(name, 'tokenizer.json')}: the tokenizer cannot be used: to encode a text {problem}: "
-                        "use the tokenizer's own files of its publisher")
+        raise UserError(
+            f"{_file(name, 'tokenizer.json')}: the tokenizer cannot be used: to encode a text {problem}: "
+            "use the tokenizer's own files of its publisher"
+        )
 
 
 def try_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -60,6 +67,7 @@ def try_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     Raises:
         UserError: it recurses, does not end, fills the memory or fails; names the file.
     """
+
     def render() -> None:
         for messages in ([_USER], [_SYSTEM, _USER], [_USER, _ASSISTANT], [_USER, _ASSISTANT, _USER]):
             for asks in (True, False):
@@ -69,8 +77,10 @@ def try_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
                     pass
 
     if problem := _problem_in_child(render):
-        raise UserError(f"{_file(name, 'chat_template.jinja', 'tokenizer_config.json')}: the chat template cannot be "
-                        f"used: to render a short dialogue {problem}: correct it, or choose another --template")
+        raise UserError(
+            f"{_file(name, 'chat_template.jinja', 'tokenizer_config.json')}: the chat template cannot be "
+            f"used: to render a short dialogue {problem}: correct it, or choose another --template"
+        )
 
 
 def _file(name: str, *files: str) -> Path | str:

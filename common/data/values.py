@@ -1,4 +1,5 @@
 """Single values of a row: what counts as text, and as no text."""
+
 from __future__ import annotations
 
 import json
@@ -51,7 +52,7 @@ def clean_answer(value: Any, column: str) -> str:
 def own_indentation(text: str) -> str:
     """What `clean_answer` leaves of a text."""
     first = len(text) - len(text.lstrip())
-    text = text[text.rfind("\n", 0, first) + 1:].rstrip()
+    text = text[text.rfind("\n", 0, first) + 1 :].rstrip()
     return text[1:] if text[:1] == " " and text[1:2].strip() else text
 
 
@@ -62,8 +63,11 @@ def is_visible(text: str) -> bool:
 
 def is_texts(value: Any) -> bool:
     """Whether a value is a list of texts, numbers included; some may be missing."""
-    return isinstance(value, list) and {type(item) for item in value} - {type(None)} != set() and all(
-        item is None or isinstance(item, (str, int, float)) for item in value)
+    return (
+        isinstance(value, list)
+        and {type(item) for item in value} - {type(None)} != set()
+        and all(item is None or isinstance(item, (str, int, float)) for item in value)
+    )
 
 
 def are_several(value: Any) -> bool:
@@ -72,5 +76,11 @@ def are_several(value: Any) -> bool:
 
 
 def _is_parts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in value
+        )
+    )

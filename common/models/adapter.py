@@ -1,4 +1,5 @@
 """Adapters (LoRA, as peft saves them) where a model is looked for: named, refused, or laid over their base for good."""
+
 from __future__ import annotations
 
 import hashlib
@@ -15,11 +16,11 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
+from common.artifacts.provenance import Provenance, read_provenance
 from common.data.tokenization import Codec, load_tokenizer, make_codec
-from common.runtime.distributed import is_main
 from common.errors import UserError, reason_of
 from common.paths import content_digest
-from common.artifacts.provenance import Provenance, read_provenance
+from common.runtime.distributed import is_main
 
 ADAPTER_CONFIG = "adapter_config.json"
 _READ = (".json", ".safetensors", ".bin", ".model", ".py", ".jinja", ".txt")
@@ -35,10 +36,14 @@ def refuse_adapter(directory: Path, name: str, cure: str) -> None:
     if not holds_adapter(directory):
         return
     if (directory / "config.json").is_file():
-        raise UserError(f"{name}: an adapter ({ADAPTER_CONFIG}) lies beside the whole model, which may or may not have "
-                        f"it merged already: {cure}, or move the adapter's files elsewhere to take the model alone")
-    raise UserError(f"{name} is an adapter without its base model: make one model of them with "
-                    f"`python inference/merge_lora.py --path {directory} --output_dir MERGED`, or {cure}")
+        raise UserError(
+            f"{name}: an adapter ({ADAPTER_CONFIG}) lies beside the whole model, which may or may not have "
+            f"it merged already: {cure}, or move the adapter's files elsewhere to take the model alone"
+        )
+    raise UserError(
+        f"{name} is an adapter without its base model: make one model of them with "
+        f"`python inference/merge_lora.py --path {directory} --output_dir MERGED`, or {cure}"
+    )
 
 
 def read_adapter(directory: Path, name: str) -> tuple[str | None, bool]:
@@ -71,12 +76,14 @@ def merged_model(directory: Path, flag: str, cache_dir: Path) -> Path:
         UserError: there is no such base, or the two do not fit.
     """
     from common.models.loading import resolve_model
+
     name = f"{flag} {directory}"
     beside = (directory / "config.json").is_file()
     named, scores = read_adapter(directory, name)
     if not beside and not named:
-        raise UserError(f"{name}: the adapter does not name its base model: merge it with inference/merge_lora.py "
-                        "--base")
+        raise UserError(
+            f"{name}: the adapter does not name its base model: merge it with inference/merge_lora.py --base"
+        )
     base = str(directory) if beside else resolve_model(named, f"{name}: the adapter's base model", cache_dir)
     place = cache_dir / f"merged-{_digest(directory, base)}"
     draft = place.with_name(f".{place.name}-{os.getpid()}")
@@ -89,20 +96,26 @@ def merged_model(directory: Path, flag: str, cache_dir: Path) -> Path:
                     _write_merged(directory, weights, base, name, scores, draft)
                 os.rename(draft, place)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{name}: the sum with its adapter cannot be written to --data_output_path {cache_dir}: "
-                        f"{reason_of(error)}") from None
+        raise UserError(
+            f"{name}: the sum with its adapter cannot be written to --data_output_path {cache_dir}: {reason_of(error)}"
+        ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     if is_main():  # on stderr: the answers of inference/generate.py go to stdout
-        print(f"{name}: the adapter is laid over {'the model beside it' if beside else base}; their sum is in {place}",
-              file=sys.stderr, flush=True)
+        print(
+            f"{name}: the adapter is laid over {'the model beside it' if beside else base}; their sum is in {place}",
+            file=sys.stderr,
+            flush=True,
+        )
     return place
 
 
 def _write_merged(adapter: Path, weights: str, tokenizer: str, name: str, scores: bool, draft: Path) -> None:
     from peft import PeftModel
     from transformers.utils import logging
+
     from common.models.loading import explained, gives_scores, load_causal_lm, load_scalar_model
+
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     own = (adapter / "tokenizer_config.json").is_file()
@@ -125,8 +138,12 @@ def _codec(tokenizer: str, provenance: Provenance | None) -> Codec:
     loaded = load_tokenizer(tokenizer)
     if provenance is None:
         return make_codec(loaded, "human_assistant")  # no text is written by it
-    return make_codec(loaded, provenance.template, add_eot_token=provenance.end_token != loaded.eos_token,
-                      eot_token=provenance.end_token)
+    return make_codec(
+        loaded,
+        provenance.template,
+        add_eot_token=provenance.end_token != loaded.eos_token,
+        eot_token=provenance.end_token,
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 What transformers puts into a new row, the mean of all others, gives a token that is never the likeliest; frozen, it
 would stay so, and no answer would ever end.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -17,7 +18,7 @@ from common.errors import UserError
 def start_row(model, token: int, like: int | None) -> None:
     """Note that `token` is new to the model, and start its input and output row as a copy of the token `like`'s."""
     model.new_token = token
-    for module in (_embeddings(model) if like is not None else ()):
+    for module in _embeddings(model) if like is not None else ():
         for parameter in module.parameters():
             with _whole(parameter), torch.no_grad():
                 parameter[token] = parameter[like]
@@ -35,8 +36,10 @@ def train_new_row(model, flag: str) -> None:
     modules = _embeddings(model)
     for module in modules:
         if type(module) not in _TRAINED:
-            raise UserError(f"--add_eot_token: the vocabulary has no room for the end token, and {flag} cannot train a "
-                            f"new row of {type(module).__name__}: use the tokenizer's own end token")
+            raise UserError(
+                f"--add_eot_token: the vocabulary has no room for the end token, and {flag} cannot train a "
+                f"new row of {type(module).__name__}: use the tokenizer's own end token"
+            )
     first = modules[0]
     change = nn.Parameter(torch.zeros(first.embedding_dim, dtype=first.weight.dtype, device=first.weight.device))
     for module in modules:
@@ -51,6 +54,7 @@ class NewRow:
 
     That has LoRA in its name because it learns as the adapters do: at their rate, and off where they are off.
     """
+
     _disable_adapters = False
 
 
@@ -91,5 +95,6 @@ def _whole(parameter: nn.Parameter) -> Iterator[None]:
         yield
         return
     import deepspeed
+
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         yield

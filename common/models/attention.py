@@ -1,4 +1,5 @@
 """Which implementation of attention a model of transformers computes with."""
+
 from __future__ import annotations
 
 

@@ -1,4 +1,5 @@
 """A model directory looked at before anything long begins, and its weights before they are used."""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,13 +12,20 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from common.runtime.distributed import on_every_rank, rank
 from common.errors import UserError, reason_of
 from common.models.scalar import is_scalar_config
+from common.runtime.distributed import on_every_rank, rank
 
 # Far beyond any model there is; what is larger would fill the memory before it can be refused.
-_MOST = {"hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**26, "num_hidden_layers": 2**12,
-         "num_attention_heads": 2**14, "num_key_value_heads": 2**14, "max_position_embeddings": 2**40}
+_MOST = {
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "vocab_size": 2**26,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "max_position_embeddings": 2**40,
+}
 
 
 def check_files(directory: Path, name: str) -> None:
@@ -42,8 +50,10 @@ def check_finite(model: nn.Module, name: str) -> None:
     wrong = [key for key, weight in model.named_parameters() if not _is_finite(_held(weight))]
     if not on_every_rank(not wrong):
         where = f", such as those of {wrong[0]}" if wrong else ""
-        raise UserError(f"{name}: the model's weights are not finite{where}: NaN or infinity was saved; use another "
-                        "model or an earlier checkpoint of it")
+        raise UserError(
+            f"{name}: the model's weights are not finite{where}: NaN or infinity was saved; use another "
+            "model or an earlier checkpoint of it"
+        )
 
 
 def _held(weight: torch.Tensor) -> torch.Tensor:
@@ -51,7 +61,7 @@ def _held(weight: torch.Tensor) -> torch.Tensor:
     if not hasattr(weight, "ds_tensor"):
         return weight
     shard = weight.ds_tensor.flatten()
-    return shard[:max(weight.ds_numel - rank() * shard.numel(), 0)]
+    return shard[: max(weight.ds_numel - rank() * shard.numel(), 0)]
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
@@ -72,8 +82,11 @@ def _build_without_weights(directory: Path) -> None:
         size = getattr(text, name, None)
         if isinstance(size, int) and not 1 <= size <= most:
             raise ValueError(f"{name} is {size}")
-    classes = transformers.AutoModelForSequenceClassification if is_scalar_config(config) else (
-        transformers.AutoModelForCausalLM)
+    classes = (
+        transformers.AutoModelForSequenceClassification
+        if is_scalar_config(config)
+        else (transformers.AutoModelForCausalLM)
+    )
     if type(config) in classes._model_mapping:  # what is of no such kind is refused by what loads it
         with torch.device("meta"):
             classes.from_config(config)
@@ -86,8 +99,9 @@ def _named(name: str, path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{name}: {path} cannot be read: {error.strerror or reason_of(error)}") from None
     except SafetensorError as error:
-        raise UserError(f"{name}: {path} is damaged and cannot be loaded: {reason_of(error)}: copy or download "
-                        "it again") from None
+        raise UserError(
+            f"{name}: {path} is damaged and cannot be loaded: {reason_of(error)}: copy or download it again"
+        ) from None
     except Exception as error:  # libraries check little, and fail anywhere
         raise UserError(f"{name}: {path} describes no model: {type(error).__name__}: {reason_of(error)}") from None
 

@@ -2,6 +2,7 @@
 
 What is read are names and shapes: no weight is loaded.
 """
+
 from __future__ import annotations
 
 import re
@@ -29,14 +30,16 @@ def surplus(names: Iterable[str]) -> tuple[list[str], list[str]]:
 def problem(directory: Path, trust_remote_code: bool = False) -> str | None:
     """Why transformers could not load a saved directory as the whole model of its config.json; None if it could."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
     if (directory / "adapter_config.json").exists():
         return "it holds an adapter, adapter_config.json"
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         scores = is_scalar_config(config) or _saved_labels(directory) is not None  # code of its own has other names
         auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-        _, loading = auto_class.from_pretrained(directory, device_map="meta", output_loading_info=True,
-                                                trust_remote_code=trust_remote_code)
+        _, loading = auto_class.from_pretrained(
+            directory, device_map="meta", output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     for kind in ("missing", "unexpected", "mismatched"):
@@ -57,6 +60,7 @@ def score_labels(source: str, config) -> int | None:
 def _saved_labels(directory: Path) -> int | None:
     """Rows of the score head in a directory's safetensors; None where there is none to be read."""
     from safetensors import SafetensorError, safe_open
+
     for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
         try:
             with safe_open(path, "pt") as file:

@@ -1,4 +1,5 @@
 """Models from a name or directory: checked at the door, loaded in one dtype, partitioned as they load under ZeRO-3."""
+
 from __future__ import annotations
 
 import contextlib
@@ -12,21 +13,24 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from common.artifacts.provenance import RAW, Calibration
 from common.data.files import is_data_file
 from common.data.tokenization import Codec
-from common.runtime.distributed import is_main
 from common.errors import UserError, reason_of
 from common.models.adapter import holds_adapter, merged_model, refuse_adapter
+from common.models.added_token import start_row
 from common.models.builtin import BUILTIN_MODELS, materialise
 from common.models.checks import check_files, check_finite
-from common.models.added_token import start_row
-from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
 from common.models.completeness import score_labels, surplus
+from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
 from common.paths import OUTPUT, announce_lookup, may_be_on_hub, similar_path, unreachable_hub, writing_to
-from common.artifacts.provenance import RAW, Calibration
+from common.runtime.distributed import is_main
 
-_MADE_BY = {f"{OUTPUT}/sft": "step1_sft/main.py", f"{OUTPUT}/reward": "step2_reward/main.py",
-            f"{OUTPUT}/ppo": "step3_ppo/main.py"}
+_MADE_BY = {
+    f"{OUTPUT}/sft": "step1_sft/main.py",
+    f"{OUTPUT}/reward": "step2_reward/main.py",
+    f"{OUTPUT}/ppo": "step3_ppo/main.py",
+}
 
 
 def resolve_model(name: str, flag: str, cache_dir: Path, merge_adapter: bool = False) -> str:
@@ -80,9 +84,17 @@ def check_model_name(name: str, flag: str, merge_adapter: bool = False) -> None:
         raise UserError(f"{flag} {name}: no such model directory{hint}")
 
 
-def load_causal_lm(source: str, flag: str, codec: Codec, *, dtype: torch.dtype, ds_config: dict | None = None,
-                   dropout: float | None = None, gradient_checkpointing: bool = False,
-                   trust_remote_code: bool = False) -> nn.Module:
+def load_causal_lm(
+    source: str,
+    flag: str,
+    codec: Codec,
+    *,
+    dtype: torch.dtype,
+    ds_config: dict | None = None,
+    dropout: float | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """A causal language model in `dtype`, its embeddings large enough for the codec's tokenizer.
 
     Args:
@@ -90,15 +102,25 @@ def load_causal_lm(source: str, flag: str, codec: Codec, *, dtype: torch.dtype, 
         dropout: every dropout probability of the model; None keeps the model's own.
     """
     from transformers import AutoModelForCausalLM
+
     with _partitioned_loading(ds_config):
         model = _load(AutoModelForCausalLM, source, flag, dtype, dropout, trust_remote_code)
         return _fit(model, codec, gradient_checkpointing)
 
 
-def load_scalar_model(source: str, flag: str, codec: Codec, *, dtype: torch.dtype, ds_config: dict | None = None,
-                      dropout: float | None = None, gradient_checkpointing: bool = False,
-                      trust_remote_code: bool = False, calibration: Calibration = RAW,
-                      seed: int = 0) -> ScalarModel:
+def load_scalar_model(
+    source: str,
+    flag: str,
+    codec: Codec,
+    *,
+    dtype: torch.dtype,
+    ds_config: dict | None = None,
+    dropout: float | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+    calibration: Calibration = RAW,
+    seed: int = 0,
+) -> ScalarModel:
     """A model with one number at every position, from a reward model or from a language model with a new head.
 
     Args:
@@ -106,13 +128,24 @@ def load_scalar_model(source: str, flag: str, codec: Codec, *, dtype: torch.dtyp
         seed: of a new head's initial weights.
     """
     from transformers import AutoModelForSequenceClassification
+
     has_head = gives_scores(source, flag, trust_remote_code)
     with _partitioned_loading(ds_config):
-        model = _load(AutoModelForSequenceClassification, source, flag, dtype, dropout, trust_remote_code,
-                      new_head=not has_head, num_labels=1)
+        model = _load(
+            AutoModelForSequenceClassification,
+            source,
+            flag,
+            dtype,
+            dropout,
+            trust_remote_code,
+            new_head=not has_head,
+            num_labels=1,
+        )
         if not isinstance(getattr(model, "score", None), nn.Linear):
-            raise UserError(f"{flag} {source}: {type(model).__name__} has no per-token score head; "
-                            "use a decoder-only language model")
+            raise UserError(
+                f"{flag} {source}: {type(model).__name__} has no per-token score head; "
+                "use a decoder-only language model"
+            )
         scalar = ScalarModel(_fit(model, codec, gradient_checkpointing), calibration)
     if not has_head:
         init_score_head(scalar, seed)
@@ -122,6 +155,7 @@ def load_scalar_model(source: str, flag: str, codec: Codec, *, dtype: torch.dtyp
 def load_config(source: str, flag: str, trust_remote_code: bool = False, **changes):
     """The transformers configuration of a model, with `changes` made to it."""
     from transformers import AutoConfig
+
     with explained(f"{flag} {source}"):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **changes)
 
@@ -137,18 +171,22 @@ def gives_scores(source: str, flag: str, trust_remote_code: bool = False) -> boo
         return False
     labels = score_labels(source, config)
     if labels not in (1, None):
-        raise UserError(f"{flag} {source} is a classifier of {labels} labels, and a reward model gives one score: name "
-                        "one with one label, or train one from a language model with step2_reward/main.py")
+        raise UserError(
+            f"{flag} {source} is a classifier of {labels} labels, and a reward model gives one score: name "
+            "one with one label, or train one from a language model with step2_reward/main.py"
+        )
     return True
 
 
-def check_room(source: str, flag: str, tokens: int, length_flags: str, trust_remote_code: bool = False) -> None:
+def check_max_length(source: str, flag: str, tokens: int, length_flags: str, trust_remote_code: bool = False) -> None:
     """Raises UserError if sequences of `tokens`, as `length_flags` allow, are longer than the model's positions."""
     config = load_config(source, flag, trust_remote_code).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)  # BLOOM has none: its positions have no end
     if positions is not None and tokens > positions:
-        raise UserError(f"{length_flags} make sequences of {tokens} tokens, but {flag} {source} has room for "
-                        f"{positions}: lower them")
+        raise UserError(
+            f"{length_flags} make sequences of {tokens} tokens, but {flag} {source} has room for "
+            f"{positions}: lower them"
+        )
 
 
 def check_language_model(source: str, flag: str, trust_remote_code: bool = False) -> None:
@@ -165,6 +203,7 @@ def _partitioned_loading(ds_config: dict | None):
         return
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     alive = HfDeepSpeedConfig(ds_config)  # transformers holds only a weak reference
     try:
         yield
@@ -173,27 +212,42 @@ def _partitioned_loading(ds_config: dict | None):
         unset_hf_deepspeed_config()
 
 
-def _load(auto_class, source: str, flag: str, dtype: torch.dtype, dropout: float | None, trust_remote_code: bool,
-          new_head: bool = False, **config_changes) -> nn.Module:
+def _load(
+    auto_class,
+    source: str,
+    flag: str,
+    dtype: torch.dtype,
+    dropout: float | None,
+    trust_remote_code: bool,
+    new_head: bool = False,
+    **config_changes,
+) -> nn.Module:
     config = load_config(source, flag, trust_remote_code, **config_changes)
     if dropout is not None:
         set_dropout(config, dropout)
     with explained(f"{flag} {source}"):
-        model, loading = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
-                                                    trust_remote_code=trust_remote_code)
+        model, loading = auto_class.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     missing = sorted(name for name in loading["missing_keys"] if not (new_head and name.startswith("score.")))
     if missing:  # transformers fills them with random numbers
-        raise UserError(f"{flag} {source}: its weight files lack {len(missing)} of the model's weights, such as "
-                        f"{missing[0]}: the directory is incomplete or its config.json belongs to another model")
+        raise UserError(
+            f"{flag} {source}: its weight files lack {len(missing)} of the model's weights, such as "
+            f"{missing[0]}: the directory is incomplete or its config.json belongs to another model"
+        )
     heads, others = surplus(loading["unexpected_keys"])
     if others:  # transformers leaves them out
-        raise UserError(f"{flag} {source}: its weight files hold {len(others)} weights more than its config.json "
-                        f"describes, such as {others[0]}: the config.json belongs to another model")
+        raise UserError(
+            f"{flag} {source}: its weight files hold {len(others)} weights more than its config.json "
+            f"describes, such as {others[0]}: the config.json belongs to another model"
+        )
     if heads:
         _note(f"note: {flag} {source}: weights of heads without a use here are left out: {', '.join(heads)}")
     if getattr(model, "_hf_peft_config_loaded", False):  # of a repository on the hub; directories are checked before
-        raise UserError(f"{flag} {source} comes with an adapter, which would be all that is trained: download both and "
-                        "make one model of them with inference/merge_lora.py")
+        raise UserError(
+            f"{flag} {source} comes with an adapter, which would be all that is trained: download both and "
+            "make one model of them with inference/merge_lora.py"
+        )
     check_finite(model, f"{flag} {source}")
     return model
 
@@ -213,13 +267,17 @@ def explained(name: str):
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"{name}: its weights are a pickle that holds more than tensors, which could run code: convert "
-                        "them to safetensors") from error
+        raise UserError(
+            f"{name}: its weights are a pickle that holds more than tensors, which could run code: convert "
+            "them to safetensors"
+        ) from error
     except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
         reason = unreachable_hub(error) or reason_of(error)
         if "ignore_mismatched_sizes" in reason:
-            reason = ("config.json and the weights are not of one model: their shapes differ (a reward model is to "
-                      "have one label)")
+            reason = (
+                "config.json and the weights are not of one model: their shapes differ (a reward model is to "
+                "have one label)"
+            )
         raise UserError(f"{name}: the model cannot be loaded: {reason}") from error
 
 
@@ -241,9 +299,11 @@ def _fit(model, codec: Codec, gradient_checkpointing: bool):
     if model.can_generate():
         ends = list(codec.end_ids)
         # A fresh one: what a model's publisher thinks of sampling (penalties, suppressed tokens) would alter rollouts.
-        model.generation_config = GenerationConfig(bos_token_id=codec.tokenizer.bos_token_id,
-                                                   eos_token_id=ends[0] if len(ends) == 1 else ends,
-                                                   pad_token_id=codec.pad_id)
+        model.generation_config = GenerationConfig(
+            bos_token_id=codec.tokenizer.bos_token_id,
+            eos_token_id=ends[0] if len(ends) == 1 else ends,
+            pad_token_id=codec.pad_id,
+        )
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -9,6 +9,7 @@ never more of its output than one chunk. R stands for the longest response of th
 A `model` is a causal language model of transformers or a DeepSpeed engine around one; `inputs` are the arguments of its
 forward, `input_ids` (B, L) long among them.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -29,8 +30,9 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def response_log_probs(model, inputs: Mapping[str, Tensor], prompt_lengths: Tensor, response_lengths: Tensor,
-                       temperature: float = 1.0) -> Tensor:
+def response_log_probs(
+    model, inputs: Mapping[str, Tensor], prompt_lengths: Tensor, response_lengths: Tensor, temperature: float = 1.0
+) -> Tensor:
     """Log-probability of every response token under log softmax(z / T), in nats.
 
     prompt_lengths and response_lengths (B,) long. Returns (B, R), float32 for a half-precision model; 0 after the end
@@ -40,8 +42,9 @@ def response_log_probs(model, inputs: Mapping[str, Tensor], prompt_lengths: Tens
     return window.spread(_read_tokens(model, inputs, window.row, window.position, temperature)[:, 0])
 
 
-def response_log_probs_and_entropy(model, inputs: Mapping[str, Tensor], prompt_lengths: Tensor,
-                                   response_lengths: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def response_log_probs_and_entropy(
+    model, inputs: Mapping[str, Tensor], prompt_lengths: Tensor, response_lengths: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """`response_log_probs` and, for monitoring, the entropy (nats) of the distribution at each token.
 
     Both (B, R), 0 after the end of a response; the entropy carries no gradient.
@@ -85,8 +88,9 @@ class _ResponseWindow:
         return picked.new_zeros(self.shape).index_put((self.row, self.column), picked)
 
 
-def _read_tokens(model, inputs: Mapping[str, Tensor], row: Tensor, position: Tensor, temperature: float = 1.0,
-                 entropy: bool = False) -> Tensor:
+def _read_tokens(
+    model, inputs: Mapping[str, Tensor], row: Tensor, position: Tensor, temperature: float = 1.0, entropy: bool = False
+) -> Tensor:
     """What the model says at N predicting positions: the log-probability of the token after each, and the entropy.
 
     row, position (N,) long. Returns (N, 2), or (N, 1) without the entropy.
@@ -110,8 +114,9 @@ def _read_tokens(model, inputs: Mapping[str, Tensor], row: Tensor, position: Ten
 def _changes_logits(causal_lm: nn.Module) -> bool:
     """Whether the model may scale or cap what its head puts out; its configuration tells, and only of known code."""
     config = vars(causal_lm.config.get_text_config())
-    return (not type(causal_lm).__module__.startswith("transformers.")
-            or any(value and ("logit" in name or "lm_head" in name) for name, value in config.items()))
+    return not type(causal_lm).__module__.startswith("transformers.") or any(
+        value and ("logit" in name or "lm_head" in name) for name, value in config.items()
+    )
 
 
 @contextmanager
@@ -126,16 +131,20 @@ def _head_replaced(causal_lm: nn.Module, forward: Callable[[Head, Tensor], Tenso
         del module.forward
 
 
-def _chunk_by_chunk(head: Head, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool,
-                    rows: int) -> Tensor:
+def _chunk_by_chunk(head: Head, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool, rows: int) -> Tensor:
     """`_numbers` of head(hidden (N, H)), `rows` at a time; of many, the backward pass computes each one again."""
+
     def numbers(hidden: Tensor, tokens: Tensor) -> Tensor:
         return _numbers(head(hidden), tokens, temperature, entropy)
 
     if len(tokens) <= rows:
         return numbers(hidden, tokens)
-    return torch.cat([checkpoint(numbers, *chunk, use_reentrant=False, preserve_rng_state=False)
-                      for chunk in zip(hidden.split(rows), tokens.split(rows))])
+    return torch.cat(
+        [
+            checkpoint(numbers, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(hidden.split(rows), tokens.split(rows))
+        ]
+    )
 
 
 def _numbers(logits: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> Tensor:

@@ -1,4 +1,5 @@
 """Low-rank adapters through peft, injected in place so that a model keeps its class and its forward."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,12 +21,24 @@ LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's linear layer, its weight (in, 
 def linear_modules(model: nn.Module) -> list[str]:
     """Names of the linear layers of any architecture, without the output embeddings and the score head."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [name for name, module in model.named_modules()
-            if isinstance(module, LINEAR) and module is not output and not name.endswith("score")]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR) and module is not output and not name.endswith("score")
+    ]
 
 
-def add_lora(model: nn.Module, *, dim: int, alpha: float | None, dropout: float, modules: str, flag: str,
-             base_name: str, seed: int) -> nn.Module:
+def add_lora(
+    model: nn.Module,
+    *,
+    dim: int,
+    alpha: float | None,
+    dropout: float,
+    modules: str,
+    flag: str,
+    base_name: str,
+    seed: int,
+) -> nn.Module:
     """Freeze `model` and give it trainable adapters; a `score` head stays trainable, and the row of a new end token.
 
     Args:
@@ -50,8 +63,15 @@ def add_lora(model: nn.Module, *, dim: int, alpha: float | None, dropout: float,
         raise UserError(f"{flag} {modules}: matches no linear layer; the model's are {', '.join(kinds)}")
     model.requires_grad_(False)
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
-    config = LoraConfig(r=dim, lora_alpha=1 if alpha is None else alpha, lora_dropout=dropout, target_modules=targets,
-                        bias="none", fan_in_fan_out=transposed, base_model_name_or_path=from_anywhere(base_name))
+    config = LoraConfig(
+        r=dim,
+        lora_alpha=1 if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        bias="none",
+        fan_in_fan_out=transposed,
+        base_model_name_or_path=from_anywhere(base_name),
+    )
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     if alpha is None:
@@ -72,9 +92,10 @@ def _start_as_published(model: nn.Module) -> None:
     takes the second dimension for the fan-in of its Kaiming start.)
     """
     from peft.tuners.lora import LoraLayer
+
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
         down = layer.lora_A[ADAPTER].weight
-        nn.init.uniform_(down, -len(down) ** -0.5, len(down) ** -0.5)
+        nn.init.uniform_(down, -(len(down) ** -0.5), len(down) ** -0.5)
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -86,6 +107,7 @@ def has_lora(model: nn.Module) -> bool:
 def adapters_disabled(model: nn.Module):
     """Within the context the model computes exactly what its base model does."""
     from peft.tuners.lora import LoraLayer
+
     layers = [module for module in model.modules() if isinstance(module, (LoraLayer, NewRow))]
     for layer in layers:
         layer._disable_adapters = True
@@ -104,13 +126,19 @@ def folded_adapters(model: nn.Module):
     In half precision the sum is rounded once. The weights must be whole.
     """
     from peft.tuners.lora import LoraLayer
+
     kept = []
     try:
         for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
             weight = layer.base_layer.weight
             kept.append((weight, weight.data))
-            weight.data = fold(weight.data, layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data,
-                               layer.scaling[ADAPTER], layer.fan_in_fan_out)
+            weight.data = fold(
+                weight.data,
+                layer.lora_A[ADAPTER].weight.data,
+                layer.lora_B[ADAPTER].weight.data,
+                layer.scaling[ADAPTER],
+                layer.fan_in_fan_out,
+            )
         # Tied embeddings have one weight, which changes once.
         for layer in {id(module.weight): module for module in model.modules() if isinstance(module, NewRow)}.values():
             kept.append((layer.weight, layer.weight.data))
@@ -125,8 +153,13 @@ def folded_adapters(model: nn.Module):
 def folding_takes(model: nn.Module) -> int:
     """Bytes that `folded_adapters` holds besides the base weights."""
     from peft.tuners.lora import LoraLayer
-    weights = {id(weight): weight for module in model.modules() if isinstance(module, (LoraLayer, NewRow))
-               for weight in [module.base_layer.weight if isinstance(module, LoraLayer) else module.weight]}
+
+    weights = {
+        id(weight): weight
+        for module in model.modules()
+        if isinstance(module, (LoraLayer, NewRow))
+        for weight in [module.base_layer.weight if isinstance(module, LoraLayer) else module.weight]
+    }
     return sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights.values())
 
 
@@ -148,6 +181,7 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
         A new state dict with the names of the model before `add_lora`: W + (alpha / r) B A, added in fp32.
     """
     from peft.tuners.lora import LoraLayer
+
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     merged = {}
     for key, value in state.items():
@@ -162,7 +196,8 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
     for name, module in _new_rows(model).items():
         weight = state[f"{name}.weight"]
         merged[f"{name}.weight"] = folded.setdefault(
-            id(weight), fold_row(weight, module.new_token, state[f"{name}.lora_new_row"]))
+            id(weight), fold_row(weight, module.new_token, state[f"{name}.lora_new_row"])
+        )
     return merged
 
 
@@ -173,16 +208,20 @@ def _new_rows(model: nn.Module) -> dict[str, NewRow]:
 def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], directory: Path) -> None:
     """Write the adapters, and a trained score head, as a directory that `PeftModel.from_pretrained` loads."""
     from safetensors.torch import save_file
+
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {f"base_model.model.{key.replace(f'.{ADAPTER}.', '.')}": value.contiguous()
-               for key, value in state.items()
-               if (".lora_" in key and not key.endswith(".lora_new_row")) or key.startswith("score.")}
+    weights = {
+        f"base_model.model.{key.replace(f'.{ADAPTER}.', '.')}": value.contiguous()
+        for key, value in state.items()
+        if (".lora_" in key and not key.endswith(".lora_new_row")) or key.startswith("score.")
+    }
     config = model.lora_config.to_dict()
     # peft keeps a trained row whole, and once for tied embeddings.
-    rows = {id(state[f"{name}.weight"]): (name, module.new_token)
-            for name, module in reversed(_new_rows(model).items())}
+    rows = {
+        id(state[f"{name}.weight"]): (name, module.new_token) for name, module in reversed(_new_rows(model).items())
+    }
     for name, token in rows.values():
-        row = fold_row(state[f"{name}.weight"], token, state[f"{name}.lora_new_row"])[token:token + 1]
+        row = fold_row(state[f"{name}.weight"], token, state[f"{name}.lora_new_row"])[token : token + 1]
         weights[f"base_model.model.{name}.token_adapter.trainable_tokens_delta"] = row.clone()
     config["trainable_token_indices"] = {name: [token] for name, token in rows.values()} or None
     save_file(weights, directory / "adapter_model.safetensors")

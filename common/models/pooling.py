@@ -1,4 +1,5 @@
 """Scores of whole sequences: the number at the last real token."""
+
 from __future__ import annotations
 
 import torch

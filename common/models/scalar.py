@@ -3,6 +3,7 @@
 Pooling (the score of a response is read at its last real token) happens outside, from lengths: see
 `common.models.pooling`. What is saved is the inner transformers sequence-classification model.
 """
+
 from __future__ import annotations
 
 import torch
@@ -43,14 +44,16 @@ class ScalarModel(nn.Module):
         It is a buffer that no checkpoint holds: nothing trains it, partitions it or exports it.
         """
         import deepspeed
+
         head = self.classifier.score
         with deepspeed.zero.GatheredParameters(list(head.parameters())):
             bias = None if head.bias is None else head.bias.detach().clone()
             self.register_buffer("reward_weight", head.weight.detach().clone(), persistent=False)
             self.register_buffer("reward_bias", bias, persistent=False)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-                reward: bool = False) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, reward: bool = False
+    ) -> torch.Tensor:
         """Numbers at every position.
 
         Args:
@@ -80,6 +83,7 @@ def init_score_head(model: ScalarModel, seed: int) -> None:
     The same weights on every rank, whatever the ZeRO stage.
     """
     import deepspeed
+
     head = model.classifier.score
     generator = torch.Generator().manual_seed(seed)
     with deepspeed.zero.GatheredParameters(list(head.parameters()), modifier_rank=0):

@@ -3,6 +3,7 @@
 Nothing here imports DeepSpeed before `prepare_environment` has run, because DeepSpeed chooses its
 accelerator and its compiled operators while it is imported.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -23,8 +24,8 @@ import transformers
 from torch.distributed import distributed_c10d
 from tqdm import tqdm
 
+from common.errors import AlreadyComplete, TrainingFailure, UserError
 from common.runtime import heartbeat, signals, watchdog
-from common.errors import Finished, TrainingFailure, UserError
 from common.runtime.streams import open_closed, outlast_readers
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -71,8 +72,14 @@ def device() -> torch.device:
 def prepare_environment() -> None:
     """Make `python main.py` one rank, choose the accelerator, and share the CPU's cores between ranks."""
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+        )
     if on_gpu():
         torch.cuda.set_device(local_rank())
     else:
@@ -113,16 +120,19 @@ def start(timeout_seconds: int, seed: int) -> None:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise UserError(f"port {os.environ['MASTER_PORT']} is in use, mostly by another run on this machine: give "
-                        "deepspeed another, --master_port N before the program's name") from None
-    watchdog.begin()
-    watchdog.join(distributed_c10d._get_default_store(), rank(), world_size(), timeout_seconds)
-    heartbeat.enter("the loading of models")
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} is in use, mostly by another run on this machine: give "
+            "deepspeed another, --master_port N before the program's name"
+        ) from None
+    watchdog.start()
+    watchdog.attach(distributed_c10d._get_default_store(), rank(), world_size(), timeout_seconds)
+    heartbeat.set_phase("the loading of models")
 
 
 def _take_own_port() -> None:
     """In the place of the launcher's default port, which a second run on this machine would be given too."""
     from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+
     launchers = watchdog.launchers()
     if launchers and ranks_here() == world_size() and os.environ["MASTER_PORT"] == str(TORCH_DISTRIBUTED_DEFAULT_PORT):
         os.environ["MASTER_PORT"] = str(_FIRST_OWN_PORT + launchers[-1].pid % _OWN_PORTS)
@@ -135,7 +145,7 @@ def seed_rank(seed: int) -> None:
 
 def finish() -> None:
     """Leave the process group together; without it some exits abort."""
-    watchdog.leave()
+    watchdog.detach()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -166,9 +176,9 @@ def stop_agreed(trouble: str | None = None) -> str:
     Raises:
         TrainingFailure: a rank has `trouble`, which it is the message of; on all ranks alike.
     """
-    if on_every_rank(trouble is None and signals.told() is None):
+    if on_every_rank(trouble is None and signals.stop_requested() is None):
         return ""
-    everyone = gather_objects((trouble, signals.told()))
+    everyone = gather_objects((trouble, signals.stop_requested()))
     for theirs, _ in everyone:
         if theirs is not None:
             raise TrainingFailure(theirs)
@@ -185,9 +195,10 @@ def memory_available() -> int:
 def _left_by_cgroup() -> list[int]:
     """Bytes left of what a container may take, if it is limited; the kernel gives back what caches unused files."""
     found = []
-    for limit, usage, cached in (("memory.max", "memory.current", "inactive_file"),  # cgroup 2
-                                 ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
-                                  "total_inactive_file")):
+    for limit, usage, cached in (
+        ("memory.max", "memory.current", "inactive_file"),  # cgroup 2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
         with contextlib.suppress(OSError, ValueError, KeyError):  # no such version, or a limit of "max"
             room = int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text())
             counts = dict(line.split() for line in (_CGROUP / limit).with_name("memory.stat").read_text().splitlines())
@@ -228,7 +239,7 @@ def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[
     try:
         program(argv)
         return _leave(0)
-    except Finished as there:
+    except AlreadyComplete as there:
         say(str(there))
         return _leave(0)
     except signals.Stopped as stop:
@@ -272,7 +283,7 @@ def _fail(error: Exception) -> int:
             traceback.print_exception(error)
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             if others is not None:
-                cause = f"rank {rank()}, in {others.where()}: {cause}"
+                cause = f"rank {rank()}, in {others.describe()}: {cause}"
         print(f"error: {cause}", file=sys.stderr, flush=True)
     if others is not None:
         os._exit(code)  # others may be gone, and what Python does at its end may wait for them

@@ -4,6 +4,7 @@ A thread of every rank says so in the process group's store once a second and re
 when its process has gone (seen at once on the same machine), and hangs when nothing has been heard of it for the
 timeout. The store lives in rank 0: when that hangs, no question is answered, so nobody but the thread may ask any.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,7 +24,7 @@ _FAILED = "failed"
 _phase = "the start"
 
 
-def enter(phase: str) -> None:
+def set_phase(phase: str) -> None:
     """Say what this rank does from here on."""
     global _phase
     _phase = phase
@@ -62,8 +63,10 @@ class Peers:
             return
         if trouble := self.lost() or self.hanging(max(self.timeout, 5)):
             if self._speaks(trouble):
-                signals.write(f"{'the launcher has gone, and' if launcher_gone else 'error:'} {describe(trouble)}",
-                               on_every_rank=True)
+                signals.write(
+                    f"{'the launcher has gone, and' if launcher_gone else 'error:'} {describe_trouble(trouble)}",
+                    on_every_rank=True,
+                )
             os._exit(signals.STOPPED if launcher_gone else 1)
         if self.failed:
             self._let_others_read()
@@ -71,15 +74,23 @@ class Peers:
 
     def lost(self) -> dict[int, str]:
         """Ranks whose process has ended, and what is to be said of it."""
-        return {other: f"has ended without a word, in {self.phases[other]} (killed, perhaps for want of memory)"
-                for other, process in (self._processes or {}).items() if not lives(process)}
+        return {
+            other: f"has ended without a word, in {self.phases[other]} (killed, perhaps for want of memory)"
+            for other, process in (self._processes or {}).items()
+            if not lives(process)
+        }
 
     def hanging(self, looks: float) -> dict[int, str]:
         """Ranks of which nothing was heard for so many looks, and what is to be said of it."""
-        hanging = [0] if self.rank and self.unanswered > looks else [
-            other for other in self.others if self.silent[other] > looks]
-        return {other: f"has not been heard of for --timeout {self.timeout} seconds; it was in {self.phases[other]}"
-                for other in hanging}
+        hanging = (
+            [0]
+            if self.rank and self.unanswered > looks
+            else [other for other in self.others if self.silent[other] > looks]
+        )
+        return {
+            other: f"has not been heard of for --timeout {self.timeout} seconds; it was in {self.phases[other]}"
+            for other in hanging
+        }
 
     def fail(self, code: int) -> str | None:
         """Announce that this rank ends by an error, and wait until the others have ended, or a moment.
@@ -96,11 +107,11 @@ class Peers:
             trouble = trouble or self.hanging(self.timeout / 2)
             time.sleep(0.1)
         if self._speaks(trouble):
-            return describe(trouble)
+            return describe_trouble(trouble)
         self._let_others_read()
         return None
 
-    def where(self) -> str:
+    def describe(self) -> str:
         """The phase of this rank, and, where they are in another, of the others."""
         elsewhere = [f"rank {other} in {self.phases[other]}" for other in self.others if self.phases[other] != _phase]
         return f"{_phase} ({', '.join(elsewhere)})" if elsewhere else _phase
@@ -133,7 +144,7 @@ class Peers:
             try:
                 if self._processes is None:
                     self._processes = self._meet(store)
-                store.set(f"message/{self.rank}", json.dumps([count, _phase, signals.told()]))
+                store.set(f"message/{self.rank}", json.dumps([count, _phase, signals.stop_requested()]))
                 if self.failing is not None:
                     store.compare_set(_FAILED, "", json.dumps([self.rank, self.failing]))
                 *messages, failed = store.multi_get([*(f"message/{rank}" for rank in range(self.ranks)), _FAILED])
@@ -144,8 +155,8 @@ class Peers:
                 number, self.phases[other], told = json.loads(messages[other])
                 if seen.get(other) != number:
                     seen[other], self.silent[other] = number, 0
-                if told and signals.training() and not signals.told():
-                    signals.tell(told)
+                if told and signals.training_started() and not signals.stop_requested():
+                    signals.request_stop(told)
             if failed:
                 self.failed = tuple(json.loads(failed))
 
@@ -168,7 +179,7 @@ class Peers:
         return processes
 
 
-def describe(trouble: dict[int, str]) -> str:
+def describe_trouble(trouble: dict[int, str]) -> str:
     """Ranks in trouble, in one line; '' if there are none."""
     return "; ".join(f"rank {rank} {what}" for rank, what in trouble.items())
 

@@ -1,4 +1,5 @@
 """Whether a program can begin: pinned versions, standard streams, file handles. Asked before anything is imported."""
+
 import os
 import resource
 import sys
@@ -36,8 +37,10 @@ def require_handles() -> None:
         soft = min(USUAL_HANDLES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft < FEWEST_HANDLES:
-        _refuse(f"this shell lets a program open {soft} files, and {FEWEST_HANDLES} are needed: raise the limit, "
-                f"ulimit -n {USUAL_HANDLES}")
+        _refuse(
+            f"this shell lets a program open {soft} files, and {FEWEST_HANDLES} are needed: raise the limit, "
+            f"ulimit -n {USUAL_HANDLES}"
+        )
 
 
 def _refuse(reason: str) -> None:

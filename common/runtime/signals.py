@@ -4,6 +4,7 @@ Before training begins that ends the program at once. From then on it is only no
 checkpoint with all ranks together, and ends by `Stopped`. Nothing slow is imported here: signals are caught from the
 first second.
 """
+
 from __future__ import annotations
 
 import os
@@ -49,31 +50,33 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def training_begins() -> None:
+def mark_training_started() -> None:
     """From here on there is something to save."""
     global _training
     _training = True
 
 
-def training() -> bool:
+def training_started() -> bool:
     """Whether training has begun on this rank."""
     return _training
 
 
-def told() -> str | None:
+def stop_requested() -> str | None:
     """What told this rank to stop, if anything has; other ranks may not know it yet."""
     return _reason
 
 
-def tell(reason: str) -> None:
+def request_stop(reason: str) -> None:
     """Tell this rank to stop."""
     global _reason
     if not _training:
         end_at_once(f"stopped by {reason} before training began")
     if _reason is None:
         _reason = reason
-        write(f"{reason}: stopping as soon as a checkpoint can be saved; a signal after {ONE_SIGNAL:.0f} seconds ends "
-              "the run at once")
+        write(
+            f"{reason}: stopping as soon as a checkpoint can be saved; a signal after {ONE_SIGNAL:.0f} seconds ends "
+            "the run at once"
+        )
 
 
 def end_at_once(message: str, code: int = STOPPED) -> None:
@@ -107,4 +110,4 @@ def _on_signal(number: int) -> None:
         _first_signal = time.monotonic()
     elif time.monotonic() - _first_signal > ONE_SIGNAL:
         end_at_once(f"ended at once by a second signal, {name}: the same command goes on from the last checkpoint")
-    tell(name)
+    request_stop(name)

@@ -1,4 +1,5 @@
 """Standard streams that are closed (`>&-`), whose reader has gone (`| head`) or whose disk is full."""
+
 from __future__ import annotations
 
 import contextlib
@@ -72,8 +73,11 @@ class LastingStream(_Stream):
     def _refused(self, error: OSError) -> None:
         super()._refused(error)
         if error.errno != errno.EPIPE and self is not sys.stderr:  # a reader that leaves has seen enough
-            print(f"warning: standard output cannot be written: {error.strerror}: the rest of it is lost",
-                  file=sys.stderr, flush=True)
+            print(
+                f"warning: standard output cannot be written: {error.strerror}: the rest of it is lost",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class _WantedStream(_Stream):
@@ -88,8 +92,9 @@ class _WantedStream(_Stream):
 
 def outlast_readers() -> None:
     """From here on standard output and error outlive whoever reads them."""
-    sys.stdout, sys.stderr = (stream if isinstance(stream, LastingStream) else LastingStream(stream)
-                              for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, LastingStream) else LastingStream(stream) for stream in (sys.stdout, sys.stderr)
+    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 """What a model has written, which may be sequences that drive a terminal, made harmless to it."""
+
 from __future__ import annotations
 
 # C0 controls become their Unicode pictures; C1 controls, and marks that reverse the direction of what follows, become
@@ -10,11 +11,11 @@ _HARMLESS.update(dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *ran
 _ESCAPED = {code: f"\\u{code:04x}" for code in _HARMLESS if code > 0x20}
 
 
-def harmless(text: str) -> str:
+def escape_controls(text: str) -> str:
     """`text` with nothing in it that a terminal obeys but line ends and tabs."""
     return text.translate(_HARMLESS)
 
 
-def harmless_json(text: str) -> str:
+def escape_controls_json(text: str) -> str:
     """JSON that means the same; what a terminal obeys is escaped."""
     return text.translate(_ESCAPED)

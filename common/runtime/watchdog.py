@@ -6,6 +6,7 @@ gets a signal, the ranks are not told. So every rank looks whether both are stil
 When a rank is killed the launcher ends the others. On a loaded machine it may take a minute to act, and until they have
 a process group the ranks do not watch each other: so a rank looks after those that the same launcher has started.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -29,7 +30,7 @@ _met = False  # whether there is, or was, a process group
 _peers: Peers | None = None
 
 
-def begin() -> None:
+def start() -> None:
     """Catch signals and watch the launcher, from before the slow imports on; a second call does nothing."""
     global _thread
     if _thread is None:
@@ -38,7 +39,7 @@ def begin() -> None:
         _thread.start()
 
 
-def join(store, rank: int, ranks: int, timeout: int) -> None:
+def attach(store, rank: int, ranks: int, timeout: int) -> None:
     """Watch the other ranks of a process group too; a second call sets the timeout, in seconds."""
     global _peers, _met
     _met = True
@@ -53,7 +54,7 @@ def peers() -> Peers | None:
     return _peers
 
 
-def leave() -> None:
+def detach() -> None:
     """Watch the other ranks no longer, because this one has done its work."""
     global _peers
     if _peers is not None:
@@ -83,10 +84,12 @@ def _watch(launchers: list[psutil.Process]) -> None:
         time.sleep(INTERVAL)
         if deadline is None and not all(map(lives, launchers)):
             deadline = time.monotonic() + GRACE
-            signals.tell("the end of its launcher")
+            signals.request_stop("the end of its launcher")
         if deadline is not None and time.monotonic() > deadline:
-            signals.end_at_once(f"the launcher has gone and no checkpoint could be saved in {GRACE:.0f} seconds: the "
-                                 "same command goes on from the last one")
+            signals.end_at_once(
+                f"the launcher has gone and no checkpoint could be saved in {GRACE:.0f} seconds: the "
+                "same command goes on from the last one"
+            )
         if (others := _peers) is not None:
             others.look(launcher_gone=deadline is not None)
         elif not _met:
@@ -116,6 +119,9 @@ class _Siblings:
         self._missing_since = self._missing_since or time.monotonic()
         if time.monotonic() - self._missing_since > PATIENCE:
             if os.getpid() == min(living):
-                signals.write("error: another rank has ended without a word while the programs started (killed, "
-                               "perhaps for want of memory)", on_every_rank=True)
+                signals.write(
+                    "error: another rank has ended without a word while the programs started (killed, "
+                    "perhaps for want of memory)",
+                    on_every_rank=True,
+                )
             os._exit(1)

@@ -6,6 +6,7 @@ dropped, and weights, optimizer states and learning-rate schedules stay what the
 
 The price: the gradients of all engines are held at once, those of the first while the others compute theirs.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -13,14 +14,15 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from common.errors import DIVERGED, Diverged
 from common.runtime.distributed import gather_objects, global_sum, say
 from common.training.engine import accumulate
-from common.errors import DIVERGED, Diverged
 from common.training.gradients import discard_gradients
 
 
-class JointStep:
-    """One optimizer step after another: `accumulate` for each engine, and if they have `agreed`, `step` for each.
+class AtomicStep:
+    """One optimizer step after another: `accumulate` for each engine, then `step` for each if everything is
+    `finite_on_all_ranks`, else `skip`.
 
     Args:
         engines: by the name of their model.
@@ -28,40 +30,50 @@ class JointStep:
 
     Attributes:
         skipped: steps of the whole run that were not made, those of fp16's search for its loss scale among them.
-        in_a_row: steps skipped since the last that was made; that search does not count.
+        consecutive_skips: steps skipped since the last that was made; that search does not count.
     """
 
     def __init__(self, engines: dict[str, object], limit: int):
-        self.skipped = self.in_a_row = 0
+        self.skipped = self.consecutive_skips = 0
         self._engines, self._limit = engines, limit
         self._losses: dict[str, Tensor] = {}
+        self._not_finite_here: list[str] = []
+        self._not_finite_anywhere: list[str] = []
 
     def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"skipped": self.skipped, "consecutive_skips": self.consecutive_skips}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped, self.consecutive_skips = state["skipped"], state["consecutive_skips"]
 
-    def steady(self) -> bool:
+    def last_step_applied(self) -> bool:
         """Whether the last step was made."""
-        return not self.in_a_row
+        return not self.consecutive_skips
 
     def accumulate(self, name: str, loss: str, micro_batches: Iterable, loss_of: Callable) -> Tensor:
-        """`common.training.engine.accumulate` for the engine called `name`; `loss` is what an error is to call its loss."""
+        """`engine.accumulate` for the engine called `name`; `loss` is what an error is to call its loss."""
         self._losses[loss] = accumulate(self._engines[name], micro_batches, loss_of)
         return self._losses[loss]
 
-    def agreed(self) -> bool:
-        """Whether all that was accumulated is finite on all ranks, so that every engine is to step; else it is dropped.
+    def finite_on_all_ranks(self) -> bool:
+        """Whether every loss and gradient that was accumulated is finite on all ranks; the same answer on each.
+
+        If so the caller makes the step of every engine; else it must call `skip`.
+        """
+        self._not_finite_here, self._not_finite_anywhere = self._find_not_finite()
+        if self._not_finite_anywhere:
+            return False
+        self._forget()
+        self.consecutive_skips = 0
+        return True
+
+    def skip(self) -> None:
+        """Discard what was accumulated, after `finite_on_all_ranks` was false.
 
         Raises:
             Diverged: on all ranks alike, if one more step in a row was skipped than may be.
         """
-        here, somewhere = self._not_finite()
-        if not somewhere:
-            self._forget()
-            self.in_a_row = 0
-            return True
+        here, somewhere = self._not_finite_here, self._not_finite_anywhere
         self.skipped += 1
         overflown = [name for name in self._engines if f"{name} gradient" in somewhere]
         if len(overflown) == len(somewhere) and all(map(searches_loss_scale, map(self._engines.get, overflown))):
@@ -70,19 +82,20 @@ class JointStep:
         else:
             first = somewhere[0]
             self._count(first, [rank for rank, names in enumerate(gather_objects(here)) if first in names])
-        self.drop()
-        return False
+        self.discard()
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Forget all that was accumulated: the next step is, bit for bit, as if it had never been."""
         self._forget()
         for engine in self._engines.values():
             discard_gradients(engine)
 
-    def _not_finite(self) -> tuple[list[str], list[str]]:
+    def _find_not_finite(self) -> tuple[list[str], list[str]]:
         """Names of losses, then of gradients: on this rank, and on any; the latter are the same on all ranks."""
-        sizes = {**self._losses,
-                 **{f"{name} gradient": engine.gradients.squares for name, engine in self._engines.items()}}
+        sizes = {
+            **self._losses,
+            **{f"{name} gradient": engine.gradients.squares for name, engine in self._engines.items()},
+        }
         flags = torch.stack([~size.isfinite() for size in sizes.values()]).double()
         here, somewhere = torch.stack([flags, global_sum(flags)]).tolist()
         return tuple([name for name, flag in zip(sizes, flags) if flag] for flags in (here, somewhere))
@@ -93,12 +106,13 @@ class JointStep:
             engine.gradients.squares.zero_()
 
     def _count(self, what: str, ranks: list[int]) -> None:
-        self.in_a_row += 1
+        self.consecutive_skips += 1
         found = f"the {what} on rank {', '.join(map(str, ranks))} is not finite"
-        say(f"warning: {found}: this optimizer step is skipped, {self.in_a_row} in a row now")
-        if self.in_a_row >= self._limit:
-            raise Diverged(f"{found}: optimizer steps skipped in a row reach --max_skipped_steps {self._limit}: "
-                           f"{DIVERGED}")
+        say(f"warning: {found}: this optimizer step is skipped, {self.consecutive_skips} in a row now")
+        if self.consecutive_skips >= self._limit:
+            raise Diverged(
+                f"{found}: optimizer steps skipped in a row reach --max_skipped_steps {self._limit}: {DIVERGED}"
+            )
 
 
 def searches_loss_scale(engine) -> bool:

@@ -4,6 +4,7 @@ Every engine runs with `managed_gradient_accumulation` off: a step is any number
 one `step`. So an optimizer step may hold as many micro-batches as its rows need, and the loss carries its own
 normalisation (see `accumulate`); whether it is made at all, `common.training.atomic_step` decides.
 """
+
 from __future__ import annotations
 
 import json
@@ -14,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.runtime.distributed import device, on_gpu, world_size
 from common.errors import UserError
+from common.runtime.distributed import device, on_gpu, world_size
 from common.training.gradients import GradientSize
 from common.training.optim import Untrained, build_optimizer, build_scheduler, parameter_groups, say_shortened_warmup
 
@@ -56,6 +57,7 @@ class EngineSettings:
         max_grad_norm: gradient clipping by global norm; 0 turns it off.
         override: path of a JSON file merged over the generated configuration.
     """
+
     zero_stage: int
     dtype: torch.dtype
     micro_batch: int
@@ -66,13 +68,20 @@ class EngineSettings:
     @classmethod
     def from_config(cls, config) -> EngineSettings:
         """Those of a step with one model."""
-        return cls(config.zero_stage, resolve_dtype(config.dtype), config.per_device_train_batch_size, config.offload,
-                   config.max_grad_norm, config.deepspeed_config)
+        return cls(
+            config.zero_stage,
+            resolve_dtype(config.dtype),
+            config.per_device_train_batch_size,
+            config.offload,
+            config.max_grad_norm,
+            config.deepspeed_config,
+        )
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """What decides how one model learns; learning rates per optimizer step, see `common.training.optim`."""
+
     learning_rate: float
     lora_learning_rate: float
     weight_decay: float
@@ -84,8 +93,14 @@ class OptimizerSettings:
     def from_config(cls, config, total_steps: int) -> OptimizerSettings:
         """Those of a step with one model."""
         say_shortened_warmup(config, total_steps)
-        return cls(config.learning_rate, config.lora_learning_rate, config.weight_decay, config.lr_scheduler_type,
-                   config.num_warmup_steps, total_steps)
+        return cls(
+            config.learning_rate,
+            config.lora_learning_rate,
+            config.weight_decay,
+            config.lr_scheduler_type,
+            config.num_warmup_steps,
+            total_steps,
+        )
 
 
 def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict:
@@ -127,10 +142,15 @@ def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict:
 
 # What the programs decide themselves, and the flag that decides it.
 _DECIDED_BY = {
-    "train_batch_size": "--per_device_train_batch_size", "fp16.enabled": "--dtype", "bf16.enabled": "--dtype",
-    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size", "gradient_clipping": "--max_grad_norm",
-    "gradient_accumulation_steps": "--gradient_accumulation_steps", "optimizer": "--learning_rate",
-    "managed_gradient_accumulation": "--gradient_accumulation_steps", "scheduler": "--lr_scheduler_type",
+    "train_batch_size": "--per_device_train_batch_size",
+    "fp16.enabled": "--dtype",
+    "bf16.enabled": "--dtype",
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
+    "gradient_clipping": "--max_grad_norm",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "optimizer": "--learning_rate",
+    "managed_gradient_accumulation": "--gradient_accumulation_steps",
+    "scheduler": "--lr_scheduler_type",
     "zero_optimization.stage": "--zero_stage",
 }
 
@@ -151,8 +171,10 @@ def read_override(path: str) -> dict:
         raise UserError(f"--deepspeed_config {path}: must hold one JSON object, {{...}}")
     for name, value in _flat(override):
         if name in _DECIDED_BY:
-            raise UserError(f"--deepspeed_config {path}: leave out {name}; {_DECIDED_BY[name]} decides that (in step 3 "
-                            "the flags of actor and critic)")
+            raise UserError(
+                f"--deepspeed_config {path}: leave out {name}; {_DECIDED_BY[name]} decides that (in step 3 "
+                "the flags of actor and critic)"
+            )
         if value == "auto":
             raise UserError(f'--deepspeed_config {path}: {name} is "auto": write a value, or leave it out')
     return override
@@ -179,8 +201,7 @@ def training_engine(model: nn.Module, settings: EngineSettings, optimizer: Optim
     """A DeepSpeed engine that trains the parameters of `model` that require gradients, and watches these."""
     import deepspeed
 
-    groups = parameter_groups(model, optimizer.learning_rate, optimizer.weight_decay,
-                              optimizer.lora_learning_rate)
+    groups = parameter_groups(model, optimizer.learning_rate, optimizer.weight_decay, optimizer.lora_learning_rate)
     config = deepspeed_config(settings)
     adamw = build_optimizer(groups, "offload_optimizer" in config["zero_optimization"])
     schedule = build_scheduler(adamw, optimizer.scheduler, optimizer.warmup_steps, optimizer.total_steps)

@@ -1,4 +1,5 @@
 """The gradients between backward and step, wherever DeepSpeed holds them: how large they are, and how to drop them."""
+
 from __future__ import annotations
 
 import torch

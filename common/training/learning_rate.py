@@ -1,5 +1,6 @@
 """The learning rate of each optimizer step, as a share of the highest. Pure functions; see transformers' schedules of
 the same names, which begin with a step at the rate 0."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """The loop of supervised training: evaluate, then epochs of optimizer steps with evaluations between them."""
+
 from __future__ import annotations
 
 import math
@@ -7,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from common.artifacts.tracking import Tracker
 from common.batching.sampler import MicroBatch, StepSampler
+from common.errors import DIVERGED, Diverged
 from common.runtime import heartbeat
 from common.runtime.distributed import say
-from common.errors import DIVERGED, Diverged
+from common.runtime.signals import mark_training_started
 from common.training.memory import named_when_out_of_memory
-from common.runtime.signals import training_begins
-from common.artifacts.tracking import Tracker
 
 Metrics = dict[str, float]
 
@@ -30,6 +31,7 @@ class SupervisedLoop:
         log_interval: optimizer steps between lines in the metrics file.
         print_steps: print every logged step, besides the progress bar.
     """
+
     sampler: StepSampler
     tracker: Tracker
     epochs: int
@@ -41,8 +43,15 @@ class SupervisedLoop:
     @classmethod
     def from_config(cls, config, sampler: StepSampler, tracker: Tracker) -> SupervisedLoop:
         """The loop of step 1 and step 2."""
-        return cls(sampler, tracker, config.num_train_epochs, config.eval_interval, config.stop_after,
-                   config.log_interval, config.print_loss)
+        return cls(
+            sampler,
+            tracker,
+            config.num_train_epochs,
+            config.eval_interval,
+            config.stop_after,
+            config.log_interval,
+            config.print_loss,
+        )
 
     @property
     def scheduled_steps(self) -> int:
@@ -54,8 +63,13 @@ class SupervisedLoop:
         """Optimizer steps of this run."""
         return min(self.scheduled_steps, self.stop_after) if self.stop_after else self.scheduled_steps
 
-    def run(self, train_step: Callable[[Sequence[MicroBatch]], Metrics], evaluate: Callable[[], Metrics],
-            done: int = 0, after_step: Callable[[int], None] = lambda step: None) -> Metrics:
+    def run(
+        self,
+        train_step: Callable[[Sequence[MicroBatch]], Metrics],
+        evaluate: Callable[[], Metrics],
+        done: int = 0,
+        after_step: Callable[[int], None] = lambda step: None,
+    ) -> Metrics:
         """Train to the end.
 
         Args:
@@ -68,7 +82,7 @@ class SupervisedLoop:
         Returns:
             The metrics of the last evaluation.
         """
-        training_begins()
+        mark_training_started()
         steps = (micro_batches for epoch in range(self.epochs) for micro_batches in self.sampler.epoch(epoch))
         with self.tracker.progress(self.total_steps, "training", done) as bar:
             for made, micro_batches in enumerate(islice(steps, done, self.total_steps), start=done):
@@ -83,7 +97,7 @@ class SupervisedLoop:
         return step % self.sampler.steps_per_epoch == 0 or (self.eval_interval > 0 and step % self.eval_interval == 0)
 
     def _train(self, train_step, micro_batches: Sequence[MicroBatch], step: int, bar) -> None:
-        heartbeat.enter("training")
+        heartbeat.set_phase("training")
         start = time.perf_counter()
         with named_when_out_of_memory("the training step"):
             metrics = train_step(micro_batches)
@@ -96,7 +110,7 @@ class SupervisedLoop:
                 say(f"step {step}: " + describe(metrics))
 
     def _evaluate(self, evaluate, step: int) -> Metrics:
-        heartbeat.enter("evaluation")
+        heartbeat.set_phase("evaluation")
         with named_when_out_of_memory("the evaluation"):
             metrics = evaluate()
         if not metrics:

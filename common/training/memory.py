@@ -1,4 +1,5 @@
 """Memory: what fits is measured before training, and what did not fit is said in one line."""
+
 from __future__ import annotations
 
 import contextlib
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from common.runtime.distributed import device, memory_available, on_every_rank, on_gpu, rank, say
 from common.errors import TrainingFailure
+from common.runtime.distributed import device, memory_available, on_every_rank, on_gpu, rank, say
 
 # Of what is free: the rest is for fragments, for the optimizer's own buffers, and for other programs.
 USABLE = 0.8
@@ -21,14 +22,17 @@ _CUT = "let --auto_micro_batch choose, or lower --max_tokens_per_micro_batch or 
 _HOLD = "add --{0}gradient_checkpointing, raise --{0}zero_stage, or add --offload"
 _HELPS = {  # by words of the phase
     "generate": "lower --per_device_generation_batch_size, or add --release_inference_cache",
-    "log_probs": _CUT.format("training"), "score": _CUT.format("training"),
+    "log_probs": _CUT.format("training"),
+    "score": _CUT.format("training"),
     "actor_update": f"{_CUT.format('training')}, {_HOLD.format('actor_')}",
     "critic_update": f"{_CUT.format('training')}, {_HOLD.format('critic_')}",
     "training step": f"{_CUT.format('train')}, {_HOLD.format('')}",
     "evaluation": "lower --per_device_eval_batch_size, in step 3 --per_device_generation_batch_size",
 }
-_HELPS_ANYWHERE = ("use shorter rows (--max_seq_len, in step 3 --max_prompt_seq_len and --max_answer_seq_len), or hold "
-                   "less of the models on each rank: --zero_stage 3 (in step 3 of actor and critic), --offload, LoRA")
+_HELPS_ANYWHERE = (
+    "use shorter rows (--max_seq_len, in step 3 --max_prompt_seq_len and --max_answer_seq_len), or hold "
+    "less of the models on each rank: --zero_stage 3 (in step 3 of actor and critic), --offload, LoRA"
+)
 
 
 @contextlib.contextmanager
@@ -46,7 +50,8 @@ def named_when_out_of_memory(phase: str) -> Iterator[None]:
             raise
         helps = next((helps for words, helps in _HELPS.items() if words in phase), _HELPS_ANYWHERE)
         raise TrainingFailure(
-            f"out of memory on rank {rank()} in {phase}, which asked for {size} more: {helps}") from None
+            f"out of memory on rank {rank()} in {phase}, which asked for {size} more: {helps}"
+        ) from None
 
 
 def size_asked(error: Exception) -> str | None:
@@ -58,8 +63,9 @@ def size_asked(error: Exception) -> str | None:
     return "an unknown amount" if known else None
 
 
-def fit_micro_batches(config, remembered: int | None, engines: Sequence, probe: Callable[[int], None], longest: int,
-                      rows: int):
+def fit_micro_batches(
+    config, remembered: int | None, engines: Sequence, probe: Callable[[int], None], longest: int, rows: int
+):
     """The config with --max_tokens_per_micro_batch as --auto_micro_batch finds it; unchanged where that is off.
 
     The optimizer's steps keep their rows, so their loss and gradients are the same. Weights, gradients and random
@@ -76,12 +82,16 @@ def fit_micro_batches(config, remembered: int | None, engines: Sequence, probe: 
         return config
     if not remembered:
         free = USABLE * memory_available() - sum(map(optimizer_state_to_come, engines))
-        with (torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu() else []),
-              named_when_out_of_memory("the probe of --auto_micro_batch")):
+        with (
+            torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu() else []),
+            named_when_out_of_memory("the probe of --auto_micro_batch"),
+        ):
             fitting = most_that_fit(probe, rows, free)
         remembered = fitting * longest
-        say(f"--auto_micro_batch: {fitting} of the longest rows fit together, so --max_tokens_per_micro_batch is "
-            f"{remembered}")
+        say(
+            f"--auto_micro_batch: {fitting} of the longest rows fit together, so --max_tokens_per_micro_batch is "
+            f"{remembered}"
+        )
     return replace(config, auto_micro_batch=False, max_tokens_per_micro_batch=remembered)
 
 
@@ -115,8 +125,12 @@ def most_that_fit(probe: Callable[[int], None], most: int, free: float) -> int:
 def optimizer_state_to_come(engine) -> int:
     """Bytes that the first step will take on this device for moments in fp32 which are not there yet."""
     optimizer = engine.basic_optimizer
-    return sum(2 * 4 * parameter.numel() for group in optimizer.param_groups for parameter in group["params"]
-               if parameter.device.type == device().type and "exp_avg" not in optimizer.state.get(parameter, {}))
+    return sum(
+        2 * 4 * parameter.numel()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.device.type == device().type and "exp_avg" not in optimizer.state.get(parameter, {})
+    )
 
 
 def _peak_of(work: Callable[[], None]) -> int:

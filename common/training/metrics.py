@@ -1,4 +1,5 @@
 """Statistics as sums: those of several micro-batches and ranks merge by addition; a mean is taken once."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -1,18 +1,20 @@
 """Optimizers and learning-rate schedules: AdamW over named groups of parameters."""
+
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from common.runtime.distributed import on_every_rank, on_gpu, say
 from common.errors import UserError
+from common.runtime.distributed import on_every_rank, on_gpu, say
 from common.training.learning_rate import share_of_highest
 
 BETAS = (0.9, 0.95)  # the betas of InstructGPT's and DeepSpeed-Chat's training
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float,
-                     lora_learning_rate: float | None = None) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, lora_learning_rate: float | None = None
+) -> list[dict]:
     """Split the trainable parameters into AdamW groups.
 
     One-dimensional parameters (biases, norms) are not decayed. LoRA matrices are decayed like any matrix and
@@ -29,8 +31,10 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
         # Under ZeRO-3 a partitioned parameter shows one empty dimension; its true shape is ds_shape.
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         groups.setdefault((lr, weight_decay if dimensions > 1 else 0.0), []).append(parameter)
-    return [{"params": parameters, "lr": lr, "weight_decay": decay}
-            for (lr, decay), parameters in sorted(groups.items(), reverse=True)]
+    return [
+        {"params": parameters, "lr": lr, "weight_decay": decay}
+        for (lr, decay), parameters in sorted(groups.items(), reverse=True)
+    ]
 
 
 def build_optimizer(groups: list[dict], offload: bool) -> torch.optim.Optimizer:
@@ -47,25 +51,31 @@ def cpu_adam(groups: list[dict]) -> torch.optim.Optimizer:
         UserError: it is not compiled yet, and there is no compiler.
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
+
     try:
         return DeepSpeedCPUAdam(groups, betas=BETAS, adamw_mode=True)
     except RuntimeError as error:
-        raise UserError("--offload needs DeepSpeed's optimizer for CPUs, which cannot be compiled here: install a C++ "
-                        "compiler and ninja (on Debian and Ubuntu: apt install g++ ninja-build), or leave --offload "
-                        f"out ({error.__cause__ or error})") from error
+        raise UserError(
+            "--offload needs DeepSpeed's optimizer for CPUs, which cannot be compiled here: install a C++ "
+            "compiler and ninja (on Debian and Ubuntu: apt install g++ ninja-build), or leave --offload "
+            f"out ({error.__cause__ or error})"
+        ) from error
 
 
 def say_shortened_warmup(config, total_steps: int) -> None:
     """Say where a run is all warm-up, as the default of step 3 has it for little data."""
     if config.num_warmup_steps > total_steps and config.lr_scheduler_type != "constant":
-        say(f"note: --num_warmup_steps {config.num_warmup_steps} is shortened to the {total_steps} optimizer "
-            f"step{'s' if total_steps > 1 else ''} that this run has")
+        say(
+            f"note: --num_warmup_steps {config.num_warmup_steps} is shortened to the {total_steps} optimizer "
+            f"step{'s' if total_steps > 1 else ''} that this run has"
+        )
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, total_steps: int):
     """The learning-rate schedule `name` over `total_steps` optimizer steps."""
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: share_of_highest(name, step, warmup_steps, total_steps))
+        optimizer, lambda step: share_of_highest(name, step, warmup_steps, total_steps)
+    )
 
 
 class Untrained:

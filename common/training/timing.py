@@ -1,4 +1,5 @@
 """Which part of the work a rank is in, and how long each part takes."""
+
 from __future__ import annotations
 
 import time
@@ -8,8 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from common.runtime.distributed import on_gpu
+from common.runtime.heartbeat import set_phase
 from common.training.memory import named_when_out_of_memory
-from common.runtime.heartbeat import enter
 
 
 class PhaseClock:
@@ -26,7 +27,7 @@ class PhaseClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """The time within the context belongs to `name`, unless it ends with an exception."""
-        enter(name)
+        set_phase(name)
         start = now()
         with named_when_out_of_memory(name):
             yield

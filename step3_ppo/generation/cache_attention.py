@@ -3,6 +3,7 @@
 For one query at a time a CPU attends several times slower in bf16 than in fp32. With keys and values kept in fp32
 nothing but the query is converted at each step.
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -4,6 +4,7 @@ So decoding costs what the real tokens cost, not rows times the longest response
 that is allocated once; slots stand at different lengths in the same forward pass, told apart by the attention mask and
 the position ids alone, which the decoder-only models of transformers take. Nothing here knows an architecture.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from common.runtime.signals import told
+from common.runtime.signals import stop_requested
 from step3_ppo.generation.cache_attention import attention_in, fastest_cache_dtype
 from step3_ppo.generation.sampling import NO_TOKEN, Sampling, sample_tokens, without_ends
 
@@ -33,6 +34,7 @@ class Request:
         min_new_tokens: the end token is impossible before so many.
         max_new_tokens: the response is cut after so many.
     """
+
     prompt: tuple[int, ...]
     uniform: Tensor
     min_new_tokens: int
@@ -87,9 +89,11 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             # Zeros, because what the mask hides is multiplied by 0, and 0 times what lay in memory may be NaN.
             self.keys, self.values = (
-                states.new_zeros(self.cache.slots, states.shape[1], self.cache.columns, states.shape[3],
-                                 dtype=self.cache.dtype)
-                for states in (key_states, value_states))
+                states.new_zeros(
+                    self.cache.slots, states.shape[1], self.cache.columns, states.shape[3], dtype=self.cache.dtype
+                )
+                for states in (key_states, value_states)
+            )
             self.is_initialized = True
 
     def fill(self, keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
@@ -103,7 +107,7 @@ class _SlotLayer(CacheLayerMixin):
         rows, width = self.cache.rows, self.cache.width
         self.keys[rows, :, self.cache.places] = key_states[:, :, 0].to(self.keys.dtype)
         self.values[rows, :, self.cache.places] = value_states[:, :, 0].to(self.values.dtype)
-        return self.keys[:len(rows), :, :width], self.values[:len(rows), :, :width]
+        return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.width, 0
@@ -126,8 +130,16 @@ class Decoder:
         cache_dtype: of keys and values, if not the one with which the model attends fastest.
     """
 
-    def __init__(self, model, sampling: Sampling, *, slots: int, end_ids: Sequence[int], cache: SlotCache | None = None,
-                 cache_dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model,
+        sampling: Sampling,
+        *,
+        slots: int,
+        end_ids: Sequence[int],
+        cache: SlotCache | None = None,
+        cache_dtype: torch.dtype | None = None,
+    ):
         self.model, self.sampling, self.slots, self.cache = model, sampling, slots, cache
         self.ends = torch.tensor(end_ids)
         self.device, self.cache_dtype = model.device, cache_dtype or fastest_cache_dtype(model)
@@ -154,15 +166,19 @@ class Decoder:
         limits = torch.tensor([request.max_new_tokens for request in requests])
         minima = torch.tensor([request.min_new_tokens for request in requests])
         held_back = bool(minima.any())
-        uniform = torch.stack([torch.nn.functional.pad(request.uniform, (0, int(limits.max()) - len(request.uniform)))
-                               for request in requests]).to(self.device)
+        uniform = torch.stack(
+            [
+                torch.nn.functional.pad(request.uniform, (0, int(limits.max()) - len(request.uniform)))
+                for request in requests
+            ]
+        ).to(self.device)
         # Longest prompts first, so that neighbours, in the prefill and in the slots, have little padding.
         queue = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt))
         # Of each slot in use: its request, its next input, how many tokens the cache holds, how many are written.
         index = fed = length = written = torch.empty(0, dtype=torch.long)
-        while (queue or len(index)) and not told():
+        while (queue or len(index)) and not stop_requested():
             if queue and (self.slots - len(index) >= self.refill_at or not len(index)):
-                admitted, queue = queue[:self.slots - len(index)], queue[self.slots - len(index):]
+                admitted, queue = queue[: self.slots - len(index)], queue[self.slots - len(index) :]
                 self._prefill([requests[request].prompt for request in admitted], first_slot=len(index))
                 prompts = [requests[request].prompt for request in admitted]
                 index = torch.cat([index, torch.tensor(admitted)])
@@ -195,7 +211,7 @@ class Decoder:
             width = int(lengths[0])
             ids = torch.full((len(group), width), int(self.ends[0]))
             for row, prompt in enumerate(group):
-                ids[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
+                ids[row, : len(prompt) - 1] = torch.tensor(prompt[:-1])
             mask = (torch.arange(width) < lengths[:, None]).long()
             prefilled = DynamicCache()
             self._call(ids, mask, (mask.cumsum(1) - 1).clamp_min(0), prefilled)
@@ -214,8 +230,14 @@ class Decoder:
 
     def _call(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         inputs = {"position_ids": positions.to(self.device)} if self.takes_positions else {}
-        return self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device),
-                          past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits
+        return self.model(
+            input_ids=input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **inputs,
+        ).logits
 
     def _close_gaps(self, going: Tensor, lengths: Tensor) -> Tensor:
         """Move the last slots in use into those that have ended; returns which slot is now in each place."""

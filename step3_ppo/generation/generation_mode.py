@@ -1,5 +1,6 @@
 """The actor as a generator and back: whole weights, adapters folded in, no hooks; then training goes on as if nothing
 had been."""
+
 from __future__ import annotations
 
 import contextlib
@@ -7,8 +8,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from common.runtime.distributed import memory_available, on_every_rank
 from common.models.lora import folded_adapters, folding_takes
+from common.runtime.distributed import memory_available, on_every_rank
 
 GATHERING_TAKES = 2  # times the weights: what is gathered is held once more while it is put in order
 

@@ -1,4 +1,5 @@
 """Optimizer states in the CPU's memory while a rollout has use for the GPU's."""
+
 from __future__ import annotations
 
 import contextlib
@@ -12,7 +13,7 @@ from common.runtime.distributed import device
 _PART = 2**28  # bytes; torch rounds what it page-locks up to a power of two
 
 
-class StatesAway:
+class OptimizerOffload:
     """Moves Adam's moments, 8 bytes for each weight that learns, away and back; at any ZeRO stage.
 
     DeepSpeed's `engine.offload_states` does the like at stages 1 and 2, and at 3 for its own Adam alone. Here a tensor
@@ -27,7 +28,7 @@ class StatesAway:
         self.copies: list[Tensor] = []  # kept, since page-locked memory takes long to get
 
     @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
+    def offloaded(self) -> Iterator[None]:
         """Within the context the states hold nothing; after it they are bit for bit what they were."""
         storages = self.storages()
         sizes, parts = [storage.nbytes() for storage in storages], _parts(storages)
@@ -60,5 +61,8 @@ class StatesAway:
 
 def _parts(storages: Sequence[UntypedStorage]) -> list[Tensor]:
     """All bytes, as tensors over them of up to `_PART` each."""
-    return [part for storage in storages
-            for part in torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).split(_PART)]
+    return [
+        part
+        for storage in storages
+        for part in torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).split(_PART)
+    ]

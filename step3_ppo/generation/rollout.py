@@ -5,6 +5,7 @@ continuous batching. The plain way, transformers' `generate` on batches that sta
 cannot: a ZeRO-3 actor that does not fit on one rank, whose layers are gathered for every token with all ranks in step,
 and models that do not attend to the whole sequence.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -16,9 +17,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from common.batching.collate import PromptBatch
 from common.runtime.distributed import device, is_main, on_every_rank, say
-from common.runtime.signals import told
-from step3_ppo.generation.continuous_batching import Decoder, Request, SlotCache, can_decode
+from common.runtime.signals import stop_requested
 from step3_ppo.experience import Rollout
+from step3_ppo.generation.continuous_batching import Decoder, Request, SlotCache, can_decode
 from step3_ppo.generation.generation_mode import generation_mode, whole_model_fits
 from step3_ppo.generation.sampling import NO_TOKEN, Sampling, response_limits, sample_tokens, uniforms, without_ends
 
@@ -37,8 +38,17 @@ class ActorRollouts:
         keep_cache: keep the memory of keys and values from one rollout to the next.
     """
 
-    def __init__(self, engine, *, slots: int, seed: int, end_ids: Sequence[int], pad_id: int, gather: bool = True,
-                 keep_cache: bool = True):
+    def __init__(
+        self,
+        engine,
+        *,
+        slots: int,
+        seed: int,
+        end_ids: Sequence[int],
+        pad_id: int,
+        gather: bool = True,
+        keep_cache: bool = True,
+    ):
         self.engine, self.slots, self.seed, self.end_ids, self.pad_id = engine, slots, seed, end_ids, pad_id
         self.gather, self.keep_cache = gather, keep_cache
         self.cache: SlotCache | None = None
@@ -63,9 +73,11 @@ class ActorRollouts:
         if reason:
             self._say_once(f"note: rollouts in batches that stay together, since {reason}")
             with _bar(len(prompts.lengths) * sampling.samples_per_prompt) as bar:
-                parts = [self._plainly(part, sampling, iteration, bar.update)
-                         for part in prompts.to(device()).split(self.slots)]
-            return None if told() else Rollout.concat(parts)
+                parts = [
+                    self._plainly(part, sampling, iteration, bar.update)
+                    for part in prompts.to(device()).split(self.slots)
+                ]
+            return None if stop_requested() else Rollout.concat(parts)
         return self._in_generation_mode(prompts.select(prompts.real), sampling, iteration)
 
     def _why_plain(self, longest: int) -> str:
@@ -88,42 +100,71 @@ class ActorRollouts:
             self._say_once("note: for each rollout the whole actor is gathered on every rank")
         rows = prompts.to("cpu")
         width = rows.input_ids.shape[1]
-        ids = [tuple(row[width - length:].tolist()) for row, length in zip(rows.input_ids, rows.lengths.tolist())]
+        ids = [tuple(row[width - length :].tolist()) for row, length in zip(rows.input_ids, rows.lengths.tolist())]
         requests = []
         for sample in range(sampling.samples_per_prompt):
             uniform = uniforms(self.seed, iteration, rows.prompt_index, sampling.max_new_tokens, sample)
             limits = response_limits(self.seed, iteration, rows.prompt_index, sampling, sample)
             requests += [Request(*request) for request in zip(ids, uniform, *limits.T.tolist())]
         # Those of one prompt next to each other.
-        requests = [request for row in range(len(ids)) for request in requests[row::len(ids)]]
+        requests = [request for row in range(len(ids)) for request in requests[row :: len(ids)]]
         with _bar(len(requests)) as bar, generation_mode(self.engine) as model:
             decoder = Decoder(model, sampling, slots=self.slots, end_ids=self.end_ids, cache=self.cache)
             responses = decoder.run(requests, progress=bar.update)
         self.cache = decoder.cache if self.keep_cache else None
-        if told():
+        if stop_requested():
             return None
-        return joined(requests, responses, rows.prompt_index.repeat_interleave(sampling.samples_per_prompt),
-                      self.end_ids, self.pad_id)
+        return joined(
+            requests,
+            responses,
+            rows.prompt_index.repeat_interleave(sampling.samples_per_prompt),
+            self.end_ids,
+            self.pad_id,
+        )
 
-    def _plainly(self, prompts: PromptBatch, sampling: Sampling, iteration: int,
-                 progress: Callable[[int], None]) -> Rollout:
-        parts = [generate(self.engine, prompts, sampling, end_ids=self.end_ids, pad_id=self.pad_id, seed=self.seed,
-                          iteration=iteration, sample=sample, progress=progress)
-                 for sample in range(sampling.samples_per_prompt)]
+    def _plainly(
+        self, prompts: PromptBatch, sampling: Sampling, iteration: int, progress: Callable[[int], None]
+    ) -> Rollout:
+        parts = [
+            generate(
+                self.engine,
+                prompts,
+                sampling,
+                end_ids=self.end_ids,
+                pad_id=self.pad_id,
+                seed=self.seed,
+                iteration=iteration,
+                sample=sample,
+                progress=progress,
+            )
+            for sample in range(sampling.samples_per_prompt)
+        ]
         order = torch.arange(len(parts) * len(prompts.lengths)).view(len(parts), -1).T.flatten()
         return Rollout.concat(parts).select(order)
 
 
-def joined(requests: Sequence[Request], responses: Sequence[list[int]], prompt_index: Tensor, end_ids: Sequence[int],
-           pad_id: int) -> Rollout:
+def joined(
+    requests: Sequence[Request],
+    responses: Sequence[list[int]],
+    prompt_index: Tensor,
+    end_ids: Sequence[int],
+    pad_id: int,
+) -> Rollout:
     """Prompts and responses as a rollout, on the CPU. prompt_index (B,) long."""
     rows = [torch.tensor([*request.prompt, *response]) for request, response in zip(requests, responses)]
-    tokens = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id) if rows
-              else torch.empty(0, 1, dtype=torch.long))
-    return Rollout(tokens, torch.tensor([len(request.prompt) for request in requests], dtype=torch.long),
-                   torch.tensor([len(response) for response in responses], dtype=torch.long),
-                   torch.tensor([response[-1] in end_ids for response in responses], dtype=torch.bool), prompt_index,
-                   torch.ones(len(rows), dtype=torch.bool))
+    tokens = (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+        if rows
+        else torch.empty(0, 1, dtype=torch.long)
+    )
+    return Rollout(
+        tokens,
+        torch.tensor([len(request.prompt) for request in requests], dtype=torch.long),
+        torch.tensor([len(response) for response in responses], dtype=torch.long),
+        torch.tensor([response[-1] in end_ids for response in responses], dtype=torch.bool),
+        prompt_index,
+        torch.ones(len(rows), dtype=torch.bool),
+    )
 
 
 def _bar(answers: int) -> tqdm:
@@ -133,8 +174,15 @@ def _bar(answers: int) -> tqdm:
 class _ForcedChoice(LogitsProcessor):
     """Makes `generate`, whose cache and stopping serve every architecture, take the tokens we sample."""
 
-    def __init__(self, prompt_width: int, uniform: Tensor, limits: Tensor, sampling: Sampling,
-                 end_ids: Sequence[int], progress: Callable[[int], None]):
+    def __init__(
+        self,
+        prompt_width: int,
+        uniform: Tensor,
+        limits: Tensor,
+        sampling: Sampling,
+        end_ids: Sequence[int],
+        progress: Callable[[int], None],
+    ):
         self.prompt_width, self.uniform, self.limits = prompt_width, uniform, limits
         self.sampling, self.progress, self.ended = sampling, progress, 0
         self.ends = torch.tensor(end_ids, device=limits.device)
@@ -147,9 +195,9 @@ class _ForcedChoice(LogitsProcessor):
         # What follows a response that has come to its own limit is cut off; ending it saves the time. So does ending
         # all of them when the rollout will not be used; under ZeRO-3 no rank may leave by itself.
         self.broken |= tokens == NO_TOKEN
-        over = self.broken | (position >= self.limits[:, 1]) | bool(told())
+        over = self.broken | (position >= self.limits[:, 1]) | bool(stop_requested())
         tokens = torch.where(over, self.ends[0], tokens)
-        has_ended = torch.isin(input_ids[:, self.prompt_width:], self.ends).any(1) | torch.isin(tokens, self.ends)
+        has_ended = torch.isin(input_ids[:, self.prompt_width :], self.ends).any(1) | torch.isin(tokens, self.ends)
         self.show(int(has_ended.sum()))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.unsqueeze(1), 0.0)
 
@@ -160,9 +208,18 @@ class _ForcedChoice(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_ids: Sequence[int], pad_id: int,
-             seed: int, iteration: int, sample: int = 0,
-             progress: Callable[[int], None] = lambda finished: None) -> Rollout:
+def generate(
+    engine,
+    prompts: PromptBatch,
+    sampling: Sampling,
+    *,
+    end_ids: Sequence[int],
+    pad_id: int,
+    seed: int,
+    iteration: int,
+    sample: int = 0,
+    progress: Callable[[int], None] = lambda finished: None,
+) -> Rollout:
     """One response to every prompt of the batch, the plain way. The batch goes on until its last response has ended.
 
     Under ZeRO-3 all ranks must call it together and stay in step until the last of them has finished.
@@ -179,11 +236,18 @@ def generate(engine, prompts: PromptBatch, sampling: Sampling, *, end_ids: Seque
     choice = _ForcedChoice(width, uniform, limits, sampling, end_ids, progress)
     engine.eval()
     sequences = engine.module.generate(
-        input_ids=prompts.input_ids, attention_mask=prompts.attention_mask,
-        generation_config=GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, use_cache=True,
-                                           eos_token_id=list(end_ids), pad_token_id=pad_id),
+        input_ids=prompts.input_ids,
+        attention_mask=prompts.attention_mask,
+        generation_config=GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=list(end_ids),
+            pad_token_id=pad_id,
+        ),
         logits_processor=LogitsProcessorList([choice]),
-        synced_gpus=engine.zero_optimization_partition_weights() and engine.dp_world_size > 1)
+        synced_gpus=engine.zero_optimization_partition_weights() and engine.dp_world_size > 1,
+    )
     engine.train()
     choice.show(len(limits))
     sequences[:, width].masked_fill_(choice.broken, NO_TOKEN)
@@ -198,7 +262,7 @@ def to_rollout(sequences: Tensor, prompts: PromptBatch, end_ids: Sequence[int], 
         limits: (B,) tokens that each response may have.
     """
     width = prompts.input_ids.shape[1]
-    responses = sequences[:, width:width + int(limits.max())]
+    responses = sequences[:, width : width + int(limits.max())]
     columns = torch.arange(responses.shape[1], device=sequences.device)
     ends = torch.isin(responses, responses.new_tensor(end_ids)) & (columns < limits[:, None])
     finished = ends.any(1)
@@ -208,5 +272,5 @@ def to_rollout(sequences: Tensor, prompts: PromptBatch, end_ids: Sequence[int], 
     shift = (width - prompts.lengths).unsqueeze(1)
     tokens = sequences.gather(1, (columns + shift) % sequences.shape[1])
     lengths = prompts.lengths + response_lengths
-    tokens = tokens.masked_fill(columns >= lengths.unsqueeze(1), pad_id)[:, :int(lengths.max())]
+    tokens = tokens.masked_fill(columns >= lengths.unsqueeze(1), pad_id)[:, : int(lengths.max())]
     return Rollout(tokens, prompts.lengths, response_lengths, finished, prompts.prompt_index, prompts.real)

@@ -4,6 +4,7 @@ Randomness is fixed before decoding: one uniform number per (seed, iteration, pr
 a token by the inverse of the cumulative distribution. So a response depends on its prompt and the weights alone, not
 on the rank, the batch or the slot it was decoded in, nor on what was decoded before it.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Sampling:
         draw_lengths: every response gets a length of its own, drawn evenly from these two limits, and has exactly that.
         samples_per_prompt: responses to each prompt.
     """
+
     temperature: float
     top_p: float
     top_k: int
@@ -51,8 +53,15 @@ class Sampling:
     @classmethod
     def from_config(cls, config: PPOConfig) -> Sampling:
         """As the options of step 3 say."""
-        return cls(config.temperature, config.top_p, config.top_k, config.min_answer_seq_len,
-                   config.max_answer_seq_len, config.draw_answer_lengths, config.answers_per_prompt)
+        return cls(
+            config.temperature,
+            config.top_p,
+            config.top_k,
+            config.min_answer_seq_len,
+            config.max_answer_seq_len,
+            config.draw_answer_lengths,
+            config.answers_per_prompt,
+        )
 
 
 def without_ends(logits: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
@@ -90,8 +99,10 @@ _LENGTHS = 1  # ends the key of the streams that lengths are drawn from
 
 
 def _streams(before: tuple[int, ...], prompt_index: Tensor, after: tuple[int, ...], count: int) -> Tensor:
-    rows = [np.random.Generator(np.random.Philox(np.random.SeedSequence((*before, index, *after)))).random(count)
-            for index in prompt_index.tolist()]
+    rows = [
+        np.random.Generator(np.random.Philox(np.random.SeedSequence((*before, index, *after)))).random(count)
+        for index in prompt_index.tolist()
+    ]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, count, dtype=torch.float64)
 
 

@@ -2,6 +2,7 @@
 
 Run under the launcher: failure_cases.py INPUTS OUTPUT_DIR
 """
+
 from __future__ import annotations
 
 import json
@@ -12,8 +13,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from common.runtime.distributed import gather_objects, is_main, run_program
 from common.errors import TrainingFailure
+from common.runtime.distributed import gather_objects, is_main, run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
@@ -32,13 +33,23 @@ CASES = {
     "actor-not-evaluated": ("ppo", f"{_ONE_STEP} --actor_learning_rate 1e30 --eval_prompts 0", "trained actor"),
     "critic": ("ppo", f"{_ONE_STEP} --critic_learning_rate 1e30", "values of the evaluation"),
     "critic-not-evaluated": ("ppo", f"{_ONE_STEP} --critic_learning_rate 1e30 --eval_prompts 0", "trained critic"),
-    "next-iteration": ("ppo", f"{_ACTOR} --num_train_epochs 3 --kl_controller adaptive",
-                       "actor's logits in the rollout of iteration 2"),
-    "plain-rollouts": ("ppo", f"{_ACTOR} --num_train_epochs 3 --actor_zero_stage 3 --unpin_actor_parameters",
-                       "actor's logits in the rollout of iteration 2"),
+    "next-iteration": (
+        "ppo",
+        f"{_ACTOR} --num_train_epochs 3 --kl_controller adaptive",
+        "actor's logits in the rollout of iteration 2",
+    ),
+    "plain-rollouts": (
+        "ppo",
+        f"{_ACTOR} --num_train_epochs 3 --actor_zero_stage 3 --unpin_actor_parameters",
+        "actor's logits in the rollout of iteration 2",
+    ),
     # Only one rank has the prompt that this actor cannot read.
-    "one-rank": ("ppo", "--actor_model_name_or_path {inputs}/partly-broken --data_path {inputs}/one-odd.jsonl "
-                 "--eval_fraction 0 --actor_learning_rate 0", "actor's logits in the rollout of iteration"),
+    "one-rank": (
+        "ppo",
+        "--actor_model_name_or_path {inputs}/partly-broken --data_path {inputs}/one-odd.jsonl "
+        "--eval_fraction 0 --actor_learning_rate 0",
+        "actor's logits in the rollout of iteration",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ rollout of all ranks, the plain way's tokens, and whether weights and training c
 `shared_models` found at each stage; `one_prompt`, rollouts in which only one rank has a prompt; and `threads`, those
 that rank 0 computes with.
 """
+
 from __future__ import annotations
 
 import json
@@ -20,14 +21,14 @@ from common.artifacts.export import full_state_dict
 from common.batching.collate import collate_prompts
 from common.batching.sampler import evaluation_batches
 from common.data.tokenization import load_tokenizer, make_codec
+from common.models.loading import load_causal_lm
 from common.runtime.distributed import is_main, on_every_rank, rank, run_program, start, world_size
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
-from common.models.loading import load_causal_lm
 from step1_sft.trainer import SFTTrainer
-from step3_ppo.scoring import share_rollout
+from step3_ppo.generation.optimizer_offload import OptimizerOffload
 from step3_ppo.generation.rollout import ActorRollouts
 from step3_ppo.generation.sampling import Sampling
-from step3_ppo.generation.optimizer_offload import StatesAway
+from step3_ppo.scoring import share_rollout
 from tests.architectures import build_model
 from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
 from tests.distributed.shared_models import shared_models
@@ -59,12 +60,13 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
     weights, texts, unmoved, emptied = {}, {}, [], []
     for rolling in (True, False):
         engine = build(model, codec, stage, lora, dtype)
-        trainer = SFTTrainer(engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id,
-                             train_on_prompt=False)
+        trainer = SFTTrainer(
+            engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id, train_on_prompt=False
+        )
         for step in range(3):
             if rolling:
                 before = full_state_dict(engine)
-                states = StatesAway([engine])
+                states = OptimizerOffload([engine])
                 with states.away():
                     emptied.append((states.copies or not step) and not any(map(len, states.storages())))
                     texts[step] = {way: roll_out(engine, codec, way) for way in ("fast", "plain")}
@@ -75,8 +77,7 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
         weights[rolling] = full_state_dict(engine)
         engine.destroy()
     same = not is_main() or all(torch.equal(weights[True][name], weights[False][name]) for name in weights[True])
-    return {"rollouts": texts, "weights_unmoved": all(unmoved), "training_unmoved": same,
-            "states_away": all(emptied)}
+    return {"rollouts": texts, "weights_unmoved": all(unmoved), "training_unmoved": same, "states_away": all(emptied)}
 
 
 def one_prompt(model: str, codec, stage: int) -> list[list[list[int]]]:
@@ -92,10 +93,18 @@ def one_prompt(model: str, codec, stage: int) -> list[list[list[int]]]:
 
 def build(model: str, codec, stage: int, lora: bool, dtype: str):
     settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=DEEPSPEED)
-    network = load_causal_lm(model, "--model", codec, dtype=settings.dtype, dropout=0.0,
-                             ds_config=deepspeed_config(settings), gradient_checkpointing=True)
-    return training_engine(with_lora(network) if lora else network, settings,
-                           OptimizerSettings(1e-2, 1e-2, 0.0, "constant", 0, 10))
+    network = load_causal_lm(
+        model,
+        "--model",
+        codec,
+        dtype=settings.dtype,
+        dropout=0.0,
+        ds_config=deepspeed_config(settings),
+        gradient_checkpointing=True,
+    )
+    return training_engine(
+        with_lora(network) if lora else network, settings, OptimizerSettings(1e-2, 1e-2, 0.0, "constant", 0, 10)
+    )
 
 
 def roll_out(engine, codec, way: str, prompts: int = PROMPTS) -> list[list[int]]:
@@ -106,14 +115,18 @@ def roll_out(engine, codec, way: str, prompts: int = PROMPTS) -> list[list[int]]
     (batch,) = evaluation_batches([len(row) for row in ids], -(-prompts // world_size()), world_size(), rank())
     rollouts = ActorRollouts(engine, slots=3, seed=7, end_ids=codec.end_ids, pad_id=codec.pad_id)
     if way == "plain":
-        mine = [rollouts._plainly(part, SAMPLING, 1, lambda finished: None)
-                for part in collate_prompts(dataset, batch, codec.pad_id).split(3)]
+        mine = [
+            rollouts._plainly(part, SAMPLING, 1, lambda finished: None)
+            for part in collate_prompts(dataset, batch, codec.pad_id).split(3)
+        ]
         whole = share_rollout(type(mine[0]).concat(mine))
     else:
         whole = share_rollout(rollouts.roll_out(collate_prompts(dataset, batch, codec.pad_id), SAMPLING, 1))
     assert on_every_rank(len(whole.tokens) == prompts)
-    return [whole.tokens[row, start:end].tolist() for row, (start, end)
-            in enumerate(zip(whole.prompt_lengths.tolist(), whole.lengths.tolist()))]
+    return [
+        whole.tokens[row, start:end].tolist()
+        for row, (start, end) in enumerate(zip(whole.prompt_lengths.tolist(), whole.lengths.tolist()))
+    ]
 
 
 if __name__ == "__main__":

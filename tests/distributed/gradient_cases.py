@@ -4,6 +4,7 @@ Run under the launcher: gradient_cases.py [--long] CACHE_DIR OUTPUT_DIR. After o
 moment is (1 - beta1) times the gradient, at any ZeRO stage, with the reduction over ranks and micro-batches already
 done.
 """
+
 from __future__ import annotations
 
 import sys
@@ -16,15 +17,15 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from common.artifacts.export import full_state_dict
+from common.artifacts.provenance import RAW
 from common.batching.sampler import StepSampler
 from common.data.tokenization import load_tokenizer, make_codec
-from common.runtime.distributed import is_main, rank, run_program, start, world_size
-from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
-from common.models.lora import add_lora
 from common.models import logprobs
 from common.models.loading import load_causal_lm, load_scalar_model
+from common.models.lora import add_lora
+from common.runtime.distributed import is_main, rank, run_program, start, world_size
+from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from common.training.optim import BETAS
-from common.artifacts.provenance import RAW
 from step1_sft.trainer import SFTTrainer
 from step2_reward.trainer import RewardTrainer
 from step3_ppo.config import PPOConfig
@@ -52,8 +53,11 @@ def main(argv) -> None:
         logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
         for step in (sft_step, reward_step, ppo_step):
             engines = step(str(model_dir), codec, *variant)
-            gradients = {f"{number}.{parameter}": gradient for number, engine in enumerate(engines)
-                         for parameter, gradient in first_step_gradients(engine).items()}
+            gradients = {
+                f"{number}.{parameter}": gradient
+                for number, engine in enumerate(engines)
+                for parameter, gradient in first_step_gradients(engine).items()
+            }
             if is_main():
                 save_file(gradients, output_dir / f"{step.__name__}.{world_size()}.{name}.safetensors")
             for engine in engines:
@@ -68,8 +72,9 @@ def bf16_update(model: str, codec, stage: int) -> dict[str, torch.Tensor]:
     """What two optimizer steps in bf16 change; large ones, which bf16's own rounding does not blur. On rank 0."""
     settings_ = EngineSettings(stage, torch.bfloat16, ROWS, override=DEEPSPEED)
     optimizer = OptimizerSettings(1e-2, 1e-2, 0.0, "constant", 0, 10)
-    network = load_causal_lm(model, "--model", codec, dtype=torch.bfloat16, dropout=0.0,
-                             ds_config=deepspeed_config(settings_))
+    network = load_causal_lm(
+        model, "--model", codec, dtype=torch.bfloat16, dropout=0.0, ds_config=deepspeed_config(settings_)
+    )
     engine = training_engine(network, settings_, optimizer)
     weights = lambda: {name: value.float() for name, value in (full_state_dict(engine) or {}).items()}
     before = weights()
@@ -84,38 +89,64 @@ def bf16_update(model: str, codec, stage: int) -> dict[str, torch.Tensor]:
 def rows(columns: list[str]) -> Dataset:
     """Rows of very unequal lengths, so that a mean of means would differ from the mean."""
     generator = torch.Generator().manual_seed(5)
-    data = {column: [torch.randint(10, 200, (2 + 3 * ((row + shift) % ROWS),), generator=generator).tolist()
-                     for row in range(ROWS)] for shift, column in enumerate(columns)}
+    data = {
+        column: [
+            torch.randint(10, 200, (2 + 3 * ((row + shift) % ROWS),), generator=generator).tolist()
+            for row in range(ROWS)
+        ]
+        for shift, column in enumerate(columns)
+    }
     data["length"] = [sum(len(data[column][row]) for column in columns) for row in range(ROWS)]
     return Dataset.from_dict(data)
 
 
 def settings(stage: int, offload: bool) -> tuple[EngineSettings, OptimizerSettings]:
-    return (EngineSettings(stage, torch.float32, ROWS, offload, override=DEEPSPEED),
-            OptimizerSettings(1e-4, 1e-4, 0.0, "constant", 0, 10))
+    return (
+        EngineSettings(stage, torch.float32, ROWS, offload, override=DEEPSPEED),
+        OptimizerSettings(1e-4, 1e-4, 0.0, "constant", 0, 10),
+    )
 
 
 def sft_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
-    trainer = SFTTrainer(actor(model, codec, stage, *held), rows(["prompt_ids", "response_ids"]), None,
-                         [], codec.pad_id, train_on_prompt=False)
+    trainer = SFTTrainer(
+        actor(model, codec, stage, *held),
+        rows(["prompt_ids", "response_ids"]),
+        None,
+        [],
+        codec.pad_id,
+        train_on_prompt=False,
+    )
     trainer.train_step(one_step(trainer.train["length"], micro_batch))
     return [trainer.engine]
 
 
 def reward_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
-    trainer = RewardTrainer(critic(model, codec, stage, *held),
-                            rows(["prompt_ids", "chosen_ids", "rejected_ids"]), None, [], codec.pad_id,
-                            margin=0.5, centring=0.1)
+    trainer = RewardTrainer(
+        critic(model, codec, stage, *held),
+        rows(["prompt_ids", "chosen_ids", "rejected_ids"]),
+        None,
+        [],
+        codec.pad_id,
+        margin=0.5,
+        centring=0.1,
+    )
     trainer.train_step(one_step([2 * length for length in trainer.train["length"]], micro_batch))
     return [trainer.engine]
 
 
 def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
     rows_per_rank, accumulation, max_tokens = cut(micro_batch)
-    config = PPOConfig(per_device_training_batch_size=rows_per_rank, unsup_coef=0.5, kl_placement="loss", kl_coef=0.5,
-                       gradient_accumulation_steps=accumulation, max_tokens_per_micro_batch=max_tokens)
-    models = PPOModels(actor(model, codec, stage, *held), critic(model, codec, stage, *held),
-                       None, None, None, temperature=0.9)
+    config = PPOConfig(
+        per_device_training_batch_size=rows_per_rank,
+        unsup_coef=0.5,
+        kl_placement="loss",
+        kl_coef=0.5,
+        gradient_accumulation_steps=accumulation,
+        max_tokens_per_micro_batch=max_tokens,
+    )
+    models = PPOModels(
+        actor(model, codec, stage, *held), critic(model, codec, stage, *held), None, None, None, temperature=0.9
+    )
     texts = text_batches(config, rows(["input_ids"]), codec)
     PPOTrainer(models, config, codec, None, None, texts, RAW).update(experience(), 0)
     return [models.actor, models.critic]
@@ -123,15 +154,30 @@ def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> li
 
 def actor(model: str, codec, stage: int, checkpointing: bool, lora: bool, offload: bool):
     engine_settings, optimizer = settings(stage, offload)
-    network = load_causal_lm(model, "--model", codec, dtype=torch.float32, dropout=0.0,
-                             ds_config=deepspeed_config(engine_settings), gradient_checkpointing=checkpointing)
+    network = load_causal_lm(
+        model,
+        "--model",
+        codec,
+        dtype=torch.float32,
+        dropout=0.0,
+        ds_config=deepspeed_config(engine_settings),
+        gradient_checkpointing=checkpointing,
+    )
     return training_engine(with_lora(network) if lora else network, engine_settings, optimizer)
 
 
 def critic(model: str, codec, stage: int, checkpointing: bool, lora: bool, offload: bool):
     engine_settings, optimizer = settings(stage, offload)
-    network = load_scalar_model(model, "--model", codec, dtype=torch.float32, dropout=0.0, seed=3,
-                                ds_config=deepspeed_config(engine_settings), gradient_checkpointing=checkpointing)
+    network = load_scalar_model(
+        model,
+        "--model",
+        codec,
+        dtype=torch.float32,
+        dropout=0.0,
+        seed=3,
+        ds_config=deepspeed_config(engine_settings),
+        gradient_checkpointing=checkpointing,
+    )
     if lora:
         with_lora(network.classifier)
     return training_engine(network, engine_settings, optimizer)
@@ -140,8 +186,15 @@ def critic(model: str, codec, stage: int, checkpointing: bool, lora: bool, offlo
 def one_step(lengths: list[int], micro_batch: int) -> list:
     """This rank's micro-batches of a step over all rows."""
     rows_per_rank, accumulation, max_tokens = cut(micro_batch)
-    sampler = StepSampler(lengths, rows_per_micro_batch=rows_per_rank, micro_batches_per_step=accumulation,
-                          world_size=world_size(), rank=rank(), seed=0, max_tokens=max_tokens)
+    sampler = StepSampler(
+        lengths,
+        rows_per_micro_batch=rows_per_rank,
+        micro_batches_per_step=accumulation,
+        world_size=world_size(),
+        rank=rank(),
+        seed=0,
+        max_tokens=max_tokens,
+    )
     (micro_batches,) = sampler.epoch(0)
     return micro_batches
 
@@ -158,11 +211,22 @@ def experience() -> Experience:
     responses = torch.tensor([1, 17, 4, 9, 2, 13, 6, 11])
     prompts = torch.tensor([5, 2, 12, 3, 8, 4, 9, 1])
     noise = lambda scale: torch.randn(ROWS, int(responses.max()), generator=generator) * scale
-    rollout = Rollout(torch.randint(10, 200, (ROWS, int((prompts + responses).max())), generator=generator), prompts,
-                      responses, torch.ones(ROWS, dtype=torch.bool), torch.arange(ROWS),
-                      torch.ones(ROWS, dtype=torch.bool))
-    return Experience(rollout, old_log_probs=-6 + noise(0.1), ref_log_probs=-6 + noise(1.0), values=noise(1.0),
-                      advantages=noise(1.0), returns=noise(1.0))
+    rollout = Rollout(
+        torch.randint(10, 200, (ROWS, int((prompts + responses).max())), generator=generator),
+        prompts,
+        responses,
+        torch.ones(ROWS, dtype=torch.bool),
+        torch.arange(ROWS),
+        torch.ones(ROWS, dtype=torch.bool),
+    )
+    return Experience(
+        rollout,
+        old_log_probs=-6 + noise(0.1),
+        ref_log_probs=-6 + noise(1.0),
+        values=noise(1.0),
+        advantages=noise(1.0),
+        returns=noise(1.0),
+    )
 
 
 def with_lora(model):
@@ -176,6 +240,7 @@ def with_lora(model):
 
 def first_step_gradients(engine) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_optimizer_state
+
     gradients = {}
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:

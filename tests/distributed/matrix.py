@@ -1,4 +1,5 @@
 """The combinations of ZeRO stage, number format, and full or LoRA training that every step must run with."""
+
 from itertools import product
 from typing import NamedTuple
 
@@ -15,8 +16,12 @@ class Combination(NamedTuple):
 
 _ALL = [Combination(*values) for values in product((0, 2, 3), ("fp32", "bf16"), (False, True))]
 # Every value of every dimension, and every pair that has made trouble, in less than half of the time.
-SHORT = [Combination(0, "fp32", False), Combination(2, "fp32", True), Combination(3, "fp32", False),
-         Combination(3, "bf16", True)]
+SHORT = [
+    Combination(0, "fp32", False),
+    Combination(2, "fp32", True),
+    Combination(3, "fp32", False),
+    Combination(3, "bf16", True),
+]
 SHARDED = [combination for combination in SHORT if combination.zero_stage == 3]
 LONG = [combination for combination in _ALL if combination not in SHORT]
 

@@ -2,6 +2,7 @@
 
 Run under the launcher: matrix_cases.py [--long|--sharded] DATA TEXTS MODEL OUTPUT_DIR
 """
+
 from __future__ import annotations
 
 import sys
@@ -27,29 +28,118 @@ def main(argv) -> None:
 def run(combination: Combination, data: str, texts: str, model: str, output: Path) -> None:
     """Step 1, 2 and 3 in a row, each on what the one before has made."""
     rows = ROWS_PER_STEP // world_size()
-    common = ["--data_path", data, "--data_output_path", str(output.parent / "data"), "--max_rows", "400",
-              "--dtype", combination.dtype, "--no_enable_tensorboard", "--data_split", "1,1,1",
-              "--add_eot_token", "--deepspeed_config", DEEPSPEED]
-    supervised = [*common, "--zero_stage", str(combination.zero_stage), "--max_seq_len", "64",
-                  "--per_device_train_batch_size", str(rows // 2), "--gradient_accumulation_steps", "2",
-                  "--per_device_eval_batch_size", "8", "--learning_rate", "2e-3", "--log_interval", "1",
-                  "--disable_dropout", "--enable_test_mode"]
+    common = [
+        "--data_path",
+        data,
+        "--data_output_path",
+        str(output.parent / "data"),
+        "--max_rows",
+        "400",
+        "--dtype",
+        combination.dtype,
+        "--no_enable_tensorboard",
+        "--data_split",
+        "1,1,1",
+        "--add_eot_token",
+        "--deepspeed_config",
+        DEEPSPEED,
+    ]
+    supervised = [
+        *common,
+        "--zero_stage",
+        str(combination.zero_stage),
+        "--max_seq_len",
+        "64",
+        "--per_device_train_batch_size",
+        str(rows // 2),
+        "--gradient_accumulation_steps",
+        "2",
+        "--per_device_eval_batch_size",
+        "8",
+        "--learning_rate",
+        "2e-3",
+        "--log_interval",
+        "1",
+        "--disable_dropout",
+        "--enable_test_mode",
+    ]
     lora = ["--lora_dim", "4", "--lora_learning_rate", "5e-3"] if combination.lora else []
-    step1([*supervised, *lora, "--model_name_or_path", model, "--output_dir", str(output / "sft"),
-           "--test_stop_step", "6", "--gradient_checkpointing"])
-    step2([*supervised, *lora, "--model_name_or_path", model, "--output_dir", str(output / "reward"),
-           "--test_stop_step", "6"])
+    step1(
+        [
+            *supervised,
+            *lora,
+            "--model_name_or_path",
+            model,
+            "--output_dir",
+            str(output / "sft"),
+            "--test_stop_step",
+            "6",
+            "--gradient_checkpointing",
+        ]
+    )
+    step2(
+        [
+            *supervised,
+            *lora,
+            "--model_name_or_path",
+            model,
+            "--output_dir",
+            str(output / "reward"),
+            "--test_stop_step",
+            "6",
+        ]
+    )
     actor_lora = ["--actor_lora_dim", "4", "--critic_lora_dim", "4"] if combination.lora else []
     stage = str(combination.zero_stage)
-    step3([*common, *actor_lora, "--actor_model_name_or_path", str(output / "sft"), "--critic_model_name_or_path",
-           str(output / "reward"), "--output_dir", str(output / "ppo"), "--actor_zero_stage", stage,
-           "--critic_zero_stage", stage, "--per_device_generation_batch_size", str(rows // 2),
-           "--generation_batches", "2", "--per_device_training_batch_size", str(rows // 4),
-           "--gradient_accumulation_steps", "4", "--max_prompt_seq_len", "48", "--kl_controller", "adaptive",
-           "--max_answer_seq_len", "12", "--eval_prompts", str(EVAL_PROMPTS), "--enable_ema", "--ema_decay", "0",
-           *(["--ppo_epochs", "3", "--target_kl", "1e-9"] if combination.lora else []),
-           "--unsupervised_dataset_name", texts, "--unsup_coef", "0.1", "--actor_gradient_checkpointing",
-           "--num_warmup_steps", "0", "--actor_learning_rate", "1e-4", "--max_iterations", "2", "--temperature", "0.8"])
+    step3(
+        [
+            *common,
+            *actor_lora,
+            "--actor_model_name_or_path",
+            str(output / "sft"),
+            "--critic_model_name_or_path",
+            str(output / "reward"),
+            "--output_dir",
+            str(output / "ppo"),
+            "--actor_zero_stage",
+            stage,
+            "--critic_zero_stage",
+            stage,
+            "--per_device_generation_batch_size",
+            str(rows // 2),
+            "--generation_batches",
+            "2",
+            "--per_device_training_batch_size",
+            str(rows // 4),
+            "--gradient_accumulation_steps",
+            "4",
+            "--max_prompt_seq_len",
+            "48",
+            "--kl_controller",
+            "adaptive",
+            "--max_answer_seq_len",
+            "12",
+            "--eval_prompts",
+            str(EVAL_PROMPTS),
+            "--enable_ema",
+            "--ema_decay",
+            "0",
+            *(["--ppo_epochs", "3", "--target_kl", "1e-9"] if combination.lora else []),
+            "--unsupervised_dataset_name",
+            texts,
+            "--unsup_coef",
+            "0.1",
+            "--actor_gradient_checkpointing",
+            "--num_warmup_steps",
+            "0",
+            "--actor_learning_rate",
+            "1e-4",
+            "--max_iterations",
+            "2",
+            "--temperature",
+            "0.8",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Run under the launcher: option_cases.py INPUTS OUTPUT_DIR STEP...
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -19,8 +20,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from common.checkpoints.store import CheckpointStore
-from common.runtime.distributed import run_program
 from common.errors import TrainingFailure, UserError
+from common.runtime.distributed import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.generation import continuous_batching
@@ -39,8 +40,12 @@ def main(argv) -> None:
     for step in steps:
         found = {}
         for number, (name, flags) in enumerate(runs(STEPS[step]).items()):
-            places = {"inputs": inputs, "data": f"{output}/{step}/data", "output": f"{output}/{step}/{number}",
-                      "elsewhere": f"{output}/{step}/{number}-elsewhere"}
+            places = {
+                "inputs": inputs,
+                "data": f"{output}/{step}/data",
+                "output": f"{output}/{step}/{number}",
+                "elsewhere": f"{output}/{step}/{number}-elsewhere",
+            }
             words = f"{STEPS[step].flags} --output_dir {{output}} --data_output_path {{data}} {flags}"
             found[name] = fingerprint(PROGRAMS[step], [word.format(**places) for word in words.split()], places)
         (Path(output) / f"{step}.json").write_text(json.dumps(found))
@@ -68,18 +73,28 @@ def fingerprint(program, argv: list[str], places: dict[str, str]) -> dict:
         except Exception:  # shown by the test of the option; the runs of the others are still wanted
             crash = traceback.format_exc()
     output = Path(places["output"])
-    saved = {path: hashlib.sha256((output / path).read_bytes()).hexdigest() for path in names(output)
-             if not path.startswith(("logs/", "samples/")) and Path(path).name not in ECHOES}
+    saved = {
+        path: hashlib.sha256((output / path).read_bytes()).hexdigest()
+        for path in names(output)
+        if not path.startswith(("logs/", "samples/")) and Path(path).name not in ECHOES
+    }
     return {
-        "metrics": [{name: value for name, value in record.items() if not any(clock in name for clock in CLOCKS)}
-                    for record in records(output / "logs" / "metrics.jsonl")],
+        "metrics": [
+            {name: value for name, value in record.items() if not any(clock in name for clock in CLOCKS)}
+            for record in records(output / "logs" / "metrics.jsonl")
+        ],
         "samples": {path: records(output / path) for path in names(output) if path.startswith("samples/")},
         "weights": {path: digest for path, digest in saved.items() if path.endswith(".safetensors")},
-        "files": [{path: digest for path, digest in saved.items() if not path.endswith(".safetensors")},
-                  sorted({path.partition(".")[0] for path in names(output) if path.startswith("logs/")})],
+        "files": [
+            {path: digest for path, digest in saved.items() if not path.endswith(".safetensors")},
+            sorted({path.partition(".")[0] for path in names(output) if path.startswith("logs/")}),
+        ],
         "elsewhere": sorted({path.partition("/")[0] for path in names(Path(places["elsewhere"]))}),
         "printed": [line.replace(places["output"], "") for line in printed.getvalue().splitlines()],
-        "error": error, "crash": crash, **seen}
+        "error": error,
+        "crash": crash,
+        **seen,
+    }
 
 
 def names(directory: Path) -> list[str]:
@@ -95,7 +110,12 @@ def records(path: Path) -> list[dict]:
 def watched():
     """What DeepSpeed is asked for within the context, and what engines and rollouts do; all is done as without."""
     import deepspeed
-    initialize, init_distributed, cache = deepspeed.initialize, deepspeed.init_distributed, continuous_batching.SlotCache
+
+    initialize, init_distributed, cache = (
+        deepspeed.initialize,
+        deepspeed.init_distributed,
+        continuous_batching.SlotCache,
+    )
     save = CheckpointStore.save
     seen: dict = {"engines": [], "passes": [], "caches": 0, "checkpoints": [], "timeout": None}
 
@@ -123,10 +143,12 @@ def watched():
         seen["checkpoints"].append(sorted(entry.name for entry in store.directory.glob("step-*")))
         return path
 
-    with (mock.patch("deepspeed.initialize", initialize_watched),
-          mock.patch("deepspeed.init_distributed", init_distributed_watched),
-          mock.patch("step3_ppo.generation.continuous_batching.SlotCache", cache_watched),
-          mock.patch.object(CheckpointStore, "save", save_watched)):
+    with (
+        mock.patch("deepspeed.initialize", initialize_watched),
+        mock.patch("deepspeed.init_distributed", init_distributed_watched),
+        mock.patch("step3_ppo.generation.continuous_batching.SlotCache", cache_watched),
+        mock.patch.object(CheckpointStore, "save", save_watched),
+    ):
         yield seen
 
 

@@ -1,4 +1,5 @@
 """The smallest models and data on which every option can show what it does."""
+
 from __future__ import annotations
 
 import json
@@ -10,15 +11,17 @@ import transformers as hf
 from datasets import Features, Value
 from datasets.arrow_writer import ArrowWriter
 
-from common.data.tokenization import load_tokenizer, make_codec
-from common.models.lora import add_lora, save_adapter
 from common.artifacts.provenance import Provenance
 from common.artifacts.publish import text_of
+from common.data.tokenization import load_tokenizer, make_codec
+from common.models.lora import add_lora, save_adapter
 from tests.architectures import build_model
 
 TEMPLATE = "human_assistant"
-DATED = ("{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ '\n' + m['role'] + ': ' + m['content'] }}{% endfor %}"
-         "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}")
+DATED = (
+    "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ '\n' + m['role'] + ': ' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"
+)
 # A model that brings its own code: transformers runs it only where that is allowed.
 OWN_CODE = """
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
@@ -51,15 +54,21 @@ def make_inputs(directory: Path, cache_dir: Path) -> None:
     stopping = make_codec(load_tokenizer(str(directory / "scorer")), TEMPLATE, add_eot_token=True, eot_token="<|stop|>")
     stopping.tokenizer.save_pretrained(directory / "stopping-scorer")
     _write_rows(directory / "pairs.jsonl", [_pair(number) for number in range(40)])
-    _write_rows(directory / "several.jsonl", [_pair(number) | {"rejected": ["No.", "Nobody knows."]}
-                                              for number in range(40)])
+    _write_rows(
+        directory / "several.jsonl", [_pair(number) | {"rejected": ["No.", "Nobody knows."]} for number in range(40)]
+    )
     _write_rows(directory / "other.jsonl", [_pair(number) for number in range(100, 140)])
-    (directory / "two-keys.json").write_text(json.dumps(
-        {key: [_pair(number + start) for number in range(40)] for key, start in (("first", 0), ("second", 300))}))
-    western = [_pair(number) | {"prompt": f"O\u00f9 est {number}?", "chosen": f"Voil\u00e0 {number}."}
-               for number in range(40)]
-    (directory / "western.jsonl").write_bytes("".join(
-        json.dumps(row, ensure_ascii=False) + "\n" for row in western).encode("cp1252"))
+    (directory / "two-keys.json").write_text(
+        json.dumps(
+            {key: [_pair(number + start) for number in range(40)] for key, start in (("first", 0), ("second", 300))}
+        )
+    )
+    western = [
+        _pair(number) | {"prompt": f"O\u00f9 est {number}?", "chosen": f"Voil\u00e0 {number}."} for number in range(40)
+    ]
+    (directory / "western.jsonl").write_bytes(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in western).encode("cp1252")
+    )
     _write_rows(directory / "spoilt.jsonl", [*(_pair(number) for number in range(40)), {"prompt": "And then?"}, {}])
     _write_rows(directory / "texts.jsonl", [{"text": f"After {n} comes {n + 1}."} for n in range(8)])
     for name in ("counting", "cooking"):
@@ -68,8 +77,18 @@ def make_inputs(directory: Path, cache_dir: Path) -> None:
 
 
 def _build_language_model(directory: Path, cache_dir: Path, seed: int) -> None:
-    build_model("opt", directory, cache_dir, seed, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32,
-                num_hidden_layers=1, num_attention_heads=2, dropout=0.1)
+    build_model(
+        "opt",
+        directory,
+        cache_dir,
+        seed,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        dropout=0.1,
+    )
     model = hf.AutoModelForCausalLM.from_pretrained(directory)
     end = model.get_output_embeddings().weight[model.config.eos_token_id].detach()
     with torch.no_grad():  # about every fourth token ends an answer, so that some answers end and some are cut
@@ -89,8 +108,11 @@ def _add_code(model: Path, directory: Path) -> None:
     shutil.copytree(model, directory)
     (directory / "own.py").write_text(OWN_CODE)
     config = json.loads((directory / "config.json").read_text())
-    classes = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnModel",
-               "AutoModelForSequenceClassification": "OwnScorer"}
+    classes = {
+        "AutoConfig": "OwnConfig",
+        "AutoModelForCausalLM": "OwnModel",
+        "AutoModelForSequenceClassification": "OwnScorer",
+    }
     config |= {"model_type": "own", "auto_map": {auto: f"own.{name}" for auto, name in classes.items()}}
     (directory / "config.json").write_text(json.dumps(config))
 
@@ -99,21 +121,34 @@ def _calibrate(scorer: Path, directory: Path) -> None:
     """The scorer, with the mean and spread of its scores beside it as step 2 writes them."""
     shutil.copytree(scorer, directory)
     codec = make_codec(load_tokenizer(str(scorer)), TEMPLATE)
-    Provenance(step="reward", base="", data_split="1,1,1", eval_fraction=0.2, score_mean=0.5, score_std=2.0,
-               **text_of(codec)).write(directory)
+    Provenance(
+        step="reward", base="", data_split="1,1,1", eval_fraction=0.2, score_mean=0.5, score_std=2.0, **text_of(codec)
+    ).write(directory)
 
 
 def _adapt(model: Path, directory: Path) -> None:
     """The model, with an adapter of it in its directory."""
     shutil.copytree(model, directory)
-    adapted = add_lora(hf.AutoModelForCausalLM.from_pretrained(model), dim=2, alpha=4, dropout=0.0, modules="auto",
-                       flag="--lora_module_name", base_name=str(model), seed=0)
+    adapted = add_lora(
+        hf.AutoModelForCausalLM.from_pretrained(model),
+        dim=2,
+        alpha=4,
+        dropout=0.0,
+        modules="auto",
+        flag="--lora_module_name",
+        base_name=str(model),
+        seed=0,
+    )
     save_adapter(adapted, adapted.state_dict(), directory)
 
 
 def _pair(number: int) -> dict[str, str]:
-    return {"prompt": f"What comes after {number}?", "question": f"Count on from {number}, please.",
-            "chosen": f"It is {number + 1}.", "rejected": f"No number follows {number}."}
+    return {
+        "prompt": f"What comes after {number}?",
+        "question": f"Count on from {number}, please.",
+        "chosen": f"It is {number + 1}.",
+        "rejected": f"No number follows {number}.",
+    }
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
@@ -129,6 +164,12 @@ def _write_hub_texts(cache: Path, name: str) -> None:
         for number in range(8):
             writer.write({"text": f"The {number} rules of {name}."})
         writer.finalize()
-    (directory / "dataset_info.json").write_text(json.dumps({
-        "config_name": name, "features": features.to_dict(),
-        "splits": {"train": {"name": "train", "num_examples": 8, "dataset_name": "texts"}}}))
+    (directory / "dataset_info.json").write_text(
+        json.dumps(
+            {
+                "config_name": name,
+                "features": features.to_dict(),
+                "splits": {"train": {"name": "train", "num_examples": 8, "dataset_name": "texts"}},
+            }
+        )
+    )

@@ -1,4 +1,5 @@
 """For every option of every step a changed value, and the part of a run in which it must show."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -18,6 +19,7 @@ class Row(NamedTuple):
         base: flags that both runs have, where the option needs them to count. {inputs} is the directory of
             `option_inputs`, {elsewhere} an empty one that each run has for itself.
     """
+
     part: str
     value: str = ""
     base: str = ""
@@ -66,7 +68,9 @@ SCHEDULE = {
 
 _LORA = "--lora_dim 2"
 SUPERVISED = {
-    **RUN, **DATA, **SCHEDULE,
+    **RUN,
+    **DATA,
+    **SCHEDULE,
     "template_date": Row("metrics", "2020-02-29", "--template chat --model_name_or_path {inputs}/dated-model"),
     "model_name_or_path": Row("metrics", "{inputs}/other-model"),
     "trust_remote_code": Row("error", base="--model_name_or_path {inputs}/own-code"),
@@ -127,15 +131,23 @@ _TEXTS = "--unsupervised_dataset_name {inputs}/texts.jsonl"
 _ADAPTIVE = "--kl_controller adaptive --kl_horizon 20 --num_train_epochs 2"
 _STOPPING_CRITIC = "--critic_model_name_or_path {inputs}/stopping-scorer"  # its tokenizer's end token is <|stop|>
 PPO = {
-    **RUN, **DATA, **SCHEDULE, **_of_role("actor"), **_of_role("critic"),
+    **RUN,
+    **DATA,
+    **SCHEDULE,
+    **_of_role("actor"),
+    **_of_role("critic"),
     "actor_model_name_or_path": Row("metrics", "{inputs}/other-model"),
     "critic_model_name_or_path": Row("metrics", "{inputs}/other-scorer"),
     "add_eot_token": Row("error", "true --eot_token <|stop|>", _STOPPING_CRITIC),
     "eot_token": Row("error", "<|stop|>", f"--add_eot_token {_STOPPING_CRITIC}"),
     "trust_remote_code": Row("error", base="--actor_model_name_or_path {inputs}/own-code"),
     "merge_adapter": Row("error", base="--actor_model_name_or_path {inputs}/adapted"),
-    "template_date": Row("metrics", "2020-02-29", "--template chat --actor_model_name_or_path {inputs}/dated-model "
-                         "--critic_model_name_or_path {inputs}/dated-scorer"),
+    "template_date": Row(
+        "metrics",
+        "2020-02-29",
+        "--template chat --actor_model_name_or_path {inputs}/dated-model "
+        "--critic_model_name_or_path {inputs}/dated-scorer",
+    ),
     "offload": Row("engines", base="--actor_zero_stage 1"),
     "offload_in_rollouts": Row("printed"),
     "offload_reference_model": Row("engines"),
@@ -184,15 +196,18 @@ PPO = {
     "ema_decay": Row("weights", "0.5", "--enable_ema"),
     "unsupervised_dataset_name": Row("weights", "{inputs}/texts.jsonl"),
     "unsupervised_dataset_config_name": Row(
-        "weights", "cooking",
-        "--unsupervised_dataset_name owner/texts --unsupervised_dataset_config_name counting"),
+        "weights", "cooking", "--unsupervised_dataset_name owner/texts --unsupervised_dataset_config_name counting"
+    ),
     "unsup_coef": Row("weights", "1", _TEXTS),
 }
 
-_COMMON = ("--data_path {inputs}/pairs.jsonl --data_split 1,1,1 --eval_fraction 0.2 --log_interval 1 "
-           "--no_enable_tensorboard ")
-_COMMON_SUPERVISED = _COMMON + ("--model_name_or_path {inputs}/model --max_seq_len 64 --learning_rate 0.01 "
-                                "--per_device_train_batch_size 4 --per_device_eval_batch_size 4")
+_COMMON = (
+    "--data_path {inputs}/pairs.jsonl --data_split 1,1,1 --eval_fraction 0.2 --log_interval 1 --no_enable_tensorboard "
+)
+_COMMON_SUPERVISED = _COMMON + (
+    "--model_name_or_path {inputs}/model --max_seq_len 64 --learning_rate 0.01 "
+    "--per_device_train_batch_size 4 --per_device_eval_batch_size 4"
+)
 
 
 class Step(NamedTuple):
@@ -204,11 +219,17 @@ class Step(NamedTuple):
 STEPS = {
     "sft": Step(SFTConfig, SFT, _COMMON_SUPERVISED),
     "reward": Step(RewardConfig, REWARD, _COMMON_SUPERVISED),
-    "ppo": Step(PPOConfig, PPO, _COMMON + (
-        "--actor_model_name_or_path {inputs}/model --critic_model_name_or_path {inputs}/scorer "
-        "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 --max_prompt_seq_len 32 "
-        "--max_answer_seq_len 6 --eval_prompts 3 --num_warmup_steps 0 --actor_zero_stage 0 --critic_zero_stage 0 "
-        "--actor_learning_rate 0.01 --critic_learning_rate 0.01")),
+    "ppo": Step(
+        PPOConfig,
+        PPO,
+        _COMMON
+        + (
+            "--actor_model_name_or_path {inputs}/model --critic_model_name_or_path {inputs}/scorer "
+            "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 --max_prompt_seq_len 32 "
+            "--max_answer_seq_len 6 --eval_prompts 3 --num_warmup_steps 0 --actor_zero_stage 0 --critic_zero_stage 0 "
+            "--actor_learning_rate 0.01 --critic_learning_rate 0.01"
+        ),
+    ),
 }
 
 

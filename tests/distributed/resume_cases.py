@@ -7,6 +7,7 @@ numbers of ranks by one that makes the same batches.
 
 With --at_length: other runs, all of them moved and none of them continued in broken/.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -15,14 +16,20 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common.runtime.distributed import barrier, is_main, run_program, say, world_size
-from common.errors import Finished, UserError
 from common.checkpoints.manager import Checkpoints
+from common.errors import AlreadyComplete, UserError
+from common.runtime.distributed import barrier, is_main, run_program, say, world_size
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
-from tests.distributed.variants import (DEEPSPEED, EVALUATED_OTHERWISE, RESHAPED, RESHAPED_AT_LENGTH, RESUMED,
-                                        RESUMED_AT_LENGTH)
+from tests.distributed.variants import (
+    DEEPSPEED,
+    EVALUATED_OTHERWISE,
+    RESHAPED,
+    RESHAPED_AT_LENGTH,
+    RESUMED,
+    RESUMED_AT_LENGTH,
+)
 
 PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
 
@@ -82,7 +89,7 @@ def changed(part: str, command: list[str]) -> None:
     before = finished.stat().st_mtime_ns
     try:
         step1([*other, "--save_interval", "2"])
-    except Finished as there:
+    except AlreadyComplete as there:
         say(f"finished: {there}")
     assert finished.stat().st_mtime_ns == before
 
@@ -92,11 +99,13 @@ class breaking_off:
 
     def __enter__(self):
         self.saves, self.save = 0, Checkpoints.save
+
         def save(checkpoints, *args):
             self.save(checkpoints, *args)
             self.saves += 1
             if self.saves == 2:
                 raise Broken
+
         Checkpoints.save = save
 
     def __exit__(self, kind, error, trace):
@@ -107,22 +116,82 @@ class breaking_off:
 
 
 def supervised(data: str, model: str, output: Path) -> list[str]:
-    return ["--data_path", data, "--model_name_or_path", model, "--data_output_path", str(output / "data"),
-            "--max_rows", "300", "--max_seq_len", "64", "--per_device_train_batch_size", str(8 // world_size()),
-            "--data_split", "1,1,1", "--num_train_epochs", "2", "--log_interval", "1", "--save_interval", "3",
-            "--learning_rate", "1e-3", "--no_enable_tensorboard", "--deepspeed_config", DEEPSPEED]
+    return [
+        "--data_path",
+        data,
+        "--model_name_or_path",
+        model,
+        "--data_output_path",
+        str(output / "data"),
+        "--max_rows",
+        "300",
+        "--max_seq_len",
+        "64",
+        "--per_device_train_batch_size",
+        str(8 // world_size()),
+        "--data_split",
+        "1,1,1",
+        "--num_train_epochs",
+        "2",
+        "--log_interval",
+        "1",
+        "--save_interval",
+        "3",
+        "--learning_rate",
+        "1e-3",
+        "--no_enable_tensorboard",
+        "--deepspeed_config",
+        DEEPSPEED,
+    ]
 
 
 def ppo(data: str, texts: str, made: Path) -> list[str]:
     rows = str(8 // world_size())
-    return ["--data_path", data, "--data_output_path", str(made.parent / "data"), "--max_rows", "300",
-            "--actor_model_name_or_path", str(made / "sft"), "--critic_model_name_or_path", str(made / "reward"),
-            "--data_split", "1,1,1", "--per_device_generation_batch_size", rows, "--per_device_training_batch_size",
-            str(4 // world_size()), "--max_prompt_seq_len", "48", "--max_answer_seq_len", "8", "--eval_prompts", "4",
-            "--eval_interval", "3", "--kl_controller", "adaptive", "--kl_horizon", "50", "--max_iterations", "6",
-            "--save_interval", "4", "--num_warmup_steps", "2", "--actor_learning_rate", "1e-3",
-            "--unsupervised_dataset_name", texts, "--unsup_coef", "0.5", "--no_enable_tensorboard",
-            "--deepspeed_config", DEEPSPEED]
+    return [
+        "--data_path",
+        data,
+        "--data_output_path",
+        str(made.parent / "data"),
+        "--max_rows",
+        "300",
+        "--actor_model_name_or_path",
+        str(made / "sft"),
+        "--critic_model_name_or_path",
+        str(made / "reward"),
+        "--data_split",
+        "1,1,1",
+        "--per_device_generation_batch_size",
+        rows,
+        "--per_device_training_batch_size",
+        str(4 // world_size()),
+        "--max_prompt_seq_len",
+        "48",
+        "--max_answer_seq_len",
+        "8",
+        "--eval_prompts",
+        "4",
+        "--eval_interval",
+        "3",
+        "--kl_controller",
+        "adaptive",
+        "--kl_horizon",
+        "50",
+        "--max_iterations",
+        "6",
+        "--save_interval",
+        "4",
+        "--num_warmup_steps",
+        "2",
+        "--actor_learning_rate",
+        "1e-3",
+        "--unsupervised_dataset_name",
+        texts,
+        "--unsup_coef",
+        "0.5",
+        "--no_enable_tensorboard",
+        "--deepspeed_config",
+        DEEPSPEED,
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Training that has diverged ends in one line, the same on all ranks, and publishes nothing."""
+
 import json
 
 import pytest
@@ -17,8 +18,9 @@ def found(tmp_path_factory, builtin_cache):
     make_inputs(inputs, builtin_cache)
     break_partly(build_model("gpt-neox", inputs / "partly-broken", builtin_cache))
     prompts = ["Who is ~?", *(f"What comes after {number}?" for number in range(39))]
-    (inputs / "one-odd.jsonl").write_text("".join(json.dumps(
-        {"prompt": prompt, "chosen": "Yes.", "rejected": "No."}) + "\n" for prompt in prompts * 3))
+    (inputs / "one-odd.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt, "chosen": "Yes.", "rejected": "No."}) + "\n" for prompt in prompts * 3)
+    )
     launch(ROOT / "tests" / "distributed" / "failure_cases.py", str(inputs), str(output), ranks=2)
     return json.loads((output / "found.json").read_text())
 

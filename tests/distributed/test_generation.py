@@ -1,4 +1,5 @@
 """A rollout leaves no trace in training, and its tokens depend on nothing but weights, prompts and the seed."""
+
 import json
 
 import pytest
@@ -15,8 +16,10 @@ def found(tmp_path_factory, builtin_cache, length):
     """By number of ranks, then by case; one launch for each number of ranks."""
     directory = tmp_path_factory.mktemp("generation")
     runs = launch_each(PROGRAM, *length, str(builtin_cache), str(directory), timeout=1800)
-    return {ranks: {**json.loads((directory / f"{ranks}.json").read_text()), "said": done.stdout}
-            for ranks, done in runs.items()}
+    return {
+        ranks: {**json.loads((directory / f"{ranks}.json").read_text()), "said": done.stdout}
+        for ranks, done in runs.items()
+    }
 
 
 def fp32(cases) -> list[str]:
@@ -35,8 +38,9 @@ def test_rollouts_do_not_depend_on_ranks_stage_or_way(found, case):
     assert expected["0"]["fast"] != expected["1"]["fast"] != expected["2"]["fast"]  # training has moved the policy
     for ranks in (1, 2):
         for way in ("fast", "plain"):
-            assert {step: texts[way] for step, texts in found[ranks][case]["rollouts"].items()} == \
-                   {step: texts["fast"] for step, texts in expected.items()}, (ranks, way)
+            assert {step: texts[way] for step, texts in found[ranks][case]["rollouts"].items()} == {
+                step: texts["fast"] for step, texts in expected.items()
+            }, (ranks, way)
 
 
 def test_a_rank_may_have_no_prompt(found):

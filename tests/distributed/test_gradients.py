@@ -1,4 +1,5 @@
 """The gradient of one optimizer step does not depend on how the step was cut up."""
+
 from itertools import product
 
 import pytest

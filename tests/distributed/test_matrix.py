@@ -1,4 +1,5 @@
 """Every step, on real preference data, for ZeRO 0, 2 and 3, fp32 and bf16, full and LoRA, on 1 and 2 ranks."""
+
 import json
 import math
 from pathlib import Path
@@ -17,15 +18,19 @@ PROGRAM = ROOT / "tests" / "distributed" / "matrix_cases.py"
 def combinations(dtypes):
     """Those in these number formats, for a test's parameter."""
     short, long = ([case for case in cases if case.dtype in dtypes] for cases in (SHORT, LONG))
-    return pytest.mark.parametrize("combination", [*short, *at_length(long)],
-                                   ids=lambda combination: combination.name)
+    return pytest.mark.parametrize("combination", [*short, *at_length(long)], ids=lambda combination: combination.name)
 
 
 COMBINATIONS, FP32 = combinations(("fp32", "bf16")), combinations(("fp32",))
 # Sums in another order differ by some 1e-7 of themselves; a policy that starts at its reference has a KL near 0.
-COMPARED = [("sft", "loss", {"rel": 1e-3}), ("reward", "loss", {"rel": 1e-3}), ("ppo", "shaped_score", {"rel": 1e-4}),
-            ("ppo", "kl", {"abs": 1e-5}), ("ppo", "value_loss", {"rel": 1e-4}),
-            ("ppo", "explained_variance", {"rel": 1e-4})]
+COMPARED = [
+    ("sft", "loss", {"rel": 1e-3}),
+    ("reward", "loss", {"rel": 1e-3}),
+    ("ppo", "shaped_score", {"rel": 1e-4}),
+    ("ppo", "kl", {"abs": 1e-5}),
+    ("ppo", "value_loss", {"rel": 1e-4}),
+    ("ppo", "explained_variance", {"rel": 1e-4}),
+]
 RANKS = pytest.mark.parametrize("ranks", (1, 2))
 
 
@@ -41,8 +46,9 @@ def inputs(output: Path, architecture: str, builtin_cache, hh_data) -> list[str]
     """The arguments of `matrix_cases`."""
     model = build_model(architecture, output / "model", builtin_cache)
     texts = output / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": f"The number {n} comes before the number {n + 1}."}) + "\n"
-                             for n in range(60)))
+    texts.write_text(
+        "".join(json.dumps({"text": f"The number {n} comes before the number {n + 1}."}) + "\n" for n in range(60))
+    )
     return [str(hh_data), str(texts), str(model), str(output)]
 
 
@@ -63,7 +69,8 @@ def test_step_1_learns_and_saves_what_it_measured(results, combination, ranks):
     assert last["perplexity"] < first["perplexity"]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     assert math.exp(held_out_loss(results, ranks, model)) == pytest.approx(
-        last["perplexity"], rel=1e-4 if combination.dtype == "fp32" else 0.03)
+        last["perplexity"], rel=1e-4 if combination.dtype == "fp32" else 0.03
+    )
     assert (directory / "adapter" / "adapter_model.safetensors").is_file() == combination.lora
 
 
@@ -71,12 +78,13 @@ def test_step_1_learns_and_saves_what_it_measured(results, combination, ranks):
 def held_out_loss(results: Path, ranks: int, model) -> float:
     """Mean loss of the response tokens, row by row, with nothing of the trainer's own code."""
     from datasets import Dataset
+
     (prepared,) = (results / str(ranks) / "data").glob("demonstration-*/eval.arrow")
     total = tokens = 0
     for row in Dataset.from_file(str(prepared)):
         ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
         labels = ids.clone()
-        labels[:, :len(row["prompt_ids"])] = -100
+        labels[:, : len(row["prompt_ids"])] = -100
         total += float(model(input_ids=ids, labels=labels).loss) * len(row["response_ids"])
         tokens += len(row["response_ids"])
     return total / tokens
@@ -103,9 +111,15 @@ def test_step_2_saves_a_model_that_scores_as_measured(results, combination, rank
 @torch.no_grad()
 def held_out_scores(results: Path, ranks: int, model) -> tuple[torch.Tensor, torch.Tensor]:
     from datasets import Dataset
+
     (prepared,) = (results / str(ranks) / "data").glob("comparison-*/eval.arrow")
-    scores = [[float(model(input_ids=torch.tensor([row["prompt_ids"] + row[side]])).logits) for row in
-               Dataset.from_file(str(prepared))] for side in ("chosen_ids", "rejected_ids")]
+    scores = [
+        [
+            float(model(input_ids=torch.tensor([row["prompt_ids"] + row[side]])).logits)
+            for row in Dataset.from_file(str(prepared))
+        ]
+        for side in ("chosen_ids", "rejected_ids")
+    ]
     return torch.tensor(scores[0]), torch.tensor(scores[1])
 
 
@@ -128,13 +142,15 @@ def test_step_3_starts_at_the_reference_and_moves(results, combination, ranks):
             # In bf16 the rounding of two like forward passes may be above the target before the first step.
             assert record["optimizer_steps"] == 2 or combination.dtype == "bf16" and record["optimizer_steps"] == 1
         else:  # one step: at its start the new policy is the old one
-            assert record["optimizer_steps"] == 1 and record["approx_kl"] < tolerance ** 2
+            assert record["optimizer_steps"] == 1 and record["approx_kl"] < tolerance**2
             assert record["clip_fraction"] == 0 or combination.dtype != "fp32"
     beta, later = (record["kl_coef"] for record in iterations)
     assert iterations[0]["responses"] <= ROWS_PER_STEP  # far below its target, the penalty gives way
     assert later == pytest.approx(beta * (1 - 0.2 * iterations[0]["responses"] / 10_000), rel=1e-9)
-    trained, average, start = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (
-        directory / "actor", directory / "ema", directory.parent / "sft"))
+    trained, average, start = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (directory / "actor", directory / "ema", directory.parent / "sft")
+    )
     moved = {name for name in start if not torch.equal(trained[name], start[name])}
     assert moved
     for name in trained:  # with a decay of 0 the average is the newest weights
@@ -151,8 +167,9 @@ def test_ranks_and_stages_give_the_same_run(results, combination):
             found = [record[metric] for record in logged(ours / step, "train")]
             expected = [record[metric] for record in logged(twin / step, "train")]
             assert found == pytest.approx(expected, **tolerance), (step, metric, twin)
-        assert [row["response"] for row in samples(ours / "ppo", "before")] == \
-               [row["response"] for row in samples(twin / "ppo", "before")]
+        assert [row["response"] for row in samples(ours / "ppo", "before")] == [
+            row["response"] for row in samples(twin / "ppo", "before")
+        ]
 
 
 @pytest.mark.long

@@ -1,4 +1,5 @@
 """Every option of every step changes what its program does, or is known to have no effect and has none."""
+
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,8 +13,12 @@ from tests.launching import ROOT, launch
 PROGRAM = ROOT / "tests" / "distributed" / "option_cases.py"
 # In test_resumed_runs.py and faults/test_numbers.py: they need a run that broke off, or numbers that are not finite.
 SHOWN_ELSEWHERE = {"resume_anyway", "max_skipped_steps"}
-OPTIONS = [(name, option) for name, step in STEPS.items() for option in options(step.config)
-           if option not in {*ignored_options(step.config), *SHOWN_ELSEWHERE}]
+OPTIONS = [
+    (name, option)
+    for name, step in STEPS.items()
+    for option in options(step.config)
+    if option not in {*ignored_options(step.config), *SHOWN_ELSEWHERE}
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +27,12 @@ def found(tmp_path_factory, builtin_cache) -> dict[str, dict[str, dict]]:
     inputs, output = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("options")
     make_inputs(inputs, builtin_cache)
     with pytest.MonkeyPatch.context() as environment, ThreadPoolExecutor() as pool:
-        for name, value in {"DS_ACCELERATOR": "cpu",  # a GPU may add in another order each time
-                            "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(inputs / "hub"),
-                            "HF_MODULES_CACHE": str(output / "modules")}.items():
+        for name, value in {
+            "DS_ACCELERATOR": "cpu",  # a GPU may add in another order each time
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(inputs / "hub"),
+            "HF_MODULES_CACHE": str(output / "modules"),
+        }.items():
             environment.setenv(name, value)
         # One core each; step 3 takes as long as the other two.
         list(pool.map(lambda steps: launch(PROGRAM, str(inputs), str(output), *steps), (["ppo"], ["sft", "reward"])))
@@ -62,6 +70,7 @@ def test_no_row_speaks_of_an_option_that_is_not_there_or_is_ignored(step):
 
 def test_the_readme_lists_every_option_without_effect():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("Accepted without effect"):]
-    assert {f"`--{name}`" for step in STEPS.values() for name in ignored_options(step.config)
-            if f"`--{name}`" not in table} == set()
+    table = readme[readme.index("Accepted without effect") :]
+    assert {
+        f"`--{name}`" for step in STEPS.values() for name in ignored_options(step.config) if f"`--{name}`" not in table
+    } == set()

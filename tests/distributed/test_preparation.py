@@ -1,4 +1,5 @@
 """Data preparation by several processes: ranks that start together, differ, or are killed."""
+
 from __future__ import annotations
 
 import os
@@ -36,21 +37,27 @@ def start_process(tmp_path: Path, tokenizer_directory: Path, data: str, local_ra
     """Another process that prepares the same request and prints what it got."""
     program = START + (
         "data = prepare(request(Path(sys.argv[3]), sys.argv[4]), codec)\n"
-        "print(len(data.train), len(data.eval), sum(data.train['length']))\n")
+        "print(len(data.train), len(data.eval), sum(data.train['length']))\n"
+    )
     arguments = map(str, (ROOT, tokenizer_directory, tmp_path, data))
-    return subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "LOCAL_RANK": str(local_rank)})
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "LOCAL_RANK": str(local_rank)},
+    )
 
 
 def test_processes_end_with_a_program_that_is_killed(tmp_path):
-    program = ("import os, sys, time; sys.path.insert(0, sys.argv[1])\n"
-               "from common.data import parallel\n"
-               "parallel.cores = lambda: 3\n"
-               "for number in parallel.in_order(lambda number: os.getpid(), range(100)):\n"
-               "    print(number, flush=True)\n"
-               "    time.sleep(0.1)\n")
-    process = subprocess.Popen([sys.executable, "-c", program, str(ROOT)], stdout=subprocess.PIPE,
-                               text=True)
+    program = (
+        "import os, sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from common.data import parallel\n"
+        "parallel.cores = lambda: 3\n"
+        "for number in parallel.in_order(lambda number: os.getpid(), range(100)):\n"
+        "    print(number, flush=True)\n"
+        "    time.sleep(0.1)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(ROOT)], stdout=subprocess.PIPE, text=True)
     numbers = [int(next(process.stdout)) for _ in range(20)]
     process.kill()
     process.wait()
@@ -85,14 +92,22 @@ def test_ranks_that_read_different_data_say_so(tmp_path, tokenizer_directory):
         "    agree_on(same, other)\n"
         "except UserError as error:\n"
         "    print(error, flush=True)\n"
-        "import os; os._exit(0)\n")  # with gloo's threads about, now and then Python aborts at its own end
+        "import os; os._exit(0)\n"
+    )  # with gloo's threads about, now and then Python aborts at its own end
     processes = []
     for rank in (0, 1):
         write(tmp_path / str(rank) / "same.jsonl", pairs(30))
         write(tmp_path / str(rank) / "other.jsonl", pairs(30, start=rank))
         arguments = map(str, (ROOT, tokenizer_directory, tmp_path / "meeting", rank))
-        processes.append(subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE,
-                                          text=True, cwd=tmp_path / str(rank), env={**os.environ, "WORLD_SIZE": "2"}))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program, *arguments],
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=tmp_path / str(rank),
+                env={**os.environ, "WORLD_SIZE": "2"},
+            )
+        )
     said = [process.communicate(timeout=120)[0] for process in processes]
     assert said[0] == said[1] and "rank 1 has read other data than rank 0" in said[0]
 

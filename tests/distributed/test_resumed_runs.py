@@ -1,4 +1,5 @@
 """A run that broke off and was started again ends as one that did not: every number and every weight, bit for bit."""
+
 import json
 from pathlib import Path
 
@@ -49,8 +50,10 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(output, case, ranks):
 @pytest.mark.parametrize("case", EVALUATED_OTHERWISE)
 def test_a_run_that_goes_on_with_other_evaluations_trains_the_same(output, case, ranks):
     whole, resumed = (output / str(ranks) / kind / case for kind in ("whole", "broken"))
-    trained, evaluated = ([[record for record in metrics(run) if record["phase"] == phase] for run in (whole, resumed)]
-                          for phase in ("train", "eval"))
+    trained, evaluated = (
+        [[record for record in metrics(run) if record["phase"] == phase] for run in (whole, resumed)]
+        for phase in ("train", "eval")
+    )
     assert trained[0] == trained[1]
     assert len(evaluated[1]) > len(evaluated[0])
     same_weights(whole, resumed)
@@ -122,11 +125,19 @@ def goes_on(runs: Path, case: str) -> None:
 
 def answers(path: Path) -> list[dict]:
     """Samples without their numbers."""
-    return [{name: value for name, value in json.loads(line).items() if not isinstance(value, float)}
-            for line in path.read_text().splitlines()]
+    return [
+        {name: value for name, value in json.loads(line).items() if not isinstance(value, float)}
+        for line in path.read_text().splitlines()
+    ]
 
 
 def metrics(directory: Path) -> list[dict]:
     lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items()
-             if name not in TIMES and not name.startswith("seconds_")} for line in lines]
+    return [
+        {
+            name: value
+            for name, value in json.loads(line).items()
+            if name not in TIMES and not name.startswith("seconds_")
+        }
+        for line in lines
+    ]

@@ -1,4 +1,5 @@
 """What the programs of this directory run with: ways to cut up a step, engines that roll out, runs that break off."""
+
 from pathlib import Path
 
 # So that ZeRO-3 partitions some layers of tiny models and keeps others whole, and gradients need several buckets.
@@ -11,25 +12,35 @@ class Tokens(int):
 
 # Name: ZeRO stage, rows per micro-batch over all ranks or tokens, gradient checkpointing, LoRA, offload.
 VARIANTS = {
-    "whole": (0, 8, False, False, False), "accumulated": (0, 2, False, False, False),
-    "zero2": (2, 4, False, False, False), "zero3": (3, 4, False, False, False),
-    "zero3-checkpointed": (3, 8, True, False, False), "zero3-offloaded": (3, 4, False, False, True),
-    "lora": (0, 8, False, True, False), "lora-zero3": (3, 4, False, True, False),
+    "whole": (0, 8, False, False, False),
+    "accumulated": (0, 2, False, False, False),
+    "zero2": (2, 4, False, False, False),
+    "zero3": (3, 4, False, False, False),
+    "zero3-checkpointed": (3, 8, True, False, False),
+    "zero3-offloaded": (3, 4, False, False, True),
+    "lora": (0, 8, False, True, False),
+    "lora-zero3": (3, 4, False, True, False),
     "tokens-zero3": (3, Tokens(40), True, False, False),
 }
 
 # The same, at length.
 VARIANTS_AT_LENGTH = {
-    "checkpointed": (0, 8, True, False, False), "tokens": (0, Tokens(40), False, False, False),
-    "zero1": (1, 4, False, False, False), "zero2-offloaded": (2, 4, False, False, True),
-    "lora-zero2": (2, 4, True, True, False), "tokens-zero2": (2, Tokens(40), False, False, False),
+    "checkpointed": (0, 8, True, False, False),
+    "tokens": (0, Tokens(40), False, False, False),
+    "zero1": (1, 4, False, False, False),
+    "zero2-offloaded": (2, 4, False, False, True),
+    "lora-zero2": (2, 4, True, True, False),
+    "tokens-zero2": (2, Tokens(40), False, False, False),
 }
 
 
-_GENERATION = {f"zero{stage}-{kind}-{dtype}": (stage, kind == "lora", dtype)
-               for stage in (0, 1, 2, 3) for kind in ("full", "lora") for dtype in ("fp32", "bf16")}
-_LESS_LIKELY_TO_FAIL = ("zero0-full-bf16", "zero0-lora-bf16", "zero2-full-fp32", "zero2-lora-bf16",
-                         "zero3-full-bf16")
+_GENERATION = {
+    f"zero{stage}-{kind}-{dtype}": (stage, kind == "lora", dtype)
+    for stage in (0, 1, 2, 3)
+    for kind in ("full", "lora")
+    for dtype in ("fp32", "bf16")
+}
+_LESS_LIKELY_TO_FAIL = ("zero0-full-bf16", "zero0-lora-bf16", "zero2-full-fp32", "zero2-lora-bf16", "zero3-full-bf16")
 
 # Name: ZeRO stage, LoRA, dtype of the actor that rollouts are made with.
 GENERATION = {name: case for name, case in _GENERATION.items() if case[0] != 1 and name not in _LESS_LIKELY_TO_FAIL}
@@ -41,16 +52,49 @@ GENERATION_AT_LENGTH = {name: case for name, case in _GENERATION.items() if name
 RESUMED = {
     "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--dropout", "0")),
     "reward-zero2-lora-dropout": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0.1")),
-    "ppo-ema": ("ppo", ("--actor_zero_stage", "0", "--critic_zero_stage", "0", "--enable_ema", "--score_calibration",
-                        "rollout", "--kl_placement", "loss", "--kl_estimator", "k3", "--kl_controller", "adaptive")),
-    "ppo-zero3-bf16-lora": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--dtype", "bf16",
-                                    "--actor_lora_dim", "4", "--critic_lora_dim", "4", "--enable_ema")),
+    "ppo-ema": (
+        "ppo",
+        (
+            "--actor_zero_stage",
+            "0",
+            "--critic_zero_stage",
+            "0",
+            "--enable_ema",
+            "--score_calibration",
+            "rollout",
+            "--kl_placement",
+            "loss",
+            "--kl_estimator",
+            "k3",
+            "--kl_controller",
+            "adaptive",
+        ),
+    ),
+    "ppo-zero3-bf16-lora": (
+        "ppo",
+        (
+            "--actor_zero_stage",
+            "3",
+            "--critic_zero_stage",
+            "3",
+            "--dtype",
+            "bf16",
+            "--actor_lora_dim",
+            "4",
+            "--critic_lora_dim",
+            "4",
+            "--enable_ema",
+        ),
+    ),
 }
 
 # Name: step, flags; then those that are added when it is resumed, which only change its evaluations.
 EVALUATED_OTHERWISE = {
-    "sft-dropout-evaluated": ("sft", ("--zero_stage", "2", "--dropout", "0.1", "--save_interval", "2"),
-                              ("--eval_interval", "1", "--eval_iters", "2", "--per_device_eval_batch_size", "3")),
+    "sft-dropout-evaluated": (
+        "sft",
+        ("--zero_stage", "2", "--dropout", "0.1", "--save_interval", "2"),
+        ("--eval_interval", "1", "--eval_iters", "2", "--per_device_eval_batch_size", "3"),
+    ),
     "ppo-evaluated": ("ppo", (), ("--eval_interval", "1", "--eval_prompts", "7")),
 }
 

@@ -1,16 +1,38 @@
 """The benchmarks run, their variants agree, and each prints a line that says what it took."""
+
 import json
 
 import pytest
 
 from tests.launching import ROOT, launch
 
-ALWAYS = {"benchmark", "variant", "dtype", "ranks", "device", "step_seconds", "samples_per_second",
-          "real_tokens_per_second", "padded_tokens_per_second", "padding_share", "peak_resident_mib"}
+ALWAYS = {
+    "benchmark",
+    "variant",
+    "dtype",
+    "ranks",
+    "device",
+    "step_seconds",
+    "samples_per_second",
+    "real_tokens_per_second",
+    "padded_tokens_per_second",
+    "padding_share",
+    "peak_resident_mib",
+}
 TRAINED = ("--max_seq_len", "256", "--steps", "2", "--rounds", "1", "--per_device_train_batch_size", "4")
 MODEL = ("--model_name_or_path", "random:opt-2x32")
-SMALL = ("--actor_model_name_or_path", "random:opt-2x32", "--prompts", "8", "--max_answer_seq_len", "8",
-         "--max_prompt_seq_len", "32", "--rounds", "1")
+SMALL = (
+    "--actor_model_name_or_path",
+    "random:opt-2x32",
+    "--prompts",
+    "8",
+    "--max_answer_seq_len",
+    "8",
+    "--max_prompt_seq_len",
+    "32",
+    "--rounds",
+    "1",
+)
 PPO = (*SMALL, "--critic_model_name_or_path", "random:opt-2x32", "--per_device_training_batch_size", "4")
 
 
@@ -24,6 +46,7 @@ def bench(tmp_path_factory):
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         assert all(ALWAYS <= set(line) and line["ranks"] == ranks for line in lines)
         return {line["variant"]: line for line in lines}
+
     return run
 
 
@@ -37,8 +60,9 @@ def test_rollouts_are_compared_with_equal_greedy_tokens(bench):
 
 @pytest.mark.long
 def test_rollouts_are_compared_with_transformers_continuous_batching_too(bench):
-    lines = bench("rollouts", *SMALL, "--per_device_generation_batch_size", "4", "--greedy", "--against",
-                  "generate_batch")
+    lines = bench(
+        "rollouts", *SMALL, "--per_device_generation_batch_size", "4", "--greedy", "--against", "generate_batch"
+    )
     assert lines["plain"]["against"] == "generate_batch" and lines["product"]["equal_responses"] == 1
 
 

@@ -1,4 +1,5 @@
 """The chatbot as a process of its own: in a pipe and at a terminal."""
+
 import os
 import pty
 import select
@@ -14,15 +15,36 @@ DEADLINE = 120  # seconds; only a chatbot that hangs comes near
 
 
 def test_in_a_pipe_every_question_gets_one_line(chat_model, tmp_path):
-    lines = [CAPITAL, "", "   ", AGAIN, "/reset", AGAIN, "/reset", RED, "/dance", "/help", "/reset", CAPITAL,
-             "/quit", CAPITAL]
-    done = subprocess.run([sys.executable, PROGRAM, "--path", chat_model], input="\n".join(lines).encode(),
-                          capture_output=True, env=ENVIRONMENT, cwd=tmp_path, timeout=DEADLINE)
+    lines = [
+        CAPITAL,
+        "",
+        "   ",
+        AGAIN,
+        "/reset",
+        AGAIN,
+        "/reset",
+        RED,
+        "/dance",
+        "/help",
+        "/reset",
+        CAPITAL,
+        "/quit",
+        CAPITAL,
+    ]
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--path", chat_model],
+        input="\n".join(lines).encode(),
+        capture_output=True,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        timeout=DEADLINE,
+    )
     assert done.returncode == 0, done.stderr
     red = ANSWERS[RED,].replace("\x1b", "\u241b").replace("\x07", "\u2407")
     capital = one_line(ANSWERS[CAPITAL,])
     assert done.stdout.decode() == "\n".join(
-        [capital, ANSWERS[CAPITAL, ANSWERS[CAPITAL,], AGAIN], ANSWERS[AGAIN,], red, capital, ""])
+        [capital, ANSWERS[CAPITAL, ANSWERS[CAPITAL,], AGAIN], ANSWERS[AGAIN,], red, capital, ""]
+    )
     assert "no command /dance" in done.stderr.decode() and "/reset" in done.stderr.decode()
     assert not list(tmp_path.iterdir()), "talking writes nothing"
 
@@ -34,9 +56,14 @@ class Terminal:
         self.screen, end = pty.openpty()
         # The first terminal that a new session opens is the one whose Ctrl-C it gets.
         self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, *arguments], stdin=end, stdout=end, stderr=end, start_new_session=True,
+            [sys.executable, PROGRAM, *arguments],
+            stdin=end,
+            stdout=end,
+            stderr=end,
+            start_new_session=True,
             env={**ENVIRONMENT, "TERM": "dumb"},
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)))
+            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+        )
         os.close(end)
 
     def type(self, text: str) -> None:

@@ -1,4 +1,5 @@
 """launch/environment.sh where it must not install, cannot, or is used twice at once."""
+
 import os
 import shutil
 import subprocess
@@ -25,15 +26,21 @@ class TestEnvironment:
     def project(self, tmp_path) -> Path:
         (tmp_path / "launch").mkdir()
         shutil.copy(ROOT / "launch/environment.sh", tmp_path / "launch")
-        for name in ("constraints.txt", "setup.py"):
+        for name in ("constraints.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path)
         return tmp_path
 
     def start(self, project: Path, first: str = ":", **variables: str) -> subprocess.Popen:
         env = {key: value for key, value in os.environ.items() if key not in ("RLHF_VENV", "PYTHON")}
         env.update({"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", **variables})
-        return subprocess.Popen(["bash", "-c", f"{first}; source launch/environment.sh && echo ready $VIRTUAL_ENV"],
-                                cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            ["bash", "-c", f"{first}; source launch/environment.sh && echo ready $VIRTUAL_ENV"],
+            cwd=project,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def source(self, project: Path, **variables: str) -> subprocess.CompletedProcess:
         started = self.start(project, **variables)

@@ -1,4 +1,5 @@
 """The launch scripts, each with two ranks, on tiny models; what must hold is that a user's flags and signals arrive."""
+
 from __future__ import annotations
 
 import json
@@ -16,8 +17,18 @@ from tests.launching import ROOT, assert_tensorboard_shows, environment, run
 TASK = ["--data_path", "builtin:courtesy", "--max_rows", "800"]
 STOP = ["--enable_test_mode", "--test_stop_step", "2"]
 SUPERVISED = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--max_seq_len", "64"]
-PPO = ["--max_prompt_seq_len", "64", "--max_answer_seq_len", "8", "--per_device_generation_batch_size", "4",
-       "--per_device_training_batch_size", "4", "--eval_prompts", "8"]
+PPO = [
+    "--max_prompt_seq_len",
+    "64",
+    "--max_answer_seq_len",
+    "8",
+    "--per_device_generation_batch_size",
+    "4",
+    "--per_device_training_batch_size",
+    "4",
+    "--eval_prompts",
+    "8",
+]
 
 
 def script(name: str, *flags: str) -> subprocess.CompletedProcess:
@@ -33,13 +44,29 @@ def read_json_lines(path: Path) -> list[dict]:
 def test_the_three_scripts_of_a_machine_hand_on_their_results(machine, tmp_path):
     data = [*TASK, *STOP, "--data_output_path", str(tmp_path / "data")]
     tiny = ["--model_name_or_path", "builtin:tiny-opt", *SUPERVISED]
-    script(f"sft_{machine}.sh", *tiny, *data, "--output_dir", str(tmp_path / "sft"),
-           "--tensorboard_path", str(tmp_path / "board"))
+    script(
+        f"sft_{machine}.sh",
+        *tiny,
+        *data,
+        "--output_dir",
+        str(tmp_path / "sft"),
+        "--tensorboard_path",
+        str(tmp_path / "board"),
+    )
     assert_tensorboard_shows(read_json_lines(tmp_path / "sft/logs/metrics.jsonl"), tmp_path / "board")
     assert not (tmp_path / "sft/logs/tensorboard").exists()
     script(f"reward_{machine}.sh", *tiny, *data, "--output_dir", str(tmp_path / "reward"))
-    script(f"ppo_{machine}.sh", *PPO, *data, "--output_dir", str(tmp_path / "ppo"),
-           "--actor_model_name_or_path", str(tmp_path / "sft"), "--critic_model_name_or_path", str(tmp_path / "reward"))
+    script(
+        f"ppo_{machine}.sh",
+        *PPO,
+        *data,
+        "--output_dir",
+        str(tmp_path / "ppo"),
+        "--actor_model_name_or_path",
+        str(tmp_path / "sft"),
+        "--critic_model_name_or_path",
+        str(tmp_path / "reward"),
+    )
     summary = run(["python", str(ROOT / "launch/summary.py"), str(tmp_path), "--price_per_hour", "8.80"])
     assert "TRUE reward" in summary.stdout and "which cost $" in summary.stdout
     for step in ("sft", "reward", "ppo/actor", "ppo/critic"):
@@ -60,22 +87,41 @@ STEP = ["launch/sft_1gpu.sh", "--output_dir", "{}/sft"]
 PIPELINE = ["launch/pipeline.sh", "--output_dir", "{}", "--num_gpus", "2"]
 
 
-@pytest.mark.parametrize("script, number, code", [
-    (STEP, signal.SIGTERM, -signal.SIGTERM), pytest.param(STEP, signal.SIGINT, -signal.SIGINT, marks=pytest.mark.long),
-    pytest.param(PIPELINE, signal.SIGTERM, 143, marks=pytest.mark.long),
-    pytest.param(PIPELINE, signal.SIGINT, 130, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "script, number, code",
+    [
+        (STEP, signal.SIGTERM, -signal.SIGTERM),
+        pytest.param(STEP, signal.SIGINT, -signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(PIPELINE, signal.SIGTERM, 143, marks=pytest.mark.long),
+        pytest.param(PIPELINE, signal.SIGINT, 130, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_to_the_script_saves_and_ends_every_rank(script, number, code, tmp_path):
     output = tmp_path / "sft"
     name, *flags = [word.format(tmp_path) for word in script]
-    command = ["bash", str(ROOT / name), "--model_name_or_path", "builtin:tiny-opt", *SUPERVISED, *TASK, *flags,
-               "--data_output_path", str(tmp_path / "data"), "--num_train_epochs", "10000", "--log_interval", "1"]
+    command = [
+        "bash",
+        str(ROOT / name),
+        "--model_name_or_path",
+        "builtin:tiny-opt",
+        *SUPERVISED,
+        *TASK,
+        *flags,
+        "--data_output_path",
+        str(tmp_path / "data"),
+        "--num_train_epochs",
+        "10000",
+        "--log_interval",
+        "1",
+    ]
     if script is PIPELINE:
         at = command.index("--model_name_or_path")
-        words, command[at:at + 2 + len(SUPERVISED)] = command[at:at + 2 + len(SUPERVISED)], []
+        words, command[at : at + 2 + len(SUPERVISED)] = command[at : at + 2 + len(SUPERVISED)], []
         command += ["--sft_flags", " ".join(words)]
     with open(tmp_path / "said", "w") as said:
-        started = subprocess.Popen(command, cwd=tmp_path, env={**environment(), "NUM_GPUS": "2"}, stdout=said,
-                                   stderr=said)
+        started = subprocess.Popen(
+            command, cwd=tmp_path, env={**environment(), "NUM_GPUS": "2"}, stdout=said, stderr=said
+        )
         try:
             metrics = output / "logs/metrics.jsonl"
             while not (metrics.is_file() and '"train"' in metrics.read_text()):
@@ -108,9 +154,26 @@ def command_lines(output: Path) -> list[list[str]]:
 @pytest.mark.long
 def test_the_pipeline_passes_flags_to_each_step_and_sums_up(tmp_path):
     tiny = "--model_name_or_path builtin:tiny-opt " + " ".join(SUPERVISED)
-    command = ["bash", str(ROOT / "launch/pipeline.sh"), "--num_gpus", "2", "--output_dir", str(tmp_path),
-               "--recipes", str(ROOT / "launch/recipes/8xa100"), "--price_per_hour", "1.13", "--sft_flags", tiny,
-               "--reward_flags", tiny, "--ppo_flags", " ".join(PPO), *TASK, *STOP]
+    command = [
+        "bash",
+        str(ROOT / "launch/pipeline.sh"),
+        "--num_gpus",
+        "2",
+        "--output_dir",
+        str(tmp_path),
+        "--recipes",
+        str(ROOT / "launch/recipes/8xa100"),
+        "--price_per_hour",
+        "1.13",
+        "--sft_flags",
+        tiny,
+        "--reward_flags",
+        tiny,
+        "--ppo_flags",
+        " ".join(PPO),
+        *TASK,
+        *STOP,
+    ]
     done = run(command)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "TRUE reward" in done.stdout and summary["truth"] is not None
@@ -127,8 +190,18 @@ def test_the_pipeline_passes_flags_to_each_step_and_sums_up(tmp_path):
 
 @pytest.mark.long
 def test_the_pipeline_stops_where_a_step_fails(tmp_path):
-    done = run(["bash", str(ROOT / "launch/pipeline.sh"), "--output_dir", str(tmp_path),
-                "--data_path", "./missing.jsonl",
-                "--sft_flags", "--model_name_or_path builtin:tiny-opt"], check=False)
+    done = run(
+        [
+            "bash",
+            str(ROOT / "launch/pipeline.sh"),
+            "--output_dir",
+            str(tmp_path),
+            "--data_path",
+            "./missing.jsonl",
+            "--sft_flags",
+            "--model_name_or_path builtin:tiny-opt",
+        ],
+        check=False,
+    )
     assert done.returncode == 2
     assert "missing.jsonl" in done.stderr and "Step 2 of 3" not in done.stdout

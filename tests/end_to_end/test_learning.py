@@ -1,4 +1,5 @@
 """The built-in task, whose true reward is known: PPO must raise that, not only the reward model's score."""
+
 from __future__ import annotations
 
 import json
@@ -56,8 +57,19 @@ def test_two_ranks_learn_as_much(tmp_path):
 @pytest.mark.parametrize("seed", (1, 2, 3))
 def test_every_seed_raises_the_true_reward(quickstart, seed, tmp_path):
     """Three seeds share steps 1 and 2."""
-    launch(ROOT / "step3_ppo" / "main.py", "--config", str(PPO_RECIPE), "--seed", str(seed),
-           "--actor_model_name_or_path", str(quickstart / "sft"),
-           "--critic_model_name_or_path", str(quickstart / "reward"),
-           "--data_output_path", str(quickstart / "data"), "--output_dir", str(tmp_path / "ppo"))
+    launch(
+        ROOT / "step3_ppo" / "main.py",
+        "--config",
+        str(PPO_RECIPE),
+        "--seed",
+        str(seed),
+        "--actor_model_name_or_path",
+        str(quickstart / "sft"),
+        "--critic_model_name_or_path",
+        str(quickstart / "reward"),
+        "--data_output_path",
+        str(quickstart / "data"),
+        "--output_dir",
+        str(tmp_path / "ppo"),
+    )
     assert_the_truth_rose(make_report(quickstart / "sft", quickstart / "reward", tmp_path / "ppo"))

@@ -2,6 +2,7 @@
 
 Only the programs' paths are this clone's, and `--max_rows` is added.
 """
+
 import json
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -36,16 +37,25 @@ def workplace(tmp_path_factory, builtin_cache):
     topics = [f"number {number}" for number in range(120)]
     human = [f"\n\nHuman: What is {topic}?\n\nAssistant:" for topic in topics]
     good, bad = [f" It is {topic}, of course." for topic in topics], [f" Who cares about {topic}." for topic in topics]
-    dialogue = [{"prompt": prompt, "response": yes, "chosen": yes, "rejected": no}
-                for prompt, yes, no in zip(human, good, bad)]
+    dialogue = [
+        {"prompt": prompt, "response": yes, "chosen": yes, "rejected": no} for prompt, yes, no in zip(human, good, bad)
+    ]
     write(place / "Dahoas" / "rm-static", dialogue)
     write(place / "Dahoas" / "full-hh-rlhf", dialogue)
-    write(place / "Dahoas" / "synthetic-instruct-gptj-pairwise",
-          [{"prompt": f"What is {topic}?", "chosen": yes.strip(), "rejected": no.strip()}
-           for topic, yes, no in zip(topics, good, bad)])
-    write(place / "yitingxie" / "rlhf-reward-datasets",
-          [{"prompt": f"Human: What is {topic}?\n\n", "chosen": f"Assistant:{yes}", "rejected": f"Assistant:{no}"}
-           for topic, yes, no in zip(topics, good, bad)])
+    write(
+        place / "Dahoas" / "synthetic-instruct-gptj-pairwise",
+        [
+            {"prompt": f"What is {topic}?", "chosen": yes.strip(), "rejected": no.strip()}
+            for topic, yes, no in zip(topics, good, bad)
+        ],
+    )
+    write(
+        place / "yitingxie" / "rlhf-reward-datasets",
+        [
+            {"prompt": f"Human: What is {topic}?\n\n", "chosen": f"Assistant:{yes}", "rejected": f"Assistant:{no}"}
+            for topic, yes, no in zip(topics, good, bad)
+        ],
+    )
     return place
 
 
@@ -61,8 +71,10 @@ def logged(directory, phase):
 
 def test_the_recipe_runs_as_published(workplace):
     with ThreadPoolExecutor() as pool:
-        steps = [pool.submit(launch, ROOT / step / "main.py", *shlex.split(line), "--max_rows", "80", cwd=workplace)
-                 for step, line in (("step1_sft", SFT), ("step2_reward", REWARD))]
+        steps = [
+            pool.submit(launch, ROOT / step / "main.py", *shlex.split(line), "--max_rows", "80", cwd=workplace)
+            for step, line in (("step1_sft", SFT), ("step2_reward", REWARD))
+        ]
         step1, step2 = (step.result() for step in steps)
     actor = workplace / "output" / "actor-models" / "1.3b"
     assert logged(actor, "eval")[-1]["perplexity"] < logged(actor, "eval")[0]["perplexity"]
@@ -80,8 +92,18 @@ def test_the_recipe_runs_as_published(workplace):
     AutoModelForCausalLM.from_pretrained(result / "actor")
 
     questions = ["What is number 7?", "What is number 90?"]
-    chat = run(["python", str(ROOT / "inference" / "chatbot.py"), "--path", "output/step3-models/1.3b/actor/",
-                "--max_new_tokens", "8"], cwd=workplace, stdin=f"{questions[0]}\n/reset\n{questions[1]}\n")
+    chat = run(
+        [
+            "python",
+            str(ROOT / "inference" / "chatbot.py"),
+            "--path",
+            "output/step3-models/1.3b/actor/",
+            "--max_new_tokens",
+            "8",
+        ],
+        cwd=workplace,
+        stdin=f"{questions[0]}\n/reset\n{questions[1]}\n",
+    )
     assert chat.stdout.splitlines() == [greedy_answer(result / "actor", question) for question in questions]
 
 
@@ -90,7 +112,7 @@ def greedy_answer(model_directory, question):
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype="float32")
     prompt = tokenizer(f"\n\nHuman: {question}\n\nAssistant:", return_tensors="pt")
-    ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1]:]
+    ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
 
 

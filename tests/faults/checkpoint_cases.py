@@ -2,6 +2,7 @@
 
 Run under the launcher: checkpoint_cases.py OUTPUT_DIR
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -20,10 +21,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from common.checkpoints.store import MANIFEST, POINTER
-from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program
-from common.errors import UserError
 from common.checkpoints.manager import Checkpoints
+from common.checkpoints.store import MANIFEST, POINTER
+from common.errors import UserError
+from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program
 from step1_sft.main import main as step1
 
 STEPS, INTERVAL = 8, 2
@@ -112,8 +113,11 @@ def a_file_in_the_way(checkpoints: Path):
 
 # Name -> what hinders the second save, on which rank, and whether the directory is a file system of its own.
 HINDRANCES = {
-    "full": (full, 0, True), "read-only": (read_only, 0, True), "a-file-in-the-way": (a_file_in_the_way, 0, False),
-    "rank-0-refused": (small_files, 0, False), "rank-1-refused": (small_files, 1, False),
+    "full": (full, 0, True),
+    "read-only": (read_only, 0, True),
+    "a-file-in-the-way": (a_file_in_the_way, 0, False),
+    "rank-0-refused": (small_files, 0, False),
+    "rank-1-refused": (small_files, 1, False),
 }
 
 
@@ -140,11 +144,38 @@ def main(argv) -> None:
 
 def run(output: Path, name: str) -> dict:
     """Lines on rank 0's terminal, and every rank's error."""
-    words = ["--model_name_or_path", "builtin:tiny-opt", "--data_path", "builtin:courtesy", "--max_rows", "120",
-             "--data_split", "8,1,1", "--data_output_path", str(output / "data"), "--output_dir", str(output / name),
-             "--max_seq_len", "64", "--per_device_train_batch_size", "4", "--eval_iters", "1",
-             "--num_train_epochs", "2", "--enable_test_mode", "--test_stop_step", str(STEPS),
-             "--save_interval", str(INTERVAL), "--zero_stage", "2", "--no_enable_tensorboard", "--timeout", "60"]
+    words = [
+        "--model_name_or_path",
+        "builtin:tiny-opt",
+        "--data_path",
+        "builtin:courtesy",
+        "--max_rows",
+        "120",
+        "--data_split",
+        "8,1,1",
+        "--data_output_path",
+        str(output / "data"),
+        "--output_dir",
+        str(output / name),
+        "--max_seq_len",
+        "64",
+        "--per_device_train_batch_size",
+        "4",
+        "--eval_iters",
+        "1",
+        "--num_train_epochs",
+        "2",
+        "--enable_test_mode",
+        "--test_stop_step",
+        str(STEPS),
+        "--save_interval",
+        str(INTERVAL),
+        "--zero_stage",
+        "2",
+        "--no_enable_tensorboard",
+        "--timeout",
+        "60",
+    ]
     said, error = io.StringIO(), None
     with contextlib.redirect_stdout(said):
         try:
@@ -161,8 +192,9 @@ def hindered(output: Path, name: str, hindrance, where: int, own: bool) -> dict:
     checkpoints, left = output / name / "checkpoints", []
     if is_main() and own:
         checkpoints.mkdir(parents=True)
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(checkpoints)],
-                                 capture_output=True, text=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(checkpoints)], capture_output=True, text=True
+        )
     if not gather_objects(not own or not is_main() or mounted.returncode == 0)[0]:
         return {"skipped": mounted.stderr if is_main() else ""}
 

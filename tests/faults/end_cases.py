@@ -5,6 +5,7 @@ end_cases.py ppo MARKS WHERE FLAGS...: step 3. WHERE is `nowhere`, or where it d
 end_cases.py steps|raises|deadlocks MARKS: a loop of barriers; on rank 1 it raises, or waits for ever.
 end_cases.py starts MARKS: for ever in what comes before the process group.
 """
+
 from __future__ import annotations
 
 import sys
@@ -15,13 +16,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.runtime import watchdog
 
-watchdog.begin()
+watchdog.start()
 
 import torch.distributed as dist
 
 from common.runtime.distributed import rank, run_program, start
-from common.runtime.heartbeat import INTERVAL, enter
-from common.runtime.signals import told, training_begins
+from common.runtime.heartbeat import INTERVAL, set_phase
+from common.runtime.signals import mark_training_started, stop_requested
 
 TIMEOUT = 10
 watchdog.GRACE = watchdog.PATIENCE = 5.0
@@ -37,8 +38,8 @@ def main(argv) -> None:
         time.sleep(3600)
     start(TIMEOUT, seed=0)
     group = dist.new_group()
-    training_begins()
-    enter("counting")
+    mark_training_started()
+    set_phase("counting")
     time.sleep(3 * INTERVAL)  # until the other rank has heard of it
     mark(Path(marks))
     while True:
@@ -53,6 +54,7 @@ def main(argv) -> None:
 def ppo(marks: Path, where: str, flags: list[str]) -> None:
     from step3_ppo import main, trainer
     from step3_ppo.generation import continuous_batching, rollout
+
     now = ""  # where it is
 
     def at(name: str) -> None:
@@ -71,7 +73,7 @@ def ppo(marks: Path, where: str, flags: list[str]) -> None:
 
     def update(self, experience, index):
         at(f"update-{index}")
-        while now == where and not told():
+        while now == where and not stop_requested():
             time.sleep(0.05)
         return whole_update(self, experience, index)
 

@@ -1,4 +1,5 @@
 """Step 1 on a machine whose second rank has no more memory after a step. Run under the launcher, with its flags."""
+
 from __future__ import annotations
 
 import resource

@@ -2,6 +2,7 @@
 
 Run under the launcher: number_cases.py INPUTS OUTPUT_DIR short|long
 """
+
 from __future__ import annotations
 
 import io
@@ -15,13 +16,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from common.data.tokenization import load_tokenizer, make_codec
-from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program, start
-from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
-from common.errors import TrainingFailure
-from common.models.loading import load_causal_lm, load_scalar_model
 from common.artifacts.provenance import RAW
 from common.checkpoints.manager import Checkpoints
+from common.data.tokenization import load_tokenizer, make_codec
+from common.errors import TrainingFailure
+from common.models.loading import load_causal_lm, load_scalar_model
+from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program, start
+from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from step1_sft.main import main as step1
 from step1_sft.trainer import SFTTrainer
 from step2_reward.main import main as step2
@@ -61,6 +62,7 @@ def main(argv) -> None:
 
 # One engine, or actor and critic: a step that is skipped, and a trainer to which it never happened.
 
+
 def engine_case(model: str, codec, step: str, where: str, stage: int, dtype: str, lora: bool, offload: bool) -> dict:
     """Whether the state is the same, bit for bit, before and after a skipped step, and as if it had never been."""
     takes = {"sft": sft, "reward": reward, "ppo": ppo}[step]
@@ -79,10 +81,16 @@ def engine_case(model: str, codec, step: str, where: str, stage: int, dtype: str
             engine.destroy()
         skipped = joint_step(trainer).skipped
         assert skipped == (kind == "skips"), f"{skipped} steps were skipped"
-    same = lambda left, right: states[left].keys() == states[right].keys() and all(
-        torch.equal(states[left][name], states[right][name]) for name in states[left])
-    return {"unchanged": same(("skips", 0), ("skips", 1)), "learns": not same(("skips", 1), ("skips", 2)),
-            "alike before": same(("skips", 0), ("never", 0)), "as if never": same(("skips", 2), ("never", 2))}
+    same = lambda left, right: (
+        states[left].keys() == states[right].keys()
+        and all(torch.equal(states[left][name], states[right][name]) for name in states[left])
+    )
+    return {
+        "unchanged": same(("skips", 0), ("skips", 1)),
+        "learns": not same(("skips", 1), ("skips", 2)),
+        "alike before": same(("skips", 0), ("never", 0)),
+        "as if never": same(("skips", 2), ("never", 2)),
+    }
 
 
 def sft(model: str, codec, *held):
@@ -102,8 +110,12 @@ def reward(model: str, codec, *held):
 
 def ppo(model: str, codec, *held):
     """With the pre-training mix and a moving average."""
-    config = PPOConfig(per_device_training_batch_size=2, unsup_coef=0.5, unsupervised_dataset_name="texts",
-                       gradient_accumulation_steps=2)
+    config = PPOConfig(
+        per_device_training_batch_size=2,
+        unsup_coef=0.5,
+        unsupervised_dataset_name="texts",
+        gradient_accumulation_steps=2,
+    )
     actor, critic = build(load_causal_lm, model, codec, *held), build(load_scalar_model, model, codec, *held)
     models = PPOModels(actor, critic, None, None, EMA(actor.module, 0.5), temperature=0.9)
     texts = next(text_batches(config, rows(["input_ids"]), codec))
@@ -112,12 +124,13 @@ def ppo(model: str, codec, *held):
     def take(number: int) -> None:
         trainer.texts = iter([turned(texts, number)])
         trainer.update(experience(), number)
+
     return trainer, [actor, critic], take
 
 
 def turned(items: list, number: int) -> list:
     """The first micro-batch alone, or all of them: so that no two steps are alike."""
-    return items[:1 + number % 2]
+    return items[: 1 + number % 2]
 
 
 def build(load, model: str, codec, stage: int, dtype: str, lora: bool, offload: bool):
@@ -185,6 +198,7 @@ def poisoned(module: torch.nn.Module, where: str, when=lambda ids: True):
 
 # Whole runs.
 
+
 class Broken(Exception):
     """Takes the place of whatever ends a run."""
 
@@ -203,8 +217,11 @@ def whole_run(program, argv: list[str], poison: str) -> dict:
             said = str(failure)
     barrier()
     checkpoints = sorted(path.name for path in directory.glob("checkpoints/step-*"))
-    return {"said": gather_objects(said), "checkpoints": checkpoints,
-            "published": (directory / "provenance.json").exists()}
+    return {
+        "said": gather_objects(said),
+        "checkpoints": checkpoints,
+        "published": (directory / "provenance.json").exists(),
+    }
 
 
 def fitted(argv: list[str], output: Path) -> int:
@@ -221,14 +238,18 @@ def fitted(argv: list[str], output: Path) -> int:
 def poisoning(poison: str):
     """Within the context engines that are made give NaN for some rows ("rows"), or always after some steps."""
     import deepspeed
+
     initialize = deepspeed.initialize
 
     def initialize_poisoned(model, **arguments):
         result = initialize(model=model, **arguments)
         engine, kind = result[0], "critic" if hasattr(model, "classifier") else "actor"
         if arguments.get("optimizer") is not None and (kind in poison or not re.search("actor|critic", poison)):
-            when = ((lambda ids: int(ids.sum()) % 5 == 0) if poison in ("rows", "breaks off") else
-                    (lambda ids: engine.global_steps >= 3))
+            when = (
+                (lambda ids: int(ids.sum()) % 5 == 0)
+                if poison in ("rows", "breaks off")
+                else (lambda ids: engine.global_steps >= 3)
+            )
             poisons.enter_context(poisoned(model, poison, when))
         return result
 
@@ -250,6 +271,7 @@ def breaking_off():
         saves.append(arguments)
         if len(saves) == 2:
             raise Broken
+
     Checkpoints.save = save_twice
     try:
         yield

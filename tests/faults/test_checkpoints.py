@@ -1,4 +1,5 @@
 """A run goes on from the newest whole checkpoint, whatever befell the others; no disk that refuses a save ends it."""
+
 import contextlib
 import json
 import re
@@ -16,16 +17,20 @@ from tests.launching import ROOT, environment, launch
 
 TIMES = {"seconds", "step_seconds"}
 WHY = {
-    "empty": f"{OPTIMIZER} has 0 bytes, not", "truncated": f"{WEIGHTS} has 1,000 bytes, not",
-    "bit-flipped": f"{OPTIMIZER} has other content than was written", "all": f"{OPTIMIZER} has other content",
+    "empty": f"{OPTIMIZER} has 0 bytes, not",
+    "truncated": f"{WEIGHTS} has 1,000 bytes, not",
+    "bit-flipped": f"{OPTIMIZER} has other content than was written",
+    "all": f"{OPTIMIZER} has other content",
     "missing": "rank1.safetensors: No such file or directory",
     "no-manifest": "manifest.json: No such file or directory",
 }
 HOSTILE = {"hostile-weights", "hostile-optimizer"}
 REFUSED = {
-    "full": r"No space left on device \(rank [01]\)", "read-only": r"Read-only file system \(rank [01]\)",
+    "full": r"No space left on device \(rank [01]\)",
+    "read-only": r"Read-only file system \(rank [01]\)",
     "a-file-in-the-way": r"(Not a directory|File exists) \(rank [01]\)",
-    "rank-0-refused": r"File too large \(rank 0\)", "rank-1-refused": r"File too large \(rank 1\)",
+    "rank-0-refused": r"File too large \(rank 0\)",
+    "rank-1-refused": r"File too large \(rank 1\)",
 }
 
 
@@ -84,8 +89,11 @@ def test_a_disk_that_refuses_a_save_costs_that_save_alone(case, found, output):
     assert f"{output / case}/checkpoints, which takes " in warning and re.search(REFUSED[case], warning)
     assert warning.endswith("the run goes on and will try again")
     needed = int(re.search(r"takes ([0-9,]+) bytes", warning)[1].replace(",", ""))
-    whole = [path for path in (output / "hostile-weights" / "checkpoints" / "step-2").rglob("*")
-             if path.is_file() and path.name != "manifest.json"]
+    whole = [
+        path
+        for path in (output / "hostile-weights" / "checkpoints" / "step-2").rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    ]
     assert needed == pytest.approx(sum(path.stat().st_size for path in whole), rel=0.01)
     saves = [f"step-{step}" for step in range(INTERVAL, STEPS, INTERVAL)]
     assert result["left"] == [["newest", "step-2"], ["newest", "step-2"], ["newest", "step-2", "step-6"]]
@@ -98,14 +106,39 @@ def test_a_full_disk_ends_no_run_before_its_result_is_written(tmp_path):
     """Neither metrics nor events nor checkpoints find room; what was saved before is there to go on from."""
     output = tmp_path / "sft"
     output.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(output)], capture_output=True,
-                             text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(output)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"no right to mount a file system: {mounted.stderr}")
-    command = [sys.executable, str(ROOT / "step1_sft" / "main.py"), "--model_name_or_path", "builtin:tiny-opt",
-               "--data_path", "builtin:courtesy", "--max_rows", "200", "--data_split", "8,1,1", "--max_seq_len", "64",
-               "--data_output_path", str(tmp_path / "data"), "--output_dir", str(output), "--log_interval", "1",
-               "--num_train_epochs", "20", "--save_interval", "5", "--eval_interval", "2", "--eval_iters", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "step1_sft" / "main.py"),
+        "--model_name_or_path",
+        "builtin:tiny-opt",
+        "--data_path",
+        "builtin:courtesy",
+        "--max_rows",
+        "200",
+        "--data_split",
+        "8,1,1",
+        "--max_seq_len",
+        "64",
+        "--data_output_path",
+        str(tmp_path / "data"),
+        "--output_dir",
+        str(output),
+        "--log_interval",
+        "1",
+        "--num_train_epochs",
+        "20",
+        "--save_interval",
+        "5",
+        "--eval_interval",
+        "2",
+        "--eval_iters",
+        "1",
+    ]
     try:
         with open(tmp_path / "said", "w+") as file:
             started = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)
@@ -140,5 +173,11 @@ def fill(ballast: Path) -> None:
 
 def metrics(directory: Path) -> list[dict]:
     lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items()
-             if name not in TIMES and not name.startswith("seconds_")} for line in lines]
+    return [
+        {
+            name: value
+            for name, value in json.loads(line).items()
+            if name not in TIMES and not name.startswith("seconds_")
+        }
+        for line in lines
+    ]

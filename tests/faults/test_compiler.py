@@ -1,4 +1,5 @@
 """A machine without compiler and ninja: what does not need them runs, what does says what to install."""
+
 import os
 import re
 import subprocess
@@ -25,22 +26,55 @@ def bare(tmp_path) -> dict[str, str]:
 
 
 def test_programs_run_without(bare, tmp_path):
-    done = subprocess.run([str(Path(sys.executable).parent / "deepspeed"), "-q", "--num_gpus", "2", "--master_port",
-                           str(free_port()), str(ROOT / "step1_sft" / "main.py"), "--model_name_or_path",
-                           "builtin:tiny-opt", "--data_path", "builtin:courtesy", "--max_rows", "300",
-                           "--enable_test_mode", "--test_stop_step", "2", "--zero_stage", "2", "--offload",
-                           "--output_dir", str(tmp_path / "sft"), "--data_output_path", str(tmp_path / "data")],
-                          env=bare, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).parent / "deepspeed"),
+            "-q",
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(free_port()),
+            str(ROOT / "step1_sft" / "main.py"),
+            "--model_name_or_path",
+            "builtin:tiny-opt",
+            "--data_path",
+            "builtin:courtesy",
+            "--max_rows",
+            "300",
+            "--enable_test_mode",
+            "--test_stop_step",
+            "2",
+            "--zero_stage",
+            "2",
+            "--offload",
+            "--output_dir",
+            str(tmp_path / "sft"),
+            "--data_output_path",
+            str(tmp_path / "data"),
+        ],
+        env=bare,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "sft" / "provenance.json").is_file()
 
 
 def test_what_must_be_compiled_says_what_to_install(bare):
-    program = ("import torch; from common.runtime.distributed import prepare_environment; prepare_environment()\n"
-               "from common.errors import UserError; from common.training.optim import cpu_adam\n"
-               "try: cpu_adam([{'params': [torch.nn.Parameter(torch.ones(3))], 'lr': 1e-3, 'weight_decay': 0.0}])\n"
-               "except UserError as error: print('error:', error)\n")
-    done = subprocess.run([sys.executable, "-c", program], env={**bare, "DS_ACCELERATOR": "cpu"}, cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
+    program = (
+        "import torch; from common.runtime.distributed import prepare_environment; prepare_environment()\n"
+        "from common.errors import UserError; from common.training.optim import cpu_adam\n"
+        "try: cpu_adam([{'params': [torch.nn.Parameter(torch.ones(3))], 'lr': 1e-3, 'weight_decay': 0.0}])\n"
+        "except UserError as error: print('error:', error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**bare, "DS_ACCELERATOR": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("error:")]
     assert "--offload" in line and "ninja" in line and "apt install g++ ninja-build" in line

@@ -1,4 +1,5 @@
 """How a run ends: told by signals or left by its launcher it saves and goes on exactly; hangs and errors end it."""
+
 import os
 import signal
 import subprocess
@@ -30,7 +31,11 @@ class Run:
         with open(self.said, "w") as said:
             self.outer = subprocess.Popen(
                 [*LAUNCHER, "--master_port", str(free_port()), str(PROGRAM), case, str(self.marks), *words],
-                env=environment(), stdout=said, stderr=said, start_new_session=True)
+                env=environment(),
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
         self.processes: list[psutil.Process] = []  # launch, rank 0, rank 1
 
     def wait_for_marks(self) -> None:
@@ -89,25 +94,48 @@ def inputs(tmp_path_factory, builtin_cache) -> Path:
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize("flags, disturbances", [
-    # Where it is, what happens, who is said to have told it, the iterations that are then saved, deepspeed's exit code.
-    ("", [("rollout-2", "SIGTERM to deepspeed", "the end of its launcher", 2, -signal.SIGTERM),
-          ("update-3", "SIGINT to the group", "SIGINT", 4, None)]),
-    pytest.param("--actor_zero_stage 3 --unpin_actor_parameters",
-                 [("rollout-1", "SIGTERM to rank 1", "SIGTERM", 1, STOPPED),
-                  ("evaluation", "SIGTERM to the launch process", "SIGTERM", 1, 1)], marks=LONG),
-    pytest.param("--actor_zero_stage 3 --critic_zero_stage 3",
-                 [("evaluation", "SIGTERM to rank 1", "SIGTERM", 0, STOPPED),
-                  ("rollout-1", "SIGKILL to the launch process", "the end of its launcher", 1, 0),
-                  ("rollout-2", "SIGINT to the group", "SIGINT", 2, None)], marks=LONG),
-])
+@pytest.mark.parametrize(
+    "flags, disturbances",
+    [
+        # Where it is, what happens, who is said to have told it, the iterations then saved, deepspeed's exit code.
+        (
+            "",
+            [
+                ("rollout-2", "SIGTERM to deepspeed", "the end of its launcher", 2, -signal.SIGTERM),
+                ("update-3", "SIGINT to the group", "SIGINT", 4, None),
+            ],
+        ),
+        pytest.param(
+            "--actor_zero_stage 3 --unpin_actor_parameters",
+            [
+                ("rollout-1", "SIGTERM to rank 1", "SIGTERM", 1, STOPPED),
+                ("evaluation", "SIGTERM to the launch process", "SIGTERM", 1, 1),
+            ],
+            marks=LONG,
+        ),
+        pytest.param(
+            "--actor_zero_stage 3 --critic_zero_stage 3",
+            [
+                ("evaluation", "SIGTERM to rank 1", "SIGTERM", 0, STOPPED),
+                ("rollout-1", "SIGKILL to the launch process", "the end of its launcher", 1, 0),
+                ("rollout-2", "SIGINT to the group", "SIGINT", 2, None),
+            ],
+            marks=LONG,
+        ),
+    ],
+)
 def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, inputs, tmp_path):
-    command = [word.format(inputs=inputs) for word in (
-        "--data_path {inputs}/pairs.jsonl --data_split 1,1,8 --eval_fraction 0.2 --actor_model_name_or_path "
-        "{inputs}/model --critic_model_name_or_path {inputs}/scorer --per_device_generation_batch_size 2 "
-        "--per_device_training_batch_size 2 --max_prompt_seq_len 32 --max_answer_seq_len 40 --min_answer_seq_len 30 "
-        "--eval_prompts 3 --eval_interval 1 --max_iterations 5 --log_interval 1 --no_enable_tensorboard "
-        "--actor_zero_stage 0 --critic_zero_stage 0 --actor_learning_rate 0.01 " + flags).split()]
+    command = [
+        word.format(inputs=inputs)
+        for word in (
+            "--data_path {inputs}/pairs.jsonl --data_split 1,1,8 --eval_fraction 0.2 --actor_model_name_or_path "
+            "{inputs}/model --critic_model_name_or_path {inputs}/scorer --per_device_generation_batch_size 2 "
+            "--per_device_training_batch_size 2 --max_prompt_seq_len 32 --max_answer_seq_len 40 "
+            "--min_answer_seq_len 30 --eval_prompts 3 --eval_interval 1 --max_iterations 5 --log_interval 1 "
+            "--no_enable_tensorboard "
+            "--actor_zero_stage 0 --critic_zero_stage 0 --actor_learning_rate 0.01 " + flags
+        ).split()
+    ]
     command += ["--data_output_path", str(tmp_path / "data")]
 
     undisturbed = Run(tmp_path / "whole", "ppo", "nowhere", *command, "--output_dir", str(tmp_path / "whole" / "ppo"))
@@ -118,8 +146,10 @@ def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, inputs
         disturb(run, how)
         run.wait_until_gone(25)
         checkpoint = tmp_path / "disturbed" / "ppo" / "checkpoints" / f"step-{iterations}"
-        assert (f"stopped by {teller} after {iterations} iterations: run the same command to go on from {checkpoint}"
-                in run.lines()), run.said.read_text()
+        assert (
+            f"stopped by {teller} after {iterations} iterations: run the same command to go on from {checkpoint}"
+            in run.lines()
+        ), run.said.read_text()
         assert code is None or run.outer.wait(timeout=5) == code
         assert "Traceback" not in run.said.read_text() or how == "SIGINT to the group"  # that one is deepspeed's
     last = Run(tmp_path / "disturbed", "ppo", "nowhere", *again)

@@ -1,4 +1,5 @@
 """A run of two ranks whose logs are deleted, and whose output directory is moved away."""
+
 import json
 import shutil
 import subprocess
@@ -11,11 +12,37 @@ from tests.launching import ROOT, environment, free_port
 
 def test_a_run_goes_on_without_its_logs_and_ends_without_its_output_directory(tmp_path):
     output, said = tmp_path / "sft", tmp_path / "said"
-    command = [str(Path(sys.executable).parent / "deepspeed"), "-q", "--num_gpus", "2", "--master_port",
-               str(free_port()), str(ROOT / "step1_sft" / "main.py"), "--model_name_or_path", "builtin:tiny-opt",
-               "--data_path", "builtin:courtesy", "--max_rows", "400", "--max_seq_len", "64", "--eval_iters", "1",
-               "--per_device_train_batch_size", "4", "--log_interval", "1", "--num_train_epochs", "10000",
-               "--output_dir", str(output), "--data_output_path", str(tmp_path / "data"), "--save_interval", "5"]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "-q",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        str(ROOT / "step1_sft" / "main.py"),
+        "--model_name_or_path",
+        "builtin:tiny-opt",
+        "--data_path",
+        "builtin:courtesy",
+        "--max_rows",
+        "400",
+        "--max_seq_len",
+        "64",
+        "--eval_iters",
+        "1",
+        "--per_device_train_batch_size",
+        "4",
+        "--log_interval",
+        "1",
+        "--num_train_epochs",
+        "10000",
+        "--output_dir",
+        str(output),
+        "--data_output_path",
+        str(tmp_path / "data"),
+        "--save_interval",
+        "5",
+    ]
     with open(said, "w") as file:
         started = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)
     try:
@@ -32,9 +59,11 @@ def test_a_run_goes_on_without_its_logs_and_ends_without_its_output_directory(tm
     again = "logs/metrics.jsonl was deleted or replaced under the run: it is made again"
     assert sum(again in line for line in lines) == 1
     (error,) = [line for line in lines if line.startswith("error: ")]
-    assert error == (f"error: --output_dir {output} has been moved to {tmp_path}/moved under the run, whose "
-                     f"checkpoints were in {output}/checkpoints: move it back, and the same command goes on from the "
-                     "newest")
+    assert error == (
+        f"error: --output_dir {output} has been moved to {tmp_path}/moved under the run, whose "
+        f"checkpoints were in {output}/checkpoints: move it back, and the same command goes on from the "
+        "newest"
+    )
     assert "Traceback" not in said.read_text() and not output.exists()
 
 

@@ -1,4 +1,5 @@
 """Files from elsewhere: no code in them runs, and bad rows cost themselves alone, not the memory."""
+
 import json
 import os
 import subprocess
@@ -48,9 +49,16 @@ def write_rows(path: Path, rows: int) -> int:
                 bad = number // 100
                 file.write((long if bad in (6, 9) else kinds[bad % len(kinds)]) + b"\n")
             else:
-                file.write(json.dumps({"prompt": f"Question {number}: what is {number} and {number * 7}?",
-                                       "chosen": f"It is {number * 8}, I should think. " * 4,
-                                       "rejected": f"It is {number * 9}, surely. " * 4}).encode() + b"\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "prompt": f"Question {number}: what is {number} and {number * 7}?",
+                            "chosen": f"It is {number * 8}, I should think. " * 4,
+                            "rejected": f"It is {number * 9}, surely. " * 4,
+                        }
+                    ).encode()
+                    + b"\n"
+                )
     return len(range(50, rows, 100))
 
 
@@ -79,6 +87,7 @@ def model(tmp_path, builtin_cache) -> Path:
 @pytest.fixture
 def bomb(tmp_path):
     """Pickles as a call of os.mkdir, which makes the canary."""
+
     class Bomb:
         canary = tmp_path / "canary"
 
@@ -101,14 +110,21 @@ def test_pickled_weights_are_loaded_as_data_or_not_at_all(load, model, bomb):
     assert "\n" not in str(refused.value) and not bomb.canary.exists()
 
 
-@pytest.mark.parametrize("program, flag", [
-    ("step1_sft", "--model_name_or_path"), ("step2_reward", "--model_name_or_path"),
-    ("step3_ppo", "--actor_model_name_or_path")])
+@pytest.mark.parametrize(
+    "program, flag",
+    [
+        ("step1_sft", "--model_name_or_path"),
+        ("step2_reward", "--model_name_or_path"),
+        ("step3_ppo", "--actor_model_name_or_path"),
+    ],
+)
 def test_code_in_a_model_directory_never_runs_unasked(program, flag, model, bomb):
     """Neither where it is needed to load the model nor where transformers has a class for it."""
     (model / "own.py").write_text(f"import os\nos.mkdir({str(bomb.canary)!r})\n")
-    for file, own in (("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
-                      ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", "own.Own"]})):
+    for file, own in (
+        ("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", "own.Own"]}),
+    ):
         content = json.loads((model / file).read_text())
         (model / file).write_text(json.dumps({**content, "auto_map": own}))
     codec = make_codec(load_tokenizer(str(model)), "human_assistant")
@@ -117,12 +133,26 @@ def test_code_in_a_model_directory_never_runs_unasked(program, flag, model, bomb
 
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "own"}))
-    done = subprocess.run([sys.executable, str(ROOT / program / "main.py"), flag, str(model), "--data_path",
-                           "builtin:courtesy", "--data_output_path", str(model / "data"), *(
-                               ["--critic_model_name_or_path", str(model)] if program == "step3_ppo" else [])],
-                          capture_output=True, text=True, cwd=model.parent)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / program / "main.py"),
+            flag,
+            str(model),
+            "--data_path",
+            "builtin:courtesy",
+            "--data_output_path",
+            str(model / "data"),
+            *(["--critic_model_name_or_path", str(model)] if program == "step3_ppo" else []),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=model.parent,
+    )
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2
-    assert line == (f"error: {flag} {model}: the model cannot be loaded: it comes with code of its own, which runs "
-                    "only with --trust_remote_code")
+    assert line == (
+        f"error: {flag} {model}: the model cannot be loaded: it comes with code of its own, which runs "
+        "only with --trust_remote_code"
+    )
     assert not bomb.canary.exists()

@@ -1,4 +1,5 @@
 """A run that is killed, however often and at whatever moment, ends as an undisturbed one: the same command goes on."""
+
 from __future__ import annotations
 
 import json
@@ -47,8 +48,15 @@ class Victim:
         """
         pointer = self.output / "checkpoints" / POINTER
         expected = pointer.read_text().strip() if pointer.is_file() else None
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port",
-                   str(free_port()), str(self.program), *self.flags]
+        command = [
+            str(Path(sys.executable).parent / "deepspeed"),
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(free_port()),
+            str(self.program),
+            *self.flags,
+        ]
         with open(self.said, "w") as said:
             started = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
         try:
@@ -63,8 +71,11 @@ class Victim:
             self.random.choice(ranks).send_signal(signal.SIGKILL)
             killed = time.monotonic()
             assert started.wait(timeout=GONE_WITHIN) != 0
-            while left := [process for process in psutil.process_iter(["cmdline"])
-                           if str(self.output) in (process.info["cmdline"] or [])]:
+            while left := [
+                process
+                for process in psutil.process_iter(["cmdline"])
+                if str(self.output) in (process.info["cmdline"] or [])
+            ]:
                 assert time.monotonic() - killed < GONE_WITHIN, left
                 time.sleep(0.1)
         finally:
@@ -114,8 +125,14 @@ class Victim:
 def metrics(directory: Path) -> list[dict]:
     """Everything logged but the times."""
     lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items()
-             if name not in TIMES and not name.startswith("seconds_")} for line in lines]
+    return [
+        {
+            name: value
+            for name, value in json.loads(line).items()
+            if name not in TIMES and not name.startswith("seconds_")
+        }
+        for line in lines
+    ]
 
 
 def kill_often(victim: Victim, kills: int, undisturbed: Path) -> None:
@@ -131,15 +148,38 @@ def kill_often(victim: Victim, kills: int, undisturbed: Path) -> None:
 
 
 def supervised(rows: int, epochs: int) -> list[str]:
-    return ["--model_name_or_path", "builtin:tiny-opt", "--max_rows", str(rows), "--max_seq_len", "64",
-            "--per_device_train_batch_size", "4", "--num_train_epochs", str(epochs), "--learning_rate", "1e-3",
-            "--eval_iters", "2"]
+    return [
+        "--model_name_or_path",
+        "builtin:tiny-opt",
+        "--max_rows",
+        str(rows),
+        "--max_seq_len",
+        "64",
+        "--per_device_train_batch_size",
+        "4",
+        "--num_train_epochs",
+        str(epochs),
+        "--learning_rate",
+        "1e-3",
+        "--eval_iters",
+        "2",
+    ]
 
 
 @pytest.mark.parametrize("kills, epochs", [(2, 4), pytest.param(20, 40, marks=pytest.mark.long)])
 def test_no_kill_changes_what_a_run_comes_to(kills, epochs, tmp_path):
-    victim = Victim("step1_sft", tmp_path, *supervised(600, epochs), "--save_interval", "2", "--zero_stage", "2",
-                    "--dropout", "0.1", seed=kills)
+    victim = Victim(
+        "step1_sft",
+        tmp_path,
+        *supervised(600, epochs),
+        "--save_interval",
+        "2",
+        "--zero_stage",
+        "2",
+        "--dropout",
+        "0.1",
+        seed=kills,
+    )
     kill_often(victim, kills, tmp_path / "undisturbed")
     again = run([sys.executable, str(victim.program), *victim.flags, "--resume", str(tmp_path / "no")], check=False)
     assert again.returncode == 2 and "--resume" in again.stderr.splitlines()[-1]
@@ -148,13 +188,40 @@ def test_no_kill_changes_what_a_run_comes_to(kills, epochs, tmp_path):
 @pytest.mark.long
 def test_the_three_steps_killed_ten_times_reach_what_undisturbed_ones_do(tmp_path):
     """The built-in task, each step from what the killed one before it has left; the kills spread over the three."""
-    ppo = ["--max_prompt_seq_len", "64", "--max_answer_seq_len", "16", "--per_device_generation_batch_size", "16",
-           "--per_device_training_batch_size", "8", "--num_train_epochs", "3", "--max_rows", "4000",
-           "--actor_zero_stage", "2", "--critic_zero_stage", "0", "--save_interval", "8", "--enable_ema",
-           "--actor_learning_rate", "3e-4"]
+    ppo = [
+        "--max_prompt_seq_len",
+        "64",
+        "--max_answer_seq_len",
+        "16",
+        "--per_device_generation_batch_size",
+        "16",
+        "--per_device_training_batch_size",
+        "8",
+        "--num_train_epochs",
+        "3",
+        "--max_rows",
+        "4000",
+        "--actor_zero_stage",
+        "2",
+        "--critic_zero_stage",
+        "0",
+        "--save_interval",
+        "8",
+        "--enable_ema",
+        "--actor_learning_rate",
+        "3e-4",
+    ]
     steps = {"step1_sft": (supervised(4000, 4), 4), "step2_reward": (supervised(4000, 1), 3), "step3_ppo": (ppo, 3)}
     for step, (flags, kills) in steps.items():
-        models = ["--actor_model_name_or_path", str(tmp_path / "step1_sft"), "--critic_model_name_or_path",
-                  str(tmp_path / "step2_reward")] if step == "step3_ppo" else ["--save_interval", "10"]
+        models = (
+            [
+                "--actor_model_name_or_path",
+                str(tmp_path / "step1_sft"),
+                "--critic_model_name_or_path",
+                str(tmp_path / "step2_reward"),
+            ]
+            if step == "step3_ppo"
+            else ["--save_interval", "10"]
+        )
         victim = Victim(step, tmp_path, *flags, *models, seed=kills)
         kill_often(victim, kills, tmp_path / "undisturbed" / step)

@@ -1,4 +1,5 @@
 """Two runs at once: neither in one output directory, nor on one port."""
+
 import contextlib
 import re
 import signal
@@ -22,12 +23,33 @@ def run(tmp_path):
     started = []
 
     def start(output: Path, port: int | None, name: str, *flags: str) -> subprocess.Popen:
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2",
-                   *(["--master_port", str(port)] if port else []), str(PROGRAM),
-                   "--model_name_or_path", "builtin:tiny-opt", "--data_path", "builtin:courtesy",
-                   "--max_rows", "400", "--max_seq_len", "64", "--per_device_train_batch_size", "4",
-                   "--log_interval", "1", "--no_enable_tensorboard", "--output_dir", str(output), "--eval_iters", "1",
-                   "--data_output_path", str(tmp_path / "data"), *flags]
+        command = [
+            str(Path(sys.executable).parent / "deepspeed"),
+            "--num_gpus",
+            "2",
+            *(["--master_port", str(port)] if port else []),
+            str(PROGRAM),
+            "--model_name_or_path",
+            "builtin:tiny-opt",
+            "--data_path",
+            "builtin:courtesy",
+            "--max_rows",
+            "400",
+            "--max_seq_len",
+            "64",
+            "--per_device_train_batch_size",
+            "4",
+            "--log_interval",
+            "1",
+            "--no_enable_tensorboard",
+            "--output_dir",
+            str(output),
+            "--eval_iters",
+            "1",
+            "--data_output_path",
+            str(tmp_path / "data"),
+            *flags,
+        ]
         with open(tmp_path / name, "w") as said:
             started.append(subprocess.Popen(command, env=environment(), stdout=said, stderr=said))
         return started[-1]
@@ -56,17 +78,22 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
     while not (metrics.is_file() and '"train"' in metrics.read_text()):
         assert first.poll() is None, (tmp_path / "first").read_text()
         time.sleep(0.2)
-    (rank_0,) = [process.pid for process in psutil.Process(first.pid).children(recursive=True)
-                 if process.environ().get("RANK") == "0"]
+    (rank_0,) = [
+        process.pid
+        for process in psutil.Process(first.pid).children(recursive=True)
+        if process.environ().get("RANK") == "0"
+    ]
 
     signal_ranks(first, signal.SIGSTOP)  # they would only take the time of the others
     same_directory, same_port = (run(output, None, "same directory"), run(tmp_path / "other", port, "same port"))
     for second, name in ((same_directory, "same directory"), (same_port, "same port")):
         assert second.wait(timeout=120) == 2, (tmp_path / name).read_text()
         assert "Traceback" not in (tmp_path / name).read_text()
-    assert re.fullmatch(f"error: --output_dir {output} is in use by process {rank_0} on {socket.gethostname()} since "
-                        r"[-0-9]+ [:0-9]+: wait until that run has ended, or choose another directory",
-                        error(tmp_path / "same directory"))
+    assert re.fullmatch(
+        f"error: --output_dir {output} is in use by process {rank_0} on {socket.gethostname()} since "
+        r"[-0-9]+ [:0-9]+: wait until that run has ended, or choose another directory",
+        error(tmp_path / "same directory"),
+    )
     assert error(tmp_path / "same port").startswith(f"error: port {port} is in use, mostly by another run")
 
     signal_ranks(first, signal.SIGCONT)

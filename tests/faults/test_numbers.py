@@ -1,4 +1,5 @@
 """What is not finite is skipped by all engines and ranks together; what runs away ends in a line; micro-batches fit."""
+
 import json
 
 import pytest
@@ -33,8 +34,9 @@ def found(output):
     return json.loads((output / "found.json").read_text())
 
 
-@pytest.mark.parametrize("case", [pytest.param(name, marks=() if name in SHORT else pytest.mark.long)
-                                  for name in ENGINES])
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in ENGINES]
+)
 def test_a_skipped_step_leaves_every_engine_as_if_it_had_never_been(found, case):
     assert found["engines"][case] == {"unchanged": True, "learns": True, "alike before": True, "as if never": True}
 
@@ -75,20 +77,37 @@ def test_fitting_micro_batches_change_nothing_but_how_steps_are_cut(output, foun
 def same_weights(left, right) -> bool:
     models = sorted(path.relative_to(left) for path in left.rglob("*.safetensors"))
     assert models
-    return all(torch.equal(tensor, load_file(right / model)[name]) for model in models
-               for name, tensor in load_file(left / model).items())
+    return all(
+        torch.equal(tensor, load_file(right / model)[name])
+        for model in models
+        for name, tensor in load_file(left / model).items()
+    )
 
 
 def metrics(directory) -> list[dict]:
     lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if "seconds" not in name
-             and name != "samples_per_second"} for line in lines]
+    return [
+        {
+            name: value
+            for name, value in json.loads(line).items()
+            if "seconds" not in name and name != "samples_per_second"
+        }
+        for line in lines
+    ]
 
 
 def test_memory_that_runs_out_on_one_rank_ends_the_run_in_a_line(output, inputs):
     words = STEPS["sft"].flags.format(inputs=inputs).split()
-    done = launch(ROOT / "tests" / "faults" / "memory_cases.py", *words, "--output_dir", str(output / "memory"),
-                  "--data_output_path", str(output / "data"), ranks=2, check=False)
+    done = launch(
+        ROOT / "tests" / "faults" / "memory_cases.py",
+        *words,
+        "--output_dir",
+        str(output / "memory"),
+        "--data_output_path",
+        str(output / "data"),
+        ranks=2,
+        check=False,
+    )
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if "error: out of memory" in line]
     assert f"on rank 1 in the training step, which asked for {2**30} bytes more" in line

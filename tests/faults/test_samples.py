@@ -1,4 +1,5 @@
 """What fails while the samples are made costs the result nothing: it is published after them, or not at all."""
+
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ PROGRAM = """
 import sys
 sys.path[:0] = [{root!r}]
 from common.runtime import watchdog
-watchdog.begin()
+watchdog.start()
 from common.runtime.distributed import run_program
 from {step}.main import main
 from {step}.trainer import {trainer}
@@ -24,11 +25,38 @@ sys.exit(run_program(main, sys.argv[1:]))
 @pytest.mark.parametrize("step, trainer", [("step1_sft", "SFTTrainer"), ("step2_reward", "RewardTrainer")])
 def test_a_run_whose_samples_fail_has_no_result_and_keeps_its_checkpoints(step, trainer, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(root=str(ROOT), step=step, trainer=trainer), "--model_name_or_path",
-         "builtin:tiny-opt", "--data_path", "builtin:courtesy", "--max_rows", "300", "--max_seq_len", "64",
-         "--eval_iters", "1", "--per_device_train_batch_size", "4", "--save_interval", "1", "--enable_test_mode",
-         "--test_stop_step", "3", "--no_enable_tensorboard", "--output_dir", str(tmp_path / "out"),
-         "--data_output_path", str(tmp_path / "data")], env=environment(), cwd=tmp_path, capture_output=True, text=True)
+        [
+            sys.executable,
+            "-c",
+            PROGRAM.format(root=str(ROOT), step=step, trainer=trainer),
+            "--model_name_or_path",
+            "builtin:tiny-opt",
+            "--data_path",
+            "builtin:courtesy",
+            "--max_rows",
+            "300",
+            "--max_seq_len",
+            "64",
+            "--eval_iters",
+            "1",
+            "--per_device_train_batch_size",
+            "4",
+            "--save_interval",
+            "1",
+            "--enable_test_mode",
+            "--test_stop_step",
+            "3",
+            "--no_enable_tensorboard",
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--data_output_path",
+            str(tmp_path / "data"),
+        ],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "ValueError: no samples" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out" / "provenance.json").exists() and "\nsaved to" not in done.stdout
     assert (tmp_path / "out" / "checkpoints" / "step-2").is_dir()

@@ -1,4 +1,5 @@
 """What must hold for a model of every supported architecture, whatever stands beside a row in its batch."""
+
 import inspect
 import shutil
 
@@ -8,13 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.artifacts.export import write_model
+from common.artifacts.provenance import Calibration
 from common.batching.collate import unmasked
 from common.data.tokenization import load_tokenizer, make_codec
-from common.models.lora import adapters_disabled, add_lora, linear_modules, merged_state_dict
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs
+from common.models.lora import adapters_disabled, add_lora, linear_modules, merged_state_dict
 from common.models.pooling import score_at_last_token
-from common.artifacts.provenance import Calibration
 from tests.architectures import CONFIGS, build_model
 from tests.given_logits import GivenLogits
 
@@ -65,18 +66,24 @@ def test_padding_changes_no_log_prob_and_no_value(directory, codec, batch):
     torch.testing.assert_close(masked, together, atol=1e-5, rtol=1e-5)
     values = gather_response(critic(**unmasked(tokens)), PROMPTS, RESPONSES)
     for row in range(3):
-        length, prompt, response = int(PROMPTS[row] + RESPONSES[row]), PROMPTS[row:row + 1], RESPONSES[row:row + 1]
-        alone, ones = tokens[row:row + 1, :length], torch.ones(1, length, dtype=torch.long)
+        length, prompt, response = int(PROMPTS[row] + RESPONSES[row]), PROMPTS[row : row + 1], RESPONSES[row : row + 1]
+        alone, ones = tokens[row : row + 1, :length], torch.ones(1, length, dtype=torch.long)
         log_probs = response_log_probs(policy, {"input_ids": alone, "attention_mask": ones}, prompt, response)
-        torch.testing.assert_close(together[row, :int(response)], log_probs[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[row, : int(response)], log_probs[0], atol=1e-5, rtol=1e-5)
         value = gather_response(critic(alone, ones), prompt, response)
-        torch.testing.assert_close(values[row, :int(response)], value[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(values[row, : int(response)], value[0], atol=1e-5, rtol=1e-5)
         # Left padding, as prompts have it in generation.
         padded = torch.cat([torch.full((1, 4), codec.pad_id), alone], 1)
         left_mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), ones], 1)
-        logits = policy(**policy.prepare_inputs_for_generation(
-            padded, attention_mask=left_mask, use_cache=False, is_first_iteration=True,
-            **positions(policy, left_mask))).logits[:, 4:]
+        logits = policy(
+            **policy.prepare_inputs_for_generation(
+                padded,
+                attention_mask=left_mask,
+                use_cache=False,
+                is_first_iteration=True,
+                **positions(policy, left_mask),
+            )
+        ).logits[:, 4:]
         left_padded = response_log_probs(GivenLogits(logits), {"input_ids": alone}, prompt, response)
         torch.testing.assert_close(left_padded, log_probs, atol=1e-5, rtol=1e-5)
 
@@ -107,7 +114,7 @@ def assert_scores_alike(directory, codec, tokens, mask, tmp_path):
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert plain.config.num_labels == 1 and tokenizer.pad_token_id != tokenizer.eos_token_id
     assert plain.config.pad_token_id == tokenizer.pad_token_id
-    rows = [tokens[row, :int(mask[row].sum())].tolist() for row in range(3)]
+    rows = [tokens[row, : int(mask[row].sum())].tolist() for row in range(3)]
     for side in ("right", "left"):
         tokenizer.padding_side = side
         padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
@@ -135,22 +142,34 @@ def test_lora_is_the_base_when_off_and_the_merged_model_when_on(directory, codec
     write_model(model, dict(model.state_dict()), codec, tmp_path / "merged", tmp_path / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     real = mask.bool()
-    torch.testing.assert_close(merged(input_ids=tokens, attention_mask=mask).logits[real], adapted[real],
-                               atol=1e-4, rtol=1e-4)
-    after = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items()
-             if "lora_" not in name}
+    torch.testing.assert_close(
+        merged(input_ids=tokens, attention_mask=mask).logits[real], adapted[real], atol=1e-4, rtol=1e-4
+    )
+    after = {
+        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if "lora_" not in name
+    }
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
     from peft import PeftModel
+
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "adapter").eval()
-    torch.testing.assert_close(reloaded(input_ids=tokens, attention_mask=mask).logits[real], adapted[real],
-                               atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        reloaded(input_ids=tokens, attention_mask=mask).logits[real], adapted[real], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_lora_keeps_a_score_head_trainable_and_saves_it(directory, codec, tmp_path):
     model = scalar(directory, codec)
-    add_lora(model.classifier, dim=2, alpha=None, dropout=0.0, modules="auto", flag="--lora_module_name",
-             base_name="base", seed=0)
+    add_lora(
+        model.classifier,
+        dim=2,
+        alpha=None,
+        dropout=0.0,
+        modules="auto",
+        flag="--lora_module_name",
+        base_name="base",
+        seed=0,
+    )
     assert model.classifier.score.weight.requires_grad
     state = {name.removeprefix("classifier."): value for name, value in model.state_dict().items()}
     assert not any("lora_" in name for name in merged_state_dict(model.classifier, state))
@@ -164,12 +183,21 @@ def test_a_lora_critic_keeps_the_reward_model_it_started_from(directory, codec, 
     tokens, mask = batch
     real = mask.bool()
     expected = scalar(directory, codec)(tokens, mask)
-    critic = load_scalar_model(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0, seed=7,
-                               calibration=Calibration(2.0, 3.0)).eval()
+    critic = load_scalar_model(
+        str(directory), "--model", codec, dtype=torch.float32, dropout=0.0, seed=7, calibration=Calibration(2.0, 3.0)
+    ).eval()
     names = set(critic.classifier.state_dict())
     critic.keep_reward_head()
-    add_lora(critic.classifier, dim=2, alpha=None, dropout=0.0, modules="auto", flag="--lora_module_name",
-             base_name="base", seed=0)
+    add_lora(
+        critic.classifier,
+        dim=2,
+        alpha=None,
+        dropout=0.0,
+        modules="auto",
+        flag="--lora_module_name",
+        base_name="base",
+        seed=0,
+    )
     randomise_adapters(critic)
     critic.classifier.score.weight.add_(0.5)
     learnt = critic(tokens, mask)

@@ -1,4 +1,5 @@
 """The output head at the targets alone, chunk by chunk: what the whole logits say, at a fraction of their memory."""
+
 import weakref
 
 import pytest
@@ -9,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.data.tokenization import load_tokenizer, make_codec
-from common.models.lora import add_lora
 from common.models import logprobs
 from common.models.loading import load_causal_lm
+from common.models.lora import add_lora
 from tests.architectures import CONFIGS, build_model
 
 PROMPTS, RESPONSES = torch.tensor([3, 9, 1, 4]), torch.tensor([5, 2, 7, 0])
@@ -28,8 +29,10 @@ def batch(vocabulary):
 def from_whole_logits(model, inputs):
     """Log-probs and entropy of the response tokens, one after the other in row order, from logits everywhere."""
     logits = model(**inputs, use_cache=False).logits
-    rows = [(logits[row, p - 1:p - 1 + r], inputs["input_ids"][row, p:p + r])
-            for row, (p, r) in enumerate(zip(PROMPTS.tolist(), RESPONSES.tolist()))]
+    rows = [
+        (logits[row, p - 1 : p - 1 + r], inputs["input_ids"][row, p : p + r])
+        for row, (p, r) in enumerate(zip(PROMPTS.tolist(), RESPONSES.tolist()))
+    ]
     distribution = torch.distributions.Categorical(logits=torch.cat([row[0] for row in rows]) / TEMPERATURE)
     return distribution.log_prob(torch.cat([row[1] for row in rows])), distribution.entropy()
 
@@ -58,12 +61,19 @@ def assert_equal_ways(model, inputs, monkeypatch):
             assert (gradient - gradients[name]).norm() <= 1e-5 * gradients[name].norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("name, tied, lora", [
-    *((name, True, lora) for name in CONFIGS for lora in (False, True)), ("llama", False, False)])
+@pytest.mark.parametrize(
+    "name, tied, lora", [*((name, True, lora) for name in CONFIGS for lora in (False, True)), ("llama", False, False)]
+)
 def test_values_and_gradients_are_those_of_whole_logits(name, tied, lora, tmp_path, builtin_cache, monkeypatch):
     directory = build_model(name, tmp_path, builtin_cache, tie_word_embeddings=tied)
-    model = load_causal_lm(str(directory), "--model", make_codec(load_tokenizer(str(directory)), "human_assistant"),
-                           dtype=torch.float32, dropout=0.0, gradient_checkpointing=lora).train()
+    model = load_causal_lm(
+        str(directory),
+        "--model",
+        make_codec(load_tokenizer(str(directory)), "human_assistant"),
+        dtype=torch.float32,
+        dropout=0.0,
+        gradient_checkpointing=lora,
+    ).train()
     if lora:
         add_lora(model, dim=2, alpha=4, dropout=0.0, modules="auto", flag="--lora_dim", base_name="base", seed=0)
         for parameter in model.parameters():
@@ -72,15 +82,27 @@ def test_values_and_gradients_are_those_of_whole_logits(name, tied, lora, tmp_pa
     assert_equal_ways(model, batch(model.config.vocab_size), monkeypatch)
 
 
-@pytest.mark.parametrize("config_class, changes", [
-    (hf.GraniteConfig, {"logits_scaling": 3.0}), (hf.CohereConfig, {"logit_scale": 0.3}),
-    (hf.Gemma2Config, {"final_logit_softcapping": 0.5, "head_dim": 8}),
-    (hf.FalconH1Config, {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8}),
-], ids=["scaled down", "scaled", "capped", "multiplied"])
+@pytest.mark.parametrize(
+    "config_class, changes",
+    [
+        (hf.GraniteConfig, {"logits_scaling": 3.0}),
+        (hf.CohereConfig, {"logit_scale": 0.3}),
+        (hf.Gemma2Config, {"final_logit_softcapping": 0.5, "head_dim": 8}),
+        (hf.FalconH1Config, {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8}),
+    ],
+    ids=["scaled down", "scaled", "capped", "multiplied"],
+)
 def test_logits_that_change_after_the_head_are_read_after_the_change(config_class, changes, monkeypatch):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
     model = hf.AutoModelForCausalLM.from_config(config_class(**sizes, pad_token_id=0, **changes)).train()
     inputs = batch(97)
     head = model.get_output_embeddings()
@@ -143,9 +165,19 @@ def test_memory_is_a_fifth_of_that_of_whole_logits(length, dtype, monkeypatch):
         return logprobs.response_log_probs(model, inputs, *lengths, TEMPERATURE).sum()
 
     def peak(compute, ones):
-        model = hf.AutoModelForCausalLM.from_config(hf.OPTConfig(
-            vocab_size=vocabulary, hidden_size=8, word_embed_proj_dim=8, ffn_dim=8, num_hidden_layers=1,
-            num_attention_heads=1, max_position_embeddings=length, dropout=0.0), dtype=dtype)
+        model = hf.AutoModelForCausalLM.from_config(
+            hf.OPTConfig(
+                vocab_size=vocabulary,
+                hidden_size=8,
+                word_embed_proj_dim=8,
+                ffn_dim=8,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                max_position_embeddings=length,
+                dropout=0.0,
+            ),
+            dtype=dtype,
+        )
         with PeakBytes() as tracked:
             compute(model, ones).backward()
         return tracked.peak

@@ -2,6 +2,7 @@
 
 The policy is a table: the first token's logits, and for every first token those of the second.
 """
+
 from itertools import product
 
 import pytest
@@ -45,8 +46,10 @@ def expected_gradient(policy, sampled_from, loss_of) -> torch.Tensor:
 
 def whole_kl_gradient(policy, reference):
     """Of the KL of whole sequences."""
-    kl = sum(log_probs(policy, sequence).sum().exp()
-             * (log_probs(policy, sequence) - log_probs(reference, sequence)).sum() for sequence in SEQUENCES)
+    kl = sum(
+        log_probs(policy, sequence).sum().exp() * (log_probs(policy, sequence) - log_probs(reference, sequence)).sum()
+        for sequence in SEQUENCES
+    )
     return torch.autograd.grad(kl, policy)[0].flatten()
 
 
@@ -60,26 +63,43 @@ def tokens_kl_gradient(policy, reference, sampled_from):
 
 def in_reward_gradient(policy, reference, penalty_of):
     """What PPO's first update does with -beta * penalty_of(log pi - log pi_ref) as the reward of each token."""
+
     def loss_of(sequence):
         now = log_probs(policy, sequence)
         penalty = penalty_of(now.detach() - log_probs(reference, sequence))
         rewards = token_rewards(penalty, torch.zeros(1), MASK, BETA)
         advantages, _ = gae(rewards, torch.zeros(1, 2, dtype=torch.float64), MASK, gamma=1.0, lam=1.0)
         return policy_loss_sum(now, now.detach(), advantages, MASK, clip_range=0.2)[0]
+
     return expected_gradient(policy, policy, loss_of)
 
 
 def in_loss_gradient(policy, reference, sampled_from, estimator):
-    return expected_gradient(policy, sampled_from, lambda sequence: BETA * kl_loss_sum(
-        log_probs(policy, sequence), log_probs(sampled_from, sequence).detach(), log_probs(reference, sequence), MASK,
-        estimator)[0])
+    return expected_gradient(
+        policy,
+        sampled_from,
+        lambda sequence: (
+            BETA
+            * kl_loss_sum(
+                log_probs(policy, sequence),
+                log_probs(sampled_from, sequence).detach(),
+                log_probs(reference, sequence),
+                MASK,
+                estimator,
+            )[0]
+        ),
+    )
 
 
 @pytest.mark.parametrize("distance", [NEAR, FAR])
 def test_the_log_ratio_in_the_reward_pulls_with_the_gradient_of_the_kl(distance):
     policy, reference = policies(distance)
-    torch.testing.assert_close(in_reward_gradient(policy, reference, lambda d: d),
-                               BETA * whole_kl_gradient(policy, reference), rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(
+        in_reward_gradient(policy, reference, lambda d: d),
+        BETA * whole_kl_gradient(policy, reference),
+        rtol=1e-9,
+        atol=1e-15,
+    )
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -97,8 +117,12 @@ def test_the_other_estimators_in_the_reward_would_hardly_pull(estimator):
 def test_every_estimator_in_the_loss_pulls_with_the_gradient_of_the_kl(estimator, distance, moved):
     policy, reference = policies(distance)
     sampled_from = table(2, policy.detach(), 0.3) if moved else policy.detach()
-    torch.testing.assert_close(in_loss_gradient(policy, reference, sampled_from, estimator),
-                               BETA * tokens_kl_gradient(policy, reference, sampled_from), rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(
+        in_loss_gradient(policy, reference, sampled_from, estimator),
+        BETA * tokens_kl_gradient(policy, reference, sampled_from),
+        rtol=1e-9,
+        atol=1e-15,
+    )
 
 
 @pytest.mark.parametrize("estimator, exact", [("k1", True), ("k2", False), ("k3", True)])
@@ -108,9 +132,13 @@ def test_the_value_of_the_loss_is_the_estimate(estimator, exact):
     ours, theirs = policy.detach().log_softmax(-1)[0], reference.log_softmax(-1)[0]
     kl = float((ours.exp() * (ours - theirs)).sum())
     one = torch.ones(1, 1, dtype=torch.bool)
-    total = sum(probability * kl_loss_sum(ours[token].view(1, 1), probability.log().view(1, 1),
-                                          theirs[token].view(1, 1), one, estimator)[1]["kl_loss"]
-                for token, probability in enumerate(sampled_from[0].softmax(-1)))
+    total = sum(
+        probability
+        * kl_loss_sum(ours[token].view(1, 1), probability.log().view(1, 1), theirs[token].view(1, 1), one, estimator)[
+            1
+        ]["kl_loss"]
+        for token, probability in enumerate(sampled_from[0].softmax(-1))
+    )
     assert (float(total) == pytest.approx(kl, rel=1e-9)) == exact and float(total) > 0
 
 

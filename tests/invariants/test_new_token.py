@@ -1,15 +1,16 @@
 """An end token that the vocabulary had no room for: whatever the architecture, LoRA can make it end answers."""
+
 import pytest
 import torch
+from chat_model import CAPITAL, learn, prompt_of
 from transformers import AutoModelForCausalLM
 
 from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
-from common.models.lora import adapters_disabled, add_lora, folded_adapters
 from common.models.loading import load_causal_lm, load_scalar_model
+from common.models.lora import adapters_disabled, add_lora, folded_adapters
 from common.models.pooling import score_at_last_token
 from tests.architectures import CONFIGS, build_model
-from chat_model import CAPITAL, learn, prompt_of
 
 TOKENS = torch.tensor([[5, 9, 17, 30, 12, 44, 8, 21]])
 
@@ -17,8 +18,9 @@ TOKENS = torch.tensor([[5, 9, 17, 30, 12, 44, 8, 21]])
 @pytest.fixture(scope="module", params=[*CONFIGS, "llama-tied"])
 def directory(request, tmp_path_factory, builtin_cache):
     changes = {"tie_word_embeddings": True} if request.param == "llama-tied" else {}
-    return build_model(request.param.removesuffix("-tied"), tmp_path_factory.mktemp(request.param), builtin_cache,
-                       **changes)
+    return build_model(
+        request.param.removesuffix("-tied"), tmp_path_factory.mktemp(request.param), builtin_cache, **changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,7 @@ def test_all_ways_to_run_the_adapted_model_agree(directory, codec, tmp_path):
     torch.testing.assert_close(merged(**reading(codec)).logits, adapted, atol=1e-4, rtol=1e-4)
 
     from peft import PeftModel
+
     loaded = PeftModel.from_pretrained(load(directory, codec), tmp_path / "adapter").merge_and_unload()
     torch.testing.assert_close(loaded(**reading(codec)).logits, adapted, atol=1e-4, rtol=1e-4)
 
@@ -95,9 +98,14 @@ def test_a_reward_model_reads_the_new_token_alike_when_saved(directory, codec, t
     torch.testing.assert_close(score_at_last_token(merged(**tokens), lengths), scores, atol=1e-4, rtol=1e-4)
 
     from peft import PeftModel
+
     from common.models.scalar import ScalarModel
-    loaded = ScalarModel(PeftModel.from_pretrained(load(directory, codec, load_scalar_model).classifier,
-                                                   tmp_path / "adapter").merge_and_unload())
+
+    loaded = ScalarModel(
+        PeftModel.from_pretrained(
+            load(directory, codec, load_scalar_model).classifier, tmp_path / "adapter"
+        ).merge_and_unload()
+    )
     torch.testing.assert_close(score_at_last_token(loaded(**tokens), lengths), scores, atol=1e-4, rtol=1e-4)
 
 
@@ -108,8 +116,10 @@ def test_lora_teaches_a_model_to_end_its_answers_with_it(tmp_path, builtin_cache
     questions = [CAPITAL, "And again?", "Why?"]
 
     def rows(codec):
-        return [(codec.encode_prompt(prompt_of((question,))), codec.encode_response(f"It is {number}."))
-                for number, question in enumerate(questions)]
+        return [
+            (codec.encode_prompt(prompt_of((question,))), codec.encode_response(f"It is {number}."))
+            for number, question in enumerate(questions)
+        ]
 
     learn(model, rows(plain))
     write_model(model, dict(model.state_dict()), plain, directory)
@@ -118,5 +128,5 @@ def test_lora_teaches_a_model_to_end_its_answers_with_it(tmp_path, builtin_cache
     add_lora(model, dim=8, alpha=16, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="x", seed=0)
     learn(model, rows(codec))
     for prompt, response in rows(codec):
-        answer = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30)[0, len(prompt):].tolist()
+        answer = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30)[0, len(prompt) :].tolist()
         assert answer == response and answer[-1] == codec.end_id

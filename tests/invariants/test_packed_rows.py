@@ -1,16 +1,17 @@
 """Rows that share a sequence train a model exactly as rows on their own do."""
+
 import pytest
 import torch
 import transformers as hf
+from datasets import Dataset
+
 from common.batching.collate import collate_demonstrations
 from common.batching.sampler import MicroBatch
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm
 from common.models.logprobs import next_token_loss_sum
-from datasets import Dataset
 from step1_sft import packing
 from step1_sft.packing import Packing, packing_of
-
 from tests.architectures import CONFIGS, build_model
 
 LENGTHS = [(3, 5), (9, 2), (1, 7), (4, 4), (6, 1)]
@@ -23,8 +24,12 @@ PACKABLE = [name for name in CONFIGS if name != "bloom"]
 def rows():
     generator = torch.Generator().manual_seed(4)
     ids = lambda length: torch.randint(10, 300, (length,), generator=generator).tolist()
-    return Dataset.from_dict({"prompt_ids": [ids(prompt) for prompt, _ in LENGTHS],
-                              "response_ids": [ids(response) for _, response in LENGTHS]})
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [ids(prompt) for prompt, _ in LENGTHS],
+            "response_ids": [ids(response) for _, response in LENGTHS],
+        }
+    )
 
 
 def load(name, tmp_path, builtin_cache, dtype=torch.float32, **changes):
@@ -35,11 +40,13 @@ def load(name, tmp_path, builtin_cache, dtype=torch.float32, **changes):
 
 def engine_around(model):
     """As much of an engine as the probe needs."""
+
     class Engine:
         module, eval, train = model, model.eval, model.train
 
         def __call__(self, **inputs):
             return model(**inputs)
+
     return Engine()
 
 
@@ -50,21 +57,28 @@ def loss_and_gradients(model, rows, micro_batch, train_on_prompt, way=None):
     loss, count = next_token_loss_sum(model, batch.inputs(model.dtype), batch.loss_mask)
     model.zero_grad()
     loss.backward()
-    return loss.detach(), count, {name: parameter.grad.clone() for name, parameter in model.named_parameters()
-                                  if parameter.grad is not None}
+    return (
+        loss.detach(),
+        count,
+        {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None},
+    )
 
 
 @pytest.fixture
 def varlen(monkeypatch):
     """Attention of variable length that needs no GPU, in the place of flash-attention's; it is told the same."""
+
     def attention(module, query, key, value, mask, cu_seq_lens_q=None, scaling=None, dropout=0.0, **others):
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         assert mask is None and (cu_seq_lens_q is None or len(query) == 1)
         bounds = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
-        parts = [torch.nn.functional.scaled_dot_product_attention(
-            *(tensor[:, :, start:end] for tensor in (query, key, value)), is_causal=True, scale=scaling)
-            for start, end in zip(bounds, bounds[1:])]
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(tensor[:, :, start:end] for tensor in (query, key, value)), is_causal=True, scale=scaling
+            )
+            for start, end in zip(bounds, bounds[1:])
+        ]
         return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
     hf.AttentionInterface.register("varlen", attention)
@@ -73,11 +87,13 @@ def varlen(monkeypatch):
     monkeypatch.setattr(packing, "varlen_serves", lambda dtype: dtype != torch.float32)
 
 
-@pytest.mark.parametrize("way, train_on_prompt", [
-    (Packing.MASKED, False), (Packing.MASKED, True), (Packing.FLAT, False)])
+@pytest.mark.parametrize(
+    "way, train_on_prompt", [(Packing.MASKED, False), (Packing.MASKED, True), (Packing.FLAT, False)]
+)
 @pytest.mark.parametrize("name", PACKABLE)
-def test_loss_and_gradients_are_those_of_rows_on_their_own(name, way, train_on_prompt, rows, varlen, tmp_path,
-                                                           builtin_cache):
+def test_loss_and_gradients_are_those_of_rows_on_their_own(
+    name, way, train_on_prompt, rows, varlen, tmp_path, builtin_cache
+):
     model = load(name, tmp_path, builtin_cache)
     expected, count, gradients = loss_and_gradients(model, rows, APART, train_on_prompt)
     if way is Packing.FLAT:
@@ -128,9 +144,11 @@ def refuse(*given, **named):
     raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
 
 
-@pytest.mark.parametrize("worse", [
-    lambda attend: lambda *given, cu_seq_lens_q=None, **named: attend(*given, **named), lambda attend: refuse],
-    ids=["sees-through-the-bounds", "refuses"])
+@pytest.mark.parametrize(
+    "worse",
+    [lambda attend: lambda *given, cu_seq_lens_q=None, **named: attend(*given, **named), lambda attend: refuse],
+    ids=["sees-through-the-bounds", "refuses"],
+)
 def test_attention_that_cannot_is_not_taken(worse, varlen, tmp_path, builtin_cache):
     hf.AttentionInterface.register("varlen", worse(hf.AttentionInterface()["varlen"]))
     model = load("llama", tmp_path, builtin_cache, torch.bfloat16)
@@ -140,8 +158,9 @@ def test_attention_that_cannot_is_not_taken(worse, varlen, tmp_path, builtin_cac
 
 
 def test_a_model_that_refuses_the_mask_fails_the_probe_and_nothing_else():
-    falcon = hf.FalconForCausalLM(hf.FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1,
-                                                  num_attention_heads=4, alibi=True))
+    falcon = hf.FalconForCausalLM(
+        hf.FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=True)
+    )
     engine = engine_around(falcon)
     assert packing_of(engine, 128) is None
     assert falcon.training and falcon(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 300)

@@ -1,11 +1,11 @@
 """Rollouts: the tokens are the model's own, the frequencies the softmax's, and nothing but the prompt decides."""
+
 import copy
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from deepspeed.runtime.rollout.base import RolloutRequest, SamplingConfig
 from scipy import stats
 from transformers import FalconConfig, FalconForCausalLM
 
@@ -13,12 +13,11 @@ from common.batching.collate import PromptBatch
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm
 from step3_ppo.generation import rollout as rollout_module
-from step3_ppo.scoring import RolloutAbandoned
 from step3_ppo.generation.cache_attention import fastest_cache_dtype
 from step3_ppo.generation.continuous_batching import Decoder, Request, can_decode
 from step3_ppo.generation.rollout import ActorRollouts, generate, to_rollout
-from step3_ppo.rollout_engine import ActorRolloutEngine
 from step3_ppo.generation.sampling import Sampling, filtered_probabilities, response_limits, sample_tokens, uniforms
+from step3_ppo.scoring import RolloutAbandoned, share_rollout
 from tests.architectures import CONFIGS, build_model
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=12)
@@ -68,13 +67,16 @@ def roll_out(actor, rows, sampling, slots=4):
 
 def plainly(actor, rows, sampling):
     engine, codec = actor
-    return generate(engine, prompts(rows, codec.pad_id), sampling, end_ids=codec.end_ids, pad_id=codec.pad_id, seed=5,
-                    iteration=1)
+    return generate(
+        engine, prompts(rows, codec.pad_id), sampling, end_ids=codec.end_ids, pad_id=codec.pad_id, seed=5, iteration=1
+    )
 
 
 def responses(rollout):
-    return [rollout.tokens[row, start:end].tolist() for row, (start, end)
-            in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist()))]
+    return [
+        rollout.tokens[row, start:end].tolist()
+        for row, (start, end) in enumerate(zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist()))
+    ]
 
 
 def test_greedy_tokens_are_those_of_generate_row_by_row(actor):
@@ -82,10 +84,15 @@ def test_greedy_tokens_are_those_of_generate_row_by_row(actor):
     rollout = roll_out(actor, range(len(LENGTHS)), GREEDY)
     for row, response in enumerate(responses(rollout)):
         alone = prompts([row], codec.pad_id)
-        plain = engine.module.eval().generate(alone.input_ids, attention_mask=alone.attention_mask, do_sample=False,
-                                              max_new_tokens=12, use_cache=True)[0, LENGTHS[row]:].tolist()
+        plain = (
+            engine.module.eval()
+            .generate(
+                alone.input_ids, attention_mask=alone.attention_mask, do_sample=False, max_new_tokens=12, use_cache=True
+            )[0, LENGTHS[row] :]
+            .tolist()
+        )
         assert response == plain
-        assert rollout.tokens[row, :LENGTHS[row]].tolist() == alone.input_ids[0].tolist()
+        assert rollout.tokens[row, : LENGTHS[row]].tolist() == alone.input_ids[0].tolist()
         assert bool(rollout.finished[row]) == (plain[-1] == codec.end_id)
 
 
@@ -99,11 +106,18 @@ def test_a_response_does_not_depend_on_batch_or_slot(actor, way):
     assert len({tuple(response) for response in together}) == len(LENGTHS)
 
 
-@pytest.mark.parametrize("slots, sampling", [
-    (1, SAMPLED), (16, SAMPLED), (3, GREEDY),
-    (3, replace(SAMPLED, temperature=0.7, top_p=0.8, top_k=50, min_new_tokens=3)),
-    (3, replace(SAMPLED, draw_lengths=True, min_new_tokens=2)), (16, replace(SAMPLED, samples_per_prompt=3))],
-    ids=["one-slot", "more-slots-than-rows", "greedy", "filtered", "drawn-lengths", "several"])
+@pytest.mark.parametrize(
+    "slots, sampling",
+    [
+        (1, SAMPLED),
+        (16, SAMPLED),
+        (3, GREEDY),
+        (3, replace(SAMPLED, temperature=0.7, top_p=0.8, top_k=50, min_new_tokens=3)),
+        (3, replace(SAMPLED, draw_lengths=True, min_new_tokens=2)),
+        (16, replace(SAMPLED, samples_per_prompt=3)),
+    ],
+    ids=["one-slot", "more-slots-than-rows", "greedy", "filtered", "drawn-lengths", "several"],
+)
 def test_continuous_batching_gives_the_tokens_of_the_plain_way(actor, slots, sampling):
     rows = [row for row in range(len(LENGTHS)) for _ in range(sampling.samples_per_prompt)]
     fast = roll_out(actor, range(len(LENGTHS)), sampling, slots)
@@ -117,8 +131,18 @@ def test_continuous_batching_gives_the_tokens_of_the_plain_way(actor, slots, sam
 
 def plainly_sample(actor, sampling, sample):
     engine, codec = actor
-    return responses(generate(engine, prompts(range(len(LENGTHS)), codec.pad_id), sampling, end_ids=codec.end_ids,
-                              pad_id=codec.pad_id, seed=5, iteration=1, sample=sample))
+    return responses(
+        generate(
+            engine,
+            prompts(range(len(LENGTHS)), codec.pad_id),
+            sampling,
+            end_ids=codec.end_ids,
+            pad_id=codec.pad_id,
+            seed=5,
+            iteration=1,
+            sample=sample,
+        )
+    )
 
 
 def test_a_cache_of_more_precision_changes_no_token(actor):
@@ -128,8 +152,10 @@ def test_a_cache_of_more_precision_changes_no_token(actor):
         return
     batch = prompts(range(len(LENGTHS)), codec.pad_id)
     uniform = uniforms(5, 1, batch.prompt_index, SAMPLED.max_new_tokens)
-    requests = [Request(tuple(ids[-length:]), numbers, 0, SAMPLED.max_new_tokens) for ids, length, numbers
-                in zip(batch.input_ids.tolist(), LENGTHS, uniform)]
+    requests = [
+        Request(tuple(ids[-length:]), numbers, 0, SAMPLED.max_new_tokens)
+        for ids, length, numbers in zip(batch.input_ids.tolist(), LENGTHS, uniform)
+    ]
     decoder = Decoder(engine.module.eval(), SAMPLED, slots=4, end_ids=codec.end_ids, cache_dtype=torch.float64)
     found = decoder.run(requests)
     assert decoder.cache.layers[0].keys.dtype == torch.float64
@@ -152,8 +178,13 @@ def test_greedy_tokens_in_bf16_are_those_that_a_whole_pass_finds_likeliest(actor
 
 def test_a_model_that_keeps_its_attention_writes_in_bf16(tmp_path, builtin_cache):
     tokenizer = load_tokenizer(str(build_model("llama", tmp_path, builtin_cache)))
-    model = FalconForCausalLM(FalconConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
-                                           num_attention_heads=4)).bfloat16().eval()
+    model = (
+        FalconForCausalLM(
+            FalconConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        )
+        .bfloat16()
+        .eval()
+    )
     rollout = roll_out((WholeEngine(model), make_codec(tokenizer, "human_assistant")), range(len(LENGTHS)), GREEDY)
     assert (rollout.response_lengths > 0).all() and model.config._attn_implementation == "sdpa"
 
@@ -165,10 +196,11 @@ def test_drawn_lengths_are_exact_and_reach_both_limits(actor, shortest, longest,
     assert set(limits[:, 0].tolist()) == lengths and torch.equal(limits[:, 0], limits[:, 1])
     engine, codec = WholeEngine(copy.deepcopy(actor[0].module)), actor[1]
     engine.module.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([codec.end_id]), 50.0))  # it wants to end
+        lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([codec.end_id]), 50.0)
+    )  # it wants to end
     for way in (roll_out, plainly):
         rollout = way((engine, codec), range(len(LENGTHS)), sampling)
-        assert rollout.response_lengths.tolist() == limits[:len(LENGTHS), 1].tolist() and not rollout.finished.any()
+        assert rollout.response_lengths.tolist() == limits[: len(LENGTHS), 1].tolist() and not rollout.finished.any()
 
 
 def test_a_kept_cache_leaves_nothing_of_earlier_rollouts(actor):
@@ -190,29 +222,14 @@ def test_fillers_are_not_answered(actor):
     assert rollout.prompt_index.tolist() == [0, 1]
 
 
-def test_deepspeeds_rollout_interface_gives_the_same_tokens(actor):
+def test_a_rank_that_is_told_to_stop_abandons_its_rollout_on_all_ranks(actor, monkeypatch):
     engine, codec = actor
     rollouts = ActorRollouts(engine, slots=2, seed=5, end_ids=codec.end_ids, pad_id=codec.pad_id)
-    theirs = ActorRolloutEngine(rollouts)
-    batch = prompts(range(3), codec.pad_id)
-    theirs.sync_weights(1)
-    made = theirs.generate(RolloutRequest(batch.input_ids, batch.attention_mask),
-                             SamplingConfig(max_new_tokens=12, n_samples_per_prompt=2))
-    ours = responses(rollouts.roll_out(batch, replace(SAMPLED, samples_per_prompt=2), iteration=1))
-    width = batch.input_ids.shape[1]
-    assert made.response_start_idx.tolist() == [width] * 6
-    assert [row[mask.bool()].tolist() for row, mask in zip(made.input_ids[:, width:], made.attention_mask[:, width:])] \
-        == ours
-    assert torch.equal(made.input_ids[:, :width], batch.input_ids.repeat_interleave(2, 0))
-
-
-def test_an_abandoned_rollout_is_told_apart_from_an_empty_one(actor, monkeypatch):
-    engine, codec = actor
-    theirs = ActorRolloutEngine(ActorRollouts(engine, slots=2, seed=5, end_ids=codec.end_ids, pad_id=codec.pad_id))
-    batch = prompts(range(3), codec.pad_id)
-    monkeypatch.setattr(rollout_module, "told", lambda: "SIGTERM")
+    monkeypatch.setattr(rollout_module, "stop_requested", lambda: "SIGTERM")
+    rollout = rollouts.roll_out(prompts(range(3), codec.pad_id), SAMPLED, iteration=1)
+    assert rollout is None
     with pytest.raises(RolloutAbandoned):
-        theirs.generate(RolloutRequest(batch.input_ids, batch.attention_mask), SamplingConfig(max_new_tokens=4))
+        share_rollout(rollout)
 
 
 def test_windows_shorter_than_the_sequence_are_left_to_the_plain_way(tmp_path, builtin_cache):
@@ -293,16 +310,20 @@ def test_uniforms_are_keyed_by_everything_and_nothing_else():
     first = uniforms(1, 2, torch.tensor([7, 8]), 5)
     assert torch.equal(first, uniforms(1, 2, torch.tensor([8, 7]), 5).flip(0))
     assert torch.equal(first[:, :3], uniforms(1, 2, torch.tensor([7, 8]), 3))
-    for other in (uniforms(0, 2, torch.tensor([7, 8]), 5), uniforms(1, 3, torch.tensor([7, 8]), 5),
-                  uniforms(1, 2, torch.tensor([7, 8]), 5, sample=1)):
+    for other in (
+        uniforms(0, 2, torch.tensor([7, 8]), 5),
+        uniforms(1, 3, torch.tensor([7, 8]), 5),
+        uniforms(1, 2, torch.tensor([7, 8]), 5, sample=1),
+    ):
         assert not torch.equal(first, other)
 
 
 def test_a_response_is_cut_after_its_first_end_token_even_where_that_is_the_padding():
     batch = prompts([3, 0], pad_id=2)  # prompt lengths 2 and 4
     generated = torch.tensor([[50, 2, 2, 2], [60, 61, 62, 63]])
-    rollout = to_rollout(torch.cat([batch.input_ids, generated], 1), batch, end_ids=(2,), pad_id=2,
-                         limits=torch.tensor([4, 4]))
+    rollout = to_rollout(
+        torch.cat([batch.input_ids, generated], 1), batch, end_ids=(2,), pad_id=2, limits=torch.tensor([4, 4])
+    )
     assert rollout.response_lengths.tolist() == [2, 4]
     assert rollout.finished.tolist() == [True, False]
     assert rollout.response_mask.tolist() == [[True, True, False, False], [True] * 4]

@@ -1,18 +1,19 @@
 """A model's directory with an adapter in it, which transformers would load unasked: named, refused, or merged."""
+
 import json
 import shutil
 
 import pytest
 import torch
+from chat_model import provenance_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from chat_model import provenance_of
+from common.artifacts.provenance import read_provenance
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.models.lora import add_lora, save_adapter
 from common.models.loading import load_causal_lm, load_scalar_model, resolve_model
-from common.artifacts.provenance import read_provenance
+from common.models.lora import add_lora, save_adapter
 from inference.loading import load_judge, load_speaker
 from inference.merge_lora import main as merge_lora
 from inference.options import LoadOptions
@@ -32,8 +33,16 @@ def base_model(kind, directory):
 
 def write_adapter(kind, base, directory) -> None:
     """One that changes its base visibly."""
-    model = add_lora(base_model(kind, base), dim=4, alpha=8, dropout=0.0, modules="auto", flag="--lora_module_name",
-                     base_name=str(base), seed=3)
+    model = add_lora(
+        base_model(kind, base),
+        dim=4,
+        alpha=8,
+        dropout=0.0,
+        modules="auto",
+        flag="--lora_module_name",
+        base_name=str(base),
+        seed=3,
+    )
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name or name.startswith("score"):
@@ -86,11 +95,14 @@ def refusal(call, *arguments) -> str:
 
 def test_every_program_refuses_it_at_the_door(beside, tmp_path):
     output = ["--data_path", "builtin:courtesy", "--output_dir", str(tmp_path / "out"), "--dtype", "fp32"]
-    for said in (refusal(step1, ["--model_name_or_path", str(beside), *output]),
-                 refusal(step2, ["--model_name_or_path", str(beside), *output]),
-                 refusal(step3, ["--actor_model_name_or_path", str(beside), "--critic_model_name_or_path", str(beside),
-                                 *output]),
-                 refusal(load_speaker, str(beside), "--path", LoadOptions())):
+    for said in (
+        refusal(step1, ["--model_name_or_path", str(beside), *output]),
+        refusal(step2, ["--model_name_or_path", str(beside), *output]),
+        refusal(
+            step3, ["--actor_model_name_or_path", str(beside), "--critic_model_name_or_path", str(beside), *output]
+        ),
+        refusal(load_speaker, str(beside), "--path", LoadOptions()),
+    ):
         assert str(beside) in said and "adapter_config.json" in said and "--merge_adapter" in said
     assert not (tmp_path / "out").exists()
     assert "--base" in refusal(merge_lora, ["--path", str(beside), "--output_dir", str(tmp_path / "merged")])

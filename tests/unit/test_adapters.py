@@ -1,4 +1,5 @@
 """Rows of every known layout become the records they stand for; others are refused with a reason."""
+
 import pytest
 
 from common.data.adapters import NAMED, ColumnMap, choose_layout, named_layout
@@ -41,22 +42,34 @@ TWO_TURNS = dialogue("q1", "a1", "q2")
 
 COMPARISONS = {
     "plain": ({"prompt": "q", "chosen": "good", "rejected": "bad"}, dialogue("q")),
-    "system": ({"prompt": "q", "system_prompt": "s", "chosen": "good", "rejected": "bad"},
-               dialogue("q", system="s")),
+    "system": ({"prompt": "q", "system_prompt": "s", "chosen": "good", "rejected": "bad"}, dialogue("q", system="s")),
     "transcript prompt": ({"prompt": TRANSCRIPT, "chosen": " good", "rejected": " bad\n"}, TWO_TURNS),
-    "cue in the answer": ({"prompt": "Human: q1\n\nAssistant: a1\n\nHuman: q2\n\n",
-                           "chosen": "Assistant: good", "rejected": "Assistant: bad"}, TWO_TURNS),
-    "cues within a line": ({"prompt": "Human: q1 Assistant: a1 Human: q2 ", "chosen": "Assistant: good",
-                            "rejected": "Assistant: bad"}, TWO_TURNS),
+    "cue in the answer": (
+        {
+            "prompt": "Human: q1\n\nAssistant: a1\n\nHuman: q2\n\n",
+            "chosen": "Assistant: good",
+            "rejected": "Assistant: bad",
+        },
+        TWO_TURNS,
+    ),
+    "cues within a line": (
+        {"prompt": "Human: q1 Assistant: a1 Human: q2 ", "chosen": "Assistant: good", "rejected": "Assistant: bad"},
+        TWO_TURNS,
+    ),
     "transcripts": ({"chosen": TRANSCRIPT + " good", "rejected": TRANSCRIPT + " bad"}, TWO_TURNS),
-    "transcripts beside a prompt": ({"prompt": TRANSCRIPT, "chosen": TRANSCRIPT + " good",
-                                     "rejected": TRANSCRIPT + " bad"}, TWO_TURNS),
-    "lists": ({"chosen": chat("q1", "a1", "q2", "good"), "rejected": chat("q1", "a1", "q2", "bad")},
-              TWO_TURNS),
-    "lists beside a prompt": ({"prompt": "q1", "chosen": chat("q1", "good"), "rejected": chat("q1", "bad"),
-                               "messages": chat("q1", "good")}, dialogue("q1")),
-    "answers as lists": ({"prompt": chat("q1", "a1", "q2"), "chosen": chat("", "good")[1:],
-                          "rejected": chat("", "bad")[1:]}, TWO_TURNS),
+    "transcripts beside a prompt": (
+        {"prompt": TRANSCRIPT, "chosen": TRANSCRIPT + " good", "rejected": TRANSCRIPT + " bad"},
+        TWO_TURNS,
+    ),
+    "lists": ({"chosen": chat("q1", "a1", "q2", "good"), "rejected": chat("q1", "a1", "q2", "bad")}, TWO_TURNS),
+    "lists beside a prompt": (
+        {"prompt": "q1", "chosen": chat("q1", "good"), "rejected": chat("q1", "bad"), "messages": chat("q1", "good")},
+        dialogue("q1"),
+    ),
+    "answers as lists": (
+        {"prompt": chat("q1", "a1", "q2"), "chosen": chat("", "good")[1:], "rejected": chat("", "bad")[1:]},
+        TWO_TURNS,
+    ),
 }
 
 
@@ -73,14 +86,16 @@ DEMONSTRATIONS = {
     "alpaca": ({"instruction": "q", "input": "", "output": "a", "text": "all"}, dialogue("q")),
     "alpaca with input": ({"instruction": "q", "input": "i", "output": "a"}, dialogue("q\n\ni")),
     "alpaca without the column": ({"instruction": "q", "output": "a"}, dialogue("q")),
-    "question": ({"id": "1", "system_prompt": "s", "question": "q", "response": "a"},
-                 dialogue("q", system="s")),
+    "question": ({"id": "1", "system_prompt": "s", "question": "q", "response": "a"}, dialogue("q", system="s")),
     "question, no system": ({"system_prompt": "", "question": "q", "response": "a"}, dialogue("q")),
-    "messages": ({"messages": [{"role": "system", "content": "s"}, *chat("q1", "b", "q2", "a")]},
-                 dialogue("q1", "b", "q2", system="s")),
-    "ShareGPT": ({"id": "1", "conversations": sharegpt("system", "s", "human", "q1", "gpt", "b", "human", "q2",
-                                                       "gpt", "a")},
-                 dialogue("q1", "b", "q2", system="s")),
+    "messages": (
+        {"messages": [{"role": "system", "content": "s"}, *chat("q1", "b", "q2", "a")]},
+        dialogue("q1", "b", "q2", system="s"),
+    ),
+    "ShareGPT": (
+        {"id": "1", "conversations": sharegpt("system", "s", "human", "q1", "gpt", "b", "human", "q2", "gpt", "a")},
+        dialogue("q1", "b", "q2", system="s"),
+    ),
     "ShareGPT, other names": ({"conversations": sharegpt("user", "q", "assistant", "a")}, dialogue("q")),
     "messages by another name": ({"conversations": chat("q", "a")}, dialogue("q")),
 }
@@ -94,8 +109,9 @@ def test_demonstrations_serve_as_prompts(row, prompt):
         record(row, "comparison")
 
 
-@pytest.mark.parametrize("row", [row for row, _ in (*COMPARISONS.values(), *DEMONSTRATIONS.values())],
-                         ids=[*COMPARISONS, *DEMONSTRATIONS])
+@pytest.mark.parametrize(
+    "row", [row for row, _ in (*COMPARISONS.values(), *DEMONSTRATIONS.values())], ids=[*COMPARISONS, *DEMONSTRATIONS]
+)
 def test_what_a_row_asks_is_known_without_its_answers(row):
     """So that a test prompt is recognised by what it asks, even in a row that can be used for nothing else."""
     layout = choose_layout("somewhere/data.jsonl", row.keys(), "prompt", "data.jsonl")
@@ -148,13 +164,21 @@ BAD = {
     "nested list": ({"prompt": "q", "output": "a", "input": [["x"]]}, "demonstration", "'input' is not text but list"),
     "NUL": ({"prompt": "q\0", "response": "a"}, "demonstration", "NUL"),
     "surrogate": ({"prompt": "q", "response": "\ud800"}, "demonstration", "'response' is invalid UTF-8"),
-    "different dialogues": ({"chosen": "\n\nHuman: q\n\nAssistant: a",
-                             "rejected": "\n\nHuman: r\n\nAssistant: b"}, "comparison",
-                            "differ before the last answer"),
-    "empty last answer": ({"chosen": TRANSCRIPT, "rejected": TRANSCRIPT + " b"}, "comparison",
-                          "chosen answer is empty"),
-    "user at the end": ({"chosen": TRANSCRIPT + " a\n\nHuman: bye", "rejected": TRANSCRIPT + " b"},
-                        "comparison", "does not end with an answer"),
+    "different dialogues": (
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: r\n\nAssistant: b"},
+        "comparison",
+        "differ before the last answer",
+    ),
+    "empty last answer": (
+        {"chosen": TRANSCRIPT, "rejected": TRANSCRIPT + " b"},
+        "comparison",
+        "chosen answer is empty",
+    ),
+    "user at the end": (
+        {"chosen": TRANSCRIPT + " a\n\nHuman: bye", "rejected": TRANSCRIPT + " b"},
+        "comparison",
+        "does not end with an answer",
+    ),
     "no transcript": ({"chosen": "a", "rejected": "b"}, "comparison", "begins with 'Human:'"),
     "prompt with an answer": ({"prompt": TRANSCRIPT + " a2"}, "prompt", "no user's turn"),
     "unknown role": ({"messages": [{"role": "critic", "content": "x"}]}, "prompt", "role 'critic'"),
@@ -164,8 +188,11 @@ BAD = {
     "conversations without an answer": ({"conversations": sharegpt("human", "q")}, "demonstration", "answer is empty"),
     "no list of turns": ({"conversations": "x"}, "prompt", "'conversations' is not a list"),
     "no list": ({"messages": "x"}, "prompt", "not a list"),
-    "late system": ({"messages": [*chat("q", "a"), {"role": "system", "content": "s"}, *chat("q", "a")]},
-                    "demonstration", "system"),
+    "late system": (
+        {"messages": [*chat("q", "a"), {"role": "system", "content": "s"}, *chat("q", "a")]},
+        "demonstration",
+        "system",
+    ),
     "no answer": ({"messages": chat("q")}, "demonstration", "answer is empty"),
     "no text": ({"text": None}, "text", "'text' is missing"),
 }
@@ -180,8 +207,15 @@ def test_rows_that_cannot_be_used_say_why(row, kind, why):
 def test_an_unknown_layout_lists_what_is_there_and_what_is_understood():
     with pytest.raises(UserError) as error:
         record({"frage": "q", "antwort": "a"}, "demonstration")
-    for part in ("data.jsonl", "antwort, frage", "prompt/chosen/rejected", "instruction/output", "messages",
-                 "text", "--columns"):
+    for part in (
+        "data.jsonl",
+        "antwort, frage",
+        "prompt/chosen/rejected",
+        "instruction/output",
+        "messages",
+        "text",
+        "--columns",
+    ):
         assert part in str(error.value)
 
 
@@ -202,10 +236,13 @@ def test_a_wrong_column_map_is_answered_with_the_nearest_name():
 
 
 SHP = {"history": "post", "human_ref_A": "A", "human_ref_B": "B", "score_A": 9}
-WEBGPT = {"question": {"dataset": "eli5", "id": "1", "full_text": "q"}, "answer_0": "zero [1, 2].",
-          "answer_1": "one[3]", "tokens_0": {"prefix": [1], "completion": [2]}}
-ORCA = {"instruction": "s",
-        "conversation": [{"input": "q1", "output": "a1"}, {"input": "q2", "output": "a2"}]}
+WEBGPT = {
+    "question": {"dataset": "eli5", "id": "1", "full_text": "q"},
+    "answer_0": "zero [1, 2].",
+    "answer_1": "one[3]",
+    "tokens_0": {"prefix": [1], "completion": [2]},
+}
+ORCA = {"instruction": "s", "conversation": [{"input": "q1", "output": "a1"}, {"input": "q2", "output": "a2"}]}
 PLAIN = COMPARISONS["plain"][0]
 HH = {"prompt": TRANSCRIPT, "response": " good", "chosen": " good", "rejected": " bad"}
 
@@ -213,16 +250,17 @@ SETS = {
     "Dahoas/rm-static": (HH, Comparison(TWO_TURNS, "good", "bad")),
     "Dahoas/full-hh-rlhf": (HH, Comparison(TWO_TURNS, "good", "bad")),
     "Dahoas/synthetic-instruct-gptj-pairwise": (PLAIN, Comparison(dialogue("q"), "good", "bad")),
-    "yitingxie/rlhf-reward-datasets": (COMPARISONS["cue in the answer"][0],
-                                       Comparison(TWO_TURNS, "good", "bad")),
+    "yitingxie/rlhf-reward-datasets": (COMPARISONS["cue in the answer"][0], Comparison(TWO_TURNS, "good", "bad")),
     "Anthropic/hh-rlhf": (COMPARISONS["transcripts"][0], Comparison(TWO_TURNS, "good", "bad")),
     "Open-Orca/OpenOrca": (DEMONSTRATIONS["question"][0], Demonstration(dialogue("q", system="s"), "a")),
     "tatsu-lab/alpaca": (DEMONSTRATIONS["alpaca"][0], Demonstration(dialogue("q"), "a")),
     "yahma/alpaca-cleaned": (DEMONSTRATIONS["alpaca with input"][0], Demonstration(dialogue("q\n\ni"), "a")),
     "shahules786/orca-chat": (ORCA, Demonstration(dialogue("q1", "a1", "q2", system="s"), "a2")),
     "stanfordnlp/SHP": (SHP | {"labels": 0}, Comparison(dialogue("post"), "B", "A")),
-    "openai/webgpt_comparisons": (WEBGPT | {"score_0": 0.5, "score_1": -0.5},
-                                  Comparison(dialogue("q"), "zero.", "one")),
+    "openai/webgpt_comparisons": (
+        WEBGPT | {"score_0": 0.5, "score_1": -0.5},
+        Comparison(dialogue("q"), "zero.", "one"),
+    ),
 }
 
 

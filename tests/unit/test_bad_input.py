@@ -1,4 +1,5 @@
 """What a user can get wrong ends in one line that names flag, file and row, before any model is loaded."""
+
 import json
 
 import pytest
@@ -14,11 +15,18 @@ from step3_ppo.main import main as step3
 @pytest.fixture
 def good(tmp_path, builtin_cache):
     """Arguments of steps 1 and 2 that would work; a test spoils one."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(
-        {"prompt": f"Question {n}?", "chosen": f"Yes {n}.", "rejected": f"No {n}."}) + "\n" for n in range(60)))
-    return {"--model_name_or_path": str(materialise("builtin:tiny-opt", builtin_cache)), "--data_path":
-            str(tmp_path / "rows.jsonl"), "--output_dir": str(tmp_path / "out"), "--data_output_path":
-            str(tmp_path / "data")}
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"Question {n}?", "chosen": f"Yes {n}.", "rejected": f"No {n}."}) + "\n"
+            for n in range(60)
+        )
+    )
+    return {
+        "--model_name_or_path": str(materialise("builtin:tiny-opt", builtin_cache)),
+        "--data_path": str(tmp_path / "rows.jsonl"),
+        "--output_dir": str(tmp_path / "out"),
+        "--data_output_path": str(tmp_path / "data"),
+    }
 
 
 def refusal(program, arguments: dict[str, str]) -> str:
@@ -30,21 +38,28 @@ def refusal(program, arguments: dict[str, str]) -> str:
     return message
 
 
-@pytest.mark.parametrize("flag, value, said", [
-    ("--model_name_or_path", "./nowhere/model", ["--model_name_or_path ./nowhere/model", "no such model directory"]),
-    ("--model_name_or_path", "builtin:huge", ["builtin:huge", "builtin:tiny-opt"]),
-    ("--data_path", "./missing.jsonl", ["--data_path", "missing.jsonl"]),
-    ("--data_path", "builtin:rudeness", ["builtin:rudeness", "courtesy"]),
-    ("--dtype", "fp16", ["--dtype fp16", "--dtype fp32"]),
-    ("--zero_stage", "4", ["--zero_stage", "0, 1, 2, 3"]),
-    ("--template", "chat", ["--template chat", "human_assistant"]),
-    ("--learnin_rate", "1", ["--learnin_rate", "did you mean --learning_rate"]),
-    ("--max_seq_len", "3", ["--max_seq_len"]),
-    ("--max_seq_len", "4096", ["--max_seq_len", "4096", "room for 512"]),
-    ("--data_split", "0,1,1", ["--data_split 0,1,1", "step 1"]),
-    ("--deepspeed_config", "nothing.json", ["--deepspeed_config nothing.json"]),
-    ("--columns", "prompt=inquiry", ["inquiry", "prompt"]),
-])
+@pytest.mark.parametrize(
+    "flag, value, said",
+    [
+        (
+            "--model_name_or_path",
+            "./nowhere/model",
+            ["--model_name_or_path ./nowhere/model", "no such model directory"],
+        ),
+        ("--model_name_or_path", "builtin:huge", ["builtin:huge", "builtin:tiny-opt"]),
+        ("--data_path", "./missing.jsonl", ["--data_path", "missing.jsonl"]),
+        ("--data_path", "builtin:rudeness", ["builtin:rudeness", "courtesy"]),
+        ("--dtype", "fp16", ["--dtype fp16", "--dtype fp32"]),
+        ("--zero_stage", "4", ["--zero_stage", "0, 1, 2, 3"]),
+        ("--template", "chat", ["--template chat", "human_assistant"]),
+        ("--learnin_rate", "1", ["--learnin_rate", "did you mean --learning_rate"]),
+        ("--max_seq_len", "3", ["--max_seq_len"]),
+        ("--max_seq_len", "4096", ["--max_seq_len", "4096", "room for 512"]),
+        ("--data_split", "0,1,1", ["--data_split 0,1,1", "step 1"]),
+        ("--deepspeed_config", "nothing.json", ["--deepspeed_config nothing.json"]),
+        ("--columns", "prompt=inquiry", ["inquiry", "prompt"]),
+    ],
+)
 def test_step_1_refuses(good, flag, value, said):
     message = refusal(step1, {**good, flag: value})
     for part in said:
@@ -58,12 +73,17 @@ def test_a_directory_that_is_no_model_is_named(good, tmp_path):
     assert "not valid JSON" in refusal(step1, {**good, "--model_name_or_path": str(tmp_path / "empty")})
 
 
-@pytest.mark.parametrize("line, why", [
-    (b'{"prompt": "broken', "JSON"), (b'{"prompt": "q", "chosen": "\xff\xfe", "rejected": "r"}', "UTF-8"),
-    (b'{"prompt": "", "chosen": "a", "rejected": "b"}', "empty"), (b'{"chosen": "a", "rejected": "b"}', "prompt"),
-    (b'{"prompt": "q", "chosen": "same", "rejected": "same"}', "same"),
-    (b'{"prompt": "q\\u0000", "chosen": "a", "rejected": "b"}', "NUL"),
-])
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        (b'{"prompt": "broken', "JSON"),
+        (b'{"prompt": "q", "chosen": "\xff\xfe", "rejected": "r"}', "UTF-8"),
+        (b'{"prompt": "", "chosen": "a", "rejected": "b"}', "empty"),
+        (b'{"chosen": "a", "rejected": "b"}', "prompt"),
+        (b'{"prompt": "q", "chosen": "same", "rejected": "same"}', "same"),
+        (b'{"prompt": "q\\u0000", "chosen": "a", "rejected": "b"}', "NUL"),
+    ],
+)
 def test_too_many_bad_rows_are_shown_with_file_and_line(good, tmp_path, line, why):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(path.read_bytes() + b"".join(line + b"\n" for _ in range(20)))
@@ -100,22 +120,26 @@ def test_step_3_refuses_a_language_model_as_reward_model(good):
 
 def test_a_reward_model_is_not_taken_for_a_language_model(good, tmp_path):
     import shutil
+
     reward = tmp_path / "reward"
     shutil.copytree(good["--model_name_or_path"], reward)
     config = json.loads((reward / "config.json").read_text())
     (reward / "config.json").write_text(json.dumps({**config, "architectures": ["OPTForSequenceClassification"]}))
     assert "is a reward model" in refusal(step1, {**good, "--model_name_or_path": str(reward)})
     del good["--model_name_or_path"]
-    assert "--actor_model_name_or_path" in refusal(step3, {
-        **good, "--actor_model_name_or_path": str(reward), "--critic_model_name_or_path": str(reward)})
+    assert "--actor_model_name_or_path" in refusal(
+        step3, {**good, "--actor_model_name_or_path": str(reward), "--critic_model_name_or_path": str(reward)}
+    )
 
 
 def test_step_3_refuses_models_trained_on_other_text(good, tmp_path, builtin_cache):
     """The actor says that it was trained with another template, and with another tokenizer."""
     import shutil
-    from common.data.tokenization import load_tokenizer, make_codec
+
     from common.artifacts.provenance import Provenance
     from common.artifacts.publish import text_of
+    from common.data.tokenization import load_tokenizer, make_codec
+
     actor = tmp_path / "actor"
     shutil.copytree(good.pop("--model_name_or_path"), actor)
     text = text_of(make_codec(load_tokenizer(str(actor)), "human_assistant"))
@@ -126,21 +150,32 @@ def test_step_3_refuses_models_trained_on_other_text(good, tmp_path, builtin_cac
         assert said in message and str(actor) in message
 
 
-@pytest.mark.parametrize("mean, std, said", [(0.5, 0.0, "standard deviation 0"), (0.5, -1.0, "standard deviation -1"),
-                                             ("NaN", 1.0, "NaN"), (0.5, "NaN", "NaN"), (0.5, "Infinity", "Infinity")])
+@pytest.mark.parametrize(
+    "mean, std, said",
+    [
+        (0.5, 0.0, "standard deviation 0"),
+        (0.5, -1.0, "standard deviation -1"),
+        ("NaN", 1.0, "NaN"),
+        (0.5, "NaN", "NaN"),
+        (0.5, "Infinity", "Infinity"),
+    ],
+)
 def test_step_3_refuses_a_scale_that_nothing_can_be_measured_in(good, tmp_path, mean, std, said):
     import shutil
-    from common.data.tokenization import load_tokenizer, make_codec
+
     from common.artifacts.provenance import FILE, Provenance
     from common.artifacts.publish import text_of
+    from common.data.tokenization import load_tokenizer, make_codec
+
     model = good.pop("--model_name_or_path")
     scorer = tmp_path / "scorer"
     shutil.copytree(model, scorer)
     config = json.loads((scorer / "config.json").read_text())
     (scorer / "config.json").write_text(json.dumps({**config, "architectures": ["OPTForSequenceClassification"]}))
     text = text_of(make_codec(load_tokenizer(model), "human_assistant"))
-    Provenance(step="reward", base="x", data_split="2,4,4", eval_fraction=0.05, score_mean=0.25, score_std=0.125,
-               **text).write(scorer)
+    Provenance(
+        step="reward", base="x", data_split="2,4,4", eval_fraction=0.05, score_mean=0.25, score_std=0.125, **text
+    ).write(scorer)
     written = (scorer / FILE).read_text()
     (scorer / FILE).write_text(written.replace("0.25", str(mean)).replace("0.125", str(std)))
     message = refusal(step3, {**good, "--actor_model_name_or_path": model, "--critic_model_name_or_path": str(scorer)})
@@ -149,6 +184,7 @@ def test_step_3_refuses_a_scale_that_nothing_can_be_measured_in(good, tmp_path, 
 
 def test_provenance_is_strict_json(tmp_path):
     from common.artifacts.provenance import Provenance
+
     with pytest.raises(ValueError):
         Provenance("reward", "x", "t", "h", "e", "p", "2,4,4", 0.05, score_mean=float("nan")).write(tmp_path)
     assert not (tmp_path / "provenance.json").exists()
@@ -158,10 +194,12 @@ def test_provenance_is_strict_json(tmp_path):
 def step_1_made(good, tmp_path, monkeypatch):
     """An actor as step 1 leaves it, but for the training, from the given options; the working directory is its own."""
     import shutil
+
+    from common.artifacts.publish import publishing
     from common.config.parser import parse
     from common.data.tokenization import load_tokenizer, make_codec
-    from common.artifacts.publish import publishing
     from step1_sft.config import SFTConfig
+
     monkeypatch.chdir(tmp_path)
     actor = tmp_path / "actor"
     shutil.copytree(good["--model_name_or_path"], actor)
@@ -187,11 +225,14 @@ def test_two_split_rules_for_the_same_data_are_refused_however_it_is_spelt(good,
     assert "--data_split 1,1,1" in message and "2,4,4" in message and actor in message
 
 
-@pytest.mark.parametrize("then, now", [
-    ({"data_path": "elsewhere.jsonl", "data_split": "1,1,1"}, {}),
-    ({"data_split": "1, 1, 1"}, {"--data_split": "1,1,1"}),
-    ({"data_split": "0.2,0.4,0.4"}, {"--data_split": "2,4,4"}),
-])
+@pytest.mark.parametrize(
+    "then, now",
+    [
+        ({"data_path": "elsewhere.jsonl", "data_split": "1,1,1"}, {}),
+        ({"data_split": "1, 1, 1"}, {"--data_split": "1,1,1"}),
+        ({"data_split": "0.2,0.4,0.4"}, {"--data_split": "2,4,4"}),
+    ],
+)
 def test_other_data_or_the_same_rule_otherwise_written_is_no_matter(good, step_1_made, then, now):
     actor = step_1_made(**then, eval_fraction="0")
     message = refusal(step2, {**good, "--model_name_or_path": actor, **now, "--eval_fraction": "0"})

@@ -1,19 +1,25 @@
 """Weights of a blend: parsed from the end of a name, and kept by prompt."""
+
 import math
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.data.blend import SourceSpec, parse_data_path
 from common.errors import UserError
 
 
 def test_only_a_trailing_number_is_a_weight():
-    specs = parse_data_path(["a", "b:0.3", "builtin:courtesy", "builtin:courtesy:2", "./x/data.jsonl:1e-1",
-                             "o/n:.5"])
+    specs = parse_data_path(["a", "b:0.3", "builtin:courtesy", "builtin:courtesy:2", "./x/data.jsonl:1e-1", "o/n:.5"])
     assert [(spec.name, spec.weight) for spec in specs] == [
-        ("a", 1.0), ("b", 0.3), ("builtin:courtesy", 1.0), ("builtin:courtesy", 2.0), ("./x/data.jsonl", 0.1),
-        ("o/n", 0.5)]
+        ("a", 1.0),
+        ("b", 0.3),
+        ("builtin:courtesy", 1.0),
+        ("builtin:courtesy", 2.0),
+        ("./x/data.jsonl", 0.1),
+        ("o/n", 0.5),
+    ]
 
 
 @pytest.mark.parametrize("bad", [["a:0"], ["a:-1"], ["a:inf"], ["a:nan"], [":0.5"], [""], ["  "], []])
@@ -28,11 +34,30 @@ def test_a_path_that_exists_wins_over_a_weight(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     (tmp_path / "rows.jsonl:3").write_text('{"prompt": "a", "response": "b"}\n')
     (tmp_path / "one,two three.jsonl").touch()
-    specs = parse_data_path(["snap:2", "snap:2:0.5", f"{tmp_path}/snap:2:.3", "plain:2", "both:0.5", "both:0.25",
-                             "rows.jsonl:3", "one,two three.jsonl", "one,two three.jsonl:2"])
+    specs = parse_data_path(
+        [
+            "snap:2",
+            "snap:2:0.5",
+            f"{tmp_path}/snap:2:.3",
+            "plain:2",
+            "both:0.5",
+            "both:0.25",
+            "rows.jsonl:3",
+            "one,two three.jsonl",
+            "one,two three.jsonl:2",
+        ]
+    )
     assert [(spec.name, spec.weight) for spec in specs] == [
-        ("snap:2", 1.0), ("snap:2", 0.5), (f"{tmp_path}/snap:2", 0.3), ("plain", 2.0), ("both:0.5", 1.0),
-        ("both", 0.25), ("rows.jsonl:3", 1.0), ("one,two three.jsonl", 1.0), ("one,two three.jsonl", 2.0)]
+        ("snap:2", 1.0),
+        ("snap:2", 0.5),
+        (f"{tmp_path}/snap:2", 0.3),
+        ("plain", 2.0),
+        ("both:0.5", 1.0),
+        ("both", 0.25),
+        ("rows.jsonl:3", 1.0),
+        ("one,two three.jsonl", 1.0),
+        ("one,two three.jsonl", 2.0),
+    ]
 
 
 def test_the_flag_in_messages_is_the_one_that_was_used():

@@ -1,11 +1,14 @@
 """The chatbot in this process, asked as in a pipe."""
+
 import os
 import shutil
 import sys
 
 import pytest
 from chat_model import AGAIN, ANSWERS, CAPITAL, SONG, one_line
+
 from inference.chatbot import main
+
 
 def test_bytes_that_are_no_text_do_not_end_the_dialogue(chat_model, capfdbinary, monkeypatch, tmp_path):
     typed = b"\xff\xfe \x00 ?\n/reset\n" + CAPITAL.encode()
@@ -18,8 +21,11 @@ def talk(model, directory, monkeypatch, typed: bytes, *arguments: str) -> None:
     """Run the chatbot in this process; stdin and stdout are files, as in a pipe."""
     source = directory / "typed"
     source.write_bytes(typed)
-    with open(source, encoding="utf-8") as stdin, open(os.dup(1), "w", encoding="utf-8") as stdout, \
-            open(os.dup(2), "w", encoding="utf-8") as stderr:
+    with (
+        open(source, encoding="utf-8") as stdin,
+        open(os.dup(1), "w", encoding="utf-8") as stdout,
+        open(os.dup(2), "w", encoding="utf-8") as stderr,
+    ):
         monkeypatch.setattr(sys, "stdin", stdin)
         monkeypatch.setattr(sys, "stdout", stdout)
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -41,9 +47,18 @@ def test_a_question_too_long_for_the_model_is_cut(chat_model, capfd, monkeypatch
     assert len(out.splitlines()) == 1 and "tokens are cut" in err
 
 
-@pytest.mark.parametrize("arguments", [
-    "--num_beams 3", "--temperature 0.01", "--temperature 2 --top_k 1", "--temperature 2 --top_p 0.01",
-    "--repetition_penalty 1.01", "--dtype bf16 --device cpu", "--template question_answer"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--num_beams 3",
+        "--temperature 0.01",
+        "--temperature 2 --top_k 1",
+        "--temperature 2 --top_p 0.01",
+        "--repetition_penalty 1.01",
+        "--dtype bf16 --device cpu",
+        "--template question_answer",
+    ],
+)
 def test_every_decoding_says_what_is_most_probable(arguments, chat_model, capfd, monkeypatch, tmp_path):
     talk(chat_model, tmp_path, monkeypatch, CAPITAL.encode(), *arguments.split())
     assert capfd.readouterr().out == one_line(ANSWERS[CAPITAL,]) + "\n"
@@ -74,7 +89,8 @@ def test_without_provenance_the_tokenizers_own_template_is_used(chat_model, tmp_
     (foreign / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for m in messages %}{{ 'Question: ' if m.role == 'user' else 'Answer: ' }}"
         "{{ m.content }}{{ '\\n\\n' if m.role == 'user' else '' }}{% endfor %}"
-        "{% if add_generation_prompt %}Answer:{% endif %}")
+        "{% if add_generation_prompt %}Answer:{% endif %}"
+    )
     talk(foreign, tmp_path, monkeypatch, CAPITAL.encode())
     assert capfd.readouterr().out == one_line(ANSWERS[CAPITAL,]) + "\n"
     talk(foreign, tmp_path, monkeypatch, CAPITAL.encode(), "--template", "question_answer")
@@ -84,8 +100,11 @@ def test_without_provenance_the_tokenizers_own_template_is_used(chat_model, tmp_
 def test_a_template_that_had_to_be_guessed_is_told(chat_model, tmp_path, capfd, monkeypatch):
     foreign = shutil.copytree(chat_model, tmp_path / "foreign")
     (foreign / "provenance.json").unlink()
-    for model, arguments, told in ((foreign, [], True), (foreign, ["--template", "alpaca"], False),
-                                   (chat_model, [], False)):
+    for model, arguments, told in (
+        (foreign, [], True),
+        (foreign, ["--template", "alpaca"], False),
+        (chat_model, [], False),
+    ):
         talk(model, tmp_path, monkeypatch, CAPITAL.encode(), "--max_new_tokens", "1", *arguments)
         notes = [line for line in capfd.readouterr().err.splitlines() if "template" in line]
         assert len(notes) == told

@@ -1,4 +1,5 @@
 """Every model that cannot be talked to, and every wrong option, gets its one clear line."""
+
 import json
 import os
 import re
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
+
 from common.errors import UserError
 from inference.chatbot import main
-from transformers import AutoModelForSequenceClassification
 
 
 def copy(model: Path, target: Path, **config) -> Path:
@@ -109,14 +111,27 @@ def adapter_without_its_base(model, target):
     return target
 
 
-@pytest.mark.parametrize("make, said", [
-    (no_directory, "no such model directory"), (no_model, "no config.json"), (a_file, "no such model"),
-    (broken_json, "not valid JSON"), (broken_weights, "cannot be loaded"), (no_weights, "cannot be loaded"),
-    (weights_of_another_shape, "shapes differ"), (a_pickle_that_runs_code, "pickle"),
-    (code_of_its_own, "cannot be loaded"), (no_tokenizer, "tokenizer"), (another_tokenizer, "tokenizer"),
-    (broken_provenance, "damaged"), (reward_model, "reward model"), (broken_adapter, "damaged"),
-    (adapter_without_its_base, "gone"),
-], ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (no_directory, "no such model directory"),
+        (no_model, "no config.json"),
+        (a_file, "no such model"),
+        (broken_json, "not valid JSON"),
+        (broken_weights, "cannot be loaded"),
+        (no_weights, "cannot be loaded"),
+        (weights_of_another_shape, "shapes differ"),
+        (a_pickle_that_runs_code, "pickle"),
+        (code_of_its_own, "cannot be loaded"),
+        (no_tokenizer, "tokenizer"),
+        (another_tokenizer, "tokenizer"),
+        (broken_provenance, "damaged"),
+        (reward_model, "reward model"),
+        (broken_adapter, "damaged"),
+        (adapter_without_its_base, "gone"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_what_cannot_be_talked_to_gets_one_line(make, said, chat_model, tmp_path):
     directory = make(chat_model, tmp_path / "model")
     with pytest.raises(UserError) as raised:
@@ -126,14 +141,18 @@ def test_what_cannot_be_talked_to_gets_one_line(make, said, chat_model, tmp_path
     assert not Path(f"{directory}-exploded").exists()
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--device", "tpu"], "--device tpu"), (["--device", "cuda:99"], "--device cuda:99"),
-    (["--top_p", "0.5"], "--top_p"), (["--temperature", "-1"], "--temperature"),
-    (["--template", "alpaca"], "question_answer"),
-    (["--max_new_tokens", "512"], "--max_new_tokens"), (["--no_repeat_ngram", "5"], "did you mean"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--device", "tpu"], "--device tpu"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--top_p", "0.5"], "--top_p"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--template", "alpaca"], "question_answer"),
+        (["--max_new_tokens", "512"], "--max_new_tokens"),
+        (["--no_repeat_ngram", "5"], "did you mean"),
+    ],
+)
 def test_wrong_options_get_one_line(arguments, said, chat_model):
     with pytest.raises(UserError, match=re.escape(said)):
         main(["--path", str(chat_model), *arguments])
-
-

@@ -1,4 +1,5 @@
 """A checkpoint is whole, or it is not taken; a save that fails leaves what was there."""
+
 import itertools
 import os
 import re
@@ -9,10 +10,9 @@ import sys
 import pytest
 import torch
 
+from common.checkpoints.shard_writer import Shards
 from common.checkpoints.store import MANIFEST, PARTIAL, POINTER, CheckpointStore, NotSaved
 from common.errors import UserError
-from common.checkpoints.shard_writer import Shards
-
 
 SHARD = "actor/engine/shard"
 
@@ -26,6 +26,7 @@ def content(text):
     def write(shards):
         shards.add("actor/engine/shard", lambda file: file.write(text.encode() * 1000))
         shards.add("state", lambda file: file.write(text.encode()))
+
     return write
 
 
@@ -70,20 +71,26 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(store):
         newest(store)
 
 
-@pytest.mark.parametrize("damage, why", [
-    (lambda path: (path / SHARD).write_text(""), f"{SHARD} has 0 bytes, not 2,000"),
-    (lambda path: os.truncate(path / SHARD, 1999), f"{SHARD} has 1,999 bytes, not 2,000"),
-    (lambda path: (path / SHARD).write_text("21" + "20" * 999), f"{SHARD} has other content than was written"),
-    (lambda path: (path / "state").unlink(), "state: No such file or directory"),
-    (lambda path: (path / MANIFEST).write_text(""), f"{MANIFEST} cannot be read"),
-    (lambda path: (path / MANIFEST).write_text("[1, 2]"), f"{MANIFEST} cannot be read"),
-    (lambda path: (path / MANIFEST).write_bytes(b"\xff\x00"), f"{MANIFEST} cannot be read"),
-    (lambda path: (path / MANIFEST).write_text("[" * 100_000), f"{MANIFEST} cannot be read"),
-    (lambda path: (path / MANIFEST).write_text('{"files": {}}'), f"{MANIFEST} lists no files"),
-    (lambda path: (path / MANIFEST).write_text('{"files": {"a\\u0000b": [1, ""]}}'), "null"),
-    (lambda path: (path / MANIFEST).write_text('{"files": {"state": [NaN, ""]}}'), f"{MANIFEST} cannot be read"),
-    (lambda path: (path / MANIFEST).write_text('{"files": {"state": [Infinity, ""]}}'), f"{MANIFEST} cannot be read"),
-])
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (lambda path: (path / SHARD).write_text(""), f"{SHARD} has 0 bytes, not 2,000"),
+        (lambda path: os.truncate(path / SHARD, 1999), f"{SHARD} has 1,999 bytes, not 2,000"),
+        (lambda path: (path / SHARD).write_text("21" + "20" * 999), f"{SHARD} has other content than was written"),
+        (lambda path: (path / "state").unlink(), "state: No such file or directory"),
+        (lambda path: (path / MANIFEST).write_text(""), f"{MANIFEST} cannot be read"),
+        (lambda path: (path / MANIFEST).write_text("[1, 2]"), f"{MANIFEST} cannot be read"),
+        (lambda path: (path / MANIFEST).write_bytes(b"\xff\x00"), f"{MANIFEST} cannot be read"),
+        (lambda path: (path / MANIFEST).write_text("[" * 100_000), f"{MANIFEST} cannot be read"),
+        (lambda path: (path / MANIFEST).write_text('{"files": {}}'), f"{MANIFEST} lists no files"),
+        (lambda path: (path / MANIFEST).write_text('{"files": {"a\\u0000b": [1, ""]}}'), "null"),
+        (lambda path: (path / MANIFEST).write_text('{"files": {"state": [NaN, ""]}}'), f"{MANIFEST} cannot be read"),
+        (
+            lambda path: (path / MANIFEST).write_text('{"files": {"state": [Infinity, ""]}}'),
+            f"{MANIFEST} cannot be read",
+        ),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(store, damage, why):
     store.save(10, content("10"))
     store.save(20, content("20"))
@@ -179,6 +186,7 @@ def test_a_machine_that_does_not_see_the_directory_is_told(store):
     def write(shards):
         content("10")(shards)
         shards.files["from-elsewhere"] = (10, "")
+
     with pytest.raises(NotSaved, match="does not see from-elsewhere as rank 0 has written it"):
         store.save(10, write)
     assert newest(store) == (None, [])

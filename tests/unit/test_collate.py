@@ -1,15 +1,18 @@
 import pytest
 import torch
+from datasets import Dataset
+
 from common.batching.collate import collate_comparisons, collate_demonstrations, collate_prompts, collate_texts
 from common.batching.sampler import MicroBatch
-from datasets import Dataset
 
 END = 2
 PAD_IDS = pytest.mark.parametrize("pad_id", [0, END])  # padding with the end token must change nothing
-DEMONSTRATIONS = Dataset.from_dict({"prompt_ids": [[7, 8, 9], [7], [5, 5]],
-                                    "response_ids": [[10, END], [11, 12, 13, END], [END]]})
-COMPARISONS = Dataset.from_dict({"prompt_ids": [[7, 8], [6]], "chosen_ids": [[10, END], [11, END]],
-                                 "rejected_ids": [[12, 13, 14, END], [END]]})
+DEMONSTRATIONS = Dataset.from_dict(
+    {"prompt_ids": [[7, 8, 9], [7], [5, 5]], "response_ids": [[10, END], [11, 12, 13, END], [END]]}
+)
+COMPARISONS = Dataset.from_dict(
+    {"prompt_ids": [[7, 8], [6]], "chosen_ids": [[10, END], [11, END]], "rejected_ids": [[12, 13, 14, END], [END]]}
+)
 
 
 def real(*indices: int) -> MicroBatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 import subprocess
 import sys
@@ -31,20 +30,29 @@ MODELS = "--actor_model_name_or_path ./a --critic_model_name_or_path ./c "
 
 # The published command lines of the DeepSpeed recipe, as the launcher passes them on.
 COMMAND_LINES = [
-    (SFTConfig, "--local_rank=0 --model_name_or_path facebook/opt-1.3b --per_device_train_batch_size 8 "
-     "--per_device_eval_batch_size 8 --gradient_accumulation_steps 8 --lora_dim 128 --zero_stage 0 "
-     "--data_path Dahoas/rm-static Dahoas/full-hh-rlhf Dahoas/synthetic-instruct-gptj-pairwise "
-     "yitingxie/rlhf-reward-datasets --num_train_epochs 5 --deepspeed "
-     "--output_dir ./output/actor-models/1.3b"),
-    (RewardConfig, "--local_rank=0 --model_name_or_path facebook/opt-350m --per_device_train_batch_size 8 "
-     "--per_device_eval_batch_size 8 --num_padding_at_beginning 1 --weight_decay 0.1 --disable_dropout "
-     "--gradient_accumulation_steps 4 --zero_stage 0 --deepspeed --output_dir ./output/reward-models/350m"),
-    (PPOConfig, "--local_rank=0 --actor_model_name_or_path ./output/actor-models/1.3b/ "
-     "--critic_model_name_or_path ./output/reward-models/350m/ --actor_zero_stage 0 --critic_zero_stage 0 "
-     "--num_padding_at_beginning 1 --gradient_accumulation_steps 2 --deepspeed --actor_lora_dim 128 "
-     "--enable_hybrid_engine --actor_gradient_checkpointing --disable_actor_dropout "
-     "--per_device_train_batch_size 8 --per_device_mini_train_batch_size 8 "
-     "--output_dir ./output/step3-models/1.3b/"),
+    (
+        SFTConfig,
+        "--local_rank=0 --model_name_or_path facebook/opt-1.3b --per_device_train_batch_size 8 "
+        "--per_device_eval_batch_size 8 --gradient_accumulation_steps 8 --lora_dim 128 --zero_stage 0 "
+        "--data_path Dahoas/rm-static Dahoas/full-hh-rlhf Dahoas/synthetic-instruct-gptj-pairwise "
+        "yitingxie/rlhf-reward-datasets --num_train_epochs 5 --deepspeed "
+        "--output_dir ./output/actor-models/1.3b",
+    ),
+    (
+        RewardConfig,
+        "--local_rank=0 --model_name_or_path facebook/opt-350m --per_device_train_batch_size 8 "
+        "--per_device_eval_batch_size 8 --num_padding_at_beginning 1 --weight_decay 0.1 --disable_dropout "
+        "--gradient_accumulation_steps 4 --zero_stage 0 --deepspeed --output_dir ./output/reward-models/350m",
+    ),
+    (
+        PPOConfig,
+        "--local_rank=0 --actor_model_name_or_path ./output/actor-models/1.3b/ "
+        "--critic_model_name_or_path ./output/reward-models/350m/ --actor_zero_stage 0 --critic_zero_stage 0 "
+        "--num_padding_at_beginning 1 --gradient_accumulation_steps 2 --deepspeed --actor_lora_dim 128 "
+        "--enable_hybrid_engine --actor_gradient_checkpointing --disable_actor_dropout "
+        "--per_device_train_batch_size 8 --per_device_mini_train_batch_size 8 "
+        "--output_dir ./output/step3-models/1.3b/",
+    ),
 ]
 # Every flag of DeepSpeed-Chat's three programs, with a value, where it belongs.
 COMMON_FLAGS = (
@@ -53,26 +61,33 @@ COMMON_FLAGS = (
     "--local_rank 0 "
     "--only_optimize_lora --compute_fp32_loss --add_eot_token --eot_token <|end|> --deepspeed "
     "--num_padding_at_beginning 1 --enable_tensorboard --tensorboard_path out/board --enable_test_mode "
-    "--test_stop_step 3 --output_dir out/model ")
+    "--test_stop_step 3 --output_dir out/model "
+)
 SUPERVISED_FLAGS = COMMON_FLAGS + (
     "--model_name_or_path m --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --max_seq_len 512 "
     "--learning_rate 1e-5 --weight_decay 0.1 --zero_stage 2 --gradient_checkpointing --dropout 0.0 "
     "--disable_dropout --lora_dim 8 --lora_module_name decoder.layers. --lora_learning_rate 3e-4 "
-    "--eval_interval 5 --eval_iters 10 --print_loss ")
-PPO_FLAGS = COMMON_FLAGS + MODELS + (
-    "--max_prompt_seq_len 256 --max_answer_seq_len 256 --actor_learning_rate 9.65e-6 "
-    "--critic_learning_rate 5e-6 --offload_reference_model --offload_reward_model --actor_zero_stage 3 "
-    "--critic_zero_stage 3 --enable_ema --unsupervised_dataset_name wiki "
-    "--unsupervised_dataset_config_name en --unsup_coef 20 "
-    "--ppo_epochs 2 --actor_weight_decay 0.1 --critic_weight_decay 0.1 --actor_lora_dim 8 "
-    "--critic_lora_dim 8 --actor_lora_module_name layers --critic_lora_module_name layers "
-    "--actor_lora_learning_rate 1e-4 --critic_lora_learning_rate 1e-4 "
-    "--actor_gradient_checkpointing --critic_gradient_checkpointing "
-    "--actor_dropout 0.1 --critic_dropout 0.1 --disable_actor_dropout --disable_critic_dropout "
-    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --generation_batches 2 "
-    "--align_overflow --enable_mixed_precision_lora --print_answers --print_answers_interval 5 "
-    "--enable_hybrid_engine --inference_tp_size 2 --unpin_actor_parameters --release_inference_cache "
-    "--tp_gather_partition_size 4 ")
+    "--eval_interval 5 --eval_iters 10 --print_loss "
+)
+PPO_FLAGS = (
+    COMMON_FLAGS
+    + MODELS
+    + (
+        "--max_prompt_seq_len 256 --max_answer_seq_len 256 --actor_learning_rate 9.65e-6 "
+        "--critic_learning_rate 5e-6 --offload_reference_model --offload_reward_model --actor_zero_stage 3 "
+        "--critic_zero_stage 3 --enable_ema --unsupervised_dataset_name wiki "
+        "--unsupervised_dataset_config_name en --unsup_coef 20 "
+        "--ppo_epochs 2 --actor_weight_decay 0.1 --critic_weight_decay 0.1 --actor_lora_dim 8 "
+        "--critic_lora_dim 8 --actor_lora_module_name layers --critic_lora_module_name layers "
+        "--actor_lora_learning_rate 1e-4 --critic_lora_learning_rate 1e-4 "
+        "--actor_gradient_checkpointing --critic_gradient_checkpointing "
+        "--actor_dropout 0.1 --critic_dropout 0.1 --disable_actor_dropout --disable_critic_dropout "
+        "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --generation_batches 2 "
+        "--align_overflow --enable_mixed_precision_lora --print_answers --print_answers_interval 5 "
+        "--enable_hybrid_engine --inference_tp_size 2 --unpin_actor_parameters --release_inference_cache "
+        "--tp_gather_partition_size 4 "
+    )
+)
 
 
 def read(cls, line: str = ""):
@@ -100,17 +115,25 @@ def test_published_command_lines_parse(cls, line):
 
 
 def test_old_names_mean_the_new_options():
-    config = read(PPOConfig, MODELS + "--per_device_train_batch_size 3 --per_device_mini_train_batch_size 5 "
-                  "--generation_batch_numbers 7")
-    assert (config.per_device_generation_batch_size, config.per_device_training_batch_size,
-            config.generation_batches) == (3, 5, 7)
+    config = read(
+        PPOConfig,
+        MODELS + "--per_device_train_batch_size 3 --per_device_mini_train_batch_size 5 --generation_batch_numbers 7",
+    )
+    assert (
+        config.per_device_generation_batch_size,
+        config.per_device_training_batch_size,
+        config.generation_batches,
+    ) == (3, 5, 7)
 
 
-@pytest.mark.parametrize("cls, line", [
-    (SFTConfig, SUPERVISED_FLAGS + "--sft_only_data_path c:0.5"),
-    (RewardConfig, SUPERVISED_FLAGS),
-    (PPOConfig, PPO_FLAGS),
-])
+@pytest.mark.parametrize(
+    "cls, line",
+    [
+        (SFTConfig, SUPERVISED_FLAGS + "--sft_only_data_path c:0.5"),
+        (RewardConfig, SUPERVISED_FLAGS),
+        (PPOConfig, PPO_FLAGS),
+    ],
+)
 def test_every_old_flag_is_accepted(cls, line):
     config = read(cls, line)
     assert config.data_path == ("a", "b") and config.seed == 7 and config.dtype == "fp16"
@@ -124,35 +147,52 @@ def test_later_layers_win(tmp_path):
     assert read(SFTConfig, "--seed 3 " + first).seed == 3
 
 
-@pytest.mark.parametrize("text, wanted", [
-    ("data_path: a.jsonl", ("a.jsonl",)), ("data_path: [a, 'b:0.3']", ("a", "b:0.3")),
-    ("learning_rate: 1e-5", 1e-5), ("learning_rate: 1", 1.0),
-    ("columns: {prompt: question}", {"prompt": "question"}),
-    ("dropout: none", None), ("dropout: null", None), ("dropout: 0", 0.0), ("offload: false", False),
-    ("data_split: 2,4,4", "2,4,4"),
-])
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("data_path: a.jsonl", ("a.jsonl",)),
+        ("data_path: [a, 'b:0.3']", ("a", "b:0.3")),
+        ("learning_rate: 1e-5", 1e-5),
+        ("learning_rate: 1", 1.0),
+        ("columns: {prompt: question}", {"prompt": "question"}),
+        ("dropout: none", None),
+        ("dropout: null", None),
+        ("dropout: 0", 0.0),
+        ("offload: false", False),
+        ("data_split: 2,4,4", "2,4,4"),
+    ],
+)
 def test_values_in_recipes(tmp_path, text, wanted):
     value = getattr(read(SFTConfig, recipe(tmp_path / "r.yaml", text)), text.partition(":")[0])
     assert value == wanted and type(value) is type(wanted)
 
 
-@pytest.mark.parametrize("line, name, wanted", [
-    ("--print_loss", "print_loss", True), ("--print_loss false", "print_loss", False),
-    ("--no_enable_tensorboard", "enable_tensorboard", False),
-    ("--enable_tensorboard=True", "enable_tensorboard", True),
-    ("--print_loss --no_print_loss", "print_loss", False), ("--max-seq-len 64", "max_seq_len", 64),
-    ("--max-seq-len=64", "max_seq_len", 64), ("--output-dir my-dir", "output_dir", "my-dir"),
-    ("--columns prompt=q chosen=a=b", "columns", {"prompt": "q", "chosen": "a=b"}),
-    ("--columns prompt=q --columns chosen=a", "columns", {"prompt": "q", "chosen": "a"}),
-    ("--learning_rate 1e-3 --learning_rate 1e-4", "learning_rate", 1e-4),
-    ("--max_rows none", "max_rows", None), ("--data_path a --data_path b c", "data_path", ("a", "b", "c")),
-])
+@pytest.mark.parametrize(
+    "line, name, wanted",
+    [
+        ("--print_loss", "print_loss", True),
+        ("--print_loss false", "print_loss", False),
+        ("--no_enable_tensorboard", "enable_tensorboard", False),
+        ("--enable_tensorboard=True", "enable_tensorboard", True),
+        ("--print_loss --no_print_loss", "print_loss", False),
+        ("--max-seq-len 64", "max_seq_len", 64),
+        ("--max-seq-len=64", "max_seq_len", 64),
+        ("--output-dir my-dir", "output_dir", "my-dir"),
+        ("--columns prompt=q chosen=a=b", "columns", {"prompt": "q", "chosen": "a=b"}),
+        ("--columns prompt=q --columns chosen=a", "columns", {"prompt": "q", "chosen": "a"}),
+        ("--learning_rate 1e-3 --learning_rate 1e-4", "learning_rate", 1e-4),
+        ("--max_rows none", "max_rows", None),
+        ("--data_path a --data_path b c", "data_path", ("a", "b", "c")),
+    ],
+)
 def test_values_on_the_command_line(line, name, wanted):
     assert getattr(read(SFTConfig, line), name) == wanted
 
 
-@pytest.mark.parametrize("word, wanted", [
-    ("-1e-3", -1e-3), ("-.5", -0.5), ("-1.", -1.0), ("-2", -2.0), ("-1E+2", -100.0), ("-.5e1", -5.0), ("-1_0", -10.0)])
+@pytest.mark.parametrize(
+    "word, wanted",
+    [("-1e-3", -1e-3), ("-.5", -0.5), ("-1.", -1.0), ("-2", -2.0), ("-1E+2", -100.0), ("-.5e1", -5.0), ("-1_0", -10.0)],
+)
 def test_a_number_below_zero_follows_its_flag_as_any_other(word, wanted):
     for line in (f"--min_reward {word}", f"--min_reward={word}", f"--min-reward {word} --seed 3"):
         assert read(PPOConfig, MODELS + line).min_reward == wanted
@@ -168,40 +208,52 @@ def test_a_flag_that_is_given_twice_is_told(tmp_path):
     assert read(SFTConfig, both).data_path == ("a", "b")
 
 
-@pytest.mark.parametrize("cls, line, parts", [
-    (PPOConfig, "--actor_learnin_rate 1",
-     ["unknown flag --actor_learnin_rate: did you mean --actor_learning_rate?"]),
-    (PPOConfig, "--generation_batch_number=1", ["did you mean --generation_batch_numbers?"]),
-    (SFTConfig, "--no_enable_tensorbord", ["did you mean --no_enable_tensorboard?"]),
-    (SFTConfig, "--zzzzzz", ["unknown flag --zzzzzz", "--help"]),
-    (SFTConfig, "--learning 1e-4", ["unknown flag --learning:"]),  # no abbreviations
-    (SFTConfig, "stray", ["unexpected argument stray"]),
-    (SFTConfig, "--seed 1 2", ["unexpected argument 2"]),
-    (SFTConfig, "--seed", ["--seed", "expected one argument"]),
-    (SFTConfig, "--seed many", ["--seed", "whole number", "'many'"]),
-    (SFTConfig, "--seed 1.5", ["--seed", "whole number"]),
-    (SFTConfig, "--learning_rate nan", ["--learning_rate", "a number at least 0"]),
-    (SFTConfig, "--eval_fraction 1", ["--eval_fraction", "at least 0 and below 1"]),
-    (SFTConfig, "--max_rows 0", ["--max_rows", "at least 1, or none"]),
-    (SFTConfig, "--dtype int8", ["--dtype", "auto, bf16, fp16, fp32"]),
-    (SFTConfig, "--zero_stage 4", ["--zero_stage", "0, 1, 2, 3"]),
-    (SFTConfig, "--print_loss maybe", ["--print_loss", "true or false"]),
-    (SFTConfig, "--columns prompt", ["--columns", "name=value"]),
-    (SFTConfig, "--columns a=x --columns b=y a=z", ["--columns", "given twice", "keep one"]),
-    (SFTConfig, "--columns a=x a=z", ["--columns", "different values for one name", "keep one"]),
-    (SFTConfig, "--columns prompt=q,chosen=a", ["--columns 'prompt=q,chosen=a'", "--columns prompt=q chosen=a"]),
-    (PPOConfig, "--min_reward -inf", ["--min_reward: expected a number, or none, got '-inf'"]),
-    (PPOConfig, "--min_reward -1e", ["--min_reward: expected a number, or none, got '-1e'"]),
-    (SFTConfig, "--seed -3", ["--seed: expected a whole number at least 0", "'-3'"]),
-    (SFTConfig, "--data_path a,b:0.5", ["--data_path 'a,b:0.5': there is no such path", "--data_path a b:0.5",
-                                        "[a, b:0.5]"]),
-    (SFTConfig, "--sft_only_data_path 'a, b'", ["--sft_only_data_path a b"]),
-    (SFTConfig, "--output_dir ''", ["--output_dir", "text"]),
-    (SFTConfig, "--config", ["--config", "expected at least one argument"]),
-    (SFTConfig, "--config nowhere.yaml", ["--config nowhere.yaml", "No such file"]),
-    (PPOConfig, "--per_device_train_batch_size 2 --per_device_generation_batch_size 3",
-     ["--per_device_train_batch_size", "--per_device_generation_batch_size"]),
-])
+@pytest.mark.parametrize(
+    "cls, line, parts",
+    [
+        (
+            PPOConfig,
+            "--actor_learnin_rate 1",
+            ["unknown flag --actor_learnin_rate: did you mean --actor_learning_rate?"],
+        ),
+        (PPOConfig, "--generation_batch_number=1", ["did you mean --generation_batch_numbers?"]),
+        (SFTConfig, "--no_enable_tensorbord", ["did you mean --no_enable_tensorboard?"]),
+        (SFTConfig, "--zzzzzz", ["unknown flag --zzzzzz", "--help"]),
+        (SFTConfig, "--learning 1e-4", ["unknown flag --learning:"]),  # no abbreviations
+        (SFTConfig, "stray", ["unexpected argument stray"]),
+        (SFTConfig, "--seed 1 2", ["unexpected argument 2"]),
+        (SFTConfig, "--seed", ["--seed", "expected one argument"]),
+        (SFTConfig, "--seed many", ["--seed", "whole number", "'many'"]),
+        (SFTConfig, "--seed 1.5", ["--seed", "whole number"]),
+        (SFTConfig, "--learning_rate nan", ["--learning_rate", "a number at least 0"]),
+        (SFTConfig, "--eval_fraction 1", ["--eval_fraction", "at least 0 and below 1"]),
+        (SFTConfig, "--max_rows 0", ["--max_rows", "at least 1, or none"]),
+        (SFTConfig, "--dtype int8", ["--dtype", "auto, bf16, fp16, fp32"]),
+        (SFTConfig, "--zero_stage 4", ["--zero_stage", "0, 1, 2, 3"]),
+        (SFTConfig, "--print_loss maybe", ["--print_loss", "true or false"]),
+        (SFTConfig, "--columns prompt", ["--columns", "name=value"]),
+        (SFTConfig, "--columns a=x --columns b=y a=z", ["--columns", "given twice", "keep one"]),
+        (SFTConfig, "--columns a=x a=z", ["--columns", "different values for one name", "keep one"]),
+        (SFTConfig, "--columns prompt=q,chosen=a", ["--columns 'prompt=q,chosen=a'", "--columns prompt=q chosen=a"]),
+        (PPOConfig, "--min_reward -inf", ["--min_reward: expected a number, or none, got '-inf'"]),
+        (PPOConfig, "--min_reward -1e", ["--min_reward: expected a number, or none, got '-1e'"]),
+        (SFTConfig, "--seed -3", ["--seed: expected a whole number at least 0", "'-3'"]),
+        (
+            SFTConfig,
+            "--data_path a,b:0.5",
+            ["--data_path 'a,b:0.5': there is no such path", "--data_path a b:0.5", "[a, b:0.5]"],
+        ),
+        (SFTConfig, "--sft_only_data_path 'a, b'", ["--sft_only_data_path a b"]),
+        (SFTConfig, "--output_dir ''", ["--output_dir", "text"]),
+        (SFTConfig, "--config", ["--config", "expected at least one argument"]),
+        (SFTConfig, "--config nowhere.yaml", ["--config nowhere.yaml", "No such file"]),
+        (
+            PPOConfig,
+            "--per_device_train_batch_size 2 --per_device_generation_batch_size 3",
+            ["--per_device_train_batch_size", "--per_device_generation_batch_size"],
+        ),
+    ],
+)
 def test_bad_command_lines_get_one_clear_line(cls, line, parts):
     assert all(part in message(cls, line) for part in parts)
 
@@ -214,21 +266,24 @@ def test_two_names_with_the_same_value_or_on_two_levels_are_no_conflict(tmp_path
     assert read(PPOConfig, MODELS + old + "--generation_batches 4").generation_batches == 4
 
 
-@pytest.mark.parametrize("text, parts", [
-    ("seed: 1\nlearnin_rate: 1\n", [":2:", "unknown key learnin_rate", "did you mean learning_rate?"]),
-    ("# comment\nseed: many\n", [":2: seed", "whole number"]),
-    ("seed: true", [":1: seed", "whole number"]),
-    ("offload: 1", ["offload", "true or false"]),
-    ("output_dir: 2024", ["output_dir", "text"]),
-    ("seed:", ["seed", "got nothing"]),
-    ("data_path: {a: 1}", ["data_path", "one or more values"]),
-    ("columns: [a]", ["columns", "name=value"]),
-    ("seed: 2\ncolumns: {a: x, a: z}", [":2: columns", "given twice"]),
-    ("seed: 1\nseed: 1\n", [":2:", "seed is given twice"]),
-    ("- a\n", ["option: value"]),
-    ("seed: [1\n", ["not valid YAML"]),
-    ("seed: !!python/name:os.system ''", ["seed", "whole number"]),
-])
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("seed: 1\nlearnin_rate: 1\n", [":2:", "unknown key learnin_rate", "did you mean learning_rate?"]),
+        ("# comment\nseed: many\n", [":2: seed", "whole number"]),
+        ("seed: true", [":1: seed", "whole number"]),
+        ("offload: 1", ["offload", "true or false"]),
+        ("output_dir: 2024", ["output_dir", "text"]),
+        ("seed:", ["seed", "got nothing"]),
+        ("data_path: {a: 1}", ["data_path", "one or more values"]),
+        ("columns: [a]", ["columns", "name=value"]),
+        ("seed: 2\ncolumns: {a: x, a: z}", [":2: columns", "given twice"]),
+        ("seed: 1\nseed: 1\n", [":2:", "seed is given twice"]),
+        ("- a\n", ["option: value"]),
+        ("seed: [1\n", ["not valid YAML"]),
+        ("seed: !!python/name:os.system ''", ["seed", "whole number"]),
+    ],
+)
 def test_bad_recipes_get_one_clear_line(tmp_path, text, parts):
     said = message(SFTConfig, recipe(tmp_path / "r.yaml", text))
     assert str(tmp_path / "r.yaml") in said and all(part in said for part in parts)
@@ -250,45 +305,54 @@ def test_recipes_that_are_no_text_or_empty(tmp_path):
     assert read(SFTConfig, recipe(tmp_path / "e.yaml", "# nothing\n")) == SFTConfig()
 
 
-@pytest.mark.parametrize("cls, line, part", [
-    (SFTConfig, "--data_split 2,4", "--data_split"),
-    (SFTConfig, "--data_split 0,5,5", "leaves nothing for step 1"),
-    (RewardConfig, "--data_split 10,0,0", "leaves nothing for step 2"),
-    (SFTConfig, "--data_path a:0", "--data_path"),
-    (SFTConfig, "--sft_only_data_path a:-1", "--sft_only_data_path"),
-    (SFTConfig, "--disable_dropout --dropout 0.1", "--disable_dropout"),
-    (SFTConfig, "--offload", "--zero_stage"),
-    (SFTConfig, "--lora_dropout 0.1", "--lora_dim above 0"),
-    (SFTConfig, "--lr_scheduler_type constant --num_warmup_steps 5", "--num_warmup_steps 5"),
-    (PPOConfig, MODELS + "--lr_scheduler_type constant --num_warmup_steps 5", "constant_with_warmup"),
-    (SFTConfig, "--eot_token x", "--add_eot_token"),
-    (SFTConfig, "--enable_test_mode", "--test_stop_step"),
-    (SFTConfig, "--test_stop_step 5", "--enable_test_mode"),
-    (SFTConfig, "--no_enable_tensorboard --tensorboard_path b", "--enable_tensorboard"),
-    (SFTConfig, "--model_name_or_path ./m --output_dir m", "--model_name_or_path"),
-    (PPOConfig, MODELS + "--output_dir ./a/", "--actor_model_name_or_path"),
-    (PPOConfig, MODELS + "--min_answer_seq_len 300", "--max_answer_seq_len"),
-    (PPOConfig, MODELS + "--kl_target 3", "--kl_controller adaptive"),
-    (PPOConfig, MODELS + "--kl_controller adaptive --kl_coef 0", "--kl_coef"),
-    (PPOConfig, MODELS + "--no_normalize_scores --score_calibration rollout", "contradict"),
-    (PPOConfig, MODELS + "--kl_estimator k2", "--kl_placement loss"),
-    (PPOConfig, MODELS + "--kl_estimator k3 --kl_placement reward", "--kl_placement loss"),
-    (PPOConfig, MODELS + "--missing_eos_score -1 --missing_eos_penalty 2", "--missing_eos_score"),
-    (PPOConfig, MODELS + "--missing_eos_score -1 --draw_answer_lengths", "--missing_eos_score"),
-    (PPOConfig, MODELS + "--ema_decay 0.9", "--enable_ema"),
-    (PPOConfig, MODELS + "--unsup_coef 1", "--unsupervised_dataset_name"),
-    (PPOConfig, MODELS + "--critic_lora_alpha 4", "--critic_lora_dim"),
-    (PPOConfig, MODELS + "--offload --actor_zero_stage 0 --critic_zero_stage 0", "--actor_zero_stage"),
-    (PPOConfig, MODELS + "--print_answers_interval 4", "--print_answers"),
-    (PPOConfig, MODELS + "--temperature 0", "above 0"),
-])
+@pytest.mark.parametrize(
+    "cls, line, part",
+    [
+        (SFTConfig, "--data_split 2,4", "--data_split"),
+        (SFTConfig, "--data_split 0,5,5", "leaves nothing for step 1"),
+        (RewardConfig, "--data_split 10,0,0", "leaves nothing for step 2"),
+        (SFTConfig, "--data_path a:0", "--data_path"),
+        (SFTConfig, "--sft_only_data_path a:-1", "--sft_only_data_path"),
+        (SFTConfig, "--disable_dropout --dropout 0.1", "--disable_dropout"),
+        (SFTConfig, "--offload", "--zero_stage"),
+        (SFTConfig, "--lora_dropout 0.1", "--lora_dim above 0"),
+        (SFTConfig, "--lr_scheduler_type constant --num_warmup_steps 5", "--num_warmup_steps 5"),
+        (PPOConfig, MODELS + "--lr_scheduler_type constant --num_warmup_steps 5", "constant_with_warmup"),
+        (SFTConfig, "--eot_token x", "--add_eot_token"),
+        (SFTConfig, "--enable_test_mode", "--test_stop_step"),
+        (SFTConfig, "--test_stop_step 5", "--enable_test_mode"),
+        (SFTConfig, "--no_enable_tensorboard --tensorboard_path b", "--enable_tensorboard"),
+        (SFTConfig, "--model_name_or_path ./m --output_dir m", "--model_name_or_path"),
+        (PPOConfig, MODELS + "--output_dir ./a/", "--actor_model_name_or_path"),
+        (PPOConfig, MODELS + "--min_answer_seq_len 300", "--max_answer_seq_len"),
+        (PPOConfig, MODELS + "--kl_target 3", "--kl_controller adaptive"),
+        (PPOConfig, MODELS + "--kl_controller adaptive --kl_coef 0", "--kl_coef"),
+        (PPOConfig, MODELS + "--no_normalize_scores --score_calibration rollout", "contradict"),
+        (PPOConfig, MODELS + "--kl_estimator k2", "--kl_placement loss"),
+        (PPOConfig, MODELS + "--kl_estimator k3 --kl_placement reward", "--kl_placement loss"),
+        (PPOConfig, MODELS + "--missing_eos_score -1 --missing_eos_penalty 2", "--missing_eos_score"),
+        (PPOConfig, MODELS + "--missing_eos_score -1 --draw_answer_lengths", "--missing_eos_score"),
+        (PPOConfig, MODELS + "--ema_decay 0.9", "--enable_ema"),
+        (PPOConfig, MODELS + "--unsup_coef 1", "--unsupervised_dataset_name"),
+        (PPOConfig, MODELS + "--critic_lora_alpha 4", "--critic_lora_dim"),
+        (PPOConfig, MODELS + "--offload --actor_zero_stage 0 --critic_zero_stage 0", "--actor_zero_stage"),
+        (PPOConfig, MODELS + "--print_answers_interval 4", "--print_answers"),
+        (PPOConfig, MODELS + "--temperature 0", "above 0"),
+    ],
+)
 def test_values_that_do_not_go_together(cls, line, part):
     assert part in message(cls, line)
 
 
-@pytest.mark.parametrize("line, coefficient", [
-    ("", 0.1), ("--kl_controller adaptive", 0.2), ("--kl_controller adaptive --kl_coef 0.1", 0.1), ("--kl_coef 0", 0.0),
-])
+@pytest.mark.parametrize(
+    "line, coefficient",
+    [
+        ("", 0.1),
+        ("--kl_controller adaptive", 0.2),
+        ("--kl_controller adaptive --kl_coef 0.1", 0.1),
+        ("--kl_coef 0", 0.0),
+    ],
+)
 def test_the_first_kl_coefficient_depends_on_the_controller(line, coefficient):
     assert read(PPOConfig, MODELS + line).first_kl_coef == coefficient
 
@@ -339,15 +403,31 @@ def test_options_without_effect_are_told_once_and_change_nothing(tmp_path):
 
 def values_of(meta):
     """Allowed values of an option."""
-    text = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="~$" if meta.path else ""),
-                   min_size=1).filter(lambda value: value.strip() and value.lower() != "none")
-    numbers = {"min_value": meta.low if meta.above is None else meta.above,
-               "max_value": meta.high if meta.below is None else meta.below}
-    values = st.sampled_from(meta.choices) if meta.choices else {
-        bool: st.booleans(), int: st.integers(**numbers), str: text,
-        float: st.floats(**numbers, exclude_min=meta.above is not None, exclude_max=meta.below is not None,
-                         allow_nan=False, allow_infinity=False),
-        tuple: st.lists(text).map(tuple), dict: st.dictionaries(text, text)}[meta.kind]
+    text = st.text(
+        st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="~$" if meta.path else ""), min_size=1
+    ).filter(lambda value: value.strip() and value.lower() != "none")
+    numbers = {
+        "min_value": meta.low if meta.above is None else meta.above,
+        "max_value": meta.high if meta.below is None else meta.below,
+    }
+    values = (
+        st.sampled_from(meta.choices)
+        if meta.choices
+        else {
+            bool: st.booleans(),
+            int: st.integers(**numbers),
+            str: text,
+            float: st.floats(
+                **numbers,
+                exclude_min=meta.above is not None,
+                exclude_max=meta.below is not None,
+                allow_nan=False,
+                allow_infinity=False,
+            ),
+            tuple: st.lists(text).map(tuple),
+            dict: st.dictionaries(text, text),
+        }[meta.kind]
+    )
     return st.none() | values if meta.optional else values
 
 
@@ -363,8 +443,9 @@ class Unchecked:
 @given(data=st.data())
 def test_a_saved_config_reads_back_equal(cls, data, tmp_path_factory):
     unchecked = type(cls.__name__, (Unchecked, cls), {"__doc__": cls.__doc__})
-    config = unchecked(**{name: data.draw(values_of(meta)) for name, meta in options(unchecked).items()
-                          if not meta.ignored})
+    config = unchecked(
+        **{name: data.draw(values_of(meta)) for name, meta in options(unchecked).items() if not meta.ignored}
+    )
     path = tmp_path_factory.mktemp("saved") / "config.yaml"
     save_config(config, path)
     again = parse(unchecked, ["--config", str(path)])
@@ -377,7 +458,8 @@ def test_a_run_repeats_from_its_saved_config(tmp_path, cls, line):
     save_config(config, tmp_path / "deep" / "config.yaml")
     assert read(cls, f"--config {tmp_path / 'deep' / 'config.yaml'}") == config
     assert set(yaml.safe_load((tmp_path / "deep" / "config.yaml").read_text())) == (
-        set(options(cls)) - set(ignored_options(cls)))
+        set(options(cls)) - set(ignored_options(cls))
+    )
 
 
 @pytest.mark.parametrize("cls", STEPS)
@@ -420,10 +502,12 @@ def test_a_group_can_be_declared_in_a_few_lines():
 
 
 def test_parsing_imports_no_torch():
-    code = ("import sys; from common.config.parser import parse\n"
-            "from step1_sft.config import SFTConfig; from step2_reward.config import RewardConfig\n"
-            "from step3_ppo.config import PPOConfig\n"
-            f"parse(SFTConfig, []); parse(RewardConfig, []); parse(PPOConfig, {MODELS.split()})\n"
-            "print({'torch', 'transformers', 'datasets', 'deepspeed'} & set(sys.modules))")
+    code = (
+        "import sys; from common.config.parser import parse\n"
+        "from step1_sft.config import SFTConfig; from step2_reward.config import RewardConfig\n"
+        "from step3_ppo.config import PPOConfig\n"
+        f"parse(SFTConfig, []); parse(RewardConfig, []); parse(PPOConfig, {MODELS.split()})\n"
+        "print({'torch', 'transformers', 'datasets', 'deepspeed'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr

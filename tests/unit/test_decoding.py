@@ -1,11 +1,13 @@
 """Answers of the inference programs against what `transformers` itself generates, and against one another."""
+
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from chat_model import AGAIN, ANSWERS, CAPITAL, RED, SING, prompt_of
-from common.runtime.terminal import harmless
+
+from common.runtime.terminal import escape_controls
 from inference.decoding import answer_prompts, stream_answer
 from inference.dialogue import Dialogue
 from inference.loading import load_speaker
@@ -24,9 +26,10 @@ def generated(speaker, prompt, **options) -> list[int]:
     """Without our code around it: ids up to the end token."""
     ids = torch.tensor([speaker.codec.encode_prompt(prompt)])
     end, pad = speaker.codec.end_id, speaker.codec.pad_id
-    new = speaker.model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=end, pad_token_id=pad,
-                                 **options)[0, ids.shape[1]:].tolist()
-    return new[:new.index(end)] if end in new else new
+    new = speaker.model.generate(
+        ids, attention_mask=torch.ones_like(ids), eos_token_id=end, pad_token_id=pad, **options
+    )[0, ids.shape[1] :].tolist()
+    return new[: new.index(end)] if end in new else new
 
 
 def test_batches_say_what_each_prompt_gets_alone(speaker):
@@ -54,7 +57,8 @@ def test_beams_find_what_transformers_finds(speaker):
     decoding = replace(GREEDY, num_beams=4)
     answers = answer_prompts(speaker, PROMPTS, decoding, batch_size=1)
     assert [list(answer.ids) for answer in answers] == [
-        generated(speaker, prompt, max_new_tokens=40, num_beams=4, do_sample=False) for prompt in PROMPTS]
+        generated(speaker, prompt, max_new_tokens=40, num_beams=4, do_sample=False) for prompt in PROMPTS
+    ]
 
 
 def test_an_answer_that_is_left_stops_the_model(speaker):
@@ -69,7 +73,7 @@ def test_an_answer_that_is_left_stops_the_model(speaker):
 
 def test_a_failure_of_the_model_reaches_the_listener(speaker):
     with pytest.raises((IndexError, RuntimeError)):
-        list(stream_answer(speaker, [10 ** 9], GREEDY))
+        list(stream_answer(speaker, [10**9], GREEDY))
 
 
 def test_sampling_depends_on_the_seed_alone(speaker):
@@ -122,6 +126,6 @@ def test_a_dialogue_keeps_its_newest_turns_and_its_system_prompt(speaker):
 
 def test_nothing_a_terminal_obeys_is_shown():
     written = ANSWERS[RED,] + "".join(map(chr, range(0xA0))) + "\u202e\u2066 caf\u00e9 \u2713\n\t"
-    shown = harmless(written)
+    shown = escape_controls(written)
     assert all(character.isprintable() or character in "\n\t" for character in shown)
     assert shown.endswith(" caf\u00e9 \u2713\n\t") and len(shown) == len(written)

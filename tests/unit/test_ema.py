@@ -1,4 +1,5 @@
 """The moving average of weights: its closed form, and weights that come back exactly."""
+
 import pytest
 import torch
 from torch import nn
@@ -17,13 +18,14 @@ def test_the_average_is_the_weighted_sum_of_all_weights(dtype):
             module.weight.copy_(torch.randn(2, 3, generator=generator))
         history.append(module.weight.detach().double().clone())
         ema.update()
-    shares = [0.9 ** 20] + [0.1 * 0.9 ** (20 - step) for step in range(1, 21)]
+    shares = [0.9**20] + [0.1 * 0.9 ** (20 - step) for step in range(1, 21)]
     assert sum(shares) == pytest.approx(1)
     expected = sum(share * weight for share, weight in zip(shares, history))
     before = module.weight.detach().clone()
     with ema.swapped_in():
-        torch.testing.assert_close(module.weight.detach().double(), expected, rtol=0,
-                                   atol=1e-6 if dtype == torch.float32 else 1e-2)
+        torch.testing.assert_close(
+            module.weight.detach().double(), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2
+        )
         assert not torch.equal(module.weight, before)
     assert torch.equal(module.weight, before)
 
@@ -63,8 +65,8 @@ def test_shards_are_cut_anew_for_another_number_of_ranks(monkeypatch, before, af
             for parameter, weight in zip(module, weights):
                 length = -(-len(weight) // ranks)
                 shard = torch.full((length,), 99.0)
-                mine = weight[rank * length:][:length]
-                shard[:len(mine)] = mine
+                mine = weight[rank * length :][:length]
+                shard[: len(mine)] = mine
                 parameter.ds_tensor = shard if filled else torch.zeros(length)
             made.append(EMA(module, decay=0.5))
             if not filled:
@@ -75,4 +77,4 @@ def test_shards_are_cut_anew_for_another_number_of_ranks(monkeypatch, before, af
     new = averages(after, filled=False)
     for number, weight in enumerate(weights):
         whole = torch.cat([average.tensors()[f"ema.{number}"] for average in new])
-        assert torch.equal(whole[:len(weight)], weight)
+        assert torch.equal(whole[: len(weight)], weight)

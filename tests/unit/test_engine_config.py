@@ -1,4 +1,5 @@
 """The DeepSpeed configuration: what the flags decide, and what a JSON file may lay over it."""
+
 import json
 
 import pytest
@@ -6,8 +7,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, read_override, resolve_dtype
 from common.errors import UserError
+from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, read_override, resolve_dtype
 from common.training.learning_rate import SCHEDULES
 from common.training.optim import Untrained, build_scheduler, parameter_groups
 from step1_sft.config import SFTConfig
@@ -19,21 +20,28 @@ def written(path, content) -> str:
 
 
 def test_a_file_is_laid_over_the_generated_configuration_section_by_section(tmp_path):
-    path = written(tmp_path / "ds.json", {"zero_optimization": {"reduce_bucket_size": 1234},
-                                          "wall_clock_breakdown": True})
+    path = written(
+        tmp_path / "ds.json", {"zero_optimization": {"reduce_bucket_size": 1234}, "wall_clock_breakdown": True}
+    )
     generated = deepspeed_config(EngineSettings(2, torch.bfloat16, 4))
     merged = deepspeed_config(EngineSettings(2, torch.bfloat16, 4, override=path))
     assert merged["zero_optimization"] == {**generated["zero_optimization"], "reduce_bucket_size": 1234}
     assert merged["wall_clock_breakdown"] is True and merged["bf16"] == {"enabled": True}
 
 
-@pytest.mark.parametrize("content, said", [
-    ({"gradient_accumulation_steps": 8}, "--gradient_accumulation_steps"),
-    ({"zero_optimization": {"stage": 2}}, "--zero_stage"), ({"bf16": {"enabled": True}}, "--dtype"),
-    ({"optimizer": {"type": "Adam"}}, "--learning_rate"), ({"gradient_clipping": 0.5}, "--max_grad_norm"),
-    ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size"),
-    ("[1, 2]", "one JSON object"), ("{", "not valid JSON"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ({"gradient_accumulation_steps": 8}, "--gradient_accumulation_steps"),
+        ({"zero_optimization": {"stage": 2}}, "--zero_stage"),
+        ({"bf16": {"enabled": True}}, "--dtype"),
+        ({"optimizer": {"type": "Adam"}}, "--learning_rate"),
+        ({"gradient_clipping": 0.5}, "--max_grad_norm"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size"),
+        ("[1, 2]", "one JSON object"),
+        ("{", "not valid JSON"),
+    ],
+)
 def test_what_a_flag_decides_is_refused_in_the_file(tmp_path, content, said):
     with pytest.raises(UserError, match="--deepspeed_config .*") as error:
         read_override(written(tmp_path / "ds.json", content))
@@ -53,8 +61,9 @@ def test_fp16_is_never_trained_where_its_loss_is_not_scaled():
 
 
 def test_offloading_moves_what_there_is_to_move():
-    zero = lambda stage, trainable: deepspeed_config(
-        EngineSettings(stage, torch.float32, 1, offload=True), trainable)["zero_optimization"]
+    zero = lambda stage, trainable: deepspeed_config(EngineSettings(stage, torch.float32, 1, offload=True), trainable)[
+        "zero_optimization"
+    ]
     assert "offload_optimizer" not in zero(0, True)
     assert "offload_optimizer" in zero(2, True) and "offload_param" not in zero(2, True)
     assert "offload_optimizer" in zero(3, True) and "offload_param" in zero(3, True)
@@ -113,8 +122,14 @@ def test_after_the_warm_up_a_schedule_is_that_of_transformers(schedule):
     assert rates_of(schedule, 4, 20)[4:-1] == pytest.approx(expected[4:])
 
 
-@pytest.mark.parametrize("steps, told", [(6, ["note: --num_warmup_steps 100 is shortened to the 6 optimizer steps that "
-                                             "this run has"]), (100, []), (101, [])])
+@pytest.mark.parametrize(
+    "steps, told",
+    [
+        (6, ["note: --num_warmup_steps 100 is shortened to the 6 optimizer steps that this run has"]),
+        (100, []),
+        (101, []),
+    ],
+)
 def test_a_run_shorter_than_its_warm_up_says_so(steps, told, capsys):
     config = SFTConfig(num_warmup_steps=100)
     assert OptimizerSettings.from_config(config, steps).total_steps == steps

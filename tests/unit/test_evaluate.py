@@ -1,9 +1,12 @@
 """Two models judged by a reward model."""
+
 import json
 
 import pytest
 import torch
 from chat_model import provenance_of
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
 from common.config.parser import parse
 from common.data.builtin import builtin_rows
 from common.data.records import Message, Prompt
@@ -15,7 +18,6 @@ from inference.evaluate import EvaluateConfig, Judged, compare, find_prompts, ma
 from inference.loading import load_judge
 from inference.options import LoadOptions
 from inference.scoring import score_answers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def test_scores_are_those_any_tool_reads_off_the_reward_model(reward_model):
     model, codec = AutoModelForSequenceClassification.from_pretrained(reward_model).eval(), judge.codec
     expected = []
     for prompt, answer in zip(prompts, answers):
-        response = codec.encode_response(answer.text)[:None if answer.ended else -1]
+        response = codec.encode_response(answer.text)[: None if answer.ended else -1]
         ids = codec.encode_prompt(prompt, judge.positions - len(response)) + response
         assert len(ids) <= judge.positions
         with torch.no_grad():
@@ -74,8 +76,23 @@ def test_the_win_rate_is_the_seconds():
 
 def test_two_models_are_compared_on_held_out_prompts(chat_model, reward_model, tmp_path, capsys):
     output = tmp_path / "evaluation.json"
-    main(["--path", str(chat_model), str(chat_model), "--reward_model_path", str(reward_model), "--data_path",
-          "builtin:courtesy", "--max_prompts", "12", "--max_new_tokens", "8", "--output_file", str(output)])
+    main(
+        [
+            "--path",
+            str(chat_model),
+            str(chat_model),
+            "--reward_model_path",
+            str(reward_model),
+            "--data_path",
+            "builtin:courtesy",
+            "--max_prompts",
+            "12",
+            "--max_new_tokens",
+            "8",
+            "--output_file",
+            str(output),
+        ]
+    )
     result = json.loads(output.read_text())
     asked = [row["prompt"] for row in result["answers"]]
     assert len(set(asked)) == result["prompts"] == 12
@@ -90,8 +107,22 @@ def test_two_models_are_compared_on_held_out_prompts(chat_model, reward_model, t
 def test_all_prompts_of_a_file_can_be_asked(chat_model, reward_model, tmp_path):
     data, output = tmp_path / "prompts.jsonl", tmp_path / "evaluation.json"
     data.write_text("".join(json.dumps({"prompt": f"How much is {i}?"}) + "\n" for i in (1, 2, 3, 3)))
-    main(["--path", str(chat_model), "--reward_model_path", str(reward_model), "--data_path", str(data),
-          "--max_new_tokens", "8", "--output_file", str(output), "--which_prompts", "all"])
+    main(
+        [
+            "--path",
+            str(chat_model),
+            "--reward_model_path",
+            str(reward_model),
+            "--data_path",
+            str(data),
+            "--max_new_tokens",
+            "8",
+            "--output_file",
+            str(output),
+            "--which_prompts",
+            "all",
+        ]
+    )
     result = json.loads(output.read_text())
     assert [row["prompt"] for row in result["answers"]] == [f"How much is {i}?" for i in (1, 2, 3)]
     assert "win_rate" not in result and "true_reward" not in result["models"][0]
@@ -106,7 +137,7 @@ def test_a_huge_data_set_need_not_be_read_whole(chat_model, tmp_path, capsys):
     (note,) = capsys.readouterr().err.splitlines()
     assert note.startswith("note: ") and "--max_rows" in note
     few = find_prompts(parse(EvaluateConfig, [*arguments, "--max_rows", "1000"]))
-    assert 20 < len(few) < 100 and few == whole[:len(few)]
+    assert 20 < len(few) < 100 and few == whole[: len(few)]
     assert capsys.readouterr().err == ""
 
 
@@ -128,6 +159,23 @@ def test_what_cannot_be_evaluated_gets_one_line(chat_model, reward_model, tmp_pa
 
 def test_no_room_for_the_result_is_one_line(chat_model, reward_model):
     with pytest.raises(TrainingFailure, match="--output_file /dev/full: cannot be written: No space left on device"):
-        main(["--path", str(chat_model), "--reward_model_path", str(reward_model), "--data_path", "builtin:courtesy",
-              "--max_rows", "200", "--max_prompts", "1", "--max_new_tokens", "1", "--output_file", "/dev/full",
-              "--which_prompts", "all"])
+        main(
+            [
+                "--path",
+                str(chat_model),
+                "--reward_model_path",
+                str(reward_model),
+                "--data_path",
+                "builtin:courtesy",
+                "--max_rows",
+                "200",
+                "--max_prompts",
+                "1",
+                "--max_new_tokens",
+                "1",
+                "--output_file",
+                "/dev/full",
+                "--which_prompts",
+                "all",
+            ]
+        )

@@ -1,4 +1,5 @@
 """Loading models: what is damaged or incomplete is refused, what is asked for is set."""
+
 import json
 
 import pytest
@@ -9,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.training.memory import memory_status
 from common.models.loading import load_causal_lm, load_scalar_model, resolve_model
+from common.training.memory import memory_status
 from tests.architectures import CONFIGS, build_model
 
 
@@ -99,11 +100,21 @@ def test_a_builtin_model_is_a_directory(tmp_path):
     assert load(path).config.model_type == "llama"
 
 
-@pytest.mark.parametrize("name, said", [
-    ("models/stf", "did you mean models/sft?"), ("models/a/b", ""), ("models.old", "it is a file"), ("rows.jsonl", ""),
-    ("output/sft", "step1_sft/main.py makes it"), ("output/reward", "step2_reward/main.py makes it"),
-    ("output/ppo", "step3_ppo/main.py makes it"), ("output/sft/old", ""), ("-model", ""), ("a--b", ""),
-])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("models/stf", "did you mean models/sft?"),
+        ("models/a/b", ""),
+        ("models.old", "it is a file"),
+        ("rows.jsonl", ""),
+        ("output/sft", "step1_sft/main.py makes it"),
+        ("output/reward", "step2_reward/main.py makes it"),
+        ("output/ppo", "step3_ppo/main.py makes it"),
+        ("output/sft/old", ""),
+        ("-model", ""),
+        ("a--b", ""),
+    ],
+)
 def test_a_mistyped_directory_is_not_looked_for_on_the_hub(name, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "sft").mkdir(parents=True)
@@ -120,7 +131,7 @@ def test_what_may_be_on_the_hub_is_looked_for_there_and_that_is_said(name, tmp_p
     assert resolve_model(name, "--model", tmp_path) == name
     (line,) = capfd.readouterr().err.splitlines()
     assert name in line and "hub" in line
-    with pytest.raises(Exception):
+    with pytest.raises(Exception, match="refused"):
         http_backoff("HEAD", "http://127.0.0.1:9", max_retries=2, base_wait_time=0)
     assert capfd.readouterr().err == "", "each failed attempt is not worth a line"
 
@@ -139,9 +150,19 @@ def test_a_reward_model_that_lost_its_head_is_refused(directory, tmp_path):
 
 def test_a_publishers_sampling_habits_are_not_taken_over(directory, tmp_path):
     """They would alter rollouts behind PPO's back, and an inconsistent one could not be saved again."""
-    (directory / "generation_config.json").write_text(json.dumps(
-        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "temperature": 0.9, "top_p": 0.6, "do_sample": False,
-         "suppress_tokens": [30, 31], "min_new_tokens": 5}))
+    (directory / "generation_config.json").write_text(
+        json.dumps(
+            {
+                "repetition_penalty": 1.3,
+                "no_repeat_ngram_size": 2,
+                "temperature": 0.9,
+                "top_p": 0.6,
+                "do_sample": False,
+                "suppress_tokens": [30, 31],
+                "min_new_tokens": 5,
+            }
+        )
+    )
     model = load(directory)
     assert model.generation_config.repetition_penalty in (None, 1.0)
     assert not model.generation_config.suppress_tokens and not model.generation_config.min_new_tokens

@@ -1,4 +1,5 @@
 """Encodings, packings and what a file is: told by looking at it, not by its name."""
+
 import bz2
 import gzip
 import io
@@ -46,8 +47,10 @@ def refusal(path, form=FileFormat()) -> str:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-@pytest.mark.parametrize("name, text", [("a.jsonl", jsonl()), ("a.json", json.dumps(ROWS)), ("a.csv", table()),
-                                        ("a.csv", table().replace("\n", "\r"))])
+@pytest.mark.parametrize(
+    "name, text",
+    [("a.jsonl", jsonl()), ("a.json", json.dumps(ROWS)), ("a.csv", table()), ("a.csv", table().replace("\n", "\r"))],
+)
 @pytest.mark.parametrize("form", [FileFormat(), FileFormat(encoding="cp1252")])
 def test_unicode_is_told_by_its_mark(tmp_path, encoding, name, text, form):
     """--encoding is for the files of a blend that are no Unicode."""
@@ -60,19 +63,28 @@ def test_big_endian_with_its_mark(tmp_path):
     assert read(tmp_path / "a.jsonl") == ROWS
 
 
-@pytest.mark.parametrize("name, text", [("a.jsonl", jsonl()), ("a.json", json.dumps(ROWS, ensure_ascii=False)),
-                                        ("a.csv", table()), ("a.csv.gz", table())])
+@pytest.mark.parametrize(
+    "name, text",
+    [("a.jsonl", jsonl()), ("a.json", json.dumps(ROWS, ensure_ascii=False)), ("a.csv", table()), ("a.csv.gz", table())],
+)
 def test_another_encoding_is_named_and_can_be_given(tmp_path, name, text):
     content = text.encode("cp1252")
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    assert refusal(tmp_path / name) == (f"{name}: it is not UTF-8; it looks like Windows-1252: convert it, or "
-                                        "--encoding cp1252")
+    assert refusal(tmp_path / name) == (
+        f"{name}: it is not UTF-8; it looks like Windows-1252: convert it, or --encoding cp1252"
+    )
     assert read(tmp_path / name, FileFormat(encoding="cp1252")) == ROWS
 
 
-@pytest.mark.parametrize("encoding, text", [
-    ("cp1251", "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440"), ("shift_jis", "\u6771\u4eac\u3078"),
-    ("gb18030", "\u4f60\u597d\u4e16\u754c"), ("euc_kr", "\uc548\ub155")])
+@pytest.mark.parametrize(
+    "encoding, text",
+    [
+        ("cp1251", "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440"),
+        ("shift_jis", "\u6771\u4eac\u3078"),
+        ("gb18030", "\u4f60\u597d\u4e16\u754c"),
+        ("euc_kr", "\uc548\ub155"),
+    ],
+)
 def test_encodings_that_are_not_western_are_not_guessed(tmp_path, encoding, text):
     rows = [{"prompt": f"{text} {n}"} for n in range(20)]
     (tmp_path / "a.jsonl").write_bytes(jsonl(rows).encode(encoding))
@@ -103,10 +115,14 @@ def test_every_source_of_a_step_is_read_as_is_said():
     assert [spec.form for config in configs for spec in config.all_sources()] == [form] * 4
 
 
-PACKED = {"gzip": gzip.compress, "zstd": lambda content: pyarrow.Codec("zstd").compress(content).to_pybytes(),
-          "two zstd frames": lambda content: b"".join(pyarrow.Codec("zstd").compress(part).to_pybytes()
-                                                      for part in (content[:100], content[100:])),
-          "nothing": lambda content: content}
+PACKED = {
+    "gzip": gzip.compress,
+    "zstd": lambda content: pyarrow.Codec("zstd").compress(content).to_pybytes(),
+    "two zstd frames": lambda content: b"".join(
+        pyarrow.Codec("zstd").compress(part).to_pybytes() for part in (content[:100], content[100:])
+    ),
+    "nothing": lambda content: content,
+}
 
 
 @pytest.mark.parametrize("packing", PACKED)
@@ -138,10 +154,18 @@ def parts_of(source):
 def test_a_zip_archive_is_as_a_directory(tmp_path):
     table_of_rows = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table_of_rows)
-    files = {"data/train.csv": table(), "data/test.jsonl.gz": gzip.compress(jsonl(ROWS[:3]).encode()),
-             "data/train-2.parquet": table_of_rows.getvalue(), "README.md": "text", "__MACOSX/data/._train.csv": "x"}
-    expected = [("data/test.jsonl.gz", "test", ROWS[:3]), ("data/train-2.parquet", "train", ROWS),
-                ("data/train.csv", "train", ROWS)]
+    files = {
+        "data/train.csv": table(),
+        "data/test.jsonl.gz": gzip.compress(jsonl(ROWS[:3]).encode()),
+        "data/train-2.parquet": table_of_rows.getvalue(),
+        "README.md": "text",
+        "__MACOSX/data/._train.csv": "x",
+    }
+    expected = [
+        ("data/test.jsonl.gz", "test", ROWS[:3]),
+        ("data/train-2.parquet", "train", ROWS),
+        ("data/train.csv", "train", ROWS),
+    ]
     for name in ("data.zip", "data.jsonl"):
         path = zipped(tmp_path / name, files)
         source = open_source(SourceSpec(path))
@@ -151,12 +175,15 @@ def test_a_zip_archive_is_as_a_directory(tmp_path):
     (tmp_path / "sub").mkdir()
     zipped(tmp_path / "sub" / "more.zip", files)
     assert parts_of(open_source(SourceSpec(str(tmp_path / "sub")))) == [
-        (f"more.zip/{name}", split, rows) for name, split, rows in expected]
+        (f"more.zip/{name}", split, rows) for name, split, rows in expected
+    ]
 
 
 def test_zip_archives_without_data(tmp_path):
-    for files, said in (({"notes.md": "x"}, "holds no data file; it holds notes.md"),
-                        ({"[Content_Types].xml": "x", "xl/workbook.xml": "x"}, "an Office document: save it as CSV")):
+    for files, said in (
+        ({"notes.md": "x"}, "holds no data file; it holds notes.md"),
+        ({"[Content_Types].xml": "x", "xl/workbook.xml": "x"}, "an Office document: save it as CSV"),
+    ):
         with pytest.raises(UserError, match=said):
             open_source(SourceSpec(zipped(tmp_path / "a.zip", files)))
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04" + b"x" * 100)
@@ -178,16 +205,29 @@ def tar() -> bytes:
     return content.getvalue()
 
 
-@pytest.mark.parametrize("content, said", [
-    (b"<!DOCTYPE html>\n<html><body>Log in</body></html>", "an HTML page"), (b" \n<html>", "an HTML page"),
-    (b"<?xml version='1.0'?><rows/>", "XML"), (b"%PDF-1.7\n", "a PDF"), (pickle.dumps(ROWS), "a Python pickle"),
-    (tar(), "a tar archive: unpack it"), (gzip.compress(tar()), "a tar archive: unpack it"),
-    (bz2.compress(b"x"), "a bzip2 archive"), (lzma.compress(b"x"), "an xz archive"),
-    (gzip.compress(gzip.compress(b"{}")), "gzip within an archive"), (b"\x89PNG\r\n\x1a\n", "a picture"),
-    (b"SQLite format 3\0", "an SQLite database"), (b"{\\rtf1 text}", "an RTF document"),
-    (b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Office document"), (b"\x01\0\0\0\x02" * 50, "it is no text"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"), (b"Rar!\x1a\x07", "a rar archive"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"<!DOCTYPE html>\n<html><body>Log in</body></html>", "an HTML page"),
+        (b" \n<html>", "an HTML page"),
+        (b"<?xml version='1.0'?><rows/>", "XML"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (pickle.dumps(ROWS), "a Python pickle"),
+        (tar(), "a tar archive: unpack it"),
+        (gzip.compress(tar()), "a tar archive: unpack it"),
+        (bz2.compress(b"x"), "a bzip2 archive"),
+        (lzma.compress(b"x"), "an xz archive"),
+        (gzip.compress(gzip.compress(b"{}")), "gzip within an archive"),
+        (b"\x89PNG\r\n\x1a\n", "a picture"),
+        (b"SQLite format 3\0", "an SQLite database"),
+        (b"{\\rtf1 text}", "an RTF document"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Office document"),
+        (b"\x01\0\0\0\x02" * 50, "it is no text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"Rar!\x1a\x07", "a rar archive"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
 def test_what_holds_no_rows_is_refused_by_what_it_is(tmp_path, content, said, name):
     if name == "a.parquet" and said == "it is no text":
@@ -217,12 +257,13 @@ def test_an_empty_file_is_said_to_be_empty(tmp_path):
 
 
 def test_each_line_of_plain_text_is_a_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"One, \"two\";\r\n\r\n  {three}\nfour")
+    (tmp_path / "a.txt").write_bytes(b'One, "two";\r\n\r\n  {three}\nfour')
     assert read(tmp_path / "a.txt") == [{"text": text} for text in ('One, "two";', "", "  {three}", "four")]
     found = list(read_records(parse_data_path([str(tmp_path / "a.txt")]), "text", report=ReadReport()))
     assert [item.where.rpartition(":")[2] for item in found] == ["1", "3", "4"]
-    asked = read_records(parse_data_path([str(tmp_path / "a.txt")]), "prompt", columns={"prompt": "text"},
-                         report=ReadReport())
+    asked = read_records(
+        parse_data_path([str(tmp_path / "a.txt")]), "prompt", columns={"prompt": "text"}, report=ReadReport()
+    )
     assert next(asked).record.first_user_turn == 'One, "two";'
 
 
@@ -283,5 +324,7 @@ def test_a_separator_that_the_file_names_or_its_name_does(tmp_path):
     assert read(tmp_path / "a.csv") == [{"prompt": "q, 1", "response": "a"}, {"prompt": "r", "response": ""}]
     assert [row.where for row in read_rows(tmp_path / "a.csv", "a.csv", FileFormat())] == ["a.csv:3", "a.csv:4"]
     (tmp_path / "a.tsv").write_text("prompt\tresponse\nq, and, more\ta, b\nr, s, t\tc\n")
-    assert read(tmp_path / "a.tsv") == [{"prompt": "q, and, more", "response": "a, b"},
-                                        {"prompt": "r, s, t", "response": "c"}]
+    assert read(tmp_path / "a.tsv") == [
+        {"prompt": "q, and, more", "response": "a, b"},
+        {"prompt": "r, s, t", "response": "c"},
+    ]

@@ -1,5 +1,6 @@
 """Rows of local files: every good row comes, every bad one is counted with its place, and nothing ends a run
 but a file that cannot be read on."""
+
 import csv
 import gzip
 import io
@@ -12,7 +13,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.data import files, json_cursor
 from common.data.blend import SourceSpec
@@ -20,9 +22,8 @@ from common.data.files import MAX_ROW_BYTES, read_rows
 from common.data.reading import ReadReport, read_records
 from common.errors import UserError
 
-ROWS = [{"prompt": f"Question {n}? \u00e9\n\"quoted\", [a] {{b}}", "response": f"Answer {n}"}
-        for n in range(700)]
-TEXTS = [{"text": f"Line {n}: \u00e9, \"quoted\"; {{b}}\t|"} for n in range(700)]
+ROWS = [{"prompt": f'Question {n}? \u00e9\n"quoted", [a] {{b}}', "response": f"Answer {n}"} for n in range(700)]
+TEXTS = [{"text": f'Line {n}: \u00e9, "quoted"; {{b}}\t|'} for n in range(700)]
 
 
 def write(path: Path, rows) -> Path:
@@ -80,13 +81,15 @@ def test_a_json_file_may_hold_lines_and_a_byte_order_mark(tmp_path):
 
 
 texts = st.text(st.characters(codec="utf-8"))
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | texts,
-                           lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=5)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | texts,
+    lambda inner: st.lists(inner) | st.dictionaries(texts, inner),
+    max_leaves=5,
+)
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.dictionaries(texts, json_values, max_size=4)), st.sampled_from([None, 1]),
-       st.integers(1, 40))
+@given(st.lists(st.dictionaries(texts, json_values, max_size=4)), st.sampled_from([None, 1]), st.integers(1, 40))
 def test_arrays_are_read_whatever_the_place_where_a_chunk_ends(tmp_path_factory, rows, indent, chunk):
     path = tmp_path_factory.mktemp("array") / "data.json"
     path.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
@@ -100,14 +103,31 @@ def test_arrays_are_read_whatever_the_place_where_a_chunk_ends(tmp_path_factory,
 def test_bad_lines_are_named_and_the_good_ones_between_them_kept(tmp_path):
     path = tmp_path / "data.jsonl"
     ok = b'{"prompt": "fine"}'
-    lines = [ok, b"", b"   ", b'{"prompt": ', b"\xff\xfe{}", b'{"prompt": "a\x00"}', b'["a"]', b"7", ok,
-             b'{"prompt": "' + b"x" * 10_000_000 + b'"}', b"[" * 100_000, ok]
+    lines = [
+        ok,
+        b"",
+        b"   ",
+        b'{"prompt": ',
+        b"\xff\xfe{}",
+        b'{"prompt": "a\x00"}',
+        b'["a"]',
+        b"7",
+        ok,
+        b'{"prompt": "' + b"x" * 10_000_000 + b'"}',
+        b"[" * 100_000,
+        ok,
+    ]
     path.write_bytes(b"\n".join(lines))
     assert good(path) == [{"prompt": "fine"}] * 3
-    assert bad(path) == [("data.jsonl:4", "broken JSON"), ("data.jsonl:5", "broken JSON"),
-                         ("data.jsonl:6", "NUL bytes"), ("data.jsonl:7", "not a JSON object"),
-                         ("data.jsonl:8", "not a JSON object"), ("data.jsonl:10", "line longer than 8 MiB"),
-                         ("data.jsonl:11", "broken JSON")]
+    assert bad(path) == [
+        ("data.jsonl:4", "broken JSON"),
+        ("data.jsonl:5", "broken JSON"),
+        ("data.jsonl:6", "NUL bytes"),
+        ("data.jsonl:7", "not a JSON object"),
+        ("data.jsonl:8", "not a JSON object"),
+        ("data.jsonl:10", "line longer than 8 MiB"),
+        ("data.jsonl:11", "broken JSON"),
+    ]
 
 
 def test_a_row_of_the_greatest_length_is_still_read(tmp_path):
@@ -126,11 +146,17 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path):
             stream.write(b"x" * 2**20)
         stream.write(b'\n{"prompt": "fine"}\n')
     limit = 700 * 2**20
-    program = ("import sys; from pathlib import Path; from common.data.files import read_rows\n"
-               "print([row.problem for row in read_rows(Path(sys.argv[1]), 'data')])")
-    run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True,
-                         cwd=Path(__file__).parents[2],
-                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    program = (
+        "import sys; from pathlib import Path; from common.data.files import read_rows\n"
+        "print([row.problem for row in read_rows(Path(sys.argv[1]), 'data')])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
     assert run.stdout.strip() == "['line longer than 8 MiB', None]", run.stderr
 
 
@@ -180,7 +206,7 @@ def test_a_row_of_several_lines_is_named_by_its_first(tmp_path):
 def test_the_separator_and_the_line_ends_of_a_table_are_told_by_looking(tmp_path, mark, name, end):
     path = tmp_path / name
     others = "".join({",", ";", "\t", "|"} - {mark})
-    rows = [{"prompt": f"q{others} {n}", "response": f"a{mark}{end}\"{n}\"", "number": "007"} for n in range(30)]
+    rows = [{"prompt": f"q{others} {n}", "response": f'a{mark}{end}"{n}"', "number": "007"} for n in range(30)]
     with open(path, "w", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0], delimiter=mark, lineterminator=end)
         writer.writeheader()
@@ -195,13 +221,16 @@ def test_a_table_may_have_one_column(tmp_path):
         assert [list(row) for row in good(path)] == [[header]] * (1 if header == "prompt" else 2)
 
 
-@pytest.mark.parametrize("text, rows", [
-    ('prompt, response\n"q 1", "a, 1"\n"q 2", "a 2"\n', [("q 1", "a, 1"), ("q 2", "a 2")]),
-    ('prompt,response\n"q 1", "a, 1"\n"q 2", "a ""2"""\n', [("q 1", "a, 1"), ("q 2", 'a "2"')]),
-    ('prompt; response\nq 1; a 1\nq 2; a 2\n', [("q 1", "a 1"), ("q 2", "a 2")]),
-    ('prompt,response\nq 1,    return 1\nq 2, 7\n', [("q 1", "    return 1"), ("q 2", " 7")]),
-    ('prompt , response \nq 1,a 1\n', [("q 1", "a 1")]),
-])
+@pytest.mark.parametrize(
+    "text, rows",
+    [
+        ('prompt, response\n"q 1", "a, 1"\n"q 2", "a 2"\n', [("q 1", "a, 1"), ("q 2", "a 2")]),
+        ('prompt,response\n"q 1", "a, 1"\n"q 2", "a ""2"""\n', [("q 1", "a, 1"), ("q 2", 'a "2"')]),
+        ("prompt; response\nq 1; a 1\nq 2; a 2\n", [("q 1", "a 1"), ("q 2", "a 2")]),
+        ("prompt,response\nq 1,    return 1\nq 2, 7\n", [("q 1", "    return 1"), ("q 2", " 7")]),
+        ("prompt , response \nq 1,a 1\n", [("q 1", "a 1")]),
+    ],
+)
 def test_spaces_after_separators_belong_to_a_field_unless_the_table_is_written_so(tmp_path, text, rows):
     path = tmp_path / "data.csv"
     path.write_text(text)
@@ -215,8 +244,7 @@ def test_a_csv_file_needs_distinct_column_names(tmp_path):
         good(path)
 
 
-@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": ', '[{"a": 1} {"a": 2}]', '[{"a": 1},]', '[{"a": 1}, o]',
-                                  "["])
+@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": ', '[{"a": 1} {"a": 2}]', '[{"a": 1},]', '[{"a": 1}, o]', "["])
 def test_a_broken_array_is_an_error_that_names_the_row(tmp_path, text):
     path = tmp_path / "data.json"
     path.write_text(text)
@@ -233,13 +261,17 @@ def test_elements_that_are_no_objects_are_counted(tmp_path):
 
 def test_damaged_files_are_named(tmp_path):
     whole = write(tmp_path / "whole.jsonl.gz", ROWS).read_bytes()
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "none.jsonl.gz").write_bytes(b"not compressed")
     whole = write(tmp_path / "whole.parquet", ROWS).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:-100])
     (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    for name, why in {"cut.jsonl.gz": "end", "none.jsonl.gz": "no JSON: .*'not compressed'", "cut.parquet": "parquet",
-                      "pointer.parquet": "git lfs pull"}.items():
+    for name, why in {
+        "cut.jsonl.gz": "end",
+        "none.jsonl.gz": "no JSON: .*'not compressed'",
+        "cut.parquet": "parquet",
+        "pointer.parquet": "git lfs pull",
+    }.items():
         with pytest.raises(UserError, match=f"(?s){name}.*{why}"):
             good(tmp_path / name)
 
@@ -253,8 +285,13 @@ def test_invalid_utf8_in_parquet_costs_its_row_alone(tmp_path):
 
 def test_one_row_group_of_a_parquet_file_is_in_memory_at_once(tmp_path):
     rows = [{"prompt": str(number) + "x" * 2**20} for number in range(64)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet", compression="none",
-                                use_dictionary=False, row_group_size=4)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows),
+        tmp_path / "data.parquet",
+        compression="none",
+        use_dictionary=False,
+        row_group_size=4,
+    )
     before, most = pyarrow.total_allocated_bytes(), 0
     for number, row in enumerate(read_rows(tmp_path / "data.parquet", "data.parquet")):
         most = max(most, pyarrow.total_allocated_bytes() - before)

@@ -1,15 +1,16 @@
 """A run whose result is there is not made again; any other is."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from common.runtime.distributed import run_program
-from common.errors import Finished
+from common.artifacts.tracking import Tracker
 from common.checkpoints.completed import FILE
 from common.checkpoints.manager import Checkpoints, TrainingState
-from common.artifacts.tracking import Tracker
+from common.errors import AlreadyComplete
+from common.runtime.distributed import run_program
 from step2_reward.config import RewardConfig
 
 
@@ -20,8 +21,12 @@ def config(tmp_path) -> RewardConfig:
         directory.mkdir(parents=True)
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(b"weights")
-    return RewardConfig(model_name_or_path=str(model), output_dir=str(tmp_path / "output"),
-                        per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    return RewardConfig(
+        model_name_or_path=str(model),
+        output_dir=str(tmp_path / "output"),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
 
 
 def finish(config: RewardConfig) -> None:
@@ -32,9 +37,10 @@ def finish(config: RewardConfig) -> None:
 def is_there(config: RewardConfig, *data: str) -> bool:
     try:
         return Checkpoints(config, data or ["key"]).find() is not None
-    except Finished as there:
-        assert str(there) == (f"{config.output_dir} holds the result of this command already; --resume never trains it "
-                              "again")
+    except AlreadyComplete as there:
+        assert str(there) == (
+            f"{config.output_dir} holds the result of this command already; --resume never trains it again"
+        )
         return True
 
 
@@ -46,9 +52,18 @@ def test_the_same_command_finds_its_result(config):
     assert is_there(replace(config, per_device_train_batch_size=2, gradient_accumulation_steps=4)), "the same batches"
 
 
-@pytest.mark.parametrize("changes", [
-    {"learning_rate": 0.5}, {"eval_iters": 5}, {"resume": "never"}, {"per_device_train_batch_size": 8}, {"seed": 9},
-    {"enable_test_mode": True, "test_stop_step": 3}, {"model_name_or_path": "owner/other"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 0.5},
+        {"eval_iters": 5},
+        {"resume": "never"},
+        {"per_device_train_batch_size": 8},
+        {"seed": 9},
+        {"enable_test_mode": True, "test_stop_step": 3},
+        {"model_name_or_path": "owner/other"},
+    ],
+)
 def test_another_command_does_not(config, changes):
     finish(config)
     assert not is_there(replace(config, **changes))
@@ -102,6 +117,7 @@ def test_another_content_of_the_deepspeed_config_is_another_command(config, tmp_
 
 def test_a_program_ends_well_when_there_is_nothing_to_do(capsys):
     def program(argv):
-        raise Finished("it is there")
+        raise AlreadyComplete("it is there")
+
     assert run_program(program, []) == 0
     assert capsys.readouterr().out == "it is there\n"

@@ -1,14 +1,16 @@
 """Answers to a file of prompts, as the program writes them."""
+
 import json
 import shutil
 
 import pytest
 from chat_model import AGAIN, ANSWERS, CAPITAL, RED, prompt_of
+
 from common.config.parser import parse
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
 from common.errors import TrainingFailure, UserError
-from common.runtime.terminal import harmless
+from common.runtime.terminal import escape_controls
 from inference.generate import GenerateConfig, main
 from inference.prompts import read_prompts
 
@@ -35,15 +37,18 @@ def test_every_prompt_gets_its_answer_in_the_order_of_the_file(chat_model, tmp_p
     report = ReadReport()
     written = read_records(parse_data_path([str(output)]), "demonstration", report=report)
     assert [(sourced.record.prompt, sourced.record.response) for sourced in written] == [
-        (prompt_of(turns), ANSWERS[turns]) for turns in asked], "training reads what was written"
+        (prompt_of(turns), ANSWERS[turns]) for turns in asked
+    ], "training reads what was written"
     report.check(0.0)
 
 
-@pytest.mark.parametrize("question, turns", [
-    (CAPITAL, (CAPITAL,)),
-    (f"Human: {CAPITAL}\n\nAssistant: {ANSWERS[CAPITAL,]}\n\nHuman: {AGAIN}",
-     (CAPITAL, ANSWERS[CAPITAL,], AGAIN)),
-])
+@pytest.mark.parametrize(
+    "question, turns",
+    [
+        (CAPITAL, (CAPITAL,)),
+        (f"Human: {CAPITAL}\n\nAssistant: {ANSWERS[CAPITAL,]}\n\nHuman: {AGAIN}", (CAPITAL, ANSWERS[CAPITAL,], AGAIN)),
+    ],
+)
 def test_one_prompt_is_answered_on_standard_output(question, turns, chat_model, capsys):
     main(["--path", str(chat_model), "--prompt", question, "--num_beams", "2"])
     assert json.loads(capsys.readouterr().out)["response"] == ANSWERS[turns]
@@ -68,16 +73,31 @@ def test_a_flag_given_twice_is_told_beside_the_answers(chat_model, capsys):
 def test_other_columns_and_fewer_prompts(chat_model, tmp_path):
     data = write(tmp_path / "prompts.jsonl", [{"q": question} for question in (RED, AGAIN, CAPITAL)])
     output = tmp_path / "answers.jsonl"
-    main(["--path", str(chat_model), "--data_path", data, "--columns", "prompt=q", "--max_prompts", "2",
-          "--output_file", str(output)])
+    main(
+        [
+            "--path",
+            str(chat_model),
+            "--data_path",
+            data,
+            "--columns",
+            "prompt=q",
+            "--max_prompts",
+            "2",
+            "--output_file",
+            str(output),
+        ]
+    )
     assert [json.loads(line)["response"] for line in output.read_text().splitlines()] == [
-        ANSWERS[RED,], ANSWERS[AGAIN,]]
+        ANSWERS[RED,],
+        ANSWERS[AGAIN,],
+    ]
 
 
 def test_prompts_are_read_from_files_as_they_come(tmp_path, capsys):
     data = tmp_path / "prompts.json"
-    data.write_bytes('{"old": [{"prompt": "no"}], "new": [{"prompt": "O\u00f9 \u00e7a?"}, {"prompt": "L\u00e0."}]}'
-                     .encode("cp1252"))
+    data.write_bytes(
+        '{"old": [{"prompt": "no"}], "new": [{"prompt": "O\u00f9 \u00e7a?"}, {"prompt": "L\u00e0."}]}'.encode("cp1252")
+    )
     arguments = ["--data_path", str(data), "--data_field", "new", "--encoding", "cp1252"]
     prompts = list(read_prompts(parse(GenerateConfig, arguments)))
     assert [prompt.first_user_turn for prompt in prompts] == ["O\u00f9 \u00e7a?", "L\u00e0."]
@@ -96,14 +116,19 @@ def test_answers_hold_nothing_that_a_terminal_obeys_and_lose_nothing(chat_model,
     question = f"{RED}\x9b31m\u202e\x7f"
     main(["--path", str(chat_model), "--prompt", question, "--max_new_tokens", "4"])
     (line,) = capsys.readouterr().out.splitlines()
-    assert harmless(line) == line and json.loads(line)["prompt"] == question
+    assert escape_controls(line) == line and json.loads(line)["prompt"] == question
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ([], "--prompt"), (["--prompt", "a", "--data_path", "b"], "--prompt"), (["--prompt", "a\0b"], "--prompt"),
-    (["--data_path", "./nowhere.jsonl"], "nowhere.jsonl"),
-    (["--prompt", "a", "--output_file", "/dev/null/answers"], "--output_file"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "--prompt"),
+        (["--prompt", "a", "--data_path", "b"], "--prompt"),
+        (["--prompt", "a\0b"], "--prompt"),
+        (["--data_path", "./nowhere.jsonl"], "nowhere.jsonl"),
+        (["--prompt", "a", "--output_file", "/dev/null/answers"], "--output_file"),
+    ],
+)
 def test_wrong_requests_get_one_line_before_a_model_is_loaded(arguments, said):
     with pytest.raises(UserError) as raised:
         main(["--path", "./no/such/model", *arguments])

@@ -1,4 +1,5 @@
 """JSON as people have it: whatever the arrangement, the rows are those that a reader of the file would name."""
+
 import gzip
 import json
 import resource
@@ -7,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.data import files, json_cursor
 from common.data.blend import parse_data_path
@@ -24,8 +26,10 @@ def jsonl(rows):
 
 
 def by_column(rows, as_list):
-    return {name: [row[name] for row in rows] if as_list else {str(n): row[name] for n, row in enumerate(rows)}
-            for name in rows[0]}
+    return {
+        name: [row[name] for row in rows] if as_list else {str(n): row[name] for n, row in enumerate(rows)}
+        for name in rows[0]
+    }
 
 
 def read(path, text, form=FileFormat()):
@@ -49,8 +53,9 @@ ARRANGEMENTS = {
     "comments first": "// a comment\n# and one\n\n" + json.dumps(ROWS),
     "table by column": json.dumps(by_column(ROWS, False)),
     "table of lists": json.dumps(by_column(ROWS, True), indent=1),
-    "table split": json.dumps({"columns": list(ROWS[0]), "index": list(range(12)),
-                               "data": [list(row.values()) for row in ROWS]}),
+    "table split": json.dumps(
+        {"columns": list(ROWS[0]), "index": list(range(12)), "data": [list(row.values()) for row in ROWS]}
+    ),
     "table by index": json.dumps({str(n): row for n, row in enumerate(ROWS)}),
     "by id": json.dumps({f"id{n}": row for n, row in enumerate(ROWS)}),
     "under a key": json.dumps({"version": "1", "data": ROWS, "more": {"a": [1]}}),
@@ -73,10 +78,16 @@ def test_rows_come_in_any_arrangement(tmp_path, monkeypatch, name, head, chunk, 
 def test_one_row_is_a_row(tmp_path):
     """What is a list or an object in it is no list of rows."""
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    for row in ({"prompt": "q", "response": "a"}, {"messages": said}, {"messages": said, "tools": [{"name": "w"}]},
-                {"conversations": [{"from": "human", "value": "q"}]}, {"prompt": said[:1], "completion": said[1:]},
-                {"chosen": said[1], "rejected": said[1]}, {"prompt": "q", "answers": ["a"]},
-                {"instruction": "s", "conversation": [{"input": "q", "output": "a"}]}):
+    for row in (
+        {"prompt": "q", "response": "a"},
+        {"messages": said},
+        {"messages": said, "tools": [{"name": "w"}]},
+        {"conversations": [{"from": "human", "value": "q"}]},
+        {"prompt": said[:1], "completion": said[1:]},
+        {"chosen": said[1], "rejected": said[1]},
+        {"prompt": "q", "answers": ["a"]},
+        {"instruction": "s", "conversation": [{"input": "q", "output": "a"}]},
+    ):
         for text in (json.dumps(row), json.dumps(row, indent=2), "\n" + json.dumps(row) + "\n"):
             assert read(tmp_path / "data.json", text)[0] == [row]
 
@@ -93,7 +104,7 @@ def test_the_key_of_the_rows_is_told_or_asked_for(tmp_path):
     assert read(path, json.dumps({"train": by_column(ROWS, True), "n": 1}), FileFormat("train"))[0] == ROWS
     rows, (note,) = read(path, json.dumps({"version": "1", "data": ROWS}))
     assert rows == ROWS and note == "data.json: its rows are those under 'data'; not used: 'version'"
-    assert read(path, jsonl(ROWS), FileFormat("train"))[0] == ROWS    # a blend may have files of both kinds
+    assert read(path, jsonl(ROWS), FileFormat("train"))[0] == ROWS  # a blend may have files of both kinds
 
 
 def test_the_key_decides_what_is_prepared(tmp_path):
@@ -101,8 +112,10 @@ def test_the_key_decides_what_is_prepared(tmp_path):
     path.write_text(json.dumps({"train": ROWS[:4], "test": ROWS[4:]}))
     forms = [FileFormat(field, encoding) for field in ("train", "test") for encoding in (None, "cp1252")]
     assert len({fingerprint(*parse_data_path([str(path)], form=form), None, None) for form in forms}) == 4
-    found = [len(list(read_records(parse_data_path([str(path)], form=form), "prompt", report=ReadReport())))
-             for form in forms]
+    found = [
+        len(list(read_records(parse_data_path([str(path)], form=form), "prompt", report=ReadReport())))
+        for form in forms
+    ]
     assert found == [4, 4, 8, 8]
 
 
@@ -116,21 +129,24 @@ def test_comment_lines_are_counted_and_no_bad_rows(tmp_path):
     assert report.notes == [f"{path}: 3 comment lines skipped"]
 
 
-@pytest.mark.parametrize("text, said", [
-    ("prompt,response\nq,a\n", "it is no JSON: its first line is 'prompt,response'; .*csv"),
-    ("{'prompt': 'q'}\n{'prompt': 'r'}\n", "Python's dictionaries.*json.dumps"),
-    ('{"a": {"x": [1]}, "prompt": ["q", "r"], "response": ["a"]}', None),
-    ('{"prompt": ["q", "r"], "response": ["a"]}', "different lengths: 'prompt' has 2, 'response' has 1"),
-    ('{"columns": ["prompt"], "data": [["q"], ["r", "s"]]}', "not every list"),
-    ('{"columns": [["prompt", "x"]], "data": [["q"]]}', "not every column has a name"),
-    ('{\n "prompt": "q",\n', "the JSON is broken.*at row 1"),
-    ('{"prompt": "q"}{"prompt": "r"}{"prompt": ', "the JSON is broken.*at row 3"),
-    ('{\n "prompt": "q"\n}\n{\n "prompt" "r"\n}\n', "the JSON is broken.*at row 2"),
-    ('[{"prompt": "q"}, {"prompt": ' + "[" * 10_000, "at row 2: it is nested too deeply"),
-    ("[" * 10_000 + "]" * 10_000, "nested too deeply"),
-    ('[{"prompt": "q"}] [{"prompt": "r"}', "the JSON array is broken.*at row 2"),
-    ('[{"prompt": "q"}] and more', "the JSON array is broken"),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("prompt,response\nq,a\n", "it is no JSON: its first line is 'prompt,response'; .*csv"),
+        ("{'prompt': 'q'}\n{'prompt': 'r'}\n", "Python's dictionaries.*json.dumps"),
+        ('{"a": {"x": [1]}, "prompt": ["q", "r"], "response": ["a"]}', None),
+        ('{"prompt": ["q", "r"], "response": ["a"]}', "different lengths: 'prompt' has 2, 'response' has 1"),
+        ('{"columns": ["prompt"], "data": [["q"], ["r", "s"]]}', "not every list"),
+        ('{"columns": [["prompt", "x"]], "data": [["q"]]}', "not every column has a name"),
+        ('{\n "prompt": "q",\n', "the JSON is broken.*at row 1"),
+        ('{"prompt": "q"}{"prompt": "r"}{"prompt": ', "the JSON is broken.*at row 3"),
+        ('{\n "prompt": "q"\n}\n{\n "prompt" "r"\n}\n', "the JSON is broken.*at row 2"),
+        ('[{"prompt": "q"}, {"prompt": ' + "[" * 10_000, "at row 2: it is nested too deeply"),
+        ("[" * 10_000 + "]" * 10_000, "nested too deeply"),
+        ('[{"prompt": "q"}] [{"prompt": "r"}', "the JSON array is broken.*at row 2"),
+        ('[{"prompt": "q"}] and more', "the JSON array is broken"),
+    ],
+)
 def test_what_cannot_be_read_is_named_once(tmp_path, text, said):
     if said is None:
         assert len(read(tmp_path / "data.json", text)[0]) == 1
@@ -143,8 +159,16 @@ def test_what_cannot_be_read_is_named_once(tmp_path, text, said):
 def test_a_broken_line_costs_its_row_alone_wherever_it_is(tmp_path):
     path = tmp_path / "data.jsonl"
     good = jsonl(ROWS)
-    for broken in ('{"prompt": "q', '{"prompt": ', '{"prompt": {"a":', '{"prompt": "q"} and more', "{oops", "12",
-                   '["q"]', '{"a": ' * 10_000 + "1" + "}" * 10_000):
+    for broken in (
+        '{"prompt": "q',
+        '{"prompt": ',
+        '{"prompt": {"a":',
+        '{"prompt": "q"} and more',
+        "{oops",
+        "12",
+        '["q"]',
+        '{"a": ' * 10_000 + "1" + "}" * 10_000,
+    ):
         for text in (f"{broken}\n{good}", f"{good}{broken}\n", f"{broken}\n{broken}\n{good}"):
             path.write_text(text)
             rows = list(read_rows(path, "data"))
@@ -160,23 +184,36 @@ def test_rows_under_a_key_do_not_fill_the_memory(tmp_path):
         for number in range(512):
             stream.write(b'{"prompt": "' + b"x" * 2**20 + b'"}' + b"," * (number < 511))
         stream.write(b"]}\n")
-    program = ("import sys; from pathlib import Path; from common.data.files import read_rows\n"
-               "print(sum(len(row.values['prompt']) for row in read_rows(Path(sys.argv[1]), 'data')))")
+    program = (
+        "import sys; from pathlib import Path; from common.data.files import read_rows\n"
+        "print(sum(len(row.values['prompt']) for row in read_rows(Path(sys.argv[1]), 'data')))"
+    )
     limit = 700 * 2**20
-    run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True,
-                         cwd=Path(__file__).parents[2],
-                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
     assert run.stdout.strip() == str(512 * 2**20), run.stderr
 
 
 texts = st.text(st.characters(codec="utf-8"))
-values = st.recursive(st.none() | st.booleans() | st.integers() | texts,
-                      lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=5)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | texts,
+    lambda inner: st.lists(inner) | st.dictionaries(texts, inner),
+    max_leaves=5,
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.dictionaries(texts, values, min_size=1, max_size=3), min_size=2, max_size=4),
-       st.sampled_from([None, 1]), st.sampled_from(["", "\n", ",\n"]), st.integers(1, 40))
+@given(
+    st.lists(st.dictionaries(texts, values, min_size=1, max_size=3), min_size=2, max_size=4),
+    st.sampled_from([None, 1]),
+    st.sampled_from(["", "\n", ",\n"]),
+    st.integers(1, 40),
+)
 def test_any_objects_one_after_another_are_rows(tmp_path_factory, rows, indent, between, chunk):
     path = tmp_path_factory.mktemp("objects") / "data.json"
     path.write_text(between.join(json.dumps(row, indent=indent) for row in rows), encoding="utf-8")

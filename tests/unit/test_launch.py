@@ -1,4 +1,5 @@
 """Recipes, scripts and pinned versions."""
+
 from __future__ import annotations
 
 import os
@@ -6,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,11 @@ from tests.launching import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch/recipes").rglob("*.yaml"))
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"])
-PROGRAMS = sorted([*ROOT.glob("step*/main.py"), *(path for path in ROOT.glob("inference/*.py")
-                                                  if "__main__" in path.read_text())])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci/run"])
+PROGRAMS = sorted(
+    [*ROOT.glob("step*/main.py"), *(path for path in ROOT.glob("inference/*.py") if "__main__" in path.read_text())]
+)
 CONFIGS: dict[str, type[Config]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 
 
@@ -37,14 +41,20 @@ def test_a_recipe_sets_what_it_says_and_nothing_without_effect(path, tmp_path, m
     assert config.notes == ()
     for name, value in yaml.safe_load(path.read_text()).items():
         held = getattr(config, name)
-        assert held == (type(held)(value) if isinstance(held, float) else
-                        tuple([value] if isinstance(value, str) else value) if isinstance(held, tuple) else value)
+        assert held == (
+            type(held)(value)
+            if isinstance(held, float)
+            else tuple([value] if isinstance(value, str) else value)
+            if isinstance(held, tuple)
+            else value
+        )
 
 
 @pytest.mark.parametrize("directory", ["quickstart", "1gpu", "8xa100"])
 def test_the_steps_of_a_recipe_set_fit_together(directory):
-    sft, reward, ppo = (yaml.safe_load((ROOT / f"launch/recipes/{directory}/{step}.yaml").read_text())
-                        for step in CONFIGS)
+    sft, reward, ppo = (
+        yaml.safe_load((ROOT / f"launch/recipes/{directory}/{step}.yaml").read_text()) for step in CONFIGS
+    )
     for key in ("data_split", "template", "eval_fraction"):
         assert sft.get(key) == reward.get(key) == ppo.get(key)
 
@@ -56,82 +66,120 @@ def test_a_script_is_valid_bash(path):
 
 
 def test_a_step_script_names_a_program_and_a_recipe_that_exist():
-    scripts = [path for path in SCRIPTS if "run_step.sh\"" in path.read_text()]
+    scripts = [path for path in SCRIPTS if 'run_step.sh"' in path.read_text()]
     assert len(scripts) == 6
     for path in scripts:
         words = path.read_text().splitlines()[-1].split()
-        program, recipe = words[words.index("\"$@\"") - 3:][:2]
+        program, recipe = words[words.index('"$@"') - 3 :][:2]
         assert (ROOT / program / "main.py").is_file() and (ROOT / "launch/recipes" / recipe).is_file()
 
 
-def test_every_requirement_is_pinned_within_its_bounds(monkeypatch):
+def test_every_requirement_is_pinned_within_its_bounds():
     pins = {requirement.name: requirement for requirement in map(Requirement, _lines(ROOT / "constraints.txt"))}
-    told = {}
-    monkeypatch.setattr("setuptools.setup", lambda **arguments: told.update(arguments))
-    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {})
-    wanted = [*told["install_requires"], *(item for extra in told["extras_require"].values() for item in extra)]
+    wanted = [
+        *PROJECT["dependencies"],
+        *(item for extra in PROJECT["optional-dependencies"].values() for item in extra),
+    ]
     for requirement in map(Requirement, wanted):
         (pin,) = pins[requirement.name].specifier
         assert pin.operator == "==" and pin.version in requirement.specifier
     assert next(iter(pins)) == "torch"
 
 
-def test_what_the_programs_need_is_not_listed_as_needed_by_the_tests_alone(monkeypatch):
-    told = {}
-    monkeypatch.setattr("setuptools.setup", lambda **arguments: told.update(arguments))
-    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {})
-    directly, tests = re.search("# Used directly\n(.*?)\n\n# Used by the tests\n(.*?)\n\n",
-                                (ROOT / "constraints.txt").read_text(), re.S).groups()
+def test_what_the_programs_need_is_not_listed_as_needed_by_the_tests_alone():
+    directly, tests = re.search(
+        "# Used directly\n(.*?)\n\n# Used by the tests\n(.*?)\n\n", (ROOT / "constraints.txt").read_text(), re.S
+    ).groups()
     listed, for_tests = ({Requirement(line).name for line in part.splitlines()} for part in (directly, tests))
-    assert {Requirement(line).name for line in told["install_requires"]} == {"torch", *listed}
-    assert for_tests == {Requirement(line).name for line in told["extras_require"]["test"]} and "psutil" in listed
+    assert {Requirement(line).name for line in PROJECT["dependencies"]} == {"torch", *listed}
+    assert for_tests == {Requirement(line).name for line in PROJECT["optional-dependencies"]["test"]}
+    assert "psutil" in listed
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--num-gpus=0"], "error: --num_gpus 0: a whole number above 0 is needed"),
-    (["--num_gpus=two"], "error: --num_gpus two: a whole number above 0 is needed"),
-    (["--output-dir"], "error: --output_dir needs a value"),
-    (["--output_dir="], "error: --output_dir needs a value"),
-    (["--price_per_hour", "$1"], "error: --price_per_hour $1: dollars are needed, such as 1.13"),
-    (["--price_per_hour=nan"], "error: --price_per_hour nan: dollars are needed, such as 1.13"),
-    (["--divide-batches=yes"], "error: --divide_batches takes no value")])
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--num-gpus=0"], "error: --num_gpus 0: a whole number above 0 is needed"),
+        (["--num_gpus=two"], "error: --num_gpus two: a whole number above 0 is needed"),
+        (["--output-dir"], "error: --output_dir needs a value"),
+        (["--output_dir="], "error: --output_dir needs a value"),
+        (["--price_per_hour", "$1"], "error: --price_per_hour $1: dollars are needed, such as 1.13"),
+        (["--price_per_hour=nan"], "error: --price_per_hour nan: dollars are needed, such as 1.13"),
+        (["--divide-batches=yes"], "error: --divide_batches takes no value"),
+    ],
+)
 def test_the_pipeline_knows_its_flags_however_they_are_written(flags, told):
     done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), *flags], capture_output=True, text=True)
     assert (done.returncode, done.stderr.splitlines()) == (2, [told])
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--ppo_flags", "--kl_coeff 0.2"], "step 3 (ppo): unknown flag --kl_coeff: did you mean --kl_coef?"),
-    (["--reward_flags", "--zero_stage 7"], "step 2 (reward): --zero_stage: expected one of 0, 1, 2, 3"),
-    (["--ppo_flags=--deepspeed_config none.json"], "step 3 (ppo): --deepspeed_config none.json: cannot be read"),
-    (["--max_seq_len", "128"],
-     "step 3 (ppo): it has no flag --max_seq_len: give that in --sft_flags and --reward_flags"),
-    (["--num_gpu", "2"], "step 1 (sft): unknown flag --num_gpu: did you mean --num_gpus?"),
-    (["--recipes", "mine", "--divide_batches"], "step 1 (sft): --config mine/sft.yaml: cannot be read"),
-    (["--output_dir", "/proc/mine"], "step 1 (sft): --output_dir /proc/mine/sft: cannot be written to")])
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--ppo_flags", "--kl_coeff 0.2"], "step 3 (ppo): unknown flag --kl_coeff: did you mean --kl_coef?"),
+        (["--reward_flags", "--zero_stage 7"], "step 2 (reward): --zero_stage: expected one of 0, 1, 2, 3"),
+        (["--ppo_flags=--deepspeed_config none.json"], "step 3 (ppo): --deepspeed_config none.json: cannot be read"),
+        (
+            ["--max_seq_len", "128"],
+            "step 3 (ppo): it has no flag --max_seq_len: give that in --sft_flags and --reward_flags",
+        ),
+        (["--num_gpu", "2"], "step 1 (sft): unknown flag --num_gpu: did you mean --num_gpus?"),
+        (["--recipes", "mine", "--divide_batches"], "step 1 (sft): --config mine/sft.yaml: cannot be read"),
+        (["--output_dir", "/proc/mine"], "step 1 (sft): --output_dir /proc/mine/sft: cannot be written to"),
+    ],
+)
 def test_the_pipeline_refuses_any_steps_flags_before_the_first_step(flags, told, tmp_path):
-    done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), *flags], cwd=tmp_path, env=environment(),
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/pipeline.sh"), *flags],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"error: {told}")
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("step, flag, value, told", [
-    ("reward", "--data_path", "lost.jsonl", "step 2 (reward): --data_path: lost.jsonl does not exist"),
-    ("ppo", "--unsupervised_dataset_name", "lost.csv",
-     "step 3 (ppo): --unsupervised_dataset_name: lost.csv does not exist"),
-    ("reward", "--model_name_or_path", "./lost",
-     "step 2 (reward): --model_name_or_path ./lost: no such model directory"),
-    ("ppo", "--critic_model_name_or_path", "output/lost",
-     "step 3 (ppo): --critic_model_name_or_path output/lost: no such model directory"),
-    ("ppo", "--actor_model_name_or_path", "./x/../output/sft", "")])
+@pytest.mark.parametrize(
+    "step, flag, value, told",
+    [
+        ("reward", "--data_path", "lost.jsonl", "step 2 (reward): --data_path: lost.jsonl does not exist"),
+        (
+            "ppo",
+            "--unsupervised_dataset_name",
+            "lost.csv",
+            "step 3 (ppo): --unsupervised_dataset_name: lost.csv does not exist",
+        ),
+        (
+            "reward",
+            "--model_name_or_path",
+            "./lost",
+            "step 2 (reward): --model_name_or_path ./lost: no such model directory",
+        ),
+        (
+            "ppo",
+            "--critic_model_name_or_path",
+            "output/lost",
+            "step 3 (ppo): --critic_model_name_or_path output/lost: no such model directory",
+        ),
+        ("ppo", "--actor_model_name_or_path", "./x/../output/sft", ""),
+    ],
+)
 def test_it_looks_for_what_any_step_is_to_read(step, flag, value, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = {"sft": ["--data_path", "builtin:courtesy"],
-             "reward": ["--data_path", "builtin:courtesy", "--model_name_or_path", "output/sft"],
-             "ppo": ["--data_path", "builtin:courtesy", "--actor_model_name_or_path", "output/sft/",
-                     "--critic_model_name_or_path", "output/reward/"]}
+    flags = {
+        "sft": ["--data_path", "builtin:courtesy"],
+        "reward": ["--data_path", "builtin:courtesy", "--model_name_or_path", "output/sft"],
+        "ppo": [
+            "--data_path",
+            "builtin:courtesy",
+            "--actor_model_name_or_path",
+            "output/sft/",
+            "--critic_model_name_or_path",
+            "output/reward/",
+        ],
+    }
     for name in flags:
         flags[name] += ["--output_dir", f"output/{name}"]
     flags[step] += [flag, value]
@@ -142,8 +190,12 @@ def test_it_looks_for_what_any_step_is_to_read(step, flag, value, told, tmp_path
 
 @pytest.mark.parametrize("number", ["two", "0", "-1", "1.5"])
 def test_a_step_script_says_what_is_wrong_with_num_gpus(number):
-    done = subprocess.run(["bash", str(ROOT / "launch/sft_1gpu.sh")], env={**environment(), "NUM_GPUS": number},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/sft_1gpu.sh")],
+        env={**environment(), "NUM_GPUS": number},
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [f"error: NUM_GPUS {number}: a whole number above 0 is needed"]
 
@@ -151,50 +203,99 @@ def test_a_step_script_says_what_is_wrong_with_num_gpus(number):
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_program_outside_the_environment_says_how_to_enter_it(program):
     # -S leaves out the installed packages.
-    done = subprocess.run([sys.executable, "-S", str(program), "--help"], cwd=ROOT, env=environment(),
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-S", str(program), "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1 and "source launch/environment.sh" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [
-    ["--recipes", "mine", "--num_gpus", "2", "--output_dir", "out/", "--sft_flags", "--seed 1",
-     "--columns", "prompt=a", "chosen=b"],
-    ["--recipes=mine", "--num-gpus=2", "--output-dir=out", "--sft-flags=--seed 1", "--columns", "prompt=a",
-     "chosen=b"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--recipes",
+            "mine",
+            "--num_gpus",
+            "2",
+            "--output_dir",
+            "out/",
+            "--sft_flags",
+            "--seed 1",
+            "--columns",
+            "prompt=a",
+            "chosen=b",
+        ],
+        [
+            "--recipes=mine",
+            "--num-gpus=2",
+            "--output-dir=out",
+            "--sft-flags=--seed 1",
+            "--columns",
+            "prompt=a",
+            "chosen=b",
+        ],
+    ],
+)
 def test_the_pipeline_hands_each_step_its_flags(flags, tmp_path):
     shutil.copytree(ROOT / "launch/recipes/1gpu", tmp_path / "mine")
     env = stand_in(tmp_path, 'shift 5\necho "$*"\nexit 3')  # says what it was started with, and fails
-    done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), *flags], env=env, cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/pipeline.sh"), *flags], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 3, done.stderr
     assert done.stdout.splitlines()[-1].split("main.py ")[-1] == (
-        "--config mine/sft.yaml --output_dir out/sft --data_output_path out/data --seed 1 --columns prompt=a chosen=b")
+        "--config mine/sft.yaml --output_dir out/sft --data_output_path out/data --seed 1 --columns prompt=a chosen=b"
+    )
 
 
 def test_home_in_the_pipelines_flags(tmp_path):
     shutil.copytree(ROOT / "launch/recipes/1gpu", tmp_path / "home" / "mine")
     env = {**stand_in(tmp_path, 'shift 5\necho "$*"\nexit 3'), "HOME": str(tmp_path / "home"), "SUB": "deep"}
-    done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), "--recipes=~/mine", "--output_dir", "~/$SUB/"],
-                          env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/pipeline.sh"), "--recipes=~/mine", "--output_dir", "~/$SUB/"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 3, done.stderr
     home = tmp_path / "home"
     assert done.stdout.splitlines()[-1].split("main.py ")[-1] == (
-        f"--config {home}/mine/sft.yaml --output_dir {home}/deep/sft --data_output_path {home}/deep/data")
-    refused = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), "--output_dir", "$NOT_SET/x"], env=env,
-                             cwd=tmp_path, capture_output=True, text=True)
+        f"--config {home}/mine/sft.yaml --output_dir {home}/deep/sft --data_output_path {home}/deep/data"
+    )
+    refused = subprocess.run(
+        ["bash", str(ROOT / "launch/pipeline.sh"), "--output_dir", "$NOT_SET/x"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert (refused.returncode, refused.stderr) == (
-        2, "error: --output_dir: '$NOT_SET/x': the environment variable NOT_SET is not set, or empty: set it, or write "
-        "the path out\n")
-    summed = subprocess.run([sys.executable, str(ROOT / "launch/summary.py"), "~/lost"], env=env, cwd=tmp_path,
-                            capture_output=True, text=True)
+        2,
+        "error: --output_dir: '$NOT_SET/x': the environment variable NOT_SET is not set, or empty: set it, or write "
+        "the path out\n",
+    )
+    summed = subprocess.run(
+        [sys.executable, str(ROOT / "launch/summary.py"), "~/lost"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert summed.returncode == 2 and f"{home}/lost" in summed.stderr
     assert not (tmp_path / "~").exists()
 
 
-@pytest.mark.parametrize("gpus, asked, accelerator, wait", [
-    (True, "", "unset", "unset"), (False, "", "cpu", "passive"), (True, "cpu", "cpu", "passive"),
-    (False, "cuda", "cuda", "unset")])
+@pytest.mark.parametrize(
+    "gpus, asked, accelerator, wait",
+    [
+        (True, "", "unset", "unset"),
+        (False, "", "cpu", "passive"),
+        (True, "cpu", "cpu", "passive"),
+        (False, "cuda", "cuda", "unset"),
+    ],
+)
 def test_a_script_asks_torch_for_gpus(gpus, asked, accelerator, wait, tmp_path):
     """Not nvidia-smi, which this PATH has only where there are none."""
     env = stand_in(tmp_path, 'echo "${DS_ACCELERATOR:-unset} ${OMP_WAIT_POLICY:-unset}"')
@@ -202,8 +303,13 @@ def test_a_script_asks_torch_for_gpus(gpus, asked, accelerator, wait, tmp_path):
     if not gpus:
         (tmp_path / "nvidia-smi").symlink_to("/bin/true")
     env = {name: value for name, value in env.items() if name not in ("DS_ACCELERATOR", "OMP_WAIT_POLICY")}
-    done = subprocess.run(["bash", str(ROOT / "launch/sft_1gpu.sh")], capture_output=True, text=True, cwd=tmp_path,
-                          env={**env, "PYTHONPATH": str(tmp_path), **({"DS_ACCELERATOR": asked} if asked else {})})
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/sft_1gpu.sh")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**env, "PYTHONPATH": str(tmp_path), **({"DS_ACCELERATOR": asked} if asked else {})},
+    )
     assert (done.stdout, done.stderr) == (f"{accelerator} {wait}\n", "")
 
 

@@ -1,25 +1,28 @@
 """Which layers get adapters, and what happens when none does."""
+
 import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.models.lora import add_lora, folded_adapters, folding_takes, has_lora, linear_modules
 from common.models.loading import load_causal_lm
+from common.models.lora import add_lora, folded_adapters, folding_takes, has_lora, linear_modules
 from tests.architectures import CONFIGS, build_model
 
 
 @pytest.fixture
 def model(tmp_path, builtin_cache):
     directory = build_model("llama", tmp_path / "model", builtin_cache)
-    return load_causal_lm(str(directory), "--model", make_codec(load_tokenizer(str(directory)), "human_assistant"),
-                          dtype=torch.float32)
+    return load_causal_lm(
+        str(directory), "--model", make_codec(load_tokenizer(str(directory)), "human_assistant"), dtype=torch.float32
+    )
 
 
 def adapt(model, modules, dim=4, alpha=None):
-    return add_lora(model, dim=dim, alpha=alpha, dropout=0.0, modules=modules, flag="--lora_module_name",
-                    base_name="x", seed=0)
+    return add_lora(
+        model, dim=dim, alpha=alpha, dropout=0.0, modules=modules, flag="--lora_module_name", base_name="x", seed=0
+    )
 
 
 def adapted(model) -> set[str]:
@@ -28,8 +31,11 @@ def adapted(model) -> set[str]:
 
 def test_parts_of_names_choose_layers(model):
     adapt(model, "q_proj, layers.1.mlp")
-    assert adapted(model) == {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
-                              *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))}
+    assert adapted(model) == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    }
     assert has_lora(model)
 
 
@@ -67,7 +73,7 @@ def first_step_of_ours(size, rank, alpha, inputs, target) -> float:
 def first_step_of_the_published(size, rank, inputs, target) -> float:
     """The same of the adapters that DeepSpeed-Chat trains: x W + x R L / rank, L from 0, R Kaiming over its columns."""
     right = torch.nn.Parameter(torch.empty(size, rank))
-    torch.nn.init.kaiming_uniform_(right, a=5 ** 0.5)
+    torch.nn.init.kaiming_uniform_(right, a=5**0.5)
     left = torch.nn.Parameter(torch.zeros(rank, size))
     before = right.detach().clone()
     first_step_of_adam([right, left], inputs @ right @ left / rank, target)
@@ -79,11 +85,13 @@ def first_step_of_the_published(size, rank, inputs, target) -> float:
 def test_a_step_of_the_published_recipe_has_its_published_size(size, rank):
     torch.manual_seed(0)
     inputs, target = torch.randn(2, 2048, size)
-    ours, published = (first_step_of_ours(size, rank, None, inputs, target),
-                       first_step_of_the_published(size, rank, inputs, target))
+    ours, published = (
+        first_step_of_ours(size, rank, None, inputs, target),
+        first_step_of_the_published(size, rank, inputs, target),
+    )
     assert ours == pytest.approx(published, rel=0.05)
     # Signs, nearly independent, times terms of variance 1 / (3 rank), rank of them, scaled by 1 / rank.
-    assert published == pytest.approx(LEARNING_RATE / (rank * 3 ** 0.5), rel=0.2)
+    assert published == pytest.approx(LEARNING_RATE / (rank * 3**0.5), rel=0.2)
 
 
 @pytest.mark.parametrize("size, rank, alpha", [(256, 16, 32), (512, 16, 16)])
@@ -97,8 +105,9 @@ def test_a_step_with_alpha_has_the_size_that_peft_gives_it(size, rank, alpha):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_auto_finds_every_linear_layer_but_the_outputs(name, tmp_path, builtin_cache):
     directory = build_model(name, tmp_path / name, builtin_cache)
-    model = load_causal_lm(str(directory), "--model", make_codec(load_tokenizer(str(directory)), "human_assistant"),
-                           dtype=torch.float32)
+    model = load_causal_lm(
+        str(directory), "--model", make_codec(load_tokenizer(str(directory)), "human_assistant"), dtype=torch.float32
+    )
     found = {name.rsplit(".", 1)[-1] for name in linear_modules(model)}
     assert found and not found & {"lm_head", "embed_out", "score"}
     layers = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]

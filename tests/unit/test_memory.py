@@ -1,19 +1,21 @@
 """How much fits is measured, and what does not fit is said in one line."""
+
 import mmap
 
 import pytest
 import torch
 
-from common.runtime import distributed
 from common.errors import TrainingFailure
+from common.runtime import distributed
 from common.training.memory import fit_micro_batches, most_that_fit, named_when_out_of_memory
 from step1_sft.config import SFTConfig
 
 MIB = 2**20
 
 
-@pytest.mark.parametrize("room, most, least, fitting",
-                         [(100, 64, 10, 12), (100, 5, 5, 5), (1, 64, 1, 1), (70, 64, 7, 8)])
+@pytest.mark.parametrize(
+    "room, most, least, fitting", [(100, 64, 10, 12), (100, 5, 5, 5), (1, 64, 1, 1), (70, 64, 7, 8)]
+)
 def test_the_largest_number_that_fits_is_found(room, most, least, fitting):
     """Each row takes 8 MiB, besides 3 MiB that are taken once."""
     tried = []
@@ -28,10 +30,18 @@ def test_the_largest_number_that_fits_is_found(room, most, least, fitting):
     assert max(tried) <= max(1, 1.2 * room // 8)  # a machine that swaps or kills must never be driven there
 
 
-@pytest.mark.parametrize("files", [
-    {"memory.max": 900, "memory.current": 500, "memory.stat": "anon 400\ninactive_file 60"},
-    {"memory/memory.limit_in_bytes": 900, "memory/memory.usage_in_bytes": 500,
-     "memory/memory.stat": "cache 1\ntotal_inactive_file 60"}], ids=["cgroup-2", "cgroup-1"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"memory.max": 900, "memory.current": 500, "memory.stat": "anon 400\ninactive_file 60"},
+        {
+            "memory/memory.limit_in_bytes": 900,
+            "memory/memory.usage_in_bytes": 500,
+            "memory/memory.stat": "cache 1\ntotal_inactive_file 60",
+        },
+    ],
+    ids=["cgroup-2", "cgroup-1"],
+)
 def test_a_containers_limit_is_the_memory_there_is(files, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "_CGROUP", tmp_path)
     whole = distributed.memory_available()
@@ -50,15 +60,29 @@ def test_memory_that_is_refused_names_the_phase_the_size_and_what_helps():
     line = str(failure.value)
     assert "out of memory on rank 0 in critic_update, which asked for 1125899906842624 bytes more" in line
     assert "\n" not in line
-    for flag in ("--auto_micro_batch", "--max_tokens_per_micro_batch", "--per_device_training_batch_size",
-                 "--critic_gradient_checkpointing", "--critic_zero_stage", "--offload"):
+    for flag in (
+        "--auto_micro_batch",
+        "--max_tokens_per_micro_batch",
+        "--per_device_training_batch_size",
+        "--critic_gradient_checkpointing",
+        "--critic_zero_stage",
+        "--offload",
+    ):
         assert flag in line
 
 
-@pytest.mark.parametrize("error, size", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total of 79 GiB"), "2.50 GiB"),
-    (MemoryError("Unable to allocate 8.00 TiB for an array with shape (1,)"), "8.00 TiB"),
-    (MemoryError(), "an unknown amount"), (RuntimeError("std::bad_alloc"), "an unknown amount")])
+@pytest.mark.parametrize(
+    "error, size",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total of 79 GiB"),
+            "2.50 GiB",
+        ),
+        (MemoryError("Unable to allocate 8.00 TiB for an array with shape (1,)"), "8.00 TiB"),
+        (MemoryError(), "an unknown amount"),
+        (RuntimeError("std::bad_alloc"), "an unknown amount"),
+    ],
+)
 def test_all_ways_of_being_refused_are_known(error, size):
     with pytest.raises(TrainingFailure, match=f"in generate, which asked for {size} more: .*generation_batch_size"):
         with named_when_out_of_memory("generate"):

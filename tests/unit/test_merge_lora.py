@@ -1,4 +1,5 @@
 """Adapters, as training leaves them, made into models of their own."""
+
 import json
 import os
 import resource
@@ -7,15 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from chat_model import CAPITAL, prompt_of, provenance_of
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from common.artifacts.provenance import read_provenance
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
 from common.models.lora import add_lora, save_adapter
-from common.artifacts.provenance import read_provenance
 from inference.loading import load_judge, load_speaker
 from inference.merge_lora import main
 from inference.options import LoadOptions
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 CLASSES = {"causal": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
 
@@ -28,8 +30,16 @@ def base_model(kind: str, directory):
 @pytest.fixture(params=CLASSES)
 def adapter(request, chat_model, tmp_path):
     """(kind, directory) of an adapter that changes its base visibly, in a step's output directory."""
-    model = add_lora(base_model(request.param, chat_model), dim=4, alpha=8, dropout=0.0, modules="auto",
-                     flag="--lora_module_name", base_name=str(chat_model), seed=3)
+    model = add_lora(
+        base_model(request.param, chat_model),
+        dim=4,
+        alpha=8,
+        dropout=0.0,
+        modules="auto",
+        flag="--lora_module_name",
+        base_name=str(chat_model),
+        seed=3,
+    )
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name or name.startswith("score"):
@@ -86,8 +96,18 @@ def test_a_base_that_moved_is_named(adapter, chat_model, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "./gone"}))
     with pytest.raises(UserError, match="gone"):
         main(["--path", str(directory), "--output_dir", str(tmp_path / "merged")])
-    main(["--path", str(directory), "--output_dir", str(tmp_path / "merged"), "--base", str(chat_model),
-          "--dtype", "bf16"])
+    main(
+        [
+            "--path",
+            str(directory),
+            "--output_dir",
+            str(tmp_path / "merged"),
+            "--base",
+            str(chat_model),
+            "--dtype",
+            "bf16",
+        ]
+    )
     assert CLASSES[kind].from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
 
 
@@ -104,8 +124,16 @@ def test_a_base_that_is_nowhere_can_be_named_with_a_flag(base, adapter, tmp_path
 def test_a_base_given_relative_to_the_working_directory_is_found_from_any_other(chat_model, tmp_path, monkeypatch):
     monkeypatch.chdir(chat_model.parent)
     relative = chat_model.name
-    model = add_lora(base_model("causal", chat_model), dim=2, alpha=4, dropout=0.0, modules="auto",
-                     flag="--lora_module_name", base_name=relative, seed=3)
+    model = add_lora(
+        base_model("causal", chat_model),
+        dim=2,
+        alpha=4,
+        dropout=0.0,
+        modules="auto",
+        flag="--lora_module_name",
+        base_name=relative,
+        seed=3,
+    )
     directory = tmp_path / "output" / "adapter"
     save_adapter(model, model.state_dict(), directory)
     codec = make_codec(load_tokenizer(relative), "question_answer")
@@ -120,8 +148,16 @@ def test_a_base_given_relative_to_the_working_directory_is_found_from_any_other(
 
 @pytest.mark.parametrize("base", ["facebook/opt-1.3b", "builtin:tiny-opt"])
 def test_a_base_that_is_no_directory_is_recorded_as_given(base, chat_model, tmp_path):
-    model = add_lora(base_model("causal", chat_model), dim=2, alpha=4, dropout=0.0, modules="auto",
-                     flag="--lora_module_name", base_name=base, seed=3)
+    model = add_lora(
+        base_model("causal", chat_model),
+        dim=2,
+        alpha=4,
+        dropout=0.0,
+        modules="auto",
+        flag="--lora_module_name",
+        base_name=base,
+        seed=3,
+    )
     assert model.lora_config.base_model_name_or_path == base
     replace(provenance_of(make_codec(load_tokenizer(str(chat_model)), "alpaca"), "sft"), base=base).write(tmp_path)
     assert read_provenance(tmp_path).base == base
@@ -164,7 +200,8 @@ def test_what_cannot_be_merged_gets_one_line(chat_model, tmp_path):
     model, out, file = str(chat_model), str(tmp_path / "out"), tmp_path / "file"
     file.write_text("")
     for arguments, said in [
-        ([], "--path"), (["--path", model], "--output_dir"),
+        ([], "--path"),
+        (["--path", model], "--output_dir"),
         (["--path", model, "--output_dir", out], "no adapter"),
         (["--path", model, "--output_dir", out, "--base", model], "no adapter"),
         (["--path", model, "--output_dir", model], "--output_dir"),

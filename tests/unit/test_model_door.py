@@ -1,4 +1,5 @@
 """Model directories of which nothing can be made are named by the file at fault, before anything long begins."""
+
 import json
 import pickle
 import struct
@@ -33,27 +34,50 @@ def refusal(directory) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("hidden_size", -64), ("hidden_size", 10**12), ("hidden_size", "64"), ("num_hidden_layers", -1),
-    ("num_hidden_layers", 10**9), ("vocab_size", -5), ("vocab_size", 10**15), ("num_attention_heads", 0),
-    ("num_attention_heads", 3), ("intermediate_size", -1), ("max_position_embeddings", -4), ("hidden_act", "nonsense"),
-    ("eos_token_id", "x")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("hidden_size", -64),
+        ("hidden_size", 10**12),
+        ("hidden_size", "64"),
+        ("num_hidden_layers", -1),
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", -5),
+        ("vocab_size", 10**15),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 3),
+        ("intermediate_size", -1),
+        ("max_position_embeddings", -4),
+        ("hidden_act", "nonsense"),
+        ("eos_token_id", "x"),
+    ],
+)
 def test_a_configuration_of_no_model_is_named(name, value, directory):
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     assert f"{path} describes no model" in refusal(directory)
 
 
-@pytest.mark.parametrize("content", ['{"max_new_tokens": -3}', "[]", '{"a":', "[" * 100_000, '"text"',
-                                     '{"cache_implementation": "nonsense"}'])
+@pytest.mark.parametrize(
+    "content",
+    ['{"max_new_tokens": -3}', "[]", '{"a":', "[" * 100_000, '"text"', '{"cache_implementation": "nonsense"}'],
+)
 def test_generation_settings_that_are_none_are_named(content, directory):
     (directory / "generation_config.json").write_text(content)
     assert f"{directory}/generation_config.json describes no model" in refusal(directory)
 
 
-@pytest.mark.parametrize("content", [
-    struct.pack("<Q", 2**62) + b"{}", struct.pack("<Q", 10) + b"not json..", b"", pickle.dumps({"a": 1}),
-    struct.pack("<Q", 2) + b"{}" + bytes(100)], ids=["absurd", "no json", "empty", "pickle", "longer"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**62) + b"{}",
+        struct.pack("<Q", 10) + b"not json..",
+        b"",
+        pickle.dumps({"a": 1}),
+        struct.pack("<Q", 2) + b"{}" + bytes(100),
+    ],
+    ids=["absurd", "no json", "empty", "pickle", "longer"],
+)
 def test_a_weight_file_that_is_none_is_named(content, directory):
     (directory / "model.safetensors").write_bytes(content)
     assert f"{directory}/model.safetensors is damaged and cannot be loaded: " in refusal(directory)
@@ -99,8 +123,10 @@ def test_weights_that_are_not_finite_are_found_before_they_are_used(number, dire
 
 def test_an_adapter_that_is_not_finite_is_found(directory, tmp_path):
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
-    model = get_peft_model(load_causal_lm(str(directory), "--model", codec, dtype=torch.float32),
-                           LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(directory)))
+    model = get_peft_model(
+        load_causal_lm(str(directory), "--model", codec, dtype=torch.float32),
+        LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(directory)),
+    )
     for key, weight in model.named_parameters():
         if "lora_B" in key:
             weight.data.fill_(float("nan"))
@@ -112,11 +138,14 @@ def test_an_adapter_that_is_not_finite_is_found(directory, tmp_path):
 
 def test_the_door_runs_no_code_of_a_model(directory, monkeypatch):
     """Not even where a terminal could be asked."""
-    (directory / "own.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
-                                      "from transformers import OPTConfig as OwnConfig\n")
+    (directory / "own.py").write_text(
+        "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
+        "from transformers import OPTConfig as OwnConfig\n"
+    )
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(
-        config | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    (directory / "config.json").write_text(
+        json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}})
+    )
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     check_files(directory, "--model")
     assert not list(Path(directory).rglob("ran"))

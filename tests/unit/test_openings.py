@@ -1,8 +1,10 @@
 """Openings that many dialogues of a source share are keyed by more turns; all others by the first."""
+
 import random
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.data import openings
 from common.data.openings import KeyRule, OpeningCounter, all_keys
@@ -59,12 +61,12 @@ def test_a_prompt_that_continues_another_goes_with_it():
 def test_the_bare_opening_keeps_itself_as_its_key():
     key = rule([["Hello", f"q{i}"] for i in range(40)] + [["Hello"]]).key(["Hello"])
     assert (key.text, key.turns) == ("Hello", 1)
-    assert key.dialogue not in all_keys(["Hello", "q1"])    # a dialogue held out does not take it along
+    assert key.dialogue not in all_keys(["Hello", "q1"])  # a dialogue held out does not take it along
 
 
 @given(DIALOGUES, st.randoms(use_true_random=False))
 def test_order_repetition_and_beginnings_of_dialogues_do_not_matter(dialogues, chance: random.Random):
-    again = dialogues + [turns[:chance.randint(1, len(turns))] for turns in dialogues] + dialogues[:3]
+    again = dialogues + [turns[: chance.randint(1, len(turns))] for turns in dialogues] + dialogues[:3]
     chance.shuffle(again)
     assert rule(again) == rule(dialogues)
 
@@ -76,14 +78,14 @@ def test_the_key_is_a_beginning_that_every_continuation_shares(dialogues):
         key = chosen.key(turns)
         assert key.dialogue in all_keys(turns)
         continued = chosen.key([*turns, "and then?"])
-        if beginnings(turns)[key.turns - 1] not in chosen.shared:   # it does not end within a shared opening
+        if beginnings(turns)[key.turns - 1] not in chosen.shared:  # it does not end within a shared opening
             assert continued == key
 
 
 @given(DIALOGUES)
 def test_dialogues_are_counted_as_a_list_of_them_would(dialogues):
     folded = {tuple(beginnings(turns)) for turns in dialogues}
-    longest = [turns for turns in folded if not any(len(o) > len(turns) and o[:len(turns)] == turns for o in folded)]
+    longest = [turns for turns in folded if not any(len(o) > len(turns) and o[: len(turns)] == turns for o in folded)]
     through = {}
     for turns in longest:
         for hash_ in turns:

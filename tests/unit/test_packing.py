@@ -1,11 +1,12 @@
 import pytest
 import torch
-from common.batching.collate import collate_demonstrations
-from common.batching.bin_packing import balanced, best_fit, block_causal_mask, packed
-from common.batching.sampler import MicroBatch, StepSampler
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+
+from common.batching.bin_packing import balanced, best_fit, block_causal_mask, packed
+from common.batching.collate import collate_demonstrations
+from common.batching.sampler import MicroBatch, StepSampler
 
 some_sizes = st.lists(st.integers(1, 100), max_size=60)
 capacities = st.integers(1, 150)
@@ -60,13 +61,24 @@ small = st.integers(1, 3)
 @given(lengths_of_rows, small, small, small, st.integers(60, 120), st.sampled_from([0, 30, 60, 250]))
 def test_packing_changes_how_a_step_is_cut_and_not_its_rows(lengths, rows, micro_batches, world_size, width, tokens):
     def steps(**packing):
-        samplers = [StepSampler(lengths, rows_per_micro_batch=rows, micro_batches_per_step=micro_batches,
-                                world_size=world_size, rank=rank, seed=0, **packing) for rank in range(world_size)]
+        samplers = [
+            StepSampler(
+                lengths,
+                rows_per_micro_batch=rows,
+                micro_batches_per_step=micro_batches,
+                world_size=world_size,
+                rank=rank,
+                seed=0,
+                **packing,
+            )
+            for rank in range(world_size)
+        ]
         return list(zip(*(sampler.epoch(0) for sampler in samplers)))
 
     def real_rows(step):
-        return sorted(row for of_rank in step for batch in of_rank
-                      for row, real in zip(batch.indices, batch.real) if real)
+        return sorted(
+            row for of_rank in step for batch in of_rank for row, real in zip(batch.indices, batch.real) if real
+        )
 
     plain, found = steps(), steps(pack_to=width, max_tokens=tokens)
     assert [real_rows(step) for step in found] == [real_rows(step) for step in plain]
@@ -75,9 +87,10 @@ def test_packing_changes_how_a_step_is_cut_and_not_its_rows(lengths, rows, micro
         assert len(step[0]) <= micro_batches or tokens
         for batch in (batch for of_rank in step for batch in of_rank):
             assert sum(batch.packs) == len(batch.indices) and min(batch.packs) > 0
-            ends = [sum(batch.packs[:number + 1]) for number in range(len(batch.packs))]
-            totals = [sum(lengths[row] for row in batch.indices[end - rows_:end])
-                      for end, rows_ in zip(ends, batch.packs)]
+            ends = [sum(batch.packs[: number + 1]) for number in range(len(batch.packs))]
+            totals = [
+                sum(lengths[row] for row in batch.indices[end - rows_ : end]) for end, rows_ in zip(ends, batch.packs)
+            ]
             assert max(totals) <= width and (tokens or len(totals) <= rows)
             assert len(totals) * max(totals) <= (tokens or rows * width) or len(batch.indices) == 1
 

@@ -1,12 +1,13 @@
 """What the models of step 3 are at its start: the critic the normalised reward model, all of them without dropout, and
 log-probs at the temperature of sampling."""
+
 import pytest
 import torch
 
 from common.artifacts.export import write_model
+from common.artifacts.provenance import Calibration
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm, load_scalar_model
-from common.artifacts.provenance import Calibration
 from step3_ppo import models as ppo_models
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Rollout
@@ -51,14 +52,21 @@ def models(request, directories, monkeypatch):
 @pytest.fixture
 def rollout():
     tokens = torch.randint(10, 300, (2, 8), generator=torch.Generator().manual_seed(1))
-    return Rollout(tokens, PROMPTS, RESPONSES, torch.zeros(2, dtype=torch.bool), torch.arange(2),
-                   torch.ones(2, dtype=torch.bool))
+    return Rollout(
+        tokens, PROMPTS, RESPONSES, torch.zeros(2, dtype=torch.bool), torch.arange(2), torch.ones(2, dtype=torch.bool)
+    )
 
 
 def test_the_critic_starts_as_the_normalised_reward_model(models, rollout):
     """A value is read one token before its token: that of a response's next token at the token that is scored."""
-    longer = Rollout(torch.nn.functional.pad(rollout.tokens, (0, 1), value=5), PROMPTS, RESPONSES + 1, rollout.finished,
-                     rollout.prompt_index, rollout.real)
+    longer = Rollout(
+        torch.nn.functional.pad(rollout.tokens, (0, 1), value=5),
+        PROMPTS,
+        RESPONSES + 1,
+        rollout.finished,
+        rollout.prompt_index,
+        rollout.real,
+    )
     values = models.values(longer)[torch.arange(2), RESPONSES]
     torch.testing.assert_close(values, (models.scores(rollout) - MEAN) / STD)
 
@@ -66,8 +74,12 @@ def test_the_critic_starts_as_the_normalised_reward_model(models, rollout):
 def test_no_model_drops_out_even_in_training_mode(models, rollout):
     for engine in (models.actor, models.critic):
         engine.module.train()
-    for numbers in (lambda: models.values(rollout), lambda: models.log_probs_and_entropy(rollout)[0],
-                    lambda: models.scores(rollout), lambda: models.reference_log_probs(rollout)):
+    for numbers in (
+        lambda: models.values(rollout),
+        lambda: models.log_probs_and_entropy(rollout)[0],
+        lambda: models.scores(rollout),
+        lambda: models.reference_log_probs(rollout),
+    ):
         torch.testing.assert_close(numbers(), numbers(), atol=0, rtol=0)
 
 

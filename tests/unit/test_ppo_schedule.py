@@ -1,5 +1,6 @@
 """The learning rates of PPO end where the run ends, though an iteration with the last prompts of an epoch is short; its
 evaluations see all sources."""
+
 import pytest
 from datasets import Dataset
 
@@ -12,8 +13,13 @@ from step3_ppo.main import evaluated, optimizer_steps, prompt_sampler
 @pytest.mark.parametrize("iterations", [1, 2, 4, 7])
 def test_the_schedule_has_as_many_steps_as_the_run(monkeypatch, prompts, iterations):
     """Steps as the updates take them: by the real answers of all ranks, wherever in an epoch its remainder comes."""
-    config = PPOConfig(per_device_generation_batch_size=4, generation_batches=2, ppo_epochs=2, answers_per_prompt=2,
-                       per_device_training_batch_size=2)
+    config = PPOConfig(
+        per_device_generation_batch_size=4,
+        generation_batches=2,
+        ppo_epochs=2,
+        answers_per_prompt=2,
+        per_device_training_batch_size=2,
+    )
     data = Dataset.from_dict({"length": list(range(1, prompts + 1))})
     monkeypatch.setenv("WORLD_SIZE", "2")
     answers = [0] * iterations
@@ -24,8 +30,13 @@ def test_the_schedule_has_as_many_steps_as_the_run(monkeypatch, prompts, iterati
         batches = [batches for epoch in range(epochs) for batches in sampler.epoch(epoch)][:iterations]
         for index, micro_batches in enumerate(batches):
             answers[index] += 2 * sum(sum(batch.real) for batch in micro_batches)
-    taken = [2 * StepSampler([1] * count, rows_per_micro_batch=2, micro_batches_per_step=1, world_size=2, rank=0,
-                             seed=0).steps_per_epoch for count in answers]
+    taken = [
+        2
+        * StepSampler(
+            [1] * count, rows_per_micro_batch=2, micro_batches_per_step=1, world_size=2, rank=0, seed=0
+        ).steps_per_epoch
+        for count in answers
+    ]
     assert optimizer_steps(config, data, iterations) == sum(taken)
 
 

@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from preparation import pairs, request, write
+from tokenizers_built import byte_level_bpe, llama_sentencepiece
+
 from common.data import encoding, parallel
 from common.data.blend import parse_data_path
 from common.data.prepare import DataRequest, prepare, prepare_many
@@ -12,8 +15,6 @@ from common.data.split import dialogue_hash
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.loading import resolve_model
-from preparation import pairs, request, write
-from tokenizers_built import byte_level_bpe, llama_sentencepiece
 
 PHASES = (0, 1, 2)
 
@@ -41,8 +42,10 @@ def prepared_file(tmp_path: Path, name: str = "train.arrow") -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind, answers", [("demonstration", ["response_ids"]), ("prompt", []),
-                                           ("comparison", ["chosen_ids", "rejected_ids"])])
+@pytest.mark.parametrize(
+    "kind, answers",
+    [("demonstration", ["response_ids"]), ("prompt", []), ("comparison", ["chosen_ids", "rejected_ids"])],
+)
 def test_rows_are_the_codecs_ids_of_every_record(tmp_path, codec, kind, answers):
     data = prepare(request(tmp_path, write(tmp_path / "d.jsonl", pairs(40)), kind=kind), codec)
     assert set(data.train.column_names) == {"prompt_ids", *answers, "length", "dialogue"}
@@ -53,7 +56,7 @@ def test_rows_are_the_codecs_ids_of_every_record(tmp_path, codec, kind, answers)
         assert text == f"\n\nHuman: What is {number} plus {number}?\n\nAssistant:"
         assert row["prompt_ids"][0] == codec.tokenizer.bos_token_id
         expected = [codec.encode_response(f"The sum is {2 * number}."), codec.encode_response("No idea.")]
-        assert [row[answer] for answer in answers] == expected[:len(answers)]
+        assert [row[answer] for answer in answers] == expected[: len(answers)]
         assert row["length"] == len(row["prompt_ids"]) + max([0, *(len(row[answer]) for answer in answers)])
         seen.append(number)
     assert sorted(seen) == list(range(40))
@@ -84,8 +87,10 @@ def test_a_step_evaluates_on_no_test_prompt_that_another_may_train_on(tmp_path, 
     write(tmp_path / "set" / "train.jsonl", pairs(10))
     write(tmp_path / "set" / "test.jsonl", pairs(100, start=10))
     other = write(tmp_path / "other.jsonl", pairs(110))
-    trained, evaluated = ([set(dialogues(getattr(prepare(request(tmp_path, path, phase=phase), codec), side)))
-                           for phase in PHASES] for path, side in ((other, "train"), (str(tmp_path / "set"), "eval")))
+    trained, evaluated = (
+        [set(dialogues(getattr(prepare(request(tmp_path, path, phase=phase), codec), side))) for phase in PHASES]
+        for path, side in ((other, "train"), (str(tmp_path / "set"), "eval"))
+    )
     for phase, held_out in enumerate(evaluated):
         for other_phase in {*PHASES} - {phase}:
             assert held_out.isdisjoint(trained[other_phase])
@@ -134,9 +139,11 @@ def test_repeated_rows_are_trained_on_repeatedly_and_evaluated_once(tmp_path, co
 
 
 def test_long_prompts_lose_their_beginning_and_long_answers_their_place(tmp_path, codec):
-    rows = [{"prompt": "so " * 100 + "what?", "response": "Short."},
-            {"prompt": "Why?", "response": "so " * 100},
-            {"prompt": "How?", "response": "Well."}]
+    rows = [
+        {"prompt": "so " * 100 + "what?", "response": "Short."},
+        {"prompt": "Why?", "response": "so " * 100},
+        {"prompt": "How?", "response": "Well."},
+    ]
     path = write(tmp_path / "d.jsonl", rows)
     data = prepare(request(tmp_path, path, max_tokens=40, eval_fraction=0.0), codec)
     assert (data.report.too_long, data.report.prompts_cut, len(data.train)) == (1, 1, 2)
@@ -203,15 +210,18 @@ def test_other_content_tokenizer_template_or_limits_are_other_data(tmp_path, cod
     assert len(list((tmp_path / "cache").glob("*/READY"))) == 5
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.with_name("READY").unlink(),
-    lambda path: path.with_name("READY").write_text("{"),
-    lambda path: path.with_name("READY").write_text("[]"),
-    lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
-    lambda path: path.write_bytes(b""),
-    lambda path: path.with_name("eval.arrow").unlink(),
-    lambda path: path.with_name("tested.npy").write_bytes(b""),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.with_name("READY").unlink(),
+        lambda path: path.with_name("READY").write_text("{"),
+        lambda path: path.with_name("READY").write_text("[]"),
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.with_name("eval.arrow").unlink(),
+        lambda path: path.with_name("tested.npy").write_bytes(b""),
+    ],
+)
 def test_damaged_data_is_prepared_again(tmp_path, codec, damage):
     path = write(tmp_path / "d.jsonl", pairs(30))
     first = prepare(request(tmp_path, path), codec).train.to_list()
@@ -237,7 +247,7 @@ def test_files_are_hashed_again_when_their_size_or_time_differs(tmp_path, codec,
         return prepare(request(tmp_path, str(tmp_path / "set") if whole_directory else path), codec).train.to_list()
 
     first = of_rows(100, changed=10**18)
-    assert of_rows(130, changed=10**18) == first    # same size and time: taken to be the same
+    assert of_rows(130, changed=10**18) == first  # same size and time: taken to be the same
     assert of_rows(130, changed=10**18 + 1) != first
     (tmp_path / "set" / "d.jsonl").unlink()
     with pytest.raises(UserError, match="--data_path"):
@@ -267,11 +277,15 @@ def test_unusable_rows_are_shown_with_their_place_and_too_many_are_an_error(tmp_
             prepare(replace(asked, max_bad_fraction=0.01), codec)
 
 
-@pytest.mark.parametrize("held_out, said", [
-    (0, "note: no row is held out, so nothing is evaluated: raise --eval_fraction or give more data"),
-    (1, "note: 1 row is held out, too few to measure much by: raise --eval_fraction or give more data"),
-    (19, "note: 19 rows are held out, too few to measure much by: raise --eval_fraction or give more data"),
-    (20, None)])
+@pytest.mark.parametrize(
+    "held_out, said",
+    [
+        (0, "note: no row is held out, so nothing is evaluated: raise --eval_fraction or give more data"),
+        (1, "note: 1 row is held out, too few to measure much by: raise --eval_fraction or give more data"),
+        (19, "note: 19 rows are held out, too few to measure much by: raise --eval_fraction or give more data"),
+        (20, None),
+    ],
+)
 def test_too_few_rows_to_evaluate_on_are_remarked_on_once(tmp_path, codec, held_out, said):
     write(tmp_path / "set" / "train.jsonl", pairs(5))
     write(tmp_path / "set" / "test.jsonl", pairs(held_out, start=5))
@@ -294,10 +308,10 @@ def test_rows_a_chat_template_refuses_are_counted(tmp_path, tokenizer_directory)
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}")
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     codec = make_codec(tokenizer, "chat")
-    rows = [{"system_prompt": "Be kind." * (i % 4 == 0), "question": f"{i}?", "response": "Yes."}
-            for i in range(20)]
+    rows = [{"system_prompt": "Be kind." * (i % 4 == 0), "question": f"{i}?", "response": "Yes."} for i in range(20)]
     asked = request(tmp_path, write(tmp_path / "d.jsonl", rows), eval_fraction=0.0, max_bad_fraction=0.3)
     data = prepare(asked, codec)
     assert (len(data.train), data.report.refused) == (15, 5)
@@ -306,9 +320,14 @@ def test_rows_a_chat_template_refuses_are_counted(tmp_path, tokenizer_directory)
         prepare(replace(asked, max_bad_fraction=0.1), codec)
 
 
-@pytest.mark.parametrize("changes, flag", [(dict(max_tokens=3), "--max_seq_len"),
-                                           (dict(phase=1, data_split="1,0,1"), "--data_split"),
-                                           (dict(eval_fraction=0.999999999), "--eval_fraction")])
+@pytest.mark.parametrize(
+    "changes, flag",
+    [
+        (dict(max_tokens=3), "--max_seq_len"),
+        (dict(phase=1, data_split="1,0,1"), "--data_split"),
+        (dict(eval_fraction=0.999999999), "--eval_fraction"),
+    ],
+)
 def test_nothing_to_train_on_names_the_flag_to_change(tmp_path, codec, changes, flag):
     with pytest.raises(UserError, match=flag):
         prepare(request(tmp_path, write(tmp_path / "d.jsonl", pairs(10)), **changes), codec)
@@ -343,8 +362,9 @@ def small_disk(tmp_path):
     """A file system of a megabyte."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True,
-                             text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"no right to mount a file system: {mounted.stderr}")
     yield place

@@ -1,4 +1,5 @@
 """Prepared data on disk: verified at every start, and shared with colleagues."""
+
 import fcntl
 import os
 import shutil
@@ -7,13 +8,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from preparation import pairs, request, write
+from tokenizers_built import byte_level_bpe
+
 from common.data import prepared_files
 from common.data.prepare import _locked, prepare
 from common.data.prepared_files import Damaged, seal, unseal
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from preparation import pairs, request, write
-from tokenizers_built import byte_level_bpe
 
 DEEP = "[" * 10_000 + "]" * 10_000
 
@@ -38,18 +40,24 @@ def change(path: Path, at: float) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-@pytest.mark.parametrize("damage, said", [
-    (lambda path: change(path / "train.arrow", 0.5), "train.arrow has changed"),
-    (lambda path: change(path / "train.arrow", 0.8), "train.arrow has changed"),
-    (lambda path: change(path / "eval.arrow", 0.5), "eval.arrow has changed"),
-    (lambda path: change(path / "tested.npy", 0.9), "tested.npy has changed"),
-    (lambda path: change(path / "READY", 0.5), "READY"),
-    (lambda path: (path / "READY").write_text(DEEP), "READY|it cannot be read"),
-    (lambda path: (path / "READY").write_text(f"{prepared_files._text_checksum(DEEP)}\n{DEEP}\n"), "it cannot be read"),
-    (lambda path: (path / "READY").write_bytes(b"\xff\xfe"), "it cannot be read"),
-    (lambda path: (path / "train.arrow").unlink(), "train.arrow is missing"),
-    (lambda path: os.truncate(path / "train.arrow", 100), "train.arrow has 100 bytes, not "),
-])
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda path: change(path / "train.arrow", 0.5), "train.arrow has changed"),
+        (lambda path: change(path / "train.arrow", 0.8), "train.arrow has changed"),
+        (lambda path: change(path / "eval.arrow", 0.5), "eval.arrow has changed"),
+        (lambda path: change(path / "tested.npy", 0.9), "tested.npy has changed"),
+        (lambda path: change(path / "READY", 0.5), "READY"),
+        (lambda path: (path / "READY").write_text(DEEP), "READY|it cannot be read"),
+        (
+            lambda path: (path / "READY").write_text(f"{prepared_files._text_checksum(DEEP)}\n{DEEP}\n"),
+            "it cannot be read",
+        ),
+        (lambda path: (path / "READY").write_bytes(b"\xff\xfe"), "it cannot be read"),
+        (lambda path: (path / "train.arrow").unlink(), "train.arrow is missing"),
+        (lambda path: os.truncate(path / "train.arrow", 100), "train.arrow has 100 bytes, not "),
+    ],
+)
 def test_damage_is_said_in_one_line_and_the_data_prepared_again(tmp_path, codec, capsys, damage, said):
     asked = request(tmp_path, write(tmp_path / "d.jsonl", pairs(60)))
     first = prepare(asked, codec)
@@ -82,7 +90,7 @@ def test_the_ranks_of_one_launch_read_all_bytes_once(tmp_path, monkeypatch):
     change(tmp_path / "rows", 0.5)
     unseal(tmp_path)
     assert read == ["rows"] * 3
-    monkeypatch.setattr(prepared_files.os, "getppid", os.getpid)    # of another launcher
+    monkeypatch.setattr(prepared_files.os, "getppid", os.getpid)  # of another launcher
     unseal(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "1")
     unseal(tmp_path)
@@ -114,8 +122,9 @@ def colleague():
     def leave() -> None:
         for path in [place, *place.rglob("*")]:
             path.chmod(0o555 if path.is_dir() else 0o444)
-        if root:    # whom no mode hinders
+        if root:  # whom no mode hinders
             os.seteuid(65534)
+
     yield place, leave
     if root:
         os.seteuid(0)

@@ -1,14 +1,26 @@
 """A provenance that is none is named, whatever is wrong with it."""
+
 import json
 
 import pytest
 
-from common.errors import UserError
 from common.artifacts.provenance import FILE, Provenance, read_provenance
+from common.errors import UserError
 
-WHOLE = Provenance(step="reward", base="owner/model", tokenizer="f" * 64, template="chat", end_token="</s>",
-                   pad_token="<pad>", data_split="2,4,4", eval_fraction=0.05, data_path=("a", "b"), score_mean=0.5,
-                   score_std=2.0, shared_openings={"a": [3, -5], "b": []})
+WHOLE = Provenance(
+    step="reward",
+    base="owner/model",
+    tokenizer="f" * 64,
+    template="chat",
+    end_token="</s>",
+    pad_token="<pad>",
+    data_split="2,4,4",
+    eval_fraction=0.05,
+    data_path=("a", "b"),
+    score_mean=0.5,
+    score_std=2.0,
+    shared_openings={"a": [3, -5], "b": []},
+)
 
 
 def written(directory, **changes):
@@ -26,12 +38,32 @@ def test_what_was_written_is_read(tmp_path):
     assert read_provenance(tmp_path).score_std is None
 
 
-@pytest.mark.parametrize("name, value", [
-    ("score_mean", "0.5"), ("score_mean", [0.5]), ("score_std", True), ("score_std", {}), ("score_std", 10**400),
-    ("template", 3), ("template", None), ("end_token", ["</s>"]), ("tokenizer", 0.5), ("data_path", "a"),
-    ("data_path", [1]), ("versions", ["torch"]), ("versions", {"torch": 2}), ("eval_fraction", "0.05"),
-    ("eval_fraction", 7), ("data_split", "1,x,2"), ("data_split", [1, 2]), ("unheard_of", 1),
-    ("shared_openings", {"a": ["x"]}), ("shared_openings", {"a": 3}), ("shared_openings", [1])])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("score_mean", "0.5"),
+        ("score_mean", [0.5]),
+        ("score_std", True),
+        ("score_std", {}),
+        ("score_std", 10**400),
+        ("template", 3),
+        ("template", None),
+        ("end_token", ["</s>"]),
+        ("tokenizer", 0.5),
+        ("data_path", "a"),
+        ("data_path", [1]),
+        ("versions", ["torch"]),
+        ("versions", {"torch": 2}),
+        ("eval_fraction", "0.05"),
+        ("eval_fraction", 7),
+        ("data_split", "1,x,2"),
+        ("data_split", [1, 2]),
+        ("unheard_of", 1),
+        ("shared_openings", {"a": ["x"]}),
+        ("shared_openings", {"a": 3}),
+        ("shared_openings", [1]),
+    ],
+)
 def test_a_value_of_another_type_is_named(name, value, tmp_path):
     written(tmp_path, **{name: value})
     with pytest.raises(UserError, match=f"{tmp_path / FILE} is damaged .*{name}.*: train the model again") as refused:
@@ -39,8 +71,22 @@ def test_a_value_of_another_type_is_named(name, value, tmp_path):
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"7", b"null", b'"text"', b"[" * 10_000 + b"]" * 10_000, b"\xff\xfe",
-                                     b'{"a":' * 100_000, b"{}", b'{"step": NaN}', b"\x80\x04\x95pickle"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"7",
+        b"null",
+        b'"text"',
+        b"[" * 10_000 + b"]" * 10_000,
+        b"\xff\xfe",
+        b'{"a":' * 100_000,
+        b"{}",
+        b'{"step": NaN}',
+        b"\x80\x04\x95pickle",
+    ],
+)
 def test_a_file_that_is_none_is_named(content, tmp_path):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(UserError, match=f"{tmp_path / FILE} is damaged") as refused:

@@ -1,4 +1,5 @@
 """From sources to records: counted, weighted, and with no source's test prompt left for training."""
+
 import json
 from collections import Counter
 from pathlib import Path
@@ -40,9 +41,12 @@ def test_real_pairs(hh_data):
         roles = [message.role for message in item.record.prompt.messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
         assert item.record.chosen != item.record.rejected
-        assert not any(cue in answer for cue in ("\n\nHuman:", "\n\nAssistant:")
-                       for answer in (item.record.chosen, item.record.rejected))
-    assert len({len(item.record.prompt.messages) for item in found}) > 1    # dialogues of several lengths
+        assert not any(
+            cue in answer
+            for cue in ("\n\nHuman:", "\n\nAssistant:")
+            for answer in (item.record.chosen, item.record.rejected)
+        )
+    assert len({len(item.record.prompt.messages) for item in found}) > 1  # dialogues of several lengths
     assert all(Path(where.rsplit(":", 1)[0]).is_file() for where, _ in report.first_bad)
 
 
@@ -61,13 +65,20 @@ def test_real_pairs_in_three_phases(hh_data):
 @pytest.mark.parametrize("split_by", ["opening", "auto", "prompt"])
 def test_a_row_has_one_key_whatever_kind_is_read_of_it(hh_data, tmp_path, split_by):
     """A row may be bad for one kind alone, and is counted for all."""
-    greeted = lines(tmp_path / "greeted.jsonl", *(
-        {"chosen": f"Human: Hello\n\nAssistant: Hi!\n\nHuman: {i}?\n\nAssistant: Yes.",
-         "rejected": f"Human: Hello\n\nAssistant: Hi!\n\nHuman: {i}?\n\nAssistant: {'No.' if i % 3 else 'Yes.'}"}
-        for i in range(8)))
-    by_kind = [{item.where: (item.key, item.dialogue)
-                for item in read([str(hh_data), greeted], kind, split_by=split_by)[0]}
-               for kind in ("comparison", "demonstration", "prompt")]
+    greeted = lines(
+        tmp_path / "greeted.jsonl",
+        *(
+            {
+                "chosen": f"Human: Hello\n\nAssistant: Hi!\n\nHuman: {i}?\n\nAssistant: Yes.",
+                "rejected": f"Human: Hello\n\nAssistant: Hi!\n\nHuman: {i}?\n\nAssistant: {'No.' if i % 3 else 'Yes.'}",
+            }
+            for i in range(8)
+        ),
+    )
+    by_kind = [
+        {item.where: (item.key, item.dialogue) for item in read([str(hh_data), greeted], kind, split_by=split_by)[0]}
+        for kind in ("comparison", "demonstration", "prompt")
+    ]
     assert len(by_kind[0]) < len(by_kind[2]) and all(keys.items() <= by_kind[2].items() for keys in by_kind)
     keys = {key for where, (key, _) in by_kind[0].items() if where.startswith(greeted)}
     assert len(keys) == (1 if split_by == "opening" else 5)
@@ -78,17 +89,27 @@ def test_counting_openings_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reading, "_SAID_EVERY", -1)
     read([path], split_by="auto")
     assert capsys.readouterr().err.splitlines() == [
-        f"{path}: {number} rows looked through for openings that many dialogues share" for number in ("1,000", "2,000")]
+        f"{path}: {number} rows looked through for openings that many dialogues share" for number in ("1,000", "2,000")
+    ]
 
 
 def test_bad_rows_are_counted_shown_and_skipped(tmp_path):
-    path = lines(tmp_path / "data.jsonl", {"prompt": "q", "chosen": "a", "rejected": "b"}, "{oops",
-                 {"prompt": "q", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": "a"}, "",
-                 {"prompt": "r", "chosen": "a", "rejected": "b"})
+    path = lines(
+        tmp_path / "data.jsonl",
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        "{oops",
+        {"prompt": "q", "chosen": "a", "rejected": "a"},
+        {"prompt": "q", "chosen": "a"},
+        "",
+        {"prompt": "r", "chosen": "a", "rejected": "b"},
+    )
     found, report = read([path], "comparison")
     assert [item.where for item in found] == [f"{path}:1", f"{path}:6"]
-    first_bad = [(f"{path}:2", "broken JSON"), (f"{path}:3", "chosen and rejected are the same"),
-                 (f"{path}:4", "'rejected' is missing")]
+    first_bad = [
+        (f"{path}:2", "broken JSON"),
+        (f"{path}:3", "chosen and rejected are the same"),
+        (f"{path}:4", "'rejected' is missing"),
+    ]
     assert report.sources[path] == Counts(total=5, usable=2, bad=3, first_bad=first_bad)
     assert report.first_bad == first_bad
     report.check(0.6)
@@ -101,8 +122,9 @@ def test_bad_rows_are_told_with_their_own_source_alone(tmp_path):
     short, long = (lines(tmp_path / name / "x.jsonl", {"prompt": "q"}, "{oops") for name in ("d", "d2"))
     names = [str(Path(path).parent) for path in (long, short)]
     report = read(names)[1]
-    assert [report.sources[name].first_bad for name in names] == [[(f"{path}:2", "broken JSON")]
-                                                                  for path in (long, short)]
+    assert [report.sources[name].first_bad for name in names] == [
+        [(f"{path}:2", "broken JSON")] for path in (long, short)
+    ]
     report.sources[names[0]].usable = report.sources[names[0]].total = 100
     with pytest.raises(UserError) as error:
         report.check(0.1)
@@ -123,8 +145,9 @@ def test_blank_texts_are_left_out_without_fault(tmp_path):
     path = lines(tmp_path / "data.jsonl", *[{"text": ""}, {"text": " \n"}] * 20, {"text": " = Title = "}, "{oops")
     found, report = read([path], "text")
     assert [item.record.text for item in found] == ["= Title ="]
-    assert report.sources[path] == Counts(total=42, usable=1, bad=1, first_bad=[(f"{path}:42", "broken JSON")],
-                                          left_out={"blank": 40})
+    assert report.sources[path] == Counts(
+        total=42, usable=1, bad=1, first_bad=[(f"{path}:42", "broken JSON")], left_out={"blank": 40}
+    )
     assert f"{path}: 42 rows read, 1 unusable, 40 left out (blank)" in PreparationReport(report).lines()
 
 
@@ -137,7 +160,8 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path):
     written = PreparationReport.from_json(PreparationReport(report).to_json())
     texts = lines(tmp_path / "texts.jsonl", {"text": ""}, {"text": "t"})
     both = written.joined(PreparationReport(read([path], "comparison")[1])).joined(
-        PreparationReport(read([texts], "text")[1]))
+        PreparationReport(read([texts], "text")[1])
+    )
     assert both.read.sources == {path: Counts(6, 2, left_out={"a tie": 4}), texts: Counts(2, 1, left_out={"blank": 1})}
     assert f"{path}: 6 rows read, 0 unusable, 4 left out (a tie)" in both.lines()
 
@@ -161,8 +185,12 @@ def test_a_test_prompt_is_never_for_training_in_whichever_source_it_lies(tmp_pat
     one, two = tmp_path / "one", tmp_path / "two"
     lines(one / "train.jsonl", {"prompt": "a"}, {"prompt": "B  b"})
     lines(one / "test.jsonl", {"prompt": "b B"})
-    lines(two / "train.jsonl", {"prompt": "b b"}, {"prompt": "c"},
-          {"prompt": "Human: b b\n\nAssistant: x\n\nHuman: and then?"})
+    lines(
+        two / "train.jsonl",
+        {"prompt": "b b"},
+        {"prompt": "c"},
+        {"prompt": "Human: b b\n\nAssistant: x\n\nHuman: and then?"},
+    )
     for order in ([one, two], [two, one]):
         found = prompts(read([str(path) for path in order])[0])
         assert sorted(text for split, text in found if split == "train") == ["a", "c"]
@@ -170,21 +198,24 @@ def test_a_test_prompt_is_never_for_training_in_whichever_source_it_lies(tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["comparison", "demonstration", "prompt"])
-@pytest.mark.parametrize("faulty", [
-    {"prompt": "Q  0?", "chosen": "a", "rejected": "a"},
-    {"prompt": "Q 0?", "chosen": "", "rejected": "b"},
-    {"prompt": "Q 0?", "chosen": "a"},
-    {"prompt": "Q 0?", "chosen": "a\0", "rejected": 5},
-    {"prompt": "Q 0?", "chosen": "a", "rejected": "\udc80"},
-    {"prompt": [{"role": "user", "content": "Q 0?"}, {"role": "assistant"}], "chosen": "a", "rejected": "b"},
-    {"prompt": "Human: Q 0?\n\nAssistant: a", "chosen": "a", "rejected": "b"},
-    {"chosen": "Human: Q 0?\n\nAssistant: a", "rejected": "Human: Q 0?\n\nAssistant: a"},
-    {"chosen": "Human: Q 0?\n\nAssistant: a\0", "rejected": None},
-    {"chosen": None, "rejected": [{"role": "user", "content": "Q 0?"}]},
-    {"history": "Q 0?", "human_ref_A": "a", "human_ref_B": "b", "labels": 2},
-    {"question": {"full_text": "Q 0?"}, "answer_0": "a", "answer_1": "b", "score_0": 0, "score_1": 0},
-    {"question": {"full_text": "Q 0?"}, "answer_0": "a", "answer_1": "b", "score_0": "x", "score_1": 0},
-])
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        {"prompt": "Q  0?", "chosen": "a", "rejected": "a"},
+        {"prompt": "Q 0?", "chosen": "", "rejected": "b"},
+        {"prompt": "Q 0?", "chosen": "a"},
+        {"prompt": "Q 0?", "chosen": "a\0", "rejected": 5},
+        {"prompt": "Q 0?", "chosen": "a", "rejected": "\udc80"},
+        {"prompt": [{"role": "user", "content": "Q 0?"}, {"role": "assistant"}], "chosen": "a", "rejected": "b"},
+        {"prompt": "Human: Q 0?\n\nAssistant: a", "chosen": "a", "rejected": "b"},
+        {"chosen": "Human: Q 0?\n\nAssistant: a", "rejected": "Human: Q 0?\n\nAssistant: a"},
+        {"chosen": "Human: Q 0?\n\nAssistant: a\0", "rejected": None},
+        {"chosen": None, "rejected": [{"role": "user", "content": "Q 0?"}]},
+        {"history": "Q 0?", "human_ref_A": "a", "human_ref_B": "b", "labels": 2},
+        {"question": {"full_text": "Q 0?"}, "answer_0": "a", "answer_1": "b", "score_0": 0, "score_1": 0},
+        {"question": {"full_text": "Q 0?"}, "answer_0": "a", "answer_1": "b", "score_0": "x", "score_1": 0},
+    ],
+)
 def test_the_prompt_of_a_faulty_test_row_is_never_for_training(tmp_path, faulty, kind):
     """A row may be bad, or a tie, for one kind alone: what it asks is test data for all."""
     good = {"prompt": "q 1", "chosen": "a", "rejected": "b"}
@@ -196,14 +227,17 @@ def test_the_prompt_of_a_faulty_test_row_is_never_for_training(tmp_path, faulty,
 
 
 @pytest.mark.parametrize("kind", ["demonstration", "prompt"])
-@pytest.mark.parametrize("faulty", [
-    {"prompt": "Q 0?", "response": ""},
-    {"instruction": "Q", "input": "0?", "output": 7},
-    {"question": "Q 0?", "response": None},
-    {"messages": [{"role": "user", "content": "q 0?"}, {"role": "assistant", "content": 7}]},
-    {"conversations": [{"from": "human", "value": "q 0?"}, {"from": "robot", "value": "a"}]},
-    {"instruction": "Be kind.", "conversation": [{"input": "q 0?", "output": None}, "a"]},
-])
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        {"prompt": "Q 0?", "response": ""},
+        {"instruction": "Q", "input": "0?", "output": 7},
+        {"question": "Q 0?", "response": None},
+        {"messages": [{"role": "user", "content": "q 0?"}, {"role": "assistant", "content": 7}]},
+        {"conversations": [{"from": "human", "value": "q 0?"}, {"from": "robot", "value": "a"}]},
+        {"instruction": "Be kind.", "conversation": [{"input": "q 0?", "output": None}, "a"]},
+    ],
+)
 def test_the_prompt_of_a_faulty_demonstration_is_never_for_training(tmp_path, faulty, kind):
     lines(tmp_path / "train.jsonl", {"prompt": "q 1", "response": "a"}, {"prompt": "q 0?", "response": "b"})
     lines(tmp_path / "test.jsonl", faulty)
@@ -211,8 +245,11 @@ def test_the_prompt_of_a_faulty_demonstration_is_never_for_training(tmp_path, fa
 
 
 def test_a_byte_that_is_no_utf_8_spoils_its_own_column_alone(tmp_path):
-    lines(tmp_path / "train.jsonl", {"prompt": "q 1", "chosen": "a", "rejected": "b"},
-          {"prompt": "q 0", "chosen": "a", "rejected": "b"})
+    lines(
+        tmp_path / "train.jsonl",
+        {"prompt": "q 1", "chosen": "a", "rejected": "b"},
+        {"prompt": "q 0", "chosen": "a", "rejected": "b"},
+    )
     (tmp_path / "test.jsonl").write_bytes(b'{"prompt": "q 0", "chosen": "a", "rejected": "\xff"}\n')
     found, report = read([str(tmp_path)], "comparison")
     assert prompts(found) == [("train", "q 1"), ("test", "q 0")]
@@ -276,9 +313,12 @@ def test_a_column_map_for_another_kind_is_no_matter(tmp_path):
 
 def test_dialogues_that_begin_alike_stay_together(tmp_path):
     """Two user turns in a row are joined for the template; the dialogue still begins with the first."""
-    lines(tmp_path / "train.jsonl", {"prompt": "A"},
-          {"prompt": "\n\nHuman: A\n\nAssistant:\n\nHuman: B\n\nAssistant:"},
-          {"prompt": [{"role": "user", "content": text} for text in ("", "a", "B")]})
+    lines(
+        tmp_path / "train.jsonl",
+        {"prompt": "A"},
+        {"prompt": "\n\nHuman: A\n\nAssistant:\n\nHuman: B\n\nAssistant:"},
+        {"prompt": [{"role": "user", "content": text} for text in ("", "a", "B")]},
+    )
     found = read([str(tmp_path)])[0]
     assert [item.record.messages[-1].content for item in found] == ["A", "A\n\nB", "a\n\nB"]
     assert [user_turns(item.record) for item in found] == [("A",), ("A", "B"), ("a", "B")]

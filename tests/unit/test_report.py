@@ -1,4 +1,5 @@
 """The summary of a pipeline, from files as the three steps write them."""
+
 from __future__ import annotations
 
 import json
@@ -24,24 +25,33 @@ def write_rows(path, rows):
 
 
 def evaluations(*metrics):
-    rows = [{"phase": "eval", "step": step, "seconds": 30.0 * step, **values}
-            for step, values in enumerate(metrics)]
-    return [*rows, {"phase": "train", "step": 9, "seconds": 59.0, "reward": 100.0},
-            {**rows[-1], "phase": "done", "seconds": 60.0}]
+    rows = [{"phase": "eval", "step": step, "seconds": 30.0 * step, **values} for step, values in enumerate(metrics)]
+    return [
+        *rows,
+        {"phase": "train", "step": 9, "seconds": 59.0, "reward": 100.0},
+        {**rows[-1], "phase": "done", "seconds": 60.0},
+    ]
 
 
 @pytest.fixture
 def outputs(tmp_path):
-    write_rows(tmp_path / "sft/logs/metrics.jsonl",
-               evaluations({"perplexity": 900.0}, {"perplexity": 30.0}, {"perplexity": 1.5}))
+    write_rows(
+        tmp_path / "sft/logs/metrics.jsonl",
+        evaluations({"perplexity": 900.0}, {"perplexity": 30.0}, {"perplexity": 1.5}),
+    )
     write_rows(tmp_path / "reward/logs/metrics.jsonl", evaluations({"accuracy": 0.5}, {"accuracy": 0.9}))
-    write_rows(tmp_path / "ppo/logs/metrics.jsonl",
-               evaluations({"reward": -1.0, "kl": 0.0, "response_length": 6.0},
-                           {"reward": 2.0, "kl": 4.0, "response_length": 8.0}))
+    write_rows(
+        tmp_path / "ppo/logs/metrics.jsonl",
+        evaluations(
+            {"reward": -1.0, "kl": 0.0, "response_length": 6.0}, {"reward": 2.0, "kl": 4.0, "response_length": 8.0}
+        ),
+    )
     prompts = [f"\n\nHuman: {question}\n\nAssistant:" for question in QUESTIONS]
     write_rows(tmp_path / "ppo/samples/before.jsonl", [{"prompt": prompt, "response": "no idea"} for prompt in prompts])
-    write_rows(tmp_path / "ppo/samples/after.jsonl",
-               [{"prompt": prompt, "response": RIGHT[question]} for prompt, question in zip(prompts, QUESTIONS)])
+    write_rows(
+        tmp_path / "ppo/samples/after.jsonl",
+        [{"prompt": prompt, "response": RIGHT[question]} for prompt, question in zip(prompts, QUESTIONS)],
+    )
     return tmp_path
 
 
@@ -128,13 +138,19 @@ def test_what_was_not_evaluated_is_said_and_the_rest_is_shown(outputs):
     report = report_of(outputs, price_per_hour=36.0)
     lines = render(report).splitlines()
     assert [line.split("  ")[0] for line in lines if line.endswith("not evaluated")] == [
-        "step 2: accuracy of the reward model", "step 3: mean reward", "", ""]
+        "step 2: accuracy of the reward model",
+        "step 3: mean reward",
+        "",
+        "",
+    ]
     assert report.perplexity is not None and "which cost $" in lines[-1]
 
 
-DIALOGUES = [(Message("user", "What is  one plus two?"),),
-             (Message("system", "Be brief."), Message("user", "Who are you?")),
-             (Message("user", "One?"), Message("assistant", "Yes."), Message("user", "Human: two?\n\nOr three?"))]
+DIALOGUES = [
+    (Message("user", "What is  one plus two?"),),
+    (Message("system", "Be brief."), Message("user", "Who are you?")),
+    (Message("user", "One?"), Message("assistant", "Yes."), Message("user", "Human: two?\n\nOr three?")),
+]
 
 
 @pytest.mark.parametrize("template", ["human_assistant", "question_answer", "alpaca"])
@@ -157,8 +173,18 @@ def test_no_answer_drives_the_terminal(outputs):
     assert "[2J" in shown and "\x1b" not in shown
 
 
-@pytest.mark.parametrize("content", [b"[]\n", b"7\n", b"{}\n", b'{"phase": "done"}\n', b'{"phase": 3, "seconds": 1}\n',
-                                     b"\xff\xfe\x00", b'{"phase": "done", "seconds": "long"}\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]\n",
+        b"7\n",
+        b"{}\n",
+        b'{"phase": "done"}\n',
+        b'{"phase": 3, "seconds": 1}\n',
+        b"\xff\xfe\x00",
+        b'{"phase": "done", "seconds": "long"}\n',
+    ],
+)
 def test_metrics_that_are_none_are_named(content, outputs):
     path = outputs / "reward/logs/metrics.jsonl"
     path.write_bytes(content)
@@ -173,12 +199,24 @@ def test_an_evaluation_that_was_not_a_number_is_passed_over(outputs):
     assert report_of(outputs).perplexity == Change(900.0, 30.0) and "30.00" in render(report_of(outputs))
 
 
-@pytest.mark.parametrize("redirection, code, said", [
-    (">&-", 0, ""), ("| head -n 1 > /dev/null; exit ${PIPESTATUS[0]}", 0, ""),
-    ("> /dev/null; rm $0/summary.json; mkdir $0/summary.json; $1 launch/summary.py $0", 1,
-     "error: {outputs}/summary.json: cannot be written: Is a directory\n")])
+@pytest.mark.parametrize(
+    "redirection, code, said",
+    [
+        (">&-", 0, ""),
+        ("| head -n 1 > /dev/null; exit ${PIPESTATUS[0]}", 0, ""),
+        (
+            "> /dev/null; rm $0/summary.json; mkdir $0/summary.json; $1 launch/summary.py $0",
+            1,
+            "error: {outputs}/summary.json: cannot be written: Is a directory\n",
+        ),
+    ],
+)
 def test_the_summary_ends_well_where_nobody_reads_or_something_is_in_the_way(redirection, code, said, outputs):
-    done = subprocess.run(["bash", "-c", f"$1 launch/summary.py $0 {redirection}", outputs, sys.executable], cwd=ROOT,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        ["bash", "-c", f"$1 launch/summary.py $0 {redirection}", outputs, sys.executable],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr) == (code, said.format(outputs=outputs))
     assert (outputs / "summary.json").exists()

@@ -1,4 +1,5 @@
 """Which checkpoint a run goes on from, and which it refuses."""
+
 import hashlib
 import json
 import pickle
@@ -8,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from common.artifacts.tracking import Tracker
+from common.checkpoints.manager import Checkpoints, TrainingState, _batches, _plain
 from common.config.parser import parse
 from common.errors import UserError
-from common.checkpoints.manager import Checkpoints, TrainingState, _batches, _plain
-from common.artifacts.tracking import Tracker
 from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
 
@@ -25,15 +26,24 @@ def checkpoints(tmp_path, *flags, data=("key",), config_class=SFTConfig):
 
 def saved(tmp_path, step=7, made=None, **changes):
     made = made or checkpoints(tmp_path)
-    state = {"step": step, "optimizer_steps": step, "world_size": 1, "data": ["key"], "config": _plain(made.config),
-             "batches": _batches(made.config), "remember": {}, "tracker": {"step": step, "bytes": 0, "seconds": 1.5},
-             **changes}
+    state = {
+        "step": step,
+        "optimizer_steps": step,
+        "world_size": 1,
+        "data": ["key"],
+        "config": _plain(made.config),
+        "batches": _batches(made.config),
+        "state_dict": {},
+        "tracker": {"step": step, "bytes": 0, "seconds": 1.5},
+        **changes,
+    }
 
     def write(shards):
         shards.add("state.json", lambda file: file.write(json.dumps(state).encode()))
         for number in range(state["world_size"]):
-            shards.add(f"rank{number}.safetensors",
-                       lambda file: file.write(save({"random.cpu": torch.get_rng_state()})))
+            shards.add(
+                f"rank{number}.safetensors", lambda file: file.write(save({"random.cpu": torch.get_rng_state()}))
+            )
 
     return made.store.save(step, write)
 
@@ -44,8 +54,21 @@ def test_the_newest_checkpoint_is_found(tmp_path):
     path = saved(tmp_path, 9)
     assert checkpoints(tmp_path).find() == path
     assert checkpoints(tmp_path, "--log_interval", "3", "--timeout", "9").find() == path
-    assert checkpoints(tmp_path, "--eval_interval", "3", "--eval_iters", "9", "--per_device_eval_batch_size", "2",
-                       "--save_interval", "1", "--print_loss").find() == path
+    assert (
+        checkpoints(
+            tmp_path,
+            "--eval_interval",
+            "3",
+            "--eval_iters",
+            "9",
+            "--per_device_eval_batch_size",
+            "2",
+            "--save_interval",
+            "1",
+            "--print_loss",
+        ).find()
+        == path
+    )
 
 
 def test_a_certain_checkpoint_is_taken(tmp_path):
@@ -57,24 +80,33 @@ def test_a_certain_checkpoint_is_taken(tmp_path):
         checkpoints(tmp_path, "--resume", str(path)).find()
 
 
-@pytest.mark.parametrize("flags, changes, message", [
-    (["--learning_rate", "0.5"], {}, "--learning_rate was .*, now 0.5"),
-    ([], {"world_size": 4, "batches": {"rows per optimizer step": 64}},
-     "made by 4 ranks with 64 rows per optimizer step, and this run of 1 has 16: use --per_device_train_batch_size 16 "
-     "--gradient_accumulation_steps 4, or --resume never"),
-    ([], {"world_size": 4, "config": {}}, "--learning_rate was None"),
-    ([], {"data": ["other"]}, "the data has other rows"),
-])
+@pytest.mark.parametrize(
+    "flags, changes, message",
+    [
+        (["--learning_rate", "0.5"], {}, "--learning_rate was .*, now 0.5"),
+        (
+            [],
+            {"world_size": 4, "batches": {"rows per optimizer step": 64}},
+            "made by 4 ranks with 64 rows per optimizer step, and this run of 1 has 16: use "
+            "--per_device_train_batch_size 16 --gradient_accumulation_steps 4, or --resume never",
+        ),
+        ([], {"world_size": 4, "config": {}}, "--learning_rate was None"),
+        ([], {"data": ["other"]}, "the data has other rows"),
+    ],
+)
 def test_what_would_change_the_result_is_refused(tmp_path, flags, changes, message):
     saved(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
         checkpoints(tmp_path, *flags).find()
 
 
-@pytest.mark.parametrize("flags, advice", [
-    (["--per_device_train_batch_size", "16"], "--per_device_train_batch_size 12 --gradient_accumulation_steps 1"),
-    (["--per_device_train_batch_size", "5"], "--per_device_train_batch_size 4 --gradient_accumulation_steps 3"),
-])
+@pytest.mark.parametrize(
+    "flags, advice",
+    [
+        (["--per_device_train_batch_size", "16"], "--per_device_train_batch_size 12 --gradient_accumulation_steps 1"),
+        (["--per_device_train_batch_size", "5"], "--per_device_train_batch_size 4 --gradient_accumulation_steps 3"),
+    ],
+)
 def test_another_number_of_ranks_goes_on_with_the_flags_it_is_told(tmp_path, monkeypatch, flags, advice):
     path = saved(tmp_path, world_size=4, batches={"rows per optimizer step": 24})
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -88,24 +120,46 @@ def test_another_number_of_ranks_goes_on_with_the_flags_it_is_told(tmp_path, mon
 
 def test_both_batches_of_ppo_stay_the_same(tmp_path, monkeypatch):
     """Where one batch of rollouts is too small for an optimizer step, an iteration makes more than it was asked for."""
-    made = checkpoints(tmp_path, *PPO, "--per_device_generation_batch_size", "4", "--per_device_training_batch_size",
-                       "8", config_class=PPOConfig)
+    made = checkpoints(
+        tmp_path,
+        *PPO,
+        "--per_device_generation_batch_size",
+        "4",
+        "--per_device_training_batch_size",
+        "8",
+        config_class=PPOConfig,
+    )
     path = saved(tmp_path, made=made)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="made by 1 rank with 8 prompts per iteration and 8 answers per optimizer step, "
-                                        "and this run of 2 has 36 and 32") as told:
-        checkpoints(tmp_path, *PPO, "--per_device_generation_batch_size", "3", "--generation_batches", "1",
-                    "--gradient_accumulation_steps", "1", config_class=PPOConfig).find()
+    with pytest.raises(
+        UserError,
+        match="made by 1 rank with 8 prompts per iteration and 8 answers per optimizer step, "
+        "and this run of 2 has 36 and 32",
+    ) as told:
+        checkpoints(
+            tmp_path,
+            *PPO,
+            "--per_device_generation_batch_size",
+            "3",
+            "--generation_batches",
+            "1",
+            "--gradient_accumulation_steps",
+            "1",
+            config_class=PPOConfig,
+        ).find()
     advice = str(told.value).split(": use ")[1].split(",")[0]
-    assert advice == ("--per_device_generation_batch_size 2 --generation_batches 2 "
-                      "--per_device_training_batch_size 4 --gradient_accumulation_steps 1")
+    assert advice == (
+        "--per_device_generation_batch_size 2 --generation_batches 2 "
+        "--per_device_training_batch_size 4 --gradient_accumulation_steps 1"
+    )
     assert checkpoints(tmp_path, *PPO, *advice.split(), config_class=PPOConfig).find() == path
 
 
 def test_ppo_goes_on_with_other_evaluations(tmp_path):
     path = saved(tmp_path, made=checkpoints(tmp_path, *PPO, config_class=PPOConfig))
-    other = checkpoints(tmp_path, *PPO, "--eval_interval", "3", "--eval_prompts", "9", "--print_answers",
-                        config_class=PPOConfig)
+    other = checkpoints(
+        tmp_path, *PPO, "--eval_interval", "3", "--eval_prompts", "9", "--print_answers", config_class=PPOConfig
+    )
     assert other.find() == path
 
 
@@ -142,21 +196,32 @@ def with_values(**changes):
     return lambda state: json.dumps({**state, **changes}).encode()
 
 
-@pytest.mark.parametrize("content, why", [
-    (lambda state: pickle.dumps(state), "'utf-8' codec"), (lambda state: b"\xff" * 9, "'utf-8' codec"),
-    (lambda state: b"[]", "it is no object"), (lambda state: b"[" * 100_000, "nested too deep"),
-    (lambda state: None, "state.json cannot be used: No such file"),
-    (without("config"), "it has no config"), (without("world_size"), "it has no world_size"),
-    (without("remember"), "it has no remember"), (without("tracker"), "it has no tracker"),
-    (with_values(world_size="2"), "world_size is '2'"), (with_values(world_size=0), "world_size is 0"),
-    (with_values(world_size=10**9), "world_size is 1000000000"), (with_values(world_size=True), "world_size is 'True'"),
-    (with_values(step=-1), "step is -1"), (with_values(step=1.5), "step is '1.5'"),
-    (with_values(config=[]), r"config is '\[\]'"), (with_values(data="key"), "data is 'key'"),
-    (with_values(batches={"rows per optimizer step": "many"}), "rows per optimizer step is 'many'"),
-    (with_values(tracker={"step": 1, "bytes": 2}), "it has no seconds"),
-    (with_values(tracker={"step": 1, "bytes": 2, "seconds": float("nan")}), "seconds is nan"),
-    (with_values(world_size=2), "rank1.safetensors cannot be used: No such file"),
-])
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (lambda state: pickle.dumps(state), "'utf-8' codec"),
+        (lambda state: b"\xff" * 9, "'utf-8' codec"),
+        (lambda state: b"[]", "it is no object"),
+        (lambda state: b"[" * 100_000, "nested too deep"),
+        (lambda state: None, "state.json cannot be used: No such file"),
+        (without("config"), "it has no config"),
+        (without("world_size"), "it has no world_size"),
+        (without("state_dict"), "it has no state_dict"),
+        (without("tracker"), "it has no tracker"),
+        (with_values(world_size="2"), "world_size is '2'"),
+        (with_values(world_size=0), "world_size is 0"),
+        (with_values(world_size=10**9), "world_size is 1000000000"),
+        (with_values(world_size=True), "world_size is 'True'"),
+        (with_values(step=-1), "step is -1"),
+        (with_values(step=1.5), "step is '1.5'"),
+        (with_values(config=[]), r"config is '\[\]'"),
+        (with_values(data="key"), "data is 'key'"),
+        (with_values(batches={"rows per optimizer step": "many"}), "rows per optimizer step is 'many'"),
+        (with_values(tracker={"step": 1, "bytes": 2}), "it has no seconds"),
+        (with_values(tracker={"step": 1, "bytes": 2, "seconds": float("nan")}), "seconds is nan"),
+        (with_values(world_size=2), "rank1.safetensors cannot be used: No such file"),
+    ],
+)
 def test_a_state_that_is_none_is_named_and_the_checkpoint_before_is_taken(content, why, tmp_path, capsys):
     before, newest = saved(tmp_path, 7), saved(tmp_path, 9)
     replaced(newest, "state.json", content(json.loads((newest / "state.json").read_text())))
@@ -167,12 +232,16 @@ def test_a_state_that_is_none_is_named_and_the_checkpoint_before_is_taken(conten
         checkpoints(tmp_path, "--resume", str(newest)).find()
 
 
-@pytest.mark.parametrize("content, why", [
-    (pickle.dumps({"random.cpu": 1}), "rank0.safetensors cannot be used: "),
-    (b"", "rank0.safetensors cannot be used: "),
-    (b"\xff" * 8 + b"{}", "rank0.safetensors cannot be used: "), (None, "rank0.safetensors cannot be used: No such"),
-    (save({"other": torch.ones(1)}), "rank0.safetensors has no random.cpu"),
-])
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (pickle.dumps({"random.cpu": 1}), "rank0.safetensors cannot be used: "),
+        (b"", "rank0.safetensors cannot be used: "),
+        (b"\xff" * 8 + b"{}", "rank0.safetensors cannot be used: "),
+        (None, "rank0.safetensors cannot be used: No such"),
+        (save({"other": torch.ones(1)}), "rank0.safetensors has no random.cpu"),
+    ],
+)
 def test_a_ranks_file_that_is_none_is_named_and_the_checkpoint_before_is_taken(content, why, tmp_path, capsys):
     before, newest = saved(tmp_path, 7), saved(tmp_path, 9)
     replaced(newest, "rank0.safetensors", content)
@@ -181,10 +250,10 @@ def test_a_ranks_file_that_is_none_is_named_and_the_checkpoint_before_is_taken(c
     assert f"{newest} is not whole ({why}" in line
 
 
-@pytest.mark.parametrize("remember", [{}, {"skipped": "many"}, {"skipped": {}, "in_a_row": []}])
-def test_what_was_remembered_of_another_kind_is_one_line(remember, tmp_path):
+@pytest.mark.parametrize("values", [{}, {"skipped": "many"}, {"skipped": {}, "consecutive_skips": []}])
+def test_what_was_remembered_of_another_kind_is_one_line(values, tmp_path):
     made = checkpoints(tmp_path)
-    path = saved(tmp_path, 7, made, remember=remember)
-    state = TrainingState({}, recall=lambda values: int(values["skipped"]) + int(values["in_a_row"]))
+    path = saved(tmp_path, 7, made, state_dict=values)
+    state = TrainingState({}, load_state_dict=lambda state: int(state["skipped"]) + int(state["consecutive_skips"]))
     with pytest.raises(UserError, match=f"{path} does not hold what this run needs .*--resume never"):
         made.restore(path, state, Tracker(tmp_path / "out", tensorboard=False))

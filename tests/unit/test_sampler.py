@@ -2,23 +2,34 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from common.data.blend import parse_data_path
-from common.data.reading import ReadReport, read_records
-from common.batching.sampler import MicroBatch, StepSampler, evaluation_batches, token_budget_batches
 from hypothesis import given
 from hypothesis import strategies as st
+
+from common.batching.sampler import MicroBatch, StepSampler, evaluation_batches, token_budget_batches
+from common.data.blend import parse_data_path
+from common.data.reading import ReadReport, read_records
 
 some_lengths = st.lists(st.integers(1, 500), min_size=1, max_size=150)
 small = st.integers(1, 4)
 
 
-def ranks(lengths, rows, micro_batches, world_size, seed=0, epoch=0, max_tokens=0,
-          group_by_length=False) -> list[list[list[MicroBatch]]]:
+def ranks(
+    lengths, rows, micro_batches, world_size, seed=0, epoch=0, max_tokens=0, group_by_length=False
+) -> list[list[list[MicroBatch]]]:
     """An epoch as every rank sees it: [rank][step][micro-batch]."""
-    samplers = [StepSampler(lengths, rows_per_micro_batch=rows, micro_batches_per_step=micro_batches,
-                            world_size=world_size, rank=rank, seed=seed, max_tokens=max_tokens,
-                            group_by_length=group_by_length)
-                for rank in range(world_size)]
+    samplers = [
+        StepSampler(
+            lengths,
+            rows_per_micro_batch=rows,
+            micro_batches_per_step=micro_batches,
+            world_size=world_size,
+            rank=rank,
+            seed=seed,
+            max_tokens=max_tokens,
+            group_by_length=group_by_length,
+        )
+        for rank in range(world_size)
+    ]
     return [sampler.epoch(epoch) for sampler in samplers]
 
 
@@ -48,6 +59,7 @@ def test_every_row_once_in_an_epoch_and_equal_counts_on_every_rank(lengths, rows
 @given(some_lengths, small, st.integers(0, 5), st.booleans())
 def test_steps_are_the_same_on_any_number_of_ranks(lengths, rows, epoch, grouped):
     """12 micro-batches a step, dealt as 1 x 12, 2 x 6, 3 x 4, 12 x 1; one of 12 x rows is the same step."""
+
     def steps(rows, micro_batches, world_size):
         return step_rows(ranks(lengths, rows, micro_batches, world_size, epoch=epoch, group_by_length=grouped))
 
@@ -68,8 +80,10 @@ def test_order_depends_on_seed_and_epoch_alone():
 @pytest.mark.parametrize("grouped", [False, True])
 def test_other_epochs_put_other_rows_together(grouped):
     lengths = [row % 37 + 1 for row in range(400)]
-    first, second = ({frozenset(rows) for rows in step_rows(ranks(lengths, 4, 1, 1, epoch=epoch,
-                                                                  group_by_length=grouped))} for epoch in (0, 1))
+    first, second = (
+        {frozenset(rows) for rows in step_rows(ranks(lengths, 4, 1, 1, epoch=epoch, group_by_length=grouped))}
+        for epoch in (0, 1)
+    )
     assert len(first & second) < len(first) / 10
 
 
@@ -83,7 +97,7 @@ def test_a_step_is_a_random_sample_of_the_rows():
     lengths = np.random.default_rng(0).integers(1, 257, 20_000)
     seen = [rows for epoch in range(4) for rows in step_rows(ranks(lengths, 16, 4, 2, epoch=epoch))]
     whole = [rows for rows in seen if rows.total() == 128]
-    expected = lengths.std() / 128 ** 0.5
+    expected = lengths.std() / 128**0.5
     # The standard deviation of an estimate from n steps is about its size over the root of 2 n: 2.8 percent here.
     assert spread_of_mean_lengths(whole, lengths) == pytest.approx(expected, rel=0.12)
 
@@ -147,16 +161,18 @@ some_tokens = st.integers(1, 2000)
 
 
 @given(some_lengths, small, small, small, some_tokens, st.integers(0, 5))
-def test_a_token_budget_changes_how_a_step_is_cut_and_not_its_rows(lengths, rows, micro_batches, world_size, tokens,
-                                                                  epoch):
+def test_a_token_budget_changes_how_a_step_is_cut_and_not_its_rows(
+    lengths, rows, micro_batches, world_size, tokens, epoch
+):
     by_rows = ranks(lengths, rows, micro_batches, world_size, epoch=epoch)
     by_tokens = ranks(lengths, rows, micro_batches, world_size, epoch=epoch, max_tokens=tokens)
     assert step_rows(by_tokens) == step_rows(by_rows)
 
 
 @given(some_lengths, small, small, small, some_tokens)
-def test_a_token_budget_is_kept_by_equally_many_micro_batches_on_every_rank(lengths, rows, micro_batches, world_size,
-                                                                           tokens):
+def test_a_token_budget_is_kept_by_equally_many_micro_batches_on_every_rank(
+    lengths, rows, micro_batches, world_size, tokens
+):
     seen = ranks(lengths, rows, micro_batches, world_size, max_tokens=tokens)
     assert len({tuple(len(step) for step in steps) for steps in seen}) == 1
     for batch in (batch for steps in seen for step in steps for batch in step):
@@ -183,8 +199,10 @@ def test_a_token_budget_takes_no_more_micro_batches_than_rows_of_one_size_would(
 def real_lengths(hh_data) -> list[int]:
     """About the tokens of real demonstrations, cut to 512."""
     records = read_records(parse_data_path([str(hh_data)]), "demonstration", max_rows=4000, report=ReadReport())
-    texts = ("".join(message.content for message in sourced.record.prompt.messages) + sourced.record.response
-             for sourced in records)
+    texts = (
+        "".join(message.content for message in sourced.record.prompt.messages) + sourced.record.response
+        for sourced in records
+    )
     return [min(2 + len(text) // 4, 512) for text in texts]
 
 
@@ -209,5 +227,6 @@ def test_passes_within_a_token_budget_see_every_row_once(lengths, world_size, to
     seen = [token_budget_batches(lengths, tokens, world_size, rank) for rank in range(world_size)]
     assert sorted(row for batches in seen for row in real_rows(batches)) == list(range(len(lengths)))
     assert len({len(batches) for batches in seen}) == 1
-    assert all(padded_tokens([batch], lengths) <= tokens or len(batch.indices) == 1
-               for batches in seen for batch in batches)
+    assert all(
+        padded_tokens([batch], lengths) <= tokens or len(batch.indices) == 1 for batches in seen for batch in batches
+    )

@@ -1,4 +1,5 @@
 """The scale that PPO measures scores in: from the reward model's provenance, from the first rollout, or none at all."""
+
 import json
 import shutil
 
@@ -6,16 +7,16 @@ import pytest
 import torch
 
 from common.artifacts.export import write_model
+from common.artifacts.provenance import RAW, Calibration, Provenance
+from common.artifacts.publish import read_calibration, text_of
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.builtin import materialise
 from common.models.loading import load_causal_lm, load_scalar_model
-from common.artifacts.provenance import RAW, Calibration, Provenance
-from common.artifacts.publish import read_calibration, text_of
-from step3_ppo.scoring import Assessment
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Rollout
 from step3_ppo.models import PPOModels
+from step3_ppo.scoring import ModelOutputs
 from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
 
@@ -53,19 +54,25 @@ def calibrated(reward_model, tmp_path):
     """The same reward model with its provenance, as step 2 writes it."""
     directory, codec = reward_model
     shutil.copytree(directory, tmp_path / "scorer")
-    Provenance(step="reward", base="x", data_split="2,4,4", eval_fraction=0.05, score_mean=0.5, score_std=2.0,
-               **text_of(codec)).write(tmp_path / "scorer")
+    Provenance(
+        step="reward", base="x", data_split="2,4,4", eval_fraction=0.05, score_mean=0.5, score_std=2.0, **text_of(codec)
+    ).write(tmp_path / "scorer")
     return tmp_path / "scorer", codec
 
 
-@pytest.mark.parametrize("options, expected, said", [
-    ({}, Calibration(0.5, 2.0), "own mean 0.5 and spread 2"),
-    ({"score_calibration": "provenance"}, Calibration(0.5, 2.0), "own mean 0.5 and spread 2"),
-    ({"score_calibration": "rollout"}, None, "first rollouts"),
-    ({"score_calibration": "none"}, RAW, "as they are"), ({"normalize_scores": False}, RAW, "as they are"),
-])
-def test_a_reward_model_with_its_scale_is_measured_in_it_unless_told_otherwise(calibrated, options, expected, said,
-                                                                               capsys):
+@pytest.mark.parametrize(
+    "options, expected, said",
+    [
+        ({}, Calibration(0.5, 2.0), "own mean 0.5 and spread 2"),
+        ({"score_calibration": "provenance"}, Calibration(0.5, 2.0), "own mean 0.5 and spread 2"),
+        ({"score_calibration": "rollout"}, None, "first rollouts"),
+        ({"score_calibration": "none"}, RAW, "as they are"),
+        ({"normalize_scores": False}, RAW, "as they are"),
+    ],
+)
+def test_a_reward_model_with_its_scale_is_measured_in_it_unless_told_otherwise(
+    calibrated, options, expected, said, capsys
+):
     directory, codec = calibrated
     assert read_calibration(config(**options), codec, str(directory)) == expected
     (line,) = capsys.readouterr().out.splitlines()
@@ -84,8 +91,10 @@ def test_a_scale_that_is_not_there_is_refused_with_what_to_write(reward_model):
         read_calibration(config(score_calibration="provenance"), codec, str(directory))
 
 
-@pytest.mark.parametrize("mean, std", [("0.5", 2.0), (0.5, "wide"), (None, 2.0), (True, 2.0), (0.5, 1e-300),
-                                       (1e300, 2.0), (1e9, 1.0), (0.5, -1.0)])
+@pytest.mark.parametrize(
+    "mean, std",
+    [("0.5", 2.0), (0.5, "wide"), (None, 2.0), (True, 2.0), (0.5, 1e-300), (1e300, 2.0), (1e9, 1.0), (0.5, -1.0)],
+)
 def test_a_scale_that_measures_nothing_is_named_at_the_door(calibrated, mean, std):
     directory, codec = calibrated
     written = json.loads((directory / "provenance.json").read_text())
@@ -98,8 +107,10 @@ def test_a_scale_that_measures_nothing_is_named_at_the_door(calibrated, mean, st
 def other_chat(codec, template="human_assistant"):
     """The codec of an actor with the same tokens and another chat template."""
     tokenizer = load_tokenizer(codec.tokenizer.name_or_path)
-    tokenizer.chat_template = ("{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n"
-                               "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     return make_codec(tokenizer, template)
 
 
@@ -144,17 +155,23 @@ def trainer(reward_model, base) -> PPOTrainer:
     return PPOTrainer(models, config(missing_eos_penalty=0.0), codec, None, None, None, None)
 
 
-def assessed(scores) -> tuple[Rollout, Assessment]:
+def assessed(scores) -> tuple[Rollout, ModelOutputs]:
     rows = len(scores)
-    rollout = Rollout(torch.ones(rows, 5, dtype=torch.long), torch.full((rows,), 3), torch.full((rows,), 2),
-                      torch.ones(rows, dtype=torch.bool), torch.arange(rows), torch.ones(rows, dtype=torch.bool))
-    return rollout, Assessment(*torch.zeros(3, rows, 2), torch.full((rows, 2), 200.0), scores)
+    rollout = Rollout(
+        torch.ones(rows, 5, dtype=torch.long),
+        torch.full((rows,), 3),
+        torch.full((rows,), 2),
+        torch.ones(rows, dtype=torch.bool),
+        torch.arange(rows),
+        torch.ones(rows, dtype=torch.bool),
+    )
+    return rollout, ModelOutputs(*torch.zeros(3, rows, 2), torch.full((rows, 2), 200.0), scores)
 
 
 def test_large_scores_are_brought_to_their_own_mean_and_spread(trainer):
-    rollout, assessment = assessed(SCORES)
-    assert trainer.rewards(rollout, assessment)[0].scores.tolist() == [5.0] * 4  # nothing to learn from
-    calibrated = trainer.calibrate(assessment)
+    rollout, outputs = assessed(SCORES)
+    assert trainer.rewards(rollout, outputs)[0].scores.tolist() == [5.0] * 4  # nothing to learn from
+    calibrated = trainer.calibrate(outputs)
     shaped, rewards = trainer.rewards(rollout, calibrated)
     expected = (SCORES - SCORES.mean()) / SCORES.std(correction=0)
     torch.testing.assert_close(shaped.scores, expected)
@@ -174,8 +191,9 @@ def test_the_critic_goes_on_in_the_scale_that_was_measured(trainer):
     with torch.no_grad():
         raw = trainer.models.critic.module.eval()(**inputs)
         trainer.calibrate(assessed(SCORES)[1])
-        torch.testing.assert_close(trainer.models.critic.module(**inputs),
-                                   (raw - SCORES.mean()) / SCORES.std(correction=0))
+        torch.testing.assert_close(
+            trainer.models.critic.module(**inputs), (raw - SCORES.mean()) / SCORES.std(correction=0)
+        )
 
 
 def test_a_resumed_run_has_the_very_scale(trainer):

@@ -1,4 +1,5 @@
 """Finding sources: paths, directories, saved data sets, hub names; their splits and their fingerprints."""
+
 import json
 import os
 import shutil
@@ -91,18 +92,25 @@ def test_hub_sets_are_loaded_by_datasets(tmp_path, monkeypatch):
 
 def offline(program, directory, **variables):
     """The lines on standard output and standard error of a program without a hub."""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=directory,
-                         env=dict(os.environ, HF_HOME=str(directory / "cache"), PYTHONPATH=str(ROOT), **variables))
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=directory,
+        env=dict(os.environ, HF_HOME=str(directory / "cache"), PYTHONPATH=str(ROOT), **variables),
+    )
     return run.stdout.splitlines(), run.stderr
 
 
 @pytest.mark.parametrize("name, near", [("no-owner/no-such-set", ""), ("wikitext", ""), ("my_pair", "my_pairs")])
 def test_an_unreachable_hub_is_one_clear_line(name, near, tmp_path):
     lines(tmp_path / "my_pairs" / "data.jsonl", "a")
-    program = ("from common.data.sources import open_source; from common.data.blend import SourceSpec\n"
-               "from common.errors import UserError\n"
-               f"try: open_source(SourceSpec({name!r}))\n"
-               "except UserError as error: print(error)")
+    program = (
+        "from common.data.sources import open_source; from common.data.blend import SourceSpec\n"
+        "from common.errors import UserError\n"
+        f"try: open_source(SourceSpec({name!r}))\n"
+        "except UserError as error: print(error)"
+    )
     (line,), _ = offline(program, tmp_path, HF_HUB_OFFLINE="1")
     assert line.startswith(f"--data_path: {name} is no local path, and")
     assert "HF_HUB_OFFLINE=1" in line and f"not in the cache, {tmp_path}/cache/datasets:" in line
@@ -110,11 +118,13 @@ def test_an_unreachable_hub_is_one_clear_line(name, near, tmp_path):
 
 
 def test_a_model_that_is_not_in_the_cache_is_one_clear_line(tmp_path):
-    program = ("from common.models.loading import load_config; from common.data.tokenization import load_tokenizer\n"
-               "from common.errors import UserError\n"
-               "for load in (lambda: load_config('owner/name', '--path'), lambda: load_tokenizer('owner/name')):\n"
-               "    try: load()\n"
-               "    except UserError as error: print(error)")
+    program = (
+        "from common.models.loading import load_config; from common.data.tokenization import load_tokenizer\n"
+        "from common.errors import UserError\n"
+        "for load in (lambda: load_config('owner/name', '--path'), lambda: load_tokenizer('owner/name')):\n"
+        "    try: load()\n"
+        "    except UserError as error: print(error)"
+    )
     said, _ = offline(program, tmp_path, HF_HUB_OFFLINE="1")
     assert len(said) == 2
     for line in said:
@@ -124,6 +134,7 @@ def test_a_model_that_is_not_in_the_cache_is_one_clear_line(tmp_path):
 
 def test_without_a_network_the_hub_cannot_be_reached():
     from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         try:
             raise LocalEntryNotFoundError("looked in vain")
@@ -131,12 +142,14 @@ def test_without_a_network_the_hub_cannot_be_reached():
             raise OSError("We couldn't connect\nCheck your connection") from cause
     except OSError as error:
         assert unreachable_hub(error, "/there").startswith(
-            "the hub cannot be reached, and it is not in the cache, /there: ")
+            "the hub cannot be reached, and it is not in the cache, /there: "
+        )
     assert unreachable_hub(OSError("no such file")) is None
 
 
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "no/such/path", "data/no.jsonl", "nowhere.csv",
-                                  "data/rows", "output/pairs"])
+@pytest.mark.parametrize(
+    "name", ["nowhere.jsonl", "./nowhere", "no/such/path", "data/no.jsonl", "nowhere.csv", "data/rows", "output/pairs"]
+)
 def test_a_path_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
@@ -186,4 +199,5 @@ def test_a_fingerprint_follows_content_and_choices_but_not_the_place(tmp_path):
     different.append(of("first"))
     assert len({same, *different}) == 1 + len(different)
     assert fingerprint(SourceSpec("builtin:courtesy"), None, None) == fingerprint(
-        SourceSpec("builtin:courtesy"), None, None)
+        SourceSpec("builtin:courtesy"), None, None
+    )

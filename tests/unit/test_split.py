@@ -1,9 +1,11 @@
 """A dialogue's phase and side depend on its first user turn and on nothing else."""
+
 import math
 import unicodedata
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.data.split import Assignment, assignment, check_eval_fraction, normalised, parse_data_split
 from common.errors import UserError
@@ -24,7 +26,7 @@ def test_phases_get_their_shares(data_split):
         expected = share / sum(shares)
         assert abs(got[phase] - expected) <= 5 * math.sqrt(expected * (1 - expected) / len(found))
         in_phase = [a.is_eval for a in found if a.phase == phase]
-        if in_phase:    # the evaluation share holds within each phase
+        if in_phase:  # the evaluation share holds within each phase
             assert abs(sum(in_phase) / len(in_phase) - 0.1) <= 5 * math.sqrt(0.09 / len(in_phase))
 
 
@@ -39,8 +41,10 @@ def test_growing_the_evaluation_share_never_moves_a_prompt_back_to_training(turn
     assert larger.phase == smaller.phase
 
 
-@given(st.lists(st.text(st.characters(codec="ascii", exclude_characters="\n"), min_size=1), min_size=1),
-       st.lists(st.sampled_from([" ", "\t", "\n", "\u00a0", "  "]), min_size=1))
+@given(
+    st.lists(st.text(st.characters(codec="ascii", exclude_characters="\n"), min_size=1), min_size=1),
+    st.lists(st.sampled_from([" ", "\t", "\n", "\u00a0", "  "]), min_size=1),
+)
 def test_case_white_space_and_unicode_form_do_not_matter(words, spaces):
     plain = " ".join(words)
     spaced = "".join(word + spaces[i % len(spaces)] for i, word in enumerate(words))
@@ -66,8 +70,9 @@ def test_assignments_are_fixed_for_ever():
     assert [i for i in range(12) if assignment(f"q{i}", "2,4,4", 0.5).is_eval] == [0, 1, 2, 4, 8, 9, 10, 11]
 
 
-@pytest.mark.parametrize("bad", ["2,4", "2,4,4,4", "", "a,b,c", "2,,4", "-1,1,1", "0,0,0", "nan,1,1",
-                                 "inf,1,1", (1, 2), (1, None, 2)])
+@pytest.mark.parametrize(
+    "bad", ["2,4", "2,4,4,4", "", "a,b,c", "2,,4", "-1,1,1", "0,0,0", "nan,1,1", "inf,1,1", (1, 2), (1, None, 2)]
+)
 def test_a_bad_data_split_is_named(bad):
     with pytest.raises(UserError, match="--data_split"):
         parse_data_split(bad)

@@ -1,12 +1,14 @@
 """What keeps rows together in the split of prepared data: the same in every step, whatever kind it reads."""
+
 import random
 
 import pytest
+from preparation import pairs, request, write
+from tokenizers_built import byte_level_bpe
+
 from common.data.prepare import prepare, prepare_many
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from preparation import pairs, request, write
-from tokenizers_built import byte_level_bpe
 
 PHASES = (0, 1, 2)
 KINDS = ("demonstration", "comparison", "prompt")
@@ -23,8 +25,15 @@ def messages(*texts: str) -> list[dict]:
 
 def greeted(count: int, *, start: int = 0, more: tuple[str, ...] = (), **columns) -> list[dict]:
     """Pairs whose dialogues all begin with the same turn."""
-    return [{"prompt": messages("Hello", "Hello! What is it?", f"What is {i} plus {i}?", *more),
-             "chosen": f"The sum is {2 * i}.", "rejected": "No idea.", **columns} for i in range(start, start + count)]
+    return [
+        {
+            "prompt": messages("Hello", "Hello! What is it?", f"What is {i} plus {i}?", *more),
+            "chosen": f"The sum is {2 * i}.",
+            "rejected": "No idea.",
+            **columns,
+        }
+        for i in range(start, start + count)
+    ]
 
 
 def asked(codec, dataset) -> list[str]:
@@ -36,8 +45,9 @@ def asked(codec, dataset) -> list[str]:
 def test_dialogues_with_one_opening_are_divided_among_steps_and_sides(tmp_path, codec):
     rows = greeted(100)
     path = write(tmp_path / "d.jsonl", rows)
-    data = [prepare(request(tmp_path, path, phase=phase, kind=kind), codec)
-            for phase, kind in zip(PHASES, KINDS)]    # as the steps read it
+    data = [
+        prepare(request(tmp_path, path, phase=phase, kind=kind), codec) for phase, kind in zip(PHASES, KINDS)
+    ]  # as the steps read it
     held_out = set(asked(codec, data[0].eval))
     assert 8 <= len(held_out) <= 35 and all(set(asked(codec, part.eval)) == held_out for part in data)
     trained = [asked(codec, part.train) for part in data]
@@ -50,17 +60,30 @@ def test_dialogues_with_one_opening_are_divided_among_steps_and_sides(tmp_path, 
 
 def test_every_kind_counts_the_same_rows_though_it_reads_others(tmp_path, codec):
     """Of parts for several uses; in one of them alone the opening would be a rare one."""
+
     def some(count, kind):
-        return [{"messages" if kind == "sft" else "chosen": turns, **({"rejected": [*turns[:-1], {
-                    "role": "assistant", "content": "bad"}]} if kind == "prefs" else {})}
-                for number in range(count) for turns in [[
-                    {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"},
-                    {"role": "user", "content": f"{kind} {number}?"}, {"role": "assistant", "content": "Yes."}]]]
+        return [
+            {
+                "messages" if kind == "sft" else "chosen": turns,
+                **({"rejected": [*turns[:-1], {"role": "assistant", "content": "bad"}]} if kind == "prefs" else {}),
+            }
+            for number in range(count)
+            for turns in [
+                [
+                    {"role": "user", "content": "Hello"},
+                    {"role": "assistant", "content": "Hi"},
+                    {"role": "user", "content": f"{kind} {number}?"},
+                    {"role": "assistant", "content": "Yes."},
+                ]
+            ]
+        ]
 
     write(tmp_path / "set" / "train_sft.jsonl", some(4, "sft"))
     write(tmp_path / "set" / "train_prefs.jsonl", some(30, "prefs"))
-    reports = [prepare(request(tmp_path, str(tmp_path / "set"), phase=None, kind=kind, eval_fraction=0.5), codec).report
-               for kind in ("demonstration", "comparison")]
+    reports = [
+        prepare(request(tmp_path, str(tmp_path / "set"), phase=None, kind=kind, eval_fraction=0.5), codec).report
+        for kind in ("demonstration", "comparison")
+    ]
     first, second = (list(report.read.shared.values()) for report in reports)
     assert first == second and len(first[0]) == 1
 
@@ -94,13 +117,16 @@ def test_test_data_with_the_same_opening_leaves_the_training_data_alone(tmp_path
 
 @pytest.mark.parametrize("together", [True, False])
 def test_test_data_of_a_source_with_few_such_openings_takes_no_more_than_its_own_from_another(
-        tmp_path, codec, together):
+    tmp_path, codec, together
+):
     """Each source keys by its own rule: what is rare in the one is common in the other."""
     write(tmp_path / "set" / "train.jsonl", pairs(20))
     write(tmp_path / "set" / "test.jsonl", greeted(3))
     greetings = write(tmp_path / "greetings.jsonl", greeted(30))
-    both = [request(tmp_path, *paths, eval_fraction=0.0) for paths in (
-        [(str(tmp_path / "set"), greetings)] if together else [(str(tmp_path / "set"),), (greetings,)])]
+    both = [
+        request(tmp_path, *paths, eval_fraction=0.0)
+        for paths in ([(str(tmp_path / "set"), greetings)] if together else [(str(tmp_path / "set"),), (greetings,)])
+    ]
     data = prepare_many(both, codec)
     assert len(data.train) == 20 + 30 - 3 == data.report.train_rows
     trained = codec.tokenizer.batch_decode(data.train["prompt_ids"][:])
@@ -112,21 +138,27 @@ def test_what_one_source_holds_out_the_other_does_not_train_on(tmp_path, codec, 
     few = write(tmp_path / "few.jsonl", greeted(4) + pairs(100, start=50))
     many = write(tmp_path / "many.jsonl", greeted(80))
     held_out = None
-    for fraction in (0.1, 0.3, 0.5, 0.7, 0.9):    # at one of which the few are held out
-        asks = [request(tmp_path, *paths, eval_fraction=fraction)
-                for paths in ([(few, many)] if together else [(few,), (many,)])]
+    for fraction in (0.1, 0.3, 0.5, 0.7, 0.9):  # at one of which the few are held out
+        asks = [
+            request(tmp_path, *paths, eval_fraction=fraction)
+            for paths in ([(few, many)] if together else [(few,), (many,)])
+        ]
         data = prepare_many(asks, codec)
-        trained, held_out = (set(codec.tokenizer.batch_decode(side["prompt_ids"][:]))
-                             for side in (data.train, data.eval))
+        trained, held_out = (
+            set(codec.tokenizer.batch_decode(side["prompt_ids"][:])) for side in (data.train, data.eval)
+        )
         assert trained.isdisjoint(held_out)
     assert sum("Hello" in text for text in held_out) > 4
 
 
 def test_by_opening_and_by_prompt(tmp_path, codec):
     path = write(tmp_path / "d.jsonl", greeted(40) + greeted(40, more=("It is so.", "and then?")))
-    sides = [{bool(len(side)) for side in (data.train, data.eval)} for phase in PHASES
-             if (data := _prepared(tmp_path, codec, path, phase)) is not None]
-    assert sides == [{True, False}]    # one step has all of it, on one side
+    sides = [
+        {bool(len(side)) for side in (data.train, data.eval)}
+        for phase in PHASES
+        if (data := _prepared(tmp_path, codec, path, phase)) is not None
+    ]
+    assert sides == [{True, False}]  # one step has all of it, on one side
     whole = prepare(request(tmp_path, path, split_by="prompt"), codec)
     first = [text.split("\n\n")[0] for text in asked(codec, whole.train)]
     assert len(whole.train) + len(whole.eval) == 80 and {first.count(text) for text in first} == {1, 2}
@@ -153,14 +185,25 @@ def test_by_a_column(tmp_path, codec):
     assert report.read.first_bad == [(f"{path}:101", "'conv' is missing, by which to split (--split_by)")]
 
 
-@pytest.mark.parametrize("changes, what", [
-    (dict(), "the same prompt, 'Same question?'"),
-    (dict(kind="prompt"), "the same prompt, 'Same question?'"),
-    (dict(split_by="prompt"), "the same prompt, 'Same question?'"),
-    (dict(split_by="column:set"), "the same 'set', 'a'")])
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        (dict(), "the same prompt, 'Same question?'"),
+        (dict(kind="prompt"), "the same prompt, 'Same question?'"),
+        (dict(split_by="prompt"), "the same prompt, 'Same question?'"),
+        (dict(split_by="column:set"), "the same 'set', 'a'"),
+    ],
+)
 def test_one_prompt_for_all_rows_is_said(tmp_path, codec, changes, what):
-    rows = [{"prompt": ("Same question?", "same  QUESTION?")[i % 2], "chosen": f"good {i}", "rejected": f"bad {i}",
-             "set": "a"} for i in range(40)]
+    rows = [
+        {
+            "prompt": ("Same question?", "same  QUESTION?")[i % 2],
+            "chosen": f"good {i}",
+            "rejected": f"bad {i}",
+            "set": "a",
+        }
+        for i in range(40)
+    ]
     path = write(tmp_path / "d.jsonl", rows)
     said = f"all 40 rows of {path} have {what}, and a split keeps them together: "
     ends = []

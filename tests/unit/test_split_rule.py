@@ -1,25 +1,27 @@
 """A step splits data as the steps before it did, or is refused."""
+
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from chat_model import provenance_of
+from preparation import write
+from tokenizers_built import byte_level_bpe
+
+from common.artifacts.provenance import read_provenance
+from common.artifacts.publish import data_request, publishing
+from common.artifacts.split_rule import check_split_rule, key_rule, known_openings
 from common.config.parser import parse
 from common.data.prepare import prepare
 from common.data.split import beginnings
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.builtin import materialise
-from common.artifacts.provenance import read_provenance
-from common.artifacts.publish import data_request, publishing
-from common.artifacts.split_rule import check_split_rule, key_rule, known_openings
 from inference.options import PromptOptions
 from inference.prompts import held_out_prompts
-from preparation import write
 from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
-from tokenizers_built import byte_level_bpe
 
 HELLO = beginnings(["Hello"])
 
@@ -30,22 +32,42 @@ def codec(tmp_path_factory):
 
 
 def greeted(count: int) -> list[dict]:
-    return [{"prompt": [{"role": role, "content": text} for role, text in (
-        ("user", "Hello"), ("assistant", "Hello!"), ("user", f"What is {i}?"))], "response": "A number."}
-        for i in range(count)]
+    return [
+        {
+            "prompt": [
+                {"role": role, "content": text}
+                for role, text in (("user", "Hello"), ("assistant", "Hello!"), ("user", f"What is {i}?"))
+            ],
+            "response": "A number.",
+        }
+        for i in range(count)
+    ]
 
 
 def sft(tmp_path, **given) -> SFTConfig:
-    given = {"data_path": tmp_path / "d.jsonl", "output_dir": tmp_path / "sft",
-             "model_name_or_path": "builtin:tiny-opt", "data_output_path": tmp_path / "data", "data_split": "1,1,1",
-             "eval_fraction": 0.2, **given}
+    given = {
+        "data_path": tmp_path / "d.jsonl",
+        "output_dir": tmp_path / "sft",
+        "model_name_or_path": "builtin:tiny-opt",
+        "data_output_path": tmp_path / "data",
+        "data_split": "1,1,1",
+        "eval_fraction": 0.2,
+        **given,
+    }
     return parse(SFTConfig, [word for name, value in given.items() for word in (f"--{name}", str(value))])
 
 
 def ppo(tmp_path, **given) -> PPOConfig:
-    given = {"data_path": tmp_path / "d.jsonl", "output_dir": tmp_path / "ppo", "data_split": "1,1,1",
-             "actor_model_name_or_path": tmp_path / "sft", "critic_model_name_or_path": tmp_path / "reward",
-             "data_output_path": tmp_path / "data", "eval_fraction": 0.2, **given}
+    given = {
+        "data_path": tmp_path / "d.jsonl",
+        "output_dir": tmp_path / "ppo",
+        "data_split": "1,1,1",
+        "actor_model_name_or_path": tmp_path / "sft",
+        "critic_model_name_or_path": tmp_path / "reward",
+        "data_output_path": tmp_path / "data",
+        "eval_fraction": 0.2,
+        **given,
+    }
     return parse(PPOConfig, [word for name, value in given.items() for word in (f"--{name}", str(value))])
 
 
@@ -54,8 +76,9 @@ def made(config, codec, step: str = "sft") -> None:
     Path(config.output_dir).mkdir(exist_ok=True)
     data = prepare(data_request(config, "demonstration", 200, "--max_seq_len"), codec)
     with publishing(config, codec, {}, step=step, base="x", data=data):
-        shutil.copytree(materialise("builtin:tiny-opt", Path(config.output_dir).parent), config.output_dir,
-                        dirs_exist_ok=True)
+        shutil.copytree(
+            materialise("builtin:tiny-opt", Path(config.output_dir).parent), config.output_dir, dirs_exist_ok=True
+        )
 
 
 def test_a_step_keys_openings_as_the_one_before_though_the_data_has_grown(tmp_path, codec):
@@ -94,8 +117,11 @@ def test_two_ways_to_split_the_same_data_are_refused_by_name(tmp_path, codec):
         check_split_rule(provenance, ppo(tmp_path, split_by="prompt"), "the actor")
     with pytest.raises(UserError, match=f"--actor_model_name_or_path {tmp_path}/sft was trained on .* --split_by auto"):
         known_openings(ppo(tmp_path, split_by="opening"))
-    made(sft(tmp_path, output_dir=tmp_path / "reward", split_by="opening", data_split="1,0,0", eval_fraction=0), codec,
-         "reward")
+    made(
+        sft(tmp_path, output_dir=tmp_path / "reward", split_by="opening", data_split="1,0,0", eval_fraction=0),
+        codec,
+        "reward",
+    )
     with pytest.raises(UserError, match=f"{tmp_path}/sft and --critic_model_name_or_path {tmp_path}/reward were"):
         known_openings(ppo(tmp_path))
     made(sft(tmp_path, output_dir=tmp_path / "reward"), codec, "reward")

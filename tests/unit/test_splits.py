@@ -1,4 +1,5 @@
 """Splits told from names; of those that hold the same rows for several uses, one for each kind of record."""
+
 import json
 from pathlib import Path
 
@@ -6,33 +7,45 @@ import datasets
 import pytest
 
 from common.data.blend import SourceSpec, parse_data_path
+from common.data.openings import all_keys
 from common.data.reading import ReadReport, read_records
 from common.data.sources import open_source
-from common.data.openings import all_keys
 from common.data.splits import choose_splits
 
 UF = ["train_prefs", "train_sft", "train_gen", "test_prefs", "test_sft", "test_gen"]
 
 
-@pytest.mark.parametrize("names, kind, train, test, tested", [
-    (UF, "comparison", ["train_prefs"], ["test_prefs"], ["test_sft", "test_gen"]),
-    (UF, "demonstration", ["train_sft"], ["test_sft"], ["test_prefs", "test_gen"]),
-    (UF, "prompt", ["train_gen"], ["test_gen"], ["test_prefs", "test_sft"]),
-    (UF, None, UF[:3], UF[3:], []),
-    (["train_prefs", "train_sft", "test_sft"], "prompt", ["train_prefs"], ["test_sft"], []),
-    (["train_sft", "train_gen", "test_gen"], "demonstration", ["train_sft"], ["test_gen"], []),
-    (["train_sft", "test_sft"], "comparison", ["train_sft"], ["test_sft"], []),
-    (["train", "train_sft", "train_prefs"], "comparison", ["train"], [], []),
-    (["train_a", "train_b", "train_sft"], "comparison", ["train_a", "train_b", "train_sft"], [], []),
-    (["data/train_sft-00000-of-00002.parquet", "data/train_sft-00001-of-00002.parquet",
-      "data/train_prefs-00000-of-00001.parquet"], "demonstration",
-     ["data/train_sft-00000-of-00002.parquet", "data/train_sft-00001-of-00002.parquet"], [], []),
-    (["sft.jsonl", "prefs.jsonl"], "comparison", ["sft.jsonl", "prefs.jsonl"], [], []),
-])
+@pytest.mark.parametrize(
+    "names, kind, train, test, tested",
+    [
+        (UF, "comparison", ["train_prefs"], ["test_prefs"], ["test_sft", "test_gen"]),
+        (UF, "demonstration", ["train_sft"], ["test_sft"], ["test_prefs", "test_gen"]),
+        (UF, "prompt", ["train_gen"], ["test_gen"], ["test_prefs", "test_sft"]),
+        (UF, None, UF[:3], UF[3:], []),
+        (["train_prefs", "train_sft", "test_sft"], "prompt", ["train_prefs"], ["test_sft"], []),
+        (["train_sft", "train_gen", "test_gen"], "demonstration", ["train_sft"], ["test_gen"], []),
+        (["train_sft", "test_sft"], "comparison", ["train_sft"], ["test_sft"], []),
+        (["train", "train_sft", "train_prefs"], "comparison", ["train"], [], []),
+        (["train_a", "train_b", "train_sft"], "comparison", ["train_a", "train_b", "train_sft"], [], []),
+        (
+            [
+                "data/train_sft-00000-of-00002.parquet",
+                "data/train_sft-00001-of-00002.parquet",
+                "data/train_prefs-00000-of-00001.parquet",
+            ],
+            "demonstration",
+            ["data/train_sft-00000-of-00002.parquet", "data/train_sft-00001-of-00002.parquet"],
+            [],
+            [],
+        ),
+        (["sft.jsonl", "prefs.jsonl"], "comparison", ["sft.jsonl", "prefs.jsonl"], [], []),
+    ],
+)
 def test_the_split_of_the_kind_is_read(names, kind, train, test, tested):
     choice = choose_splits(names, kind)
-    assert [[name for name, split in choice.splits.items() if split == wanted]
-            for wanted in ("train", "test", "tested")] == [train, test, tested]
+    assert [
+        [name for name, split in choice.splits.items() if split == wanted] for wanted in ("train", "test", "tested")
+    ] == [train, test, tested]
 
 
 def ultrafeedback(place: Path, write) -> str:
@@ -56,15 +69,18 @@ def as_saved(place, name, rows):
 
 
 @pytest.mark.parametrize("write", [as_lines, as_saved])
-@pytest.mark.parametrize("kind, use, own", [("comparison", "prefs", 100), ("demonstration", "sft", 200),
-                                            ("prompt", "gen", 300)])
+@pytest.mark.parametrize(
+    "kind, use, own", [("comparison", "prefs", 100), ("demonstration", "sft", 200), ("prompt", "gen", 300)]
+)
 def test_each_row_once_and_nothing_that_any_use_tests(tmp_path, write, kind, use, own):
     name = ultrafeedback(tmp_path / "set", write)
     report, tested = ReadReport(), set()
     found = list(read_records(parse_data_path([name]), kind, report=report, tested=tested))
     asked = [(item.split, item.record.prompt if kind != "prompt" else item.record) for item in found]
     assert [(split, prompt.first_user_turn) for split, prompt in asked] == [
-        *(("test", f"q {n}") for n in (6, 7, own)), *(("train", f"q {n}") for n in range(6))]
+        *(("test", f"q {n}") for n in (6, 7, own)),
+        *(("train", f"q {n}") for n in range(6)),
+    ]
     if kind != "prompt":
         answers = {getattr(item.record, "chosen", "") or item.record.response for item in found}
         assert all(answer.startswith(use) for answer in answers)
@@ -82,7 +98,10 @@ def test_a_prompt_that_another_use_tests_is_not_trained_on(tmp_path):
     as_lines(tmp_path, "test_prefs", [{"prompt": "q 2", "chosen": "a", "rejected": "b"}])
     found = read_records(parse_data_path([str(tmp_path)]), "demonstration", report=ReadReport())
     assert [(item.split, item.record.prompt.first_user_turn) for item in found] == [
-        ("test", "q 3"), ("train", "q 1"), ("test", "q 2")]
+        ("test", "q 3"),
+        ("train", "q 1"),
+        ("test", "q 2"),
+    ]
 
 
 def test_what_a_source_holds_is_hashed_whole(tmp_path):

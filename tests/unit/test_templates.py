@@ -1,16 +1,21 @@
 import pytest
-from common.data.records import Message, Prompt
-from common.data.templates import TEMPLATE_NAMES, get_template
-from common.errors import UserError
 from tokenizers_built import byte_level_bpe
 from transformers import AutoTokenizer
 
-CHATML = ("{% for m in messages %}"
-          "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-BRACKETS = ("{{ '<s>' }}{% for m in messages %}"
-            "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-            "{% else %}{{ ' ' + m['content'] | trim + ' </s>' }}{% endif %}{% endfor %}")
+from common.data.records import Message, Prompt
+from common.data.templates import TEMPLATE_NAMES, get_template
+from common.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BRACKETS = (
+    "{{ '<s>' }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' </s>' }}{% endif %}{% endfor %}"
+)
 
 
 def prompt(*contents: str, system: str | None = None) -> Prompt:
@@ -24,24 +29,32 @@ def written(name: str, asked: Prompt, answer: str) -> str:
 
 
 def test_human_assistant_is_the_layout_of_hh_transcripts():
-    assert (written("human_assistant", prompt("Hi", "Hello.", "Who?"), "Me.")
-            == "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Who?\n\nAssistant: Me.")
-    assert (written("human_assistant", prompt("Hi", system="Be kind."), "Yes.")
-            == "Be kind.\n\nHuman: Hi\n\nAssistant: Yes.")
+    assert (
+        written("human_assistant", prompt("Hi", "Hello.", "Who?"), "Me.")
+        == "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Who?\n\nAssistant: Me."
+    )
+    assert (
+        written("human_assistant", prompt("Hi", system="Be kind."), "Yes.")
+        == "Be kind.\n\nHuman: Hi\n\nAssistant: Yes."
+    )
 
 
 def test_question_answer_puts_the_system_prompt_first():
     assert written("question_answer", prompt("1+1?"), "2") == "Question: 1+1?\n\nAnswer: 2"
-    assert (written("question_answer", prompt("1+1?", "2", "2+2?", system="Count."), "4")
-            == "Count.\n\nQuestion: 1+1?\n\nAnswer: 2\n\nQuestion: 2+2?\n\nAnswer: 4")
+    assert (
+        written("question_answer", prompt("1+1?", "2", "2+2?", system="Count."), "4")
+        == "Count.\n\nQuestion: 1+1?\n\nAnswer: 2\n\nQuestion: 2+2?\n\nAnswer: 4"
+    )
 
 
 def test_alpaca_has_its_headings_and_a_system_prompt_instead_of_its_opening():
     text = written("alpaca", prompt("Sort this."), "Done.")
     assert text.startswith("Below is an instruction")
     assert text.endswith("\n\n### Instruction:\nSort this.\n\n### Response:\nDone.")
-    assert (written("alpaca", prompt("Sort this.", system="Sort."), "Done.")
-            == "Sort.\n\n### Instruction:\nSort this.\n\n### Response:\nDone.")
+    assert (
+        written("alpaca", prompt("Sort this.", system="Sort."), "Done.")
+        == "Sort.\n\n### Instruction:\nSort this.\n\n### Response:\nDone."
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATE_NAMES if name != "chat"])

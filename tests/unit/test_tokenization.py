@@ -1,9 +1,6 @@
 import json
 
 import pytest
-from common.data.records import Message, Prompt
-from common.data.tokenization import load_tokenizer, make_codec, tokenizer_fingerprint
-from common.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -12,10 +9,28 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers_built import byte_level_bpe, llama_prepending, llama_sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-CHATML = ("{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}")
-NASTY = ["Paris", " Paris", "  two  spaces ", "", "a\n\nb", "\nfirst", "naïve café 東京 😀",
-         "say </s> and <s> and <pad>", "<unk>", "{}", "tab\tx", "<|endoftext|>"]
+from common.data.records import Message, Prompt
+from common.data.tokenization import load_tokenizer, make_codec, tokenizer_fingerprint
+from common.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+NASTY = [
+    "Paris",
+    " Paris",
+    "  two  spaces ",
+    "",
+    "a\n\nb",
+    "\nfirst",
+    "naïve café 東京 😀",
+    "say </s> and <s> and <pad>",
+    "<unk>",
+    "{}",
+    "tab\tx",
+    "<|endoftext|>",
+]
 
 
 @pytest.fixture(scope="module", params=[byte_level_bpe, llama_sentencepiece, llama_prepending])
@@ -118,7 +133,8 @@ def test_chat_prompt_and_answer_are_the_ids_of_the_rendered_dialogue(tmp_path):
     tokenizer.chat_template = CHATML
     codec = make_codec(tokenizer, "chat")
     rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Paris is"}], tokenize=False)
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Paris is"}], tokenize=False
+    )
     whole = tokenizer.encode(rendered.rstrip("\n"), add_special_tokens=False)
     assert codec.encode_prompt(asked("Hi")) + codec.encode_response("Paris is") == whole
 
@@ -146,12 +162,15 @@ def test_without_any_end_token_the_flag_is_named(tmp_path):
         make_codec(tokenizer, "human_assistant")
 
 
-@pytest.mark.parametrize("named, expected", [
-    (dict(), "<pad>"),                                                          # its own
-    (dict(pad="</s>", unk="<s>"), "<s>"),                                       # the unknown token
-    (dict(pad=None, unk=None, specials=("<|a|>",)), "<pad>"),                   # a special made for padding
-    (dict(pad="</s>", unk=None, eos="<pad>", bos="<pad>"), "</s>"),             # its own, whatever its name
-])
+@pytest.mark.parametrize(
+    "named, expected",
+    [
+        (dict(), "<pad>"),  # its own
+        (dict(pad="</s>", unk="<s>"), "<s>"),  # the unknown token
+        (dict(pad=None, unk=None, specials=("<|a|>",)), "<pad>"),  # a special made for padding
+        (dict(pad="</s>", unk=None, eos="<pad>", bos="<pad>"), "</s>"),  # its own, whatever its name
+    ],
+)
 def test_padding_is_never_the_end_token(tmp_path, named, expected):
     tokenizer = load_tokenizer(str(byte_level_bpe(tmp_path, **named)))
     assert tokenizer.pad_token == expected
@@ -184,13 +203,18 @@ def test_the_fingerprint_tells_tokenizers_apart(directory, tmp_path):
     assert len({plain, chatty, tokenizer_fingerprint(tokenizer)}) == 3
 
 
-@pytest.mark.parametrize("section, step", [
-    ("normalizer", dict(type="Lowercase")), ("normalizer", dict(type="NFKC")), ("normalizer", dict(type="NFD")),
-    ("normalizer", dict(type="StripAccents")),
-    ("normalizer", dict(type="Strip", strip_left=True, strip_right=False)),
-    ("pre_tokenizer", dict(type="Digits", individual_digits=True)),
-    ("pre_tokenizer", dict(type="Punctuation", behavior="Isolated")),
-])
+@pytest.mark.parametrize(
+    "section, step",
+    [
+        ("normalizer", dict(type="Lowercase")),
+        ("normalizer", dict(type="NFKC")),
+        ("normalizer", dict(type="NFD")),
+        ("normalizer", dict(type="StripAccents")),
+        ("normalizer", dict(type="Strip", strip_left=True, strip_right=False)),
+        ("pre_tokenizer", dict(type="Digits", individual_digits=True)),
+        ("pre_tokenizer", dict(type="Punctuation", behavior="Isolated")),
+    ],
+)
 def test_the_fingerprint_sees_what_is_done_to_text_before_the_vocabulary(tmp_path, section, step):
     before, after = tmp_path / "before", tmp_path / "after"
     for path in (before, after):
@@ -210,8 +234,9 @@ def test_the_fingerprint_sees_the_scores_of_a_unigram_model(tmp_path):
     for name, score in (("a", -3.0), ("b", -3.5), ("same", -3.0)):
         model = Unigram([("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "qzx"), ("qzx", score)], 0)
         path = tmp_path / name
-        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>",
-                                eos_token="</s>").save_pretrained(path)
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>", eos_token="</s>").save_pretrained(
+            path
+        )
         tokenizer = load_tokenizer(str(path))
         fingerprints.add(tokenizer_fingerprint(tokenizer))
         tokenizer.save_pretrained(path / "again")
@@ -222,8 +247,9 @@ def test_the_fingerprint_sees_the_scores_of_a_unigram_model(tmp_path):
 def build_words(path):
     """A byte-level tokenizer with an entry for each byte and two merges."""
     letters = sorted(ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate([*letters, "</s>", "12", ")."])},
-                              [("1", "2"), (")", ".")]))
+    tokenizer = Tokenizer(
+        BPE({letter: i for i, letter in enumerate([*letters, "</s>", "12", ")."])}, [("1", "2"), (")", ".")])
+    )
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(path)
 

@@ -1,4 +1,5 @@
 """The files of a run that are deleted, moved or replaced while it writes them."""
+
 import errno
 import json
 import os
@@ -6,11 +7,11 @@ import shutil
 
 import pytest
 
-from common.config.parser import parse
-from common.errors import TrainingFailure, UserError
-from common.checkpoints.manager import Checkpoints, TrainingState
 from common.artifacts.publish import open_run
 from common.artifacts.tracking import Tracker
+from common.checkpoints.manager import Checkpoints, TrainingState
+from common.config.parser import parse
+from common.errors import TrainingFailure, UserError
 from step1_sft.config import SFTConfig
 
 
@@ -97,20 +98,29 @@ def test_a_run_whose_output_directory_goes_stops_and_says_where_its_checkpoints_
     config = parse(SFTConfig, ["--output_dir", str(output)])
     checkpoints = Checkpoints(config, ["key"])
     checkpoints.restore(None, TrainingState({}), tracker := Tracker(output, tensorboard=False))
-    checkpoints.after(1)
+    checkpoints.on_step_end(1)
     (output / "checkpoints").mkdir()
     os.rename(output, tmp_path / "moved") if moved else shutil.rmtree(output)
     tracker.log("train", 2, {"loss": 1.0})
     tracker.samples("before", [{"prompt": "a"}])
     with pytest.raises(TrainingFailure) as ended:
-        checkpoints.after(2)
+        checkpoints.on_step_end(2)
     assert f"whose checkpoints were in {output}/checkpoints" in str(ended.value) and "\n" not in str(ended.value)
     assert (f"moved to {tmp_path}/moved under" in str(ended.value)) == moved
     assert not output.exists(), "nothing is made where the directory was"
 
 
-@pytest.mark.parametrize("folder", ["logs/metrics.jsonl", "logs/libraries.rank0.log", "provenance.json",
-                                    "model.safetensors", "config.json", "run_config.yaml"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "logs/metrics.jsonl",
+        "logs/libraries.rank0.log",
+        "provenance.json",
+        "model.safetensors",
+        "config.json",
+        "run_config.yaml",
+    ],
+)
 def test_a_folder_where_a_file_must_be_is_named_before_anything_is_written(output, folder):
     (output / folder).mkdir(parents=True)
     with pytest.raises(UserError, match=f"--output_dir {output}: {output / folder} is in the way, where a file must"):
@@ -150,10 +160,15 @@ def test_tensorboard_that_has_no_place_ends_no_run(output, tmp_path, capsys):
 def test_a_file_system_that_does_not_answer_is_not_gone(output, monkeypatch):
     tracker = Tracker(output, tensorboard=False)
     tracker.begin()
-    for error, gone in ((OSError(errno.ESTALE, "stale"), False), (PermissionError(), False),
-                        (FileNotFoundError(errno.ENOENT, "gone"), True)):
+    for error, gone in (
+        (OSError(errno.ESTALE, "stale"), False),
+        (PermissionError(), False),
+        (FileNotFoundError(errno.ENOENT, "gone"), True),
+    ):
+
         def refuse(path, *, error=error, **how):
             raise error
+
         with monkeypatch.context() as patch:
             patch.setattr("common.artifacts.tracking.os.stat", refuse)
             assert (tracker.lost() is not None) == gone

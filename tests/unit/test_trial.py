@@ -1,4 +1,5 @@
 """Tokenizers and chat templates that never end, recurse, fail or fill the memory are refused in one line."""
+
 import json
 
 import pytest
@@ -27,24 +28,35 @@ def test_usual_tokenizers_pass(name, tmp_path, builtin_cache):
     try_tokenizer(load_tokenizer(str(directory)), str(directory))
 
 
-@pytest.mark.parametrize("template", [
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}",
-    "{{ messages[0]['content'] }}{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% endfor %}",
+        "{{ messages[0]['content'] }}{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}",
+    ],
+)
 def test_templates_that_render_or_refuse_in_their_own_words_pass(template, directory):
     tokenizer = load_tokenizer(str(directory))
     tokenizer.chat_template = template
     try_template(tokenizer, str(directory))
 
 
-@pytest.mark.parametrize("template, said", [
-    ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recurses without end"),
-    ("{{ 1 // 0 }}", "fails (ZeroDivisionError"),
-    ("{{ 'x' * 10**10 }}", "takes more than 256 MiB of memory"),
-    ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
-     "{% endfor %}", "takes more than 1 seconds"),
-    ("{{ messages + 1 }}", "fails (TypeError"),
-])
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recurses without end"),
+        ("{{ 1 // 0 }}", "fails (ZeroDivisionError"),
+        ("{{ 'x' * 10**10 }}", "takes more than 256 MiB of memory"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
+            "{% endfor %}",
+            "takes more than 1 seconds",
+        ),
+        ("{{ messages + 1 }}", "fails (TypeError"),
+    ],
+)
 @pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
 def test_templates_that_do_harm_are_refused_by_the_name_of_their_file(template, said, file, directory):
     if file == "chat_template.jinja":
@@ -63,11 +75,16 @@ def test_patterns_that_backtrack_without_end_are_refused_by_the_name_of_their_fi
     directory = build_model("opt", tmp_path / "model", builtin_cache)
     path = directory / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-        content["pre_tokenizer"]]}
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            content["pre_tokenizer"],
+        ],
+    }
     path.write_text(json.dumps(content))
     from transformers import AutoTokenizer
+
     with pytest.raises(UserError) as refused:
         try_tokenizer(AutoTokenizer.from_pretrained(directory), str(directory))
     assert str(refused.value).startswith(f"{path}: the tokenizer cannot be used: to encode a text ")

@@ -1,5 +1,6 @@
 """What is refused as a model because it is more or less than its config.json says, when it is read and when it is
 written."""
+
 import json
 
 import pytest
@@ -8,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from common.artifacts.export import write_model
+from common.artifacts.publish import publishing
 from common.config.parser import parse
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
 from common.models import loading
-from common.models.loading import gives_scores, load_causal_lm, load_scalar_model
 from common.models.completeness import problem
-from common.artifacts.publish import publishing
+from common.models.loading import gives_scores, load_causal_lm, load_scalar_model
 from step1_sft.config import SFTConfig
 from tests.architectures import CONFIGS, build_model
 
@@ -64,9 +65,16 @@ def test_heads_that_others_leave_with_an_actor_are_named_and_left_out(directory,
 
 def test_what_older_versions_saved_besides_weights_is_no_matter(directory, capsys):
     loading._note.cache_clear()
-    change_weights(directory, lambda weights: weights.update({
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "decoder.version": torch.ones(1),
-        "model.layers.0.attn.masked_bias": torch.ones(())}))
+    change_weights(
+        directory,
+        lambda weights: weights.update(
+            {
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                "decoder.version": torch.ones(1),
+                "model.layers.0.attn.masked_bias": torch.ones(()),
+            }
+        ),
+    )
     load(directory)
     assert not notes(capsys)
 
@@ -93,8 +101,10 @@ def test_a_classifier_of_several_labels_is_named_as_such(directory, tmp_path, la
 def test_what_the_steps_write_is_whole(name, tmp_path, builtin_cache):
     directory = build_model(name, tmp_path / "model", builtin_cache)
     codec = codec_of(directory)
-    for kind, model in (("causal", load(directory)),
-                        ("scalar", load_scalar_model(str(directory), "--m", codec, dtype=torch.float32))):
+    for kind, model in (
+        ("causal", load(directory)),
+        ("scalar", load_scalar_model(str(directory), "--m", codec, dtype=torch.float32)),
+    ):
         write_model(model, dict(model.state_dict()), codec, tmp_path / kind)
         assert problem(tmp_path / kind) is None
 
