@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -12,6 +14,37 @@ class UserError(Exception):
     The message is one line that names the flag, file or row and says what to do. Programs print it as
     ``error: <message>`` and exit with code 2, without a traceback.
     """
+
+
+class InputError(UserError):
+    """Something that an option named cannot be used. Functions below the programs raise it without knowing the option;
+    the program adds that, see `named_by`.
+
+    Args:
+        subject: what cannot be used, as the user would recognise it: a path, a name, a value.
+        why: what is wrong with it, and what to do.
+    """
+
+    def __init__(self, subject: str | Path, why: str):
+        super().__init__(f"{subject}: {why}")
+        self.subject, self.why = str(subject), why
+
+
+class ModelError(InputError):
+    """A model directory or hub name that cannot be used."""
+
+
+class DataError(InputError):
+    """A data source, file or column that cannot be used."""
+
+
+@contextmanager
+def named_by(flag: str) -> Iterator[None]:
+    """Within the context an `InputError` becomes a `UserError` that begins with the flag which named its subject."""
+    try:
+        yield
+    except InputError as error:
+        raise UserError(f"{flag} {error}") from error.__cause__
 
 
 class TrainingFailure(Exception):
