@@ -18,8 +18,9 @@ from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, Outcome, assert_close, compare, counted_positions, tolerance
 from benchmarks.plain import LongTail, fixed_micro_batches, same_responses
 from benchmarks.plain_ppo import PlainPPO
+from common.artifacts.compatibility import open_codec
 from common.artifacts.provenance import RAW
-from common.artifacts.publish import data_request, open_codec
+from common.artifacts.split_rule import data_request
 from common.artifacts.tracking import quiet_libraries
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare

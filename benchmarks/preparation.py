@@ -21,7 +21,8 @@ import psutil
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, say_line
-from common.artifacts.publish import data_request, open_codec
+from common.artifacts.compatibility import open_codec
+from common.artifacts.split_rule import data_request
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
 from common.runtime.distributed import run_program

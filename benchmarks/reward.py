@@ -19,17 +19,17 @@ from torch.nn import functional as F
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.plain import padded_to
 from benchmarks.supervised import compare_training
-from common.artifacts.publish import data_request, open_codec, step_sampler
+from common.artifacts.compatibility import open_codec
 from common.artifacts.tracking import quiet_libraries
 from common.batching.collate import PairBatch, collate_comparisons
 from common.batching.sampler import MicroBatch
 from common.config.parser import PathName, option, parse
-from common.data.prepare import prepare
 from common.runtime.distributed import device, global_sum, run_program, seed_rank, start
+from common.supervised.run import Inputs, build_engine
+from common.supervised.trainer import SupervisedTrainer
 from common.training.engine import accumulate, gradient_norm
 from step2_reward.config import RewardConfig
-from step2_reward.main import build_engine
-from step2_reward.trainer import RewardTrainer
+from step2_reward.task import RewardTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,12 @@ def main(argv=None) -> None:
     config = replace(config, learning_rate=0.0, lora_learning_rate=0.0, dropout=0.0, margin=0.0, centring_coef=0.0)
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
     codec = open_codec(config, source, "--model_name_or_path")
-    data = prepare(data_request(config, "comparison", config.max_seq_len, "--max_seq_len"), codec).train
+    task = RewardTask(config)
+    inputs = Inputs(source, codec, task.prepare(codec))
+    data = inputs.data.train
     quiet_libraries(config.output_dir)
     start(config.timeout, config.seed)
-    engine = build_engine(config, source, codec, total_steps=config.steps)
+    engine = build_engine(task, config, inputs, total_steps=config.steps)
     seed_rank(config.seed)
 
     def plain_step(micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
@@ -84,8 +86,8 @@ def main(argv=None) -> None:
             for prompt, chosen, rejected in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"])
         )
 
-    trainer = RewardTrainer(engine, data, data, [], codec.pad_id, config.margin, config.centring_coef)
-    compare_training("reward", config, trainer, step_sampler(config, data), plain_step, real_tokens)
+    trainer = SupervisedTrainer(task, engine, data, data, task.batching(engine, data, config, codec.pad_id), [])
+    compare_training("reward", config, trainer, plain_step, real_tokens)
     engine.destroy()
 
 

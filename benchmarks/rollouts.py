@@ -17,7 +17,8 @@ import torch
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import Outcome, compare, counted_positions
 from benchmarks.plain import LongTail, cached_generate, generate_batch, same_responses
-from common.artifacts.publish import data_request, open_codec
+from common.artifacts.compatibility import open_codec
+from common.artifacts.split_rule import data_request
 from common.artifacts.tracking import quiet_libraries
 from common.batching.collate import collate_prompts
 from common.batching.sampler import MicroBatch

@@ -18,16 +18,17 @@ import torch
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.plain import padded_to
 from benchmarks.supervised import compare_training
-from common.artifacts.publish import open_codec, step_sampler
+from common.artifacts.compatibility import open_codec
 from common.artifacts.tracking import quiet_libraries
 from common.batching.collate import TokenBatch, collate_demonstrations
 from common.batching.sampler import MicroBatch
 from common.config.parser import PathName, option, parse
 from common.runtime.distributed import device, global_sum, run_program, seed_rank, start
+from common.supervised.run import Inputs, build_engine
+from common.supervised.trainer import SupervisedTrainer
 from common.training.engine import accumulate, gradient_norm
 from step1_sft.config import SFTConfig
-from step1_sft.main import build_engine, packing_sampler, prepare_demonstrations
-from step1_sft.trainer import SFTTrainer
+from step1_sft.task import SFTTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,12 @@ def main(argv=None) -> None:
     config = replace(config, learning_rate=0.0, lora_learning_rate=0.0, dropout=0.0)
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
     codec = open_codec(config, source, "--model_name_or_path")
-    data = prepare_demonstrations(config, codec).train
+    task = SFTTask(config)
+    inputs = Inputs(source, codec, task.prepare(codec))
+    data = inputs.data.train
     quiet_libraries(config.output_dir)
     start(config.timeout, config.seed)
-    engine = build_engine(config, source, codec, total_steps=config.steps)
+    engine = build_engine(task, config, inputs, total_steps=config.steps)
     seed_rank(config.seed)
 
     def plain_step(micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
@@ -84,9 +87,8 @@ def main(argv=None) -> None:
             batch.lengths,
         ).to(device())
 
-    trainer = SFTTrainer(engine, data, data, [], codec.pad_id, config.train_on_prompt)
-    sampler = packing_sampler(config, trainer) if config.packing else step_sampler(config, data)
-    compare_training("sft", config, trainer, sampler, plain_step, lambda rows: sum(data[rows]["length"]))
+    trainer = SupervisedTrainer(task, engine, data, data, task.batching(engine, data, config, codec.pad_id), [])
+    compare_training("sft", config, trainer, plain_step, lambda rows: sum(data[rows]["length"]))
     engine.destroy()
 
 

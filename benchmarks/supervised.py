@@ -6,24 +6,29 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.measure import Outcome, assert_close, compare, counted_positions, tolerance
 from benchmarks.plain import fixed_micro_batches
-from common.batching.sampler import MicroBatch, StepSampler
+from common.batching.sampler import MicroBatch
+from common.supervised.trainer import SupervisedTrainer
 
 Step = Callable[[Sequence[MicroBatch]], dict]
 
 
 def compare_training(
-    benchmark: str, config, trainer, sampler: StepSampler, plain_step: Step, real_tokens: Callable[[list[int]], int]
+    benchmark: str,
+    config,
+    trainer: SupervisedTrainer,
+    plain_step: Step,
+    real_tokens: Callable[[list[int]], int],
 ) -> None:
     """Train the same rows in the same optimizer steps both ways; the learning rate must be 0, so that every run starts
     alike.
 
     Args:
-        trainer, sampler: the product's.
+        trainer: the product's.
         plain_step: an optimizer step over micro-batches of a fixed size; returns its loss and gradient norm.
         real_tokens: of the rows with these numbers.
     """
     engine = trainer.engine
-    steps = sampler.epoch(0)[: config.steps]
+    steps = trainer.batching.sampler.epoch(0)[: config.steps]
     fixed = [fixed_micro_batches(step, config.per_device_train_batch_size) for step in steps]
     rows = [index for step in fixed for batch in step for index, real in zip(batch.indices, batch.real) if real]
     tokens = real_tokens(rows)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.groups import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
+from common.config.groups import check_output_dir
 from common.config.parser import PathName, option
 from common.data.blend import SourceSpec, parse_data_path
+from common.supervised.config import SupervisedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
+class SFTConfig(SupervisedConfig):
     """Step 1: supervised fine-tuning"""
 
     phase: ClassVar[int] = 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.groups import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
+from common.config.groups import check_output_dir
 from common.config.parser import PathName, option
+from common.supervised.config import SupervisedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
+class RewardConfig(SupervisedConfig):
     """Step 2: reward model"""
 
     phase: ClassVar[int] = 1

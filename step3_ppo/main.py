@@ -18,17 +18,12 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 from datasets import Dataset
 
+from common.artifacts.compatibility import open_codec, read_calibration
 from common.artifacts.export import export_model
 from common.artifacts.provenance import RAW, Calibration
-from common.artifacts.publish import (
-    data_request,
-    open_codec,
-    open_run,
-    publishing,
-    read_calibration,
-    report_done,
-    say_data,
-)
+from common.artifacts.publish import publishing
+from common.artifacts.run import open_run, report_done, say_data
+from common.artifacts.split_rule import data_request
 from common.batching.collate import TokenBatch, collate_texts
 from common.batching.sampler import StepSampler
 from common.checkpoints.manager import Checkpoints, TrainingState

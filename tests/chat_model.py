@@ -8,8 +8,8 @@ import torch
 from architectures import build_model
 from transformers import AutoModelForCausalLM
 
+from common.artifacts.compatibility import text_of
 from common.artifacts.provenance import Provenance
-from common.artifacts.publish import text_of
 from common.data.records import Message, Prompt
 from common.data.tokenization import Codec, load_tokenizer, make_codec
 

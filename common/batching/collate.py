@@ -19,7 +19,9 @@ from common.batching.bin_packing import block_causal_mask
 from common.batching.sampler import MicroBatch
 
 
-class _Batch:
+class Batch:
+    """Tensors of the rows of a micro-batch."""
+
     def to(self, device: torch.device | str):
         """The same batch on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -38,7 +40,7 @@ def unmasked(input_ids: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class TokenBatch(_Batch):
+class TokenBatch(Batch):
     """B sequences of up to L tokens, padded on the right.
 
     Attributes:
@@ -59,7 +61,7 @@ class TokenBatch(_Batch):
 
 
 @dataclass(frozen=True)
-class PackedBatch(_Batch):
+class PackedBatch(Batch):
     """B sequences of up to L tokens, each of several rows one after another, padded on the right.
 
     Attributes:
@@ -90,7 +92,7 @@ class PackedBatch(_Batch):
 
 
 @dataclass(frozen=True)
-class FlatBatch(_Batch):
+class FlatBatch(Batch):
     """All rows of a micro-batch, N tokens, one after another in one sequence, for attention of variable length.
 
     Attributes:
@@ -117,7 +119,7 @@ class FlatBatch(_Batch):
 
 
 @dataclass(frozen=True)
-class PairBatch(_Batch):
+class PairBatch(Batch):
     """B comparisons as 2B sequences, padded on the right: rows 0..B-1 end in the chosen response, the rest in
     the rejected one, in the same order.
 
@@ -134,7 +136,7 @@ class PairBatch(_Batch):
 
 
 @dataclass(frozen=True)
-class PromptBatch(_Batch):
+class PromptBatch(Batch):
     """B prompts of up to P tokens, padded on the left.
 
     Attributes:

@@ -8,15 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from common.artifacts.tracking import Tracker
 from common.batching.sampler import MicroBatch, StepSampler
 from common.errors import DIVERGED, Diverged
 from common.runtime import heartbeat
 from common.runtime.distributed import say
 from common.runtime.signals import mark_training_started
 from common.training.memory import named_when_out_of_memory
-
-Metrics = dict[str, float]
+from common.training.metrics import Metrics, Recorder
 
 
 @dataclass
@@ -33,7 +31,7 @@ class SupervisedLoop:
     """
 
     sampler: StepSampler
-    tracker: Tracker
+    tracker: Recorder
     epochs: int
     eval_interval: int
     stop_after: int
@@ -41,7 +39,7 @@ class SupervisedLoop:
     print_steps: bool
 
     @classmethod
-    def from_config(cls, config, sampler: StepSampler, tracker: Tracker) -> SupervisedLoop:
+    def from_config(cls, config, sampler: StepSampler, tracker: Recorder) -> SupervisedLoop:
         """The loop of step 1 and step 2."""
         return cls(
             sampler,
@@ -54,14 +52,10 @@ class SupervisedLoop:
         )
 
     @property
-    def scheduled_steps(self) -> int:
-        """Optimizer steps of all epochs, over which the learning rate changes, also where the run stops early."""
-        return self.epochs * self.sampler.steps_per_epoch
-
-    @property
     def total_steps(self) -> int:
         """Optimizer steps of this run."""
-        return min(self.scheduled_steps, self.stop_after) if self.stop_after else self.scheduled_steps
+        steps = self.epochs * self.sampler.steps_per_epoch
+        return min(steps, self.stop_after) if self.stop_after else steps
 
     def run(
         self,

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+Metrics = dict[str, float]  # what is logged, by name
 Sums = dict[str, Tensor]  # name -> float64 scalar: a total over the counted elements, never a mean
 GlobalSum = Callable[[Tensor], Tensor]  # returns the sum over all ranks of a tensor of the same shape on each
+
+
+class Recorder(Protocol):
+    """Where a training loop writes; `common.artifacts.tracking.Tracker` is one."""
+
+    def log(self, phase: str, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Record metrics of a phase ("train", "eval", "done") at a step."""
+
+    def progress(self, total: int, what: str, done: int = 0) -> Any:
+        """A tqdm bar over `total` steps, of which `done` are done."""
 
 
 def on_this_rank(tensor: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm
 from common.runtime.distributed import is_main, on_every_rank, rank, run_program, start, world_size
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
-from step1_sft.trainer import SFTTrainer
 from step3_ppo.generation.optimizer_offload import OptimizerOffload
 from step3_ppo.generation.rollout import ActorRollouts
 from step3_ppo.generation.sampling import Sampling
@@ -33,6 +32,7 @@ from tests.architectures import build_model
 from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
 from tests.distributed.shared_models import shared_models
 from tests.distributed.variants import DEEPSPEED, GENERATION, GENERATION_AT_LENGTH
+from tests.supervised import sft_trainer
 
 PROMPTS = 10  # not a multiple of ranks and slots
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=16)
@@ -60,14 +60,12 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
     weights, texts, unmoved, emptied = {}, {}, [], []
     for rolling in (True, False):
         engine = build(model, codec, stage, lora, dtype)
-        trainer = SFTTrainer(
-            engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id, train_on_prompt=False
-        )
+        trainer = sft_trainer(engine, rows(["prompt_ids", "response_ids"]), codec.pad_id)
         for step in range(3):
             if rolling:
                 before = full_state_dict(engine)
                 states = OptimizerOffload([engine])
-                with states.away():
+                with states.offloaded():
                     emptied.append((states.copies or not step) and not any(map(len, states.storages())))
                     texts[step] = {way: roll_out(engine, codec, way) for way in ("fast", "plain")}
                 after = full_state_dict(engine)
@@ -83,7 +81,7 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
 def one_prompt(model: str, codec, stage: int) -> list[list[list[int]]]:
     """Rollouts of one prompt over all ranks: before the engine's first forward pass, and after a training step."""
     engine = build(model, codec, stage, lora=False, dtype="fp32")
-    trainer = SFTTrainer(engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id, train_on_prompt=False)
+    trainer = sft_trainer(engine, rows(["prompt_ids", "response_ids"]), codec.pad_id)
     texts = [roll_out(engine, codec, "fast", prompts=1)]
     trainer.train_step(one_step(trainer.train["length"], ROWS // 2))
     texts.append(roll_out(engine, codec, "fast", prompts=1))

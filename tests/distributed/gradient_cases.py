@@ -26,8 +26,6 @@ from common.models.lora import add_lora
 from common.runtime.distributed import is_main, rank, run_program, start, world_size
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from common.training.optim import BETAS
-from step1_sft.trainer import SFTTrainer
-from step2_reward.trainer import RewardTrainer
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience, Rollout
 from step3_ppo.main import text_batches
@@ -35,6 +33,7 @@ from step3_ppo.models import PPOModels
 from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
 from tests.distributed.variants import DEEPSPEED, VARIANTS, VARIANTS_AT_LENGTH, Tokens
+from tests.supervised import reward_trainer, sft_trainer
 
 WHOLE = logprobs.CHUNK_NUMBERS
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
@@ -78,7 +77,7 @@ def bf16_update(model: str, codec, stage: int) -> dict[str, torch.Tensor]:
     engine = training_engine(network, settings_, optimizer)
     weights = lambda: {name: value.float() for name, value in (full_state_dict(engine) or {}).items()}
     before = weights()
-    trainer = SFTTrainer(engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id, train_on_prompt=False)
+    trainer = sft_trainer(engine, rows(["prompt_ids", "response_ids"]), codec.pad_id)
     for _ in range(2):
         trainer.train_step(one_step(trainer.train["length"], ROWS))
     updates = {name: value - before[name] for name, value in weights().items()}
@@ -108,27 +107,14 @@ def settings(stage: int, offload: bool) -> tuple[EngineSettings, OptimizerSettin
 
 
 def sft_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
-    trainer = SFTTrainer(
-        actor(model, codec, stage, *held),
-        rows(["prompt_ids", "response_ids"]),
-        None,
-        [],
-        codec.pad_id,
-        train_on_prompt=False,
-    )
+    trainer = sft_trainer(actor(model, codec, stage, *held), rows(["prompt_ids", "response_ids"]), codec.pad_id)
     trainer.train_step(one_step(trainer.train["length"], micro_batch))
     return [trainer.engine]
 
 
 def reward_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
-    trainer = RewardTrainer(
-        critic(model, codec, stage, *held),
-        rows(["prompt_ids", "chosen_ids", "rejected_ids"]),
-        None,
-        [],
-        codec.pad_id,
-        margin=0.5,
-        centring=0.1,
+    trainer = reward_trainer(
+        critic(model, codec, stage, *held), rows(["prompt_ids", "chosen_ids", "rejected_ids"]), codec.pad_id
     )
     trainer.train_step(one_step([2 * length for length in trainer.train["length"]], micro_batch))
     return [trainer.engine]

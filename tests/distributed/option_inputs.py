@@ -11,8 +11,8 @@ import transformers as hf
 from datasets import Features, Value
 from datasets.arrow_writer import ArrowWriter
 
+from common.artifacts.compatibility import text_of
 from common.artifacts.provenance import Provenance
-from common.artifacts.publish import text_of
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.lora import add_lora, save_adapter
 from tests.architectures import build_model

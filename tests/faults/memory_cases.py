@@ -13,23 +13,23 @@ import torch
 
 from common.runtime.distributed import rank, run_program
 from step1_sft.main import main
-from step1_sft.trainer import SFTTrainer
+from step1_sft.task import SFTTask
 
 ASKED = 2**30
-loss_sum = SFTTrainer._loss_sum
+loss_sum = SFTTask.loss_sum
 
 
-def short_of_memory(trainer, batch):
-    if rank() == 1 and trainer.engine.training and trainer.engine.global_steps == 1:
+def short_of_memory(task, engine, batch):
+    if rank() == 1 and engine.training and engine.global_steps == 1:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ASKED // 2, hard))
         try:
             torch.ones(ASKED // 4)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    return loss_sum(trainer, batch)
+    return loss_sum(task, engine, batch)
 
 
 if __name__ == "__main__":
-    SFTTrainer._loss_sum = short_of_memory
+    SFTTask.loss_sum = short_of_memory
     sys.exit(run_program(main))

@@ -24,9 +24,7 @@ from common.models.loading import load_causal_lm, load_scalar_model
 from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from step1_sft.main import main as step1
-from step1_sft.trainer import SFTTrainer
 from step2_reward.main import main as step2
-from step2_reward.trainer import RewardTrainer
 from step3_ppo.config import PPOConfig
 from step3_ppo.ema import EMA
 from step3_ppo.main import main as step3
@@ -36,6 +34,7 @@ from step3_ppo.trainer import PPOTrainer
 from tests.distributed.gradient_cases import ROWS, experience, one_step, rows, with_lora
 from tests.distributed.option_rows import STEPS
 from tests.faults.number_rows import AUTO, ENGINES, RUNS, SHORT
+from tests.supervised import reward_trainer, sft_trainer
 
 PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
 BROKEN_RANK = 1
@@ -95,7 +94,7 @@ def engine_case(model: str, codec, step: str, where: str, stage: int, dtype: str
 
 def sft(model: str, codec, *held):
     engine = build(load_causal_lm, model, codec, *held)
-    trainer = SFTTrainer(engine, rows(["prompt_ids", "response_ids"]), None, [], codec.pad_id, False, 5)
+    trainer = sft_trainer(engine, rows(["prompt_ids", "response_ids"]), codec.pad_id, 5)
     batches = one_step(trainer.train["length"], 4)
     return trainer, [engine], lambda number: trainer.train_step(turned(batches, number))
 
@@ -103,7 +102,7 @@ def sft(model: str, codec, *held):
 def reward(model: str, codec, *held):
     engine = build(load_scalar_model, model, codec, *held)
     pairs = rows(["prompt_ids", "chosen_ids", "rejected_ids"])
-    trainer = RewardTrainer(engine, pairs, None, [], codec.pad_id, 0.5, 0.1, 5)
+    trainer = reward_trainer(engine, pairs, codec.pad_id, 5)
     batches = one_step([2 * length for length in trainer.train["length"]], 4)
     return trainer, [engine], lambda number: trainer.train_step(turned(batches, number))
 

@@ -14,21 +14,21 @@ from common.runtime import watchdog
 watchdog.start()
 from common.runtime.distributed import run_program
 from {step}.main import main
-from {step}.trainer import {trainer}
+from {step}.task import {task}
 def fails(*args, **kwargs):
     raise ValueError("no samples")
-{trainer}.samples = fails
+{task}.samples = fails
 sys.exit(run_program(main, sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("step, trainer", [("step1_sft", "SFTTrainer"), ("step2_reward", "RewardTrainer")])
-def test_a_run_whose_samples_fail_has_no_result_and_keeps_its_checkpoints(step, trainer, tmp_path):
+@pytest.mark.parametrize("step, task", [("step1_sft", "SFTTask"), ("step2_reward", "RewardTask")])
+def test_a_run_whose_samples_fail_has_no_result_and_keeps_its_checkpoints(step, task, tmp_path):
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            PROGRAM.format(root=str(ROOT), step=step, trainer=trainer),
+            PROGRAM.format(root=str(ROOT), step=step, task=task),
             "--model_name_or_path",
             "builtin:tiny-opt",
             "--data_path",

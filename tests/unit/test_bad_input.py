@@ -136,8 +136,8 @@ def test_step_3_refuses_models_trained_on_other_text(good, tmp_path, builtin_cac
     """The actor says that it was trained with another template, and with another tokenizer."""
     import shutil
 
+    from common.artifacts.compatibility import text_of
     from common.artifacts.provenance import Provenance
-    from common.artifacts.publish import text_of
     from common.data.tokenization import load_tokenizer, make_codec
 
     actor = tmp_path / "actor"
@@ -163,8 +163,8 @@ def test_step_3_refuses_models_trained_on_other_text(good, tmp_path, builtin_cac
 def test_step_3_refuses_a_scale_that_nothing_can_be_measured_in(good, tmp_path, mean, std, said):
     import shutil
 
+    from common.artifacts.compatibility import text_of
     from common.artifacts.provenance import FILE, Provenance
-    from common.artifacts.publish import text_of
     from common.data.tokenization import load_tokenizer, make_codec
 
     model = good.pop("--model_name_or_path")

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
+from common.artifacts.compatibility import read_calibration, text_of
 from common.artifacts.export import write_model
 from common.artifacts.provenance import RAW, Calibration, Provenance
-from common.artifacts.publish import read_calibration, text_of
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.builtin import materialise

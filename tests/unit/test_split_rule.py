@@ -10,8 +10,8 @@ from preparation import write
 from tokenizers_built import byte_level_bpe
 
 from common.artifacts.provenance import read_provenance
-from common.artifacts.publish import data_request, publishing
-from common.artifacts.split_rule import check_split_rule, key_rule, known_openings
+from common.artifacts.publish import publishing
+from common.artifacts.split_rule import check_split_rule, data_request, key_rule, known_openings
 from common.config.parser import parse
 from common.data.prepare import prepare
 from common.data.split import beginnings

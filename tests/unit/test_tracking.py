@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from common.artifacts.publish import open_run
+from common.artifacts.run import open_run
 from common.artifacts.tracking import Tracker
 from common.checkpoints.manager import Checkpoints, TrainingState
 from common.config.parser import parse

@@ -1,0 +1,97 @@
+"""A run from outside: its output directory and files, its place among other ranks, its checkpoints, its last words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.artifacts.lock import lock_output
+from common.artifacts.obstacles import check_nothing_in_the_way
+from common.artifacts.tracking import Tracker, quiet_libraries
+from common.checkpoints.manager import Checkpoints, TrainingState
+from common.data.prepare import PreparedData, agree_on
+from common.errors import UserError
+from common.runtime.distributed import is_main, rank, say, start
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has begun: its output directory is open, its ranks know one another, its data is the same on all.
+
+    Attributes:
+        checkpoint: the one to go on from, if there is one; nothing of it is loaded yet.
+    """
+
+    tracker: Tracker
+    checkpoints: Checkpoints
+    checkpoint: Path | None
+
+    def restore(self, state: TrainingState) -> int:
+        """Load the checkpoint into `state`; returns the steps (iterations in step 3) that were done at it."""
+        return self.checkpoints.restore(self.checkpoint, state, self.tracker)
+
+
+def start_run(config: Any, *data: PreparedData, parts: Sequence[str] = ("",)) -> Run:
+    """Open the output directory, join the process group, and find the checkpoint to go on from. All ranks call it.
+
+    It takes the prepared data because preparing must come before: it may last longer than ranks wait for one another.
+    Engines are made afterwards, so that no time is lost on them where there is nothing to do.
+
+    Args:
+        data: all that the run reads; a checkpoint of other data is refused.
+        parts: as of `open_run`.
+
+    Raises:
+        AlreadyComplete: the result of this very run is in the output directory.
+        UserError: as `open_run`, and if ranks have prepared different data, or the checkpoint is of another run.
+    """
+    tracker = open_run(config, parts)
+    start(config.timeout, config.seed)
+    agree_on(*data)
+    checkpoints = Checkpoints(config, [item.key for item in data])
+    return Run(tracker, checkpoints, checkpoints.find())
+
+
+def open_run(config, parts: Sequence[str] = ("",)) -> Tracker:
+    """Make the output directory and send libraries' chatter to its logs.
+
+    Not before everything is checked: the libraries' logs of an earlier run there are continued from here on, its
+    metrics and samples are replaced when the tracker begins; its models stay until `publishing`.
+
+    Args:
+        parts: the directories inside it that will hold models; "" is the output directory itself.
+
+    Raises:
+        UserError: another run has the directory, something in it is in the way, or it cannot be written to.
+    """
+    output = Path(config.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        check_nothing_in_the_way(output, parts, rank())
+        if is_main():
+            lock_output(output)
+            open(output / "logs" / "metrics.jsonl", "ab").close()
+        quiet_libraries(output)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {output}: {error.filename or output} cannot be written: {error.strerror}: make "
+            "it writable, or choose another directory"
+        ) from error
+    for note in config.notes:
+        say(f"note: {note}")
+    return Tracker(output, config.enable_tensorboard, config.tensorboard_path)
+
+
+def say_data(data: PreparedData) -> None:
+    """Tell what was read, what was unusable, and what is left to train on."""
+    for line in data.report.lines():
+        say(line)
+
+
+def report_done(tracker: Tracker, steps: int, metrics: dict[str, float], output_dir: str) -> None:
+    """Record the final metrics, close the tracker, and say where the result lies."""
+    tracker.log("done", steps, metrics)
+    tracker.close()
+    say(f"saved to {output_dir}")

@@ -1,0 +1,20 @@
+"""The options that every supervised program has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.config.groups import DataOptions, LoraOptions, RunOptions, SupervisedOptions
+from common.config.option import PathName
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
+    """Base of the configuration of a supervised program, which declares the options below with its own defaults."""
+
+    if TYPE_CHECKING:
+        model_name_or_path: PathName
+        output_dir: PathName
+        learning_rate: float
+        eval_iters: int

@@ -1,0 +1,170 @@
+"""A supervised program from its options to its result: what steps 1 and 2 have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from common.artifacts.compatibility import open_codec
+from common.artifacts.export import export_model
+from common.artifacts.publish import publishing
+from common.artifacts.run import Run, report_done, say_data, start_run
+from common.batching.sampler import MicroBatch, evaluation_batches
+from common.checkpoints.manager import TrainingState
+from common.data.prepare import PreparedData
+from common.data.tokenization import Codec
+from common.models.loading import check_max_length, resolve_model
+from common.models.lora import add_lora
+from common.runtime.distributed import rank, seed_rank, world_size
+from common.supervised.config import SupervisedConfig
+from common.supervised.task import BatchT, ConfigT, SupervisedTask
+from common.supervised.trainer import SupervisedTrainer, probe
+from common.training.engine import (
+    EngineSettings,
+    OptimizerSettings,
+    check_engine_options,
+    deepspeed_config,
+    training_engine,
+)
+from common.training.loop import SupervisedLoop
+from common.training.memory import fit_micro_batches, named_when_out_of_memory
+from common.training.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, checked and read.
+
+    Attributes:
+        source: directory or hub name of the model.
+        data: the same on every rank.
+    """
+
+    source: str
+    codec: Codec
+    data: PreparedData
+
+
+def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Metrics:
+    """Train `task` to its end, or on from an interrupted run; returns the metrics of the last evaluation.
+
+    Raises:
+        UserError: an option, a file or a model that cannot be used; mostly before any model is loaded.
+        TrainingFailure: the run cannot go on.
+        AlreadyComplete: the result is in the output directory already.
+    """
+    inputs = read_inputs(task, config)
+    run = start_run(config, inputs.data)
+    with named_when_out_of_memory("loading the model"):
+        engine = build_engine(task, config, inputs, scheduled_steps(config, len(inputs.data.train)))
+    trainer, state = build_trainer(task, config, inputs, engine, run)
+    loop = SupervisedLoop.from_config(config, trainer.batching.sampler, run.tracker)
+    with run.checkpoints.reporting_last_good():
+        done = run.restore(state)
+        metrics = loop.run(trainer.train_step, trainer.evaluate, done, run.checkpoints.on_step_end)
+        # Before the result is written: what fails in the samples must not leave half a result.
+        run.tracker.samples("after", task.samples(engine, inputs.data.eval, inputs.codec))
+        publish(task, config, inputs, engine, metrics)
+    report_done(run.tracker, loop.total_steps, metrics, config.output_dir)
+    run.checkpoints.discard()
+    engine.destroy()
+    return metrics
+
+
+def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Inputs:
+    """Check what the options name, and prepare the data. No rank waits for another yet, and no weights are loaded."""
+    check_engine_options(config)
+    flag = "--model_name_or_path"
+    source = resolve_model(config.model_name_or_path, flag, config.data_output_path, config.merge_adapter)
+    check_max_length(source, flag, config.max_seq_len, "--max_seq_len", config.trust_remote_code)
+    task.check_model(source)
+    codec = open_codec(config, source, flag)
+    data = task.prepare(codec)
+    say_data(data)
+    return Inputs(source, codec, data)
+
+
+def scheduled_steps(config: SupervisedConfig, rows: int) -> int:
+    """Optimizer steps of all epochs, over which the learning rate changes, also where the run stops early."""
+    (batch,) = config.batches()
+    return config.num_train_epochs * -(-rows // (batch.rows * world_size()))
+
+
+def build_engine(task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, total_steps: int) -> Any:
+    """The model of the task, with adapters if asked for, in a DeepSpeed engine that trains it."""
+    settings = EngineSettings.from_config(config)
+    model = task.load_model(
+        inputs.source,
+        inputs.codec,
+        dtype=settings.dtype,
+        ds_config=deepspeed_config(settings),
+        dropout=config.dropout_probability,
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.lora_dim:
+        add_lora(
+            task.adapted_part(model),
+            dim=config.lora_dim,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            modules=config.lora_module_name,
+            flag="--lora_module_name",
+            seed=config.seed,
+            base_name=inputs.source if config.merge_adapter else config.model_name_or_path,
+        )
+    return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
+
+
+def build_trainer(
+    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, engine: Any, run: Run
+) -> tuple[SupervisedTrainer[ConfigT, BatchT], TrainingState]:
+    """The trainer, with micro-batches that fit into memory, and what its checkpoints hold."""
+    rows, held_out, pad_id = inputs.data.train, inputs.data.eval, inputs.codec.pad_id
+    fitted = fit_micro_batches(
+        config,
+        run.checkpoints.saved_value(run.checkpoint, "max_tokens"),
+        [engine],
+        partial(probe, task, engine, rows, pad_id),
+        task.sequences_per_row * max(rows["length"]),
+        config.per_device_train_batch_size * config.gradient_accumulation_steps,
+    )
+    trainer = SupervisedTrainer(
+        task,
+        engine,
+        rows,
+        held_out,
+        task.batching(engine, rows, fitted, pad_id),
+        evaluated_on_this_rank(held_out, config),
+        config.max_skipped_steps,
+    )
+    seed_rank(config.seed)
+    state = TrainingState.of_one_engine(engine, trainer.step, max_tokens=fitted.max_tokens_per_micro_batch)
+    return trainer, state
+
+
+def evaluated_on_this_rank(held_out: Dataset, config: SupervisedConfig) -> list[MicroBatch]:
+    """This rank's batches of an evaluation of at most --eval_iters batches."""
+    return evaluation_batches(
+        held_out["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None
+    )
+
+
+def publish(
+    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, engine: Any, metrics: Metrics
+) -> None:
+    """Write the result: the model, its adapters, the tokenizer, and how it was made."""
+    with publishing(
+        config,
+        inputs.codec,
+        {"model": engine},
+        step=task.step,
+        base=config.model_name_or_path,
+        data=inputs.data,
+        **task.provenance(metrics),
+    ):
+        export_model(engine, inputs.codec, config.output_dir, Path(config.output_dir) / "adapter")

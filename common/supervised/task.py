@@ -1,0 +1,137 @@
+"""What a supervised program trains. Steps 1 and 2 are two such tasks; a task of your own is one class.
+
+Everything else (options, data on disk, engines, checkpoints, the loop, the result) is the same for all tasks: see
+`common.supervised.run.run_supervised`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from common.batching.collate import Batch
+from common.batching.sampler import MicroBatch, StepSampler
+from common.data.prepare import PreparedData
+from common.data.tokenization import Codec
+from common.models.loading import check_language_model
+from common.runtime.distributed import rank, world_size
+from common.supervised.config import SupervisedConfig
+from common.training.metrics import Metrics, Sums
+
+ConfigT = TypeVar("ConfigT", bound=SupervisedConfig)
+BatchT = TypeVar("BatchT", bound=Batch)
+
+
+@dataclass(frozen=True)
+class Batching(Generic[BatchT]):
+    """How rows become batches.
+
+    Attributes:
+        sampler: the rows of each optimizer step, cut into this rank's micro-batches.
+        collate: from rows and a micro-batch of them to tensors on the CPU.
+    """
+
+    sampler: StepSampler
+    collate: Callable[[Dataset, MicroBatch], BatchT]
+
+
+class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
+    """A loss on rows of data, and what belongs to it. Methods stand in the order in which they are called.
+
+    Args:
+        config: the options of the program.
+
+    Attributes:
+        step: name of the task in provenance.json, such as "sft".
+        unit: what the loss is a mean over; the name in `Sums` of how many there are, such as "tokens" or "pairs".
+        sequences_per_row: sequences that the model reads for one row.
+    """
+
+    step: ClassVar[str]
+    unit: ClassVar[str]
+    sequences_per_row: ClassVar[int] = 1
+
+    def __init__(self, config: ConfigT):
+        self.config = config
+
+    def check_model(self, source: str) -> None:
+        """Raises ModelError if the task cannot start from this model. Loads no weights."""
+        check_language_model(source, self.config.trust_remote_code)
+
+    @abstractmethod
+    def prepare(self, codec: Codec) -> PreparedData:
+        """The rows to train on and those that are held out, see `common.data.prepare.prepare`.
+
+        Called before ranks depend on one another, so it may take as long as it needs.
+        """
+
+    @abstractmethod
+    def load_model(self, source: str, codec: Codec, **settings: Any) -> nn.Module:
+        """The model to train. `settings` are those of `common.models.loading.load_causal_lm`."""
+
+    def adapted_part(self, model: nn.Module) -> nn.Module:
+        """The transformers model inside what `load_model` returned, which gets the adapters with LoRA."""
+        return model
+
+    @abstractmethod
+    def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> BatchT:
+        """The rows of a micro-batch as tensors on the CPU."""
+
+    def batching(self, engine: Any, rows: Dataset, config: ConfigT, pad_id: int) -> Batching[BatchT]:
+        """How `rows` are trained on. All ranks call it.
+
+        Args:
+            engine: the model in its engine, for tasks whose batches depend on what the model can do.
+            config: that of the task, with the size of micro-batches that fits into memory.
+        """
+        return Batching(self.step_sampler(rows, config), lambda rows, batch: self.collate(rows, batch, pad_id))
+
+    @abstractmethod
+    def count(self, batch: BatchT) -> Tensor:
+        """How many units (tokens, pairs) of this batch the loss sums over: a scalar."""
+
+    @abstractmethod
+    def loss_sum(self, engine: Any, batch: BatchT) -> tuple[Tensor, Sums]:
+        """The loss of a batch as a sum over its units, a scalar with a gradient, and statistics as sums.
+
+        A filler of the batch adds nothing. The mean is taken outside, over the whole optimizer step and all ranks, so
+        that a unit weighs the same however the step is cut. The statistics hold `unit`, "loss" and what
+        `train_metrics` and `evaluation_metrics` need.
+        """
+
+    def train_metrics(self, sums: Sums) -> Metrics:
+        """What to log of an optimizer step, from the sums over all of it."""
+        return self.evaluation_metrics(sums)
+
+    @abstractmethod
+    def evaluation_metrics(self, sums: Sums) -> Metrics:
+        """What to log of an evaluation, from the sums over all held-out rows."""
+
+    @torch.no_grad()
+    def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> Sequence[dict]:
+        """Rows for samples/after.jsonl, to be read by people. All ranks call it."""
+        return []
+
+    def provenance(self, metrics: Metrics) -> dict[str, Any]:
+        """Further fields of `common.artifacts.provenance.Provenance`, from the last evaluation."""
+        return {}
+
+    def step_sampler(self, rows: Dataset, config: ConfigT, pack_to: int = 0) -> StepSampler:
+        """The optimizer steps over prepared rows; see `StepSampler` on `pack_to`."""
+        return StepSampler(
+            [self.sequences_per_row * length for length in rows["length"]],
+            rows_per_micro_batch=config.per_device_train_batch_size,
+            micro_batches_per_step=config.gradient_accumulation_steps,
+            world_size=world_size(),
+            rank=rank(),
+            seed=config.seed,
+            max_tokens=config.max_tokens_per_micro_batch,
+            pack_to=pack_to,
+            group_by_length=config.group_by_length,
+        )

@@ -1,0 +1,97 @@
+"""One optimizer step of a supervised task, its evaluation, and the probe of what fits into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from common.batching.sampler import MicroBatch
+from common.runtime.distributed import device, global_sum
+from common.supervised.task import Batching, BatchT, ConfigT, SupervisedTask
+from common.training.atomic_step import AtomicStep
+from common.training.engine import gradient_norm
+from common.training.metrics import Metrics, Sums, add_sums
+
+
+class SupervisedTrainer(Generic[ConfigT, BatchT]):
+    """Trains and evaluates one engine.
+
+    Args:
+        engine: a DeepSpeed engine around the model of the task.
+        train, held_out: prepared rows.
+        batching: of the rows to train on.
+        evaluation_batches: this rank's part of the evaluation.
+        max_skipped_steps: so many optimizer steps skipped in a row end the run.
+
+    Attributes:
+        step: makes or skips optimizer steps, and counts those that were skipped.
+    """
+
+    def __init__(
+        self,
+        task: SupervisedTask[ConfigT, BatchT],
+        engine: Any,
+        train: Dataset,
+        held_out: Dataset,
+        batching: Batching[BatchT],
+        evaluation_batches: Sequence[MicroBatch],
+        max_skipped_steps: int = 1,
+    ):
+        self.task, self.engine = task, engine
+        self.train, self.held_out, self.batching = train, held_out, batching
+        self.evaluation_batches = evaluation_batches
+        self.step = AtomicStep({"model": engine}, max_skipped_steps)
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Metrics:
+        """One optimizer step, unless it is skipped; the loss is the mean over its units on all ranks."""
+        batches = list(self._batches(self.train, micro_batches))
+        units = global_sum(torch.stack([self.task.count(batch) for batch in batches]).sum())
+        parts: list[Sums] = []
+
+        def share_of_mean(batch: BatchT) -> Tensor:
+            loss, sums = self.task.loss_sum(self.engine, batch)
+            parts.append(sums)
+            return loss / units
+
+        learning_rate = self.engine.get_lr()[0]  # after the step it is the next one's
+        self.step.accumulate("model", "loss", batches, share_of_mean)
+        if self.step.finite_on_all_ranks():
+            self.engine.step()
+        else:
+            self.step.skip()
+        return {
+            **self.task.train_metrics(add_sums(parts, global_sum)),
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm(self.engine),
+            "skipped_steps": self.step.skipped,
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> Metrics:
+        """Over this run's held-out rows on all ranks; nothing where none are held out."""
+        if not self.evaluation_batches:
+            return {}
+        self.engine.eval()
+        parts = [
+            self.task.loss_sum(self.engine, batch)[1] for batch in self._batches(self.held_out, self.evaluation_batches)
+        ]
+        self.engine.train()
+        return self.task.evaluation_metrics(add_sums(parts, global_sum))
+
+    def _batches(self, rows: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterator[BatchT]:
+        for micro_batch in micro_batches:
+            yield self.batching.collate(rows, micro_batch).to(device())
+
+
+def probe(task: SupervisedTask[ConfigT, BatchT], engine: Any, rows: Dataset, pad_id: int, count: int) -> None:
+    """Forward and backward of a micro-batch of the longest row, `count` times; nothing is kept of it."""
+    longest = int(np.argmax(rows["length"]))
+    batch = task.collate(rows, MicroBatch((longest,) * count, (True,) * count), pad_id).to(device())
+    step = AtomicStep({"model": engine}, limit=1)
+    step.accumulate("model", "loss", [batch], lambda batch: task.loss_sum(engine, batch)[0])
+    step.discard()

@@ -1,0 +1,134 @@
+"""Supervised fine-tuning: next-token loss on the response tokens, perplexity on held-out demonstrations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from common.artifacts.split_rule import data_request
+from common.batching.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations, collate_prompts
+from common.batching.sampler import MicroBatch
+from common.data.prepare import PreparedData, prepare_many
+from common.data.tokenization import Codec
+from common.models.loading import load_causal_lm
+from common.models.logprobs import next_token_loss_sum
+from common.runtime.distributed import device, say, world_size
+from common.supervised.task import Batching, SupervisedTask
+from common.training.metrics import Metrics, Sums, means
+from step1_sft.config import SFTConfig
+from step1_sft.packing import Packing, packing_of
+
+SFTBatch = TokenBatch | PackedBatch | FlatBatch
+
+
+class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
+    """A causal language model learns to write the responses of demonstrations."""
+
+    step = "sft"
+    unit = "tokens"
+
+    def prepare(self, codec: Codec) -> PreparedData:
+        """This step's part of --data_path, and all of --sft_only_data_path."""
+        config = self.config
+        requests = [data_request(config, "demonstration", config.max_seq_len, "--max_seq_len")]
+        if sources := config.unsplit_sources():
+            requests.append(replace(requests[0], data_path=sources, phase=None))
+        return prepare_many(requests, codec)
+
+    def load_model(self, source: str, codec: Codec, **settings: Any) -> nn.Module:
+        return load_causal_lm(source, "--model_name_or_path", codec, **settings)
+
+    def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> TokenBatch | PackedBatch:
+        return collate_demonstrations(rows, micro_batch, pad_id, self.config.train_on_prompt)
+
+    def batching(self, engine: Any, rows: Dataset, config: SFTConfig, pad_id: int) -> Batching[SFTBatch]:
+        """With --packing rows share sequences, kept apart as the model allows. A model that cannot keep them apart gets
+        micro-batches of rows of similar length, within the same number of tokens."""
+        if not config.packing:
+            return super().batching(engine, rows, config, pad_id)
+        packing = packing_of(engine, config.max_seq_len)
+        if packing is None:
+            tokens = config.max_tokens_per_micro_batch or config.per_device_train_batch_size * config.max_seq_len
+            say(
+                f"note: {type(engine.module).__name__} does not keep packed rows apart, so rows of like length make "
+                f"micro-batches of up to {tokens} tokens instead"
+            )
+            return super().batching(engine, rows, replace(config, max_tokens_per_micro_batch=tokens), pad_id)
+        say(f"note: rows that share a sequence are kept apart by {packing.value}")
+
+        def collate(rows: Dataset, micro_batch: MicroBatch) -> SFTBatch:
+            batch = self.collate(rows, micro_batch, pad_id)
+            return batch.flat() if isinstance(batch, PackedBatch) and packing is Packing.FLAT else batch
+
+        return Batching(self.step_sampler(rows, config, pack_to=config.max_seq_len), collate)
+
+    def count(self, batch: SFTBatch) -> Tensor:
+        return batch.loss_mask[:, 1:].sum()
+
+    def loss_sum(self, engine: Any, batch: SFTBatch) -> tuple[Tensor, Sums]:
+        """-log p summed over the target tokens, in nats."""
+        loss, tokens = next_token_loss_sum(engine, batch.inputs(engine.module.dtype), batch.loss_mask)
+        return loss, {"tokens": tokens.double(), "loss": loss.detach().double()}
+
+    def train_metrics(self, sums: Sums) -> Metrics:
+        return {**means(sums, "tokens"), "tokens": int(sums["tokens"])}
+
+    def evaluation_metrics(self, sums: Sums) -> Metrics:
+        """Mean loss over all held-out target tokens, in nats, and its exponential, the perplexity."""
+        loss = means(sums, "tokens")["loss"]
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    @torch.no_grad()
+    def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> list[dict[str, str]]:
+        """Greedy responses to the first distinct held-out prompts, beside the demonstrations."""
+        return greedy_samples(engine, held_out, codec)
+
+
+@torch.no_grad()
+def greedy_samples(
+    engine: Any, held_out: Dataset, codec: Codec, rows: int = 8, max_new_tokens: int = 64
+) -> list[dict[str, str]]:
+    """Greedy answers to the first distinct held-out prompts beside the demonstrations. All ranks must call it."""
+    chosen = held_out.select(first_distinct(held_out, rows))
+    if not len(chosen):
+        return []
+    engine.eval()
+    prompts = collate_prompts(chosen, MicroBatch(tuple(range(len(chosen))), (True,) * len(chosen)), codec.pad_id)
+    prompts = prompts.to(device())
+    width = prompts.input_ids.shape[1]
+    positions = getattr(engine.module.config.get_text_config(), "max_position_embeddings", None)
+    room = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
+    tokens = prompts.input_ids
+    if room > 0:
+        tokens = engine.module.generate(
+            input_ids=tokens,
+            attention_mask=prompts.attention_mask,
+            max_new_tokens=room,
+            do_sample=False,
+            use_cache=True,
+            synced_gpus=engine.zero_optimization_partition_weights() and world_size() > 1,
+        )
+    engine.train()
+    return [
+        {
+            "prompt": codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
+            "response": codec.decode_response(answer),
+            "demonstration": codec.decode_response(row["response_ids"]),
+        }
+        for row, answer in zip(chosen, tokens[:, width:].tolist())
+    ]
+
+
+def first_distinct(demonstrations: Dataset, count: int) -> list[int]:
+    """The first rows with different prompts, `count` at most: data may ask the same thing several times."""
+    found: dict[tuple[int, ...], int] = {}
+    for index, row in enumerate(demonstrations):
+        if len(found) == count:
+            break
+        found.setdefault(tuple(row["prompt_ids"]), index)
+    return list(found.values())

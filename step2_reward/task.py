@@ -1,0 +1,104 @@
+"""Reward modelling: a pairwise loss on the scores of two responses to one prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from common.artifacts.split_rule import data_request
+from common.batching.collate import PairBatch, collate_comparisons, unmasked
+from common.batching.sampler import MicroBatch
+from common.data.prepare import PreparedData, prepare
+from common.data.tokenization import Codec
+from common.errors import UserError
+from common.models.loading import gives_scores, load_scalar_model
+from common.models.pooling import score_at_last_token
+from common.runtime.distributed import device
+from common.supervised.task import SupervisedTask
+from common.training.metrics import Metrics, Sums, means
+from step2_reward.config import RewardConfig
+from step2_reward.loss import bradley_terry_loss_sum, score_mean_and_std
+
+
+class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
+    """A model with a score head learns to score the chosen response of a comparison above the rejected one."""
+
+    step = "reward"
+    unit = "pairs"
+    sequences_per_row = 2  # a pair is padded to its longer response
+
+    def check_model(self, source: str) -> None:
+        """A language model, or a reward model with one score."""
+        gives_scores(source, "--model_name_or_path", self.config.trust_remote_code)
+
+    def prepare(self, codec: Codec) -> PreparedData:
+        """This step's part of --data_path."""
+        request = data_request(self.config, "comparison", self.config.max_seq_len, "--max_seq_len")
+        data = prepare(replace(request, pairs_per_prompt=self.config.pairs_per_prompt), codec)
+        if not len(data.eval):
+            raise UserError(
+                "no pair is held out, so the scores' mean and spread cannot be measured: raise "
+                "--eval_fraction or give more data"
+            )
+        return data
+
+    def load_model(self, source: str, codec: Codec, **settings: Any) -> nn.Module:
+        return load_scalar_model(source, "--model_name_or_path", codec, seed=self.config.seed, **settings)
+
+    def adapted_part(self, model: nn.Module) -> nn.Module:
+        return model.classifier
+
+    def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> PairBatch:
+        return collate_comparisons(rows, micro_batch, pad_id)
+
+    def count(self, batch: PairBatch) -> Tensor:
+        return batch.real.sum()
+
+    def loss_sum(self, engine: Any, batch: PairBatch) -> tuple[Tensor, Sums]:
+        chosen, rejected = self._scores(engine, batch).chunk(2)
+        return bradley_terry_loss_sum(
+            chosen, rejected, batch.real, margin=self.config.margin, centring=self.config.centring_coef
+        )
+
+    def train_metrics(self, sums: Sums) -> Metrics:
+        average = means(sums, "pairs")
+        return {**{name: average[name] for name in ("loss", "accuracy", "margin")}, "pairs": int(sums["pairs"])}
+
+    def evaluation_metrics(self, sums: Sums) -> Metrics:
+        """Accuracy, mean scores, margin, and the mean and standard deviation of all scores, chosen and rejected."""
+        average = means(sums, "pairs")
+        mean, std = score_mean_and_std(sums)
+        names = ("loss", "accuracy", "chosen_score", "rejected_score", "margin")
+        return {**{name: average[name] for name in names}, "score_mean": mean, "score_std": std}
+
+    @torch.no_grad()
+    def samples(self, engine: Any, held_out: Dataset, codec: Codec, rows: int = 8) -> list[dict]:
+        """The first held-out pairs with their scores."""
+        engine.eval()
+        pairs = held_out.select(range(min(rows, len(held_out))))
+        everything = MicroBatch(tuple(range(len(pairs))), (True,) * len(pairs))
+        batch = collate_comparisons(pairs, everything, codec.pad_id).to(device())
+        chosen, rejected = self._scores(engine, batch).chunk(2)
+        engine.train()
+        return [
+            {
+                "prompt": codec.tokenizer.decode(pair["prompt_ids"], skip_special_tokens=True),
+                "chosen": codec.decode_response(pair["chosen_ids"]),
+                "chosen_score": float(chosen[row]),
+                "rejected": codec.decode_response(pair["rejected_ids"]),
+                "rejected_score": float(rejected[row]),
+            }
+            for row, pair in enumerate(pairs)
+        ]
+
+    def provenance(self, metrics: Metrics) -> dict[str, Any]:
+        """Step 3 measures scores in this mean and standard deviation."""
+        return {"score_mean": metrics["score_mean"], "score_std": metrics["score_std"]}
+
+    def _scores(self, engine: Any, batch: PairBatch) -> Tensor:
+        """(2B,) raw scores at the last token of each sequence."""
+        return score_at_last_token(engine(**unmasked(batch.input_ids)), batch.lengths)
