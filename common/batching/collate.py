@@ -125,13 +125,15 @@ class PairBatch(Batch):
 
     Attributes:
         input_ids, attention_mask: (2B, L) long.
-        lengths: (2B,) long.
+        lengths: (2B,) long, tokens of prompt and response.
+        prompt_lengths: (2B,) long, those of the prompt alone.
         real: (B,) bool, False for a filler.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     lengths: Tensor
+    prompt_lengths: Tensor
     real: Tensor
 
 
@@ -196,7 +198,8 @@ def collate_comparisons(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) 
         for answers in ("chosen_ids", "rejected_ids")
         for prompt, response in zip(rows["prompt_ids"], rows[answers])
     ]
-    return PairBatch(*_padded(joined, pad_id), real=torch.tensor(micro_batch.real))
+    prompt_lengths = torch.tensor([len(prompt) for prompt in rows["prompt_ids"]] * 2)
+    return PairBatch(*_padded(joined, pad_id), prompt_lengths, torch.tensor(micro_batch.real))
 
 
 def collate_prompts(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) -> PromptBatch:

@@ -7,7 +7,9 @@ import pytest
 from common.artifacts.tracking import Tracker
 from common.batching.sampler import StepSampler
 from common.errors import TrainingFailure
+from common.supervised.run import scheduled_steps
 from common.training.loop import SupervisedLoop
+from step1_sft.config import SFTConfig
 
 
 def evaluated_after(directory, *, epochs=2, eval_interval=0, stop_after=0, losses=()) -> list[int]:
@@ -34,7 +36,10 @@ def evaluated_after(directory, *, epochs=2, eval_interval=0, stop_after=0, losse
     logged = [json.loads(line) for line in (directory / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged if row["phase"] == "eval"] == counts
     assert len(trained) == loop.total_steps
-    assert loop.scheduled_steps == 3 * epochs  # learning rates are those of the whole run, also where it stops early
+    config = SFTConfig(num_train_epochs=epochs, per_device_train_batch_size=2)
+    assert (
+        scheduled_steps(config, rows=5) == 3 * epochs
+    )  # learning rates are those of the whole run, also where it stops early
     return counts
 
 

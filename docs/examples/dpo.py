@@ -1,0 +1,90 @@
+"""Direct preference optimisation (arXiv:2305.18290) as a task of one's own, with all that the programs have.
+
+    deepspeed --num_gpus 2 docs/examples/dpo.py --model_name_or_path output/sft --data_path builtin:courtesy --help
+
+The reference is the model with its adapters off, so that a single model is in memory.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository, where it is not installed
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.artifacts.split_rule import data_request
+from common.batching.collate import PairBatch, collate_comparisons, unmasked
+from common.config.option import PathName, option
+from common.config.parser import parse
+from common.data.prepare import PreparedData, prepare
+from common.models.loading import load_causal_lm
+from common.models.logprobs import response_log_probs
+from common.models.lora import adapters_disabled
+from common.runtime.distributed import run_program
+from common.supervised.config import SupervisedConfig
+from common.supervised.run import run_supervised
+from common.supervised.task import SupervisedTask
+from common.training.metrics import Metrics, Sums, masked_sum, means
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(SupervisedConfig):
+    """DPO"""
+
+    phase: ClassVar[int] = 1  # the second part of --data_split
+
+    model_name_or_path: PathName = option("output/sft", "fine-tuned model to train: hub name or directory")
+    output_dir: PathName = option("output/dpo", "directory of the result")
+    learning_rate: float = option(5e-6, "highest learning rate of what is no adapter", low=0)
+    lora_dim: int = option(8, "rank of the adapters; without them the model is the reference", low=1)
+    eval_iters: int = option(0, "evaluation batches over all ranks at most; 0: all", low=0)
+    beta: float = option(0.1, "weight of the KL to the reference", above=0)
+
+
+class DPOTask(SupervisedTask[DPOConfig, PairBatch]):
+    """The actor learns to prefer the chosen response of a comparison, as far from the reference as beta allows."""
+
+    step, unit, sequences_per_row = "dpo", "pairs", 2
+
+    def prepare(self, codec) -> PreparedData:
+        return prepare(data_request(self.config, "comparison", self.config.max_seq_len, "--max_seq_len"), codec)
+
+    def load_model(self, source: str, codec, **settings: Any) -> nn.Module:
+        return load_causal_lm(source, "--model_name_or_path", codec, **settings)
+
+    def collate(self, rows, micro_batch, pad_id: int) -> PairBatch:
+        return collate_comparisons(rows, micro_batch, pad_id)
+
+    def count(self, batch: PairBatch) -> Tensor:
+        return batch.real.sum()
+
+    def loss_sum(self, engine, batch: PairBatch) -> tuple[Tensor, Sums]:
+        """-log sigmoid(beta (d_chosen - d_rejected)), d = log pi(response) - log pi_ref(response). (eq. 7)"""
+        with torch.no_grad(), adapters_disabled(engine.module):
+            reference = self.log_probs(engine, batch)
+        chosen, rejected = (self.config.beta * (self.log_probs(engine, batch) - reference)).chunk(2)
+        margin = (chosen - rejected).masked_fill(~batch.real, 0)
+        loss = -F.logsigmoid(margin).masked_fill(~batch.real, 0).sum()
+        sums = {"accuracy": masked_sum(margin > 0, batch.real), "margin": masked_sum(margin, batch.real)}
+        return loss, {"pairs": batch.real.sum(dtype=torch.float64), "loss": loss.detach().double(), **sums}
+
+    def log_probs(self, engine, batch: PairBatch) -> Tensor:
+        """(2B,) log-probability of each whole response, in nats."""
+        inputs, lengths = unmasked(batch.input_ids), batch.lengths - batch.prompt_lengths
+        return response_log_probs(engine, inputs, batch.prompt_lengths, lengths).sum(1)
+
+    def evaluation_metrics(self, sums: Sums) -> Metrics:
+        return means(sums, "pairs")
+
+
+def main(argv=None) -> None:
+    config = parse(DPOConfig, argv, prog="docs/examples/dpo.py")
+    run_supervised(DPOTask(config), config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
