@@ -14,14 +14,14 @@ from common.errors import UserError
 
 FILE = "logs/run.lock"
 
-_held: list[TextIO] = []  # open files keep their locks to the end of the process
+_held: list[TextIO] = []  # a lock lasts as long as its file is open
 
 
 def lock_output(directory: Path) -> None:
-    """Take an existing directory for this process, for the rest of its life.
+    """Reserve an existing directory for this process until the process ends.
 
-    The system drops the lock with the process, however that ends, so that a dead owner holds none; over NFS too. Where
-    a file system has no locks, none is taken.
+    The operating system releases the lock when the process ends, however it ends, on NFS too. On a file system without
+    locks, nothing is locked.
 
     Raises:
         UserError: another run has it; the message names that run.
@@ -40,7 +40,7 @@ def lock_output(directory: Path) -> None:
     except OSError:
         pass
     _held.append(file)
-    with contextlib.suppress(OSError):  # of a full disk; the lock holds
+    with contextlib.suppress(OSError):  # the disk may be full; the lock holds all the same
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()

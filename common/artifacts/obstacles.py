@@ -1,4 +1,4 @@
-"""What is in the way in an output directory: a folder where a file must be, a file where a folder must be."""
+"""Paths in an output directory that a run could not write: a folder where it needs a file, or the reverse."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _OF_A_MODEL = (
 
 
 def check_nothing_in_the_way(output: Path, parts: Sequence[str] = ("",), rank: int = 0) -> None:
-    """What a run will write can be written, as far as names go.
+    """Check that each path a run will write is free, or is of the kind (file, folder) that the run replaces.
 
     Args:
         parts: directories inside `output` that get a model; `""` is `output` itself.
         rank: whose log file must be writable.
 
     Raises:
-        UserError: names what is in the way.
+        UserError: one path is of the wrong kind.
     """
     files = [*_FILES, f"logs/libraries.rank{rank}.log", *(f"{part}/{name}" for part in parts for name in _OF_A_MODEL)]
     for obstacle, wanted in _obstacles(output, [*_FOLDERS, *parts], files):

@@ -7,7 +7,7 @@ scores lie. A step that starts from another step's output checks here, before it
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
@@ -18,6 +18,8 @@ from common.errors import UserError, reason_of
 from common.paths import from_anywhere
 
 FILE = "provenance.json"
+# Raised where a field changes its meaning or a new one cannot be done without; files of before had no number.
+FORMAT = 1
 _LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "datasets")
 
 
@@ -86,7 +88,7 @@ class Provenance:
 
     def write(self, directory: str | Path) -> None:
         """Write provenance.json into `directory`."""
-        values = {**asdict(self), "base": from_anywhere(self.base)}
+        values = {"format": FORMAT, **asdict(self), "base": from_anywhere(self.base)}
         (Path(directory) / FILE).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -94,7 +96,7 @@ def read_provenance(model: str | Path) -> Provenance | None:
     """The provenance of a model directory, or of the output directory it lies in; None for any other model.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or of another format.
     """
     if not Path(model).is_dir():  # a hub name
         return None
@@ -103,7 +105,15 @@ def read_provenance(model: str | Path) -> Provenance | None:
         if not path.is_file():
             continue
         try:
-            return _checked(json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant))
+            values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            if not isinstance(values, dict):
+                raise ValueError("it is no object")
+            if (written := values.get("format", 1)) != FORMAT:
+                raise UserError(
+                    f"{path} is of format {str(written)[:40]}, and this version of the programs reads format {FORMAT}: "
+                    "use the version that wrote it, or train the model again"
+                )
+            return _checked(values)
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path} is damaged ({reason_of(error)}): train the model again or remove the file"
@@ -111,11 +121,10 @@ def read_provenance(model: str | Path) -> Provenance | None:
     return None
 
 
-def _checked(values) -> Provenance:
-    """Raises ValueError or TypeError for what no provenance holds."""
-    if not isinstance(values, dict):
-        raise ValueError("it is no object")
-    provenance = Provenance(**values)
+def _checked(values: dict) -> Provenance:
+    """Raises ValueError or TypeError for what no provenance holds; fields that are unknown are left out."""
+    known = {field.name for field in fields(Provenance)}
+    provenance = Provenance(**{name: value for name, value in values.items() if name in known})
     for name, kind in get_type_hints(Provenance).items():
         if not _fits(getattr(provenance, name), kind):
             raise ValueError(f"{name} is {str(getattr(provenance, name))[:40]!r}")

@@ -1,6 +1,6 @@
-"""What a run says: metrics as JSON lines and TensorBoard, samples, a progress bar; libraries' chatter to a file.
+"""What a run records: metrics as JSON lines and TensorBoard events, samples, a progress bar; libraries' logs in a file.
 
-Rank 0 writes; on every other rank all of it does nothing.
+Rank 0 writes. On every other rank these functions do nothing.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common.artifacts.lock import lock_output
 from common.runtime.distributed import is_main, rank, say
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Tracker:
     """Metrics and samples of one run, under its output directory; nothing is written before `begin`.
 
-    A disk that refuses ends no run: metrics wait until it takes them, the rest is left out, and that is said once. A
-    metrics file that is deleted or moved is made again, with all that it held. Where the output directory itself has
-    gone nothing is written any more, see `lost`.
+    A full or failing disk does not end the run. Metrics are kept until they can be written; events and samples are
+    left out; a warning is printed once per file. A metrics file that is deleted or moved during the run is made again
+    with all its lines. If the output directory itself is gone, nothing more is written: see `lost`.
 
     Files:
         logs/metrics.jsonl: one object per `log` call: step, phase, seconds since the start, and the metrics.
@@ -41,10 +46,11 @@ class Tracker:
     def __init__(self, output_dir: str | Path, tensorboard: bool = True, tensorboard_path: str | None = None):
         self.directory = Path(output_dir)
         self._start = time.monotonic()
-        self._file = self._board = None
+        self._file: FileIO | None = None
+        self._board: SummaryWriter | None = None
         self._evaluation: tuple[int, int] | None = None  # the step of the last one, and the size of the file before it
-        self._waiting = b""  # lines that the disk has not taken yet
-        self._refused: set[Path] = set()
+        self._waiting = b""  # lines that could not be written yet
+        self._refused: set[Path] = set()  # files that a warning was printed for
         self._metrics = self.directory / "logs" / "metrics.jsonl"
         self._events = Path(tensorboard_path or self.directory / "logs" / "tensorboard") if tensorboard else None
 
@@ -68,7 +74,7 @@ class Tracker:
         self._open_board(place["step"] + 1 if place else None)
 
     def lost(self) -> str | None:
-        """What to say where the output directory has gone under the run; None on other ranks than 0."""
+        """A message if the output directory was moved or deleted during the run, else None; None on other ranks."""
         if self._file is None:
             return None
         try:
@@ -76,10 +82,10 @@ class Tracker:
             return None
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except OSError:  # not known; a network's file system may answer the next time
+        except OSError:  # unknown: a network file system may answer the next time
             return None
         now = ""
-        with contextlib.suppress(OSError):  # Linux follows what is open
+        with contextlib.suppress(OSError):  # Linux knows the present path of an open file
             now = os.readlink(f"/proc/self/fd/{self._file.fileno()}").removesuffix("/logs/metrics.jsonl")
         where = now if (Path(now) / "checkpoints").is_dir() else ""
         what, cure = (f"been moved to {where}", "move it back") if where else ("gone", "put them back, if you can")
@@ -89,7 +95,8 @@ class Tracker:
         )
 
     def place(self, step: int) -> dict[str, float]:
-        """Where the files are after `step`, for `begin`: before the evaluation that follows it, which is made again."""
+        """The state of the files after `step`, for `begin`. An evaluation after that step is not part of it, because
+        a resumed run makes it again."""
         size = self._settled_size() if self._file is not None else 0
         if self._evaluation is not None and self._evaluation[0] == step:
             size = self._evaluation[1]
@@ -109,17 +116,22 @@ class Tracker:
         self._waiting += f"{json.dumps(record)}\n".encode()
         with self._tolerant(self._metrics):
             self._write_waiting()
-        if self._board is not None:
+        if self._board is not None and self._events is not None:
             with self._tolerant(self._events):
                 for name, value in values.items():
                     if value is not None:
                         self._board.add_scalar(f"{phase}/{name}", value, step)
 
+    @property
+    def _open_file(self) -> FileIO:
+        assert self._file is not None, "nothing is written before begin()"
+        return self._file
+
     def _size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
+        return os.fstat(self._open_file.fileno()).st_size
 
     def _settled_size(self) -> int:
-        """Bytes of the metrics file, with the lines that have waited, if there is room for them now."""
+        """Bytes of the metrics file, after another try to write the waiting lines."""
         with self._tolerant(self._metrics):
             self._write_waiting()
         return self._size()
@@ -135,8 +147,8 @@ class Tracker:
                 for row in rows:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def progress(self, total: int, what: str, done: int = 0):
-        """A tqdm bar on rank 0, `done` of `total` filled; elsewhere one that shows nothing."""
+    def progress(self, total: int, what: str, done: int = 0) -> Any:
+        """A tqdm bar with `done` of `total` filled; on other ranks than 0 it shows nothing."""
         from tqdm import tqdm
 
         return tqdm(total=total, initial=done, desc=what, disable=not is_main(), mininterval=1.0, dynamic_ncols=True)
@@ -147,7 +159,7 @@ class Tracker:
             with self._tolerant(self._metrics):
                 self._write_waiting()
                 self._file.close()
-        if self._board is not None:
+        if self._board is not None and self._events is not None:
             with self._tolerant(self._events):
                 self._board.close()
 
@@ -160,34 +172,36 @@ class Tracker:
             self._board = SummaryWriter(str(self._events), purge_step=purge_step)
 
     def _write_waiting(self) -> None:
-        if not self._is_there():
-            self._make_again()
+        if not self._is_in_place():
+            self._restore_file()
         while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._waiting = self._waiting[self._open_file.write(self._waiting) :]
 
-    def _is_there(self) -> bool:
+    def _is_in_place(self) -> bool:
+        """Whether the path of the metrics file still leads to the open file."""
         try:
-            return os.path.samestat(os.stat(self._metrics), os.fstat(self._file.fileno()))
+            return os.path.samestat(os.stat(self._metrics), os.fstat(self._open_file.fileno()))
         except FileNotFoundError:
             return False
 
-    def _make_again(self) -> None:
-        """Open a new metrics file with what the old one held, which can still be read though it has no name."""
+    def _restore_file(self) -> None:
+        """Open a new metrics file with the lines of the old one, which can still be read although it has no path."""
         with contextlib.suppress(FileExistsError):
-            self._metrics.parent.mkdir()  # not the output directory
-        lock_output(self.directory)  # its file may have gone with this one
-        new = open(self._metrics, "ab+", buffering=0)
-        self._file.seek(0)
+            self._metrics.parent.mkdir()  # the output directory itself is not made again
+        lock_output(self.directory)  # the lock file may have been deleted too
+        new, old = open(self._metrics, "ab+", buffering=0), self._open_file
+        old.seek(0)
         new.truncate(0)
-        self._waiting = self._file.read() + self._waiting
-        self._file.close()
+        self._waiting = old.read() + self._waiting
+        old.close()
         self._file = new
         say(f"warning: {self._metrics} was deleted or replaced under the run: it is made again")
         if self._events is not None and not self._events.is_dir():
             self._open_board()
 
     @contextlib.contextmanager
-    def _tolerant(self, path: Path):
+    def _tolerant(self, path: Path) -> Iterator[None]:
+        """Within the context an error of the system about `path` is a warning, printed once."""
         try:
             yield
         except OSError as error:
@@ -199,12 +213,12 @@ class Tracker:
 def quiet_libraries(output_dir: str | Path) -> None:
     """Send what DeepSpeed, transformers and Python's warnings say to logs/libraries.rankN.log.
 
-    Our own lines then stand alone on the terminal.
+    The terminal then shows the lines of the programs only.
     """
     logs = Path(output_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(logs / f"libraries.rank{rank()}.log", encoding="utf-8")
-    handler.handleError = lambda record: None  # a full disk ends no run, nor does it fill the terminal
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk must not end the run
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.captureWarnings(True)
 
@@ -223,8 +237,8 @@ def quiet_libraries(output_dir: str | Path) -> None:
 
     usual = threading.excepthook
 
-    def quiet(death) -> None:
-        """What ends TensorBoard's writer is raised again where the next event is written, and told from there."""
+    def quiet(death: threading.ExceptHookArgs) -> None:
+        """TensorBoard raises an error of its writer thread again at the next event, where it is handled."""
         if not type(death.thread).__module__.startswith("tensorboard"):
             usual(death)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.artifacts.provenance import FILE, Provenance, read_provenance
+from common.artifacts.provenance import FILE, FORMAT, Provenance, read_provenance
 from common.errors import UserError
 
 WHOLE = Provenance(
@@ -38,6 +38,24 @@ def test_what_was_written_is_read(tmp_path):
     assert read_provenance(tmp_path).score_std is None
 
 
+def test_a_field_that_is_unknown_is_ignored_and_a_file_without_a_format_is_of_the_first(tmp_path):
+    written(tmp_path, unheard_of=1)
+    path = tmp_path / FILE
+    values = json.loads(path.read_text())
+    assert values.pop("format") == FORMAT
+    path.write_text(json.dumps(values))
+    again = read_provenance(tmp_path)
+    assert (again.step, again.score_std) == (WHOLE.step, WHOLE.score_std)
+
+
+@pytest.mark.parametrize("number", [0, FORMAT + 1, "two", None])
+def test_another_format_is_one_sentence(number, tmp_path):
+    written(tmp_path, format=number)
+    line = f"{tmp_path / FILE} is of format {number}, and this version of the programs reads format {FORMAT}: use"
+    with pytest.raises(UserError, match=line):
+        read_provenance(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name, value",
     [
@@ -58,7 +76,6 @@ def test_what_was_written_is_read(tmp_path):
         ("eval_fraction", 7),
         ("data_split", "1,x,2"),
         ("data_split", [1, 2]),
-        ("unheard_of", 1),
         ("shared_openings", {"a": ["x"]}),
         ("shared_openings", {"a": 3}),
         ("shared_openings", [1]),
