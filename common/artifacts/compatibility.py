@@ -15,7 +15,7 @@ from common.runtime.distributed import say
 
 
 def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
-    """The codec for a model; one that this project made must be used with the text it was trained on.
+    """The tokenizer and template for a model. A model with a provenance must be used with those of its training.
 
     Raises:
         UserError: the model was trained with another template, end token or tokenizer.
@@ -41,10 +41,12 @@ def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
 
 
 def read_calibration(config, codec: Codec, source: str) -> Calibration | None:
-    """The scale of a reward model's scores; `RAW` if none is wanted, None if the first rollout is to give it.
+    """The mean and standard deviation that a reward model's scores are measured in.
+
+    `RAW` if scores are used as they are, None if the first rollout is to measure them.
 
     Raises:
-        UserError: it is no reward model, or it reads other ids than the actor writes.
+        UserError: `source` is no reward model, or was trained on other token ids or another template than the actor.
     """
     flag = f"--critic_model_name_or_path {source}"
     if not gives_scores(source, "--critic_model_name_or_path", config.trust_remote_code):
@@ -68,7 +70,8 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration | None:
                     f"{flag} was trained with another chat template than that of {actor}, of the same "
                     "tokens: train both with one"
                 )
-            provenance = replace(provenance, tokenizer=text_of(codec)["tokenizer"])  # what it has read is the same
+            # It was not trained with its own chat template, so the text that it read is the same.
+            provenance = replace(provenance, tokenizer=text_of(codec)["tokenizer"])
         _check_text(provenance, codec, flag, actor)
         check_split_rule(provenance, config, flag)
     return _calibration(config, provenance, flag)

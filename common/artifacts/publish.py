@@ -1,4 +1,4 @@
-"""The result of a run: written whole or not at all, checked, and with a note of how it was made."""
+"""The result of a run: written as a whole, checked, and with a note of how it was made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from common.runtime.distributed import barrier, device, is_main, on_every_rank, 
 from common.runtime.heartbeat import set_phase
 
 CONFIG_FILE = "run_config.yaml"
-_IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTDIR)  # what says so is no matter of space
+_IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTDIR)  # errors that more space on the disk would not cure
 
 
 @contextlib.contextmanager
@@ -40,19 +40,21 @@ def publishing(
     parts: Sequence[str] = (),
     **calibration: float,
 ):
-    """Export within this context: provenance.json is gone while it lasts, and written when it ends well.
+    """Export the models within this context. All ranks enter it.
 
-    So an output directory that has one is whole, also when it is used again. The resolved configuration goes with it;
-    what an earlier run left that this one may not write (adapters, a moving average) is removed.
+    provenance.json is deleted at its start and written at its end, after every model was checked. So an output
+    directory with a provenance.json holds a complete result, even if the directory is used again. The resolved
+    configuration is written beside it. Adapters and a moving average of an earlier run are removed.
 
     Args:
-        engines: what is to be exported, by names for the user.
-        data: what it was trained on.
-        parts: model directories inside the output directory; each gets the provenance too, so that it can be moved.
+        engines: those of the models to export, by the names that messages use.
+        data: what the models were trained on.
+        parts: model directories inside the output directory. Each gets the provenance too, so that it can be moved.
+        calibration: further fields of the provenance.
 
     Raises:
-        Diverged: an engine gives no finite numbers any more, before anything is touched.
-        TrainingFailure: the disk refuses, or what was exported is not a whole model that can be loaded.
+        Diverged: a model computes numbers that are not finite; nothing in the output directory has changed.
+        TrainingFailure: a file cannot be written, or an exported model could not be loaded again.
     """
     set_phase("saving the result")
     for name, engine in engines.items():
@@ -95,7 +97,7 @@ def publishing(
 
 @torch.no_grad()
 def _check_usable(engine, name: str, codec: Codec) -> None:
-    """One small forward pass: no loss has been computed since the last update where nothing is held out."""
+    """One small forward pass. Without held-out rows no loss has been computed since the last update."""
     tokens = torch.full((1, 2), codec.end_id, device=device())
     engine.eval()
     output = engine(**unmasked(tokens))

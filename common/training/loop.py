@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from common.batching.sampler import MicroBatch, StepSampler
 from common.errors import DIVERGED, Diverged
@@ -15,6 +16,9 @@ from common.runtime.distributed import say
 from common.runtime.signals import mark_training_started
 from common.training.memory import named_when_out_of_memory
 from common.training.metrics import Metrics, Recorder
+
+TrainStep = Callable[[Sequence[MicroBatch]], Metrics]
+Evaluate = Callable[[], Metrics]
 
 
 @dataclass
@@ -59,19 +63,20 @@ class SupervisedLoop:
 
     def run(
         self,
-        train_step: Callable[[Sequence[MicroBatch]], Metrics],
-        evaluate: Callable[[], Metrics],
+        train_step: TrainStep,
+        evaluate: Evaluate,
         done: int = 0,
-        after_step: Callable[[int], None] = lambda step: None,
+        on_step_end: Callable[[int], None] = lambda step: None,
     ) -> Metrics:
         """Train to the end.
 
         Args:
             train_step: takes this rank's micro-batches of one optimizer step; returns what to log of it.
             evaluate: returns metrics over the held-out data; none where nothing is held out.
-            done: steps that an interrupted run has made already.
-            after_step: called after each step but the last, with the steps made; to save, or to end a run that was
-                told to stop. The evaluation after that step comes later, and so again where a run is resumed.
+            done: optimizer steps that an interrupted run has made already.
+            on_step_end: called after each step but the last, with the number of steps made; it saves a checkpoint, or
+                ends a run that was asked to stop. An evaluation due after that step comes later, so that a resumed run
+                makes it again.
 
         Returns:
             The metrics of the last evaluation.
@@ -79,18 +84,18 @@ class SupervisedLoop:
         mark_training_started()
         steps = (micro_batches for epoch in range(self.epochs) for micro_batches in self.sampler.epoch(epoch))
         with self.tracker.progress(self.total_steps, "training", done) as bar:
-            for made, micro_batches in enumerate(islice(steps, done, self.total_steps), start=done):
-                if self._evaluation_is_due(made):
-                    self._evaluate(evaluate, made)
-                self._train(train_step, micro_batches, made + 1, bar)
-                if made + 1 < self.total_steps:
-                    after_step(made + 1)
+            for steps_done, micro_batches in enumerate(islice(steps, done, self.total_steps), start=done):
+                if self._evaluation_is_due(steps_done):
+                    self._evaluate(evaluate, steps_done)
+                self._train(train_step, micro_batches, steps_done + 1, bar)
+                if steps_done + 1 < self.total_steps:
+                    on_step_end(steps_done + 1)
         return self._evaluate(evaluate, self.total_steps)
 
     def _evaluation_is_due(self, step: int) -> bool:
         return step % self.sampler.steps_per_epoch == 0 or (self.eval_interval > 0 and step % self.eval_interval == 0)
 
-    def _train(self, train_step, micro_batches: Sequence[MicroBatch], step: int, bar) -> None:
+    def _train(self, train_step: TrainStep, micro_batches: Sequence[MicroBatch], step: int, bar: Any) -> None:
         heartbeat.set_phase("training")
         start = time.perf_counter()
         with named_when_out_of_memory("the training step"):
@@ -103,7 +108,7 @@ class SupervisedLoop:
             if self.print_steps:
                 say(f"step {step}: " + describe(metrics))
 
-    def _evaluate(self, evaluate, step: int) -> Metrics:
+    def _evaluate(self, evaluate: Evaluate, step: int) -> Metrics:
         heartbeat.set_phase("evaluation")
         with named_when_out_of_memory("the evaluation"):
             metrics = evaluate()
@@ -118,7 +123,7 @@ class SupervisedLoop:
 
 
 def check_finite(value: float, name: str, when: str) -> None:
-    """Raises Diverged if a value that is the same on all ranks is not finite: nothing after it could be used."""
+    """Raises Diverged if a value is not finite. It must be the same on all ranks, so that all of them end."""
     if not math.isfinite(value):
         raise Diverged(f"the {name} of {when} is {value}: {DIVERGED}")
 
