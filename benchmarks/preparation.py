@@ -24,7 +24,7 @@ from benchmarks.measure import MIB, say_line
 from common.artifacts.publish import data_request, open_codec
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from step1_sft.config import SFTConfig
 
 

@@ -25,7 +25,8 @@ from common.batching.collate import PairBatch, collate_comparisons
 from common.batching.sampler import MicroBatch
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
-from common.runtime.distributed import device, global_sum, run_program, seed_rank, start
+from common.runtime.distributed import device, global_sum, seed_rank
+from common.runtime.program import run_program, start
 from common.training.engine import accumulate, gradient_norm
 from step2_reward.config import RewardConfig
 from step2_reward.main import build_engine

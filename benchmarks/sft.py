@@ -23,7 +23,8 @@ from common.artifacts.tracking import quiet_libraries
 from common.batching.collate import TokenBatch, collate_demonstrations
 from common.batching.sampler import MicroBatch
 from common.config.parser import PathName, option, parse
-from common.runtime.distributed import device, global_sum, run_program, seed_rank, start
+from common.runtime.distributed import device, global_sum, seed_rank
+from common.runtime.program import run_program, start
 from common.training.engine import accumulate, gradient_norm
 from step1_sft.config import SFTConfig
 from step1_sft.main import build_engine, packing_sampler, prepare_demonstrations

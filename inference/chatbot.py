@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 import torch
 
 from common.config.parser import PathName, option
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from common.runtime.streams import until_reader_leaves
 from inference.decoding import stream_answer
 from inference.dialogue import Dialogue

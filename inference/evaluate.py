@@ -21,7 +21,7 @@ from common.config.parser import PathName, option, options
 from common.data.builtin import true_reward
 from common.data.records import Prompt
 from common.errors import UserError
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from inference.decoding import Answer, answer_prompts
 from inference.generate import open_output, plain
 from inference.loading import load_judge, load_speaker

@@ -23,7 +23,7 @@ import torch
 from common.config.parser import PathName, option
 from common.data.records import Prompt
 from common.errors import TrainingFailure, UserError
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from common.runtime.streams import until_reader_leaves
 from common.runtime.terminal import escape_controls_json
 from inference.decoding import answer_prompts

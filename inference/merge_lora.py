@@ -18,7 +18,8 @@ from common.config.groups import check_output_dir
 from common.config.parser import PathName, option
 from common.errors import TrainingFailure, UserError
 from common.models.loading import load_config
-from common.runtime.distributed import run_program, say
+from common.runtime.distributed import say
+from common.runtime.program import run_program
 from common.training.engine import DTYPES
 from inference.loading import load_whole, open_codec, quiet
 from inference.locating import adapters_inside, find_model

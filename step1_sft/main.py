@@ -23,7 +23,8 @@ from common.data.prepare import PreparedData, agree_on, prepare_many
 from common.data.tokenization import Codec
 from common.models.loading import check_language_model, check_max_length, load_causal_lm, resolve_model
 from common.models.lora import add_lora
-from common.runtime.distributed import rank, run_program, say, seed_rank, start, world_size
+from common.runtime.distributed import rank, say, seed_rank, world_size
+from common.runtime.program import run_program, start
 from common.training.engine import (
     EngineSettings,
     OptimizerSettings,

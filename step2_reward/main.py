@@ -23,7 +23,8 @@ from common.data.tokenization import Codec
 from common.errors import UserError
 from common.models.loading import check_max_length, gives_scores, load_scalar_model, resolve_model
 from common.models.lora import add_lora
-from common.runtime.distributed import rank, run_program, seed_rank, start, world_size
+from common.runtime.distributed import rank, seed_rank, world_size
+from common.runtime.program import run_program, start
 from common.training.engine import (
     EngineSettings,
     OptimizerSettings,

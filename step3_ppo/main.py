@@ -36,7 +36,8 @@ from common.config.parser import parse
 from common.data.prepare import DataRequest, PreparedData, agree_on, prepare
 from common.data.tokenization import Codec
 from common.models.loading import check_language_model, check_max_length, resolve_model
-from common.runtime.distributed import rank, run_program, say, start, world_size
+from common.runtime.distributed import rank, say, world_size
+from common.runtime.program import run_program, start
 from common.training.engine import check_engine_options
 from common.training.memory import fit_micro_batches, named_when_out_of_memory
 from common.training.timing import PhaseClock

@@ -14,7 +14,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from common.errors import TrainingFailure
-from common.runtime.distributed import gather_objects, is_main, run_program
+from common.runtime.distributed import gather_objects, is_main
+from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3

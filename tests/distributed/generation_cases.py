@@ -22,7 +22,8 @@ from common.batching.collate import collate_prompts
 from common.batching.sampler import evaluation_batches
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm
-from common.runtime.distributed import is_main, on_every_rank, rank, run_program, start, world_size
+from common.runtime.distributed import is_main, on_every_rank, rank, world_size
+from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
 from step1_sft.trainer import SFTTrainer
 from step3_ppo.generation.optimizer_offload import OptimizerOffload

@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common.runtime.distributed import run_program, world_size
+from common.runtime.distributed import world_size
+from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3

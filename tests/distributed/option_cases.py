@@ -21,7 +21,7 @@ import torch
 
 from common.checkpoints.store import CheckpointStore
 from common.errors import TrainingFailure, UserError
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.generation import continuous_batching

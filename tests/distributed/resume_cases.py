@@ -18,7 +18,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.checkpoints.manager import Checkpoints
 from common.errors import AlreadyComplete, UserError
-from common.runtime.distributed import barrier, is_main, run_program, say, world_size
+from common.runtime.distributed import barrier, is_main, say, world_size
+from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3

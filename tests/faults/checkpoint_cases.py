@@ -24,7 +24,8 @@ import torch
 from common.checkpoints.manager import Checkpoints
 from common.checkpoints.store import MANIFEST, POINTER
 from common.errors import UserError
-from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program
+from common.runtime.distributed import barrier, gather_objects, is_main, rank
+from common.runtime.program import run_program
 from step1_sft.main import main as step1
 
 STEPS, INTERVAL = 8, 2

@@ -20,8 +20,9 @@ watchdog.start()
 
 import torch.distributed as dist
 
-from common.runtime.distributed import rank, run_program, start
+from common.runtime.distributed import rank
 from common.runtime.heartbeat import INTERVAL, set_phase
+from common.runtime.program import run_program, start
 from common.runtime.signals import mark_training_started, stop_requested
 
 TIMEOUT = 10

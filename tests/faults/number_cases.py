@@ -21,7 +21,8 @@ from common.checkpoints.manager import Checkpoints
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure
 from common.models.loading import load_causal_lm, load_scalar_model
-from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program, start
+from common.runtime.distributed import barrier, gather_objects, is_main, rank
+from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from step1_sft.main import main as step1
 from step1_sft.trainer import SFTTrainer

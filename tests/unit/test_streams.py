@@ -19,7 +19,7 @@ PROGRAM = (
     STARTING
     + """
 import os
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from common.runtime.streams import until_reader_leaves
 def main(argv):
 """
