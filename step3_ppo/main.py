@@ -9,12 +9,9 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.runtime.requirements import require_environment
+    from common.runtime.requirements import begin_program
 
-    require_environment()
-    from common.runtime import watchdog
-
-    watchdog.start()
+    begin_program(trains=True)
 
 from datasets import Dataset
 

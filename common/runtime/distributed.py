@@ -1,4 +1,4 @@
-"""Ranks and collectives: one process per rank, one voice, sums over ranks."""
+"""Ranks, their devices and memory, and collectives. Without a process group there is one rank."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+Item = TypeVar("Item")
 
 
 def rank() -> int:
@@ -31,19 +34,19 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """True on the one rank that prints and writes results."""
+    """Whether this is rank 0, which prints and writes results."""
     return rank() == 0
 
 
 def say(message: str) -> None:
-    """Print a line on rank 0 only, above a progress bar if one is shown."""
+    """Print a line on rank 0, above the progress bar if one is shown."""
     if is_main():
         tqdm.write(message)
         sys.stdout.flush()
 
 
 def on_gpu() -> bool:
-    """Whether this run uses GPUs: there are some, and DS_ACCELERATOR does not ask DeepSpeed for the CPU."""
+    """Whether this run uses GPUs: CUDA is available, and DS_ACCELERATOR is not `cpu`."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
@@ -53,7 +56,7 @@ def device() -> torch.device:
 
 
 def seed_rank(seed: int) -> None:
-    """From here on every rank draws random numbers of its own, for dropout."""
+    """Seed torch differently on every rank, for dropout."""
     torch.manual_seed(seed + 1 + rank())
 
 
@@ -64,7 +67,7 @@ def barrier() -> None:
 
 
 def global_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor of any shape over all ranks; the input stays as it is."""
+    """The sum of a tensor of any shape over all ranks; the input is not changed."""
     total = values.detach().clone()
     if dist.is_initialized() and world_size() > 1:
         dist.all_reduce(total)
@@ -72,29 +75,32 @@ def global_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def on_every_rank(condition: bool) -> bool:
-    """Whether it holds on all ranks; the same answer on each."""
+    """Whether the condition holds on all ranks. All ranks must call it and get the same answer."""
     return int(global_sum(torch.tensor(int(not condition), device=device()))) == 0
 
 
 def memory_available() -> int:
-    """Bytes that this rank may still take: on its GPU, or its share of the machine's memory."""
+    """Bytes that this rank may still allocate: on its GPU, or its share of the memory of its machine."""
     if on_gpu():
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return min([psutil.virtual_memory().available, *_left_by_cgroup()]) // ranks_here()
+    return min([psutil.virtual_memory().available, *_available_in_cgroup()]) // local_world_size()
 
 
-def _left_by_cgroup() -> list[int]:
-    """Bytes left of what a container may take, if it is limited; the kernel gives back what caches unused files."""
-    found = []
+def _available_in_cgroup() -> list[int]:
+    """Bytes left under the memory limit of a container, if it has one.
+
+    Inactive file cache counts as left, because the kernel frees it on demand.
+    """
+    available = []
     for limit, usage, cached in (
         ("memory.max", "memory.current", "inactive_file"),  # cgroup 2
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # no such version, or a limit of "max"
-            room = int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text())
-            counts = dict(line.split() for line in (_CGROUP / limit).with_name("memory.stat").read_text().splitlines())
-            found.append(max(room, 0) + int(counts[cached]))
-    return found
+        with contextlib.suppress(OSError, ValueError, KeyError):  # another version of cgroups, or no limit ("max")
+            free = int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text())
+            statistics = (_CGROUP / limit).with_name("memory.stat").read_text().splitlines()
+            available.append(max(free, 0) + int(dict(line.split() for line in statistics)[cached]))
+    return available
 
 
 def cores() -> int:
@@ -102,15 +108,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ranks_here() -> int:
-    """Ranks on this machine. The deepspeed launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
+def local_world_size() -> int:
+    """Number of ranks on this machine. The deepspeed launcher sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
-def gather_objects(item) -> list:
-    """Every rank's picklable item, in the order of ranks, on every rank."""
+def gather_objects(item: Item) -> list[Item]:
+    """The picklable items of all ranks in the order of ranks, on every rank."""
     if not dist.is_initialized() or world_size() == 1:
         return [item]
-    items = [None] * world_size()
+    items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items

@@ -1,7 +1,8 @@
-"""Start and end of a program.
+"""Start and end of a program: environment, process group, exit code.
 
-Nothing here imports DeepSpeed before `prepare_environment` has run, because DeepSpeed chooses its
-accelerator and its compiled operators while it is imported.
+`run_program` turns a main function into an exit code; `launch` is the same for a file of your own that trains.
+DeepSpeed is imported inside functions, after `prepare_environment` has run: it chooses its accelerator and its compiled
+operators while it is imported.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
+from typing import NoReturn, ParamSpec
 
 import datasets
 import torch
@@ -27,20 +29,23 @@ from common.runtime.distributed import (
     gather_objects,
     is_main,
     local_rank,
+    local_world_size,
     on_every_rank,
     on_gpu,
     rank,
-    ranks_here,
     say,
     world_size,
 )
-from common.runtime.streams import open_closed, outlast_readers
+from common.runtime.requirements import begin_program
+from common.runtime.streams import reopen_closed, tolerate_write_errors
 
-_FIRST_OWN_PORT, _OWN_PORTS = 20_000, 9_000  # below those that systems give to connections
+_FIRST_PORT, _PORTS = 20_000, 9_000  # below the ports that systems give to outgoing connections
+
+Parameters = ParamSpec("Parameters")
 
 
 def prepare_environment() -> None:
-    """Make `python main.py` one rank, choose the accelerator, and share the CPU's cores between ranks."""
+    """Set one rank if there is no launcher, choose the accelerator, and divide the CPU cores among the ranks."""
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0",
@@ -54,37 +59,37 @@ def prepare_environment() -> None:
         torch.cuda.set_device(local_rank())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers' threads do not survive a fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # their threads do not survive a fork
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if "OMP_NUM_THREADS" not in os.environ:
-        if not on_gpu() or ranks_here() > 1:
-            torch.set_num_threads(max(1, cores() // ranks_here()))
+        if not on_gpu() or local_world_size() > 1:
+            torch.set_num_threads(max(1, cores() // local_world_size()))
 
 
 def start(timeout_seconds: int, seed: int) -> None:
-    """Join the process group and seed torch alike on every rank, for new weights that all ranks must agree on.
+    """Join the process group, and seed torch alike on every rank, so that all ranks make the same new weights.
 
-    Data must be prepared before: it may outlast any collective's timeout.
+    Prepare data before this call: that may take longer than a collective may wait.
 
     Args:
         timeout_seconds: how long a collective may wait for the slowest rank.
 
     Raises:
-        UserError: another run has the port, as two with the launcher's default have.
+        UserError: the port is in use.
     """
     torch.manual_seed(seed)
     import deepspeed
     import deepspeed.ops
 
-    # The shared-memory all-reduce for CPUs needs a compiler at every start and leaves 66 MiB per rank behind
-    # in /dev/shm; gloo serves without either.
+    # DeepSpeed's shared-memory all-reduce for CPUs needs a compiler at every start and leaves 66 MiB per rank in
+    # /dev/shm. Without it gloo does the work.
     if not on_gpu():
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     timeout = timedelta(seconds=timeout_seconds)
-    # Of the groups that DeepSpeed makes for its engines; what init_distributed is told holds for the first alone.
+    # The argument of init_distributed holds for the first group only. DeepSpeed makes others for its engines.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    _take_own_port()
+    _replace_default_port()
     try:
         deepspeed.init_distributed(timeout=timeout, verbose=False)
     except dist.DistNetworkError as error:
@@ -99,70 +104,109 @@ def start(timeout_seconds: int, seed: int) -> None:
     heartbeat.set_phase("the loading of models")
 
 
-def _take_own_port() -> None:
-    """In the place of the launcher's default port, which a second run on this machine would be given too."""
+def _replace_default_port() -> None:
+    """Replace the launcher's default port, which a second run on this machine would get too, by one of this run."""
     from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
     launchers = watchdog.launchers()
-    if launchers and ranks_here() == world_size() and os.environ["MASTER_PORT"] == str(TORCH_DISTRIBUTED_DEFAULT_PORT):
-        os.environ["MASTER_PORT"] = str(_FIRST_OWN_PORT + launchers[-1].pid % _OWN_PORTS)
+    if (
+        launchers
+        and local_world_size() == world_size()
+        and os.environ["MASTER_PORT"] == str(TORCH_DISTRIBUTED_DEFAULT_PORT)
+    ):
+        os.environ["MASTER_PORT"] = str(_FIRST_PORT + launchers[-1].pid % _PORTS)
 
 
 def finish() -> None:
-    """Leave the process group together; without it some exits abort."""
+    """Leave the process group together with all ranks. Without this some processes abort while they exit."""
     watchdog.detach()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def stop_agreed(trouble: str | None = None) -> str:
-    """What told the run to stop, or ''; the same on every rank. All ranks must call it.
+def stop_agreed(failure: str | None = None) -> str:
+    """Agree on all ranks whether the run stops. All ranks must call it.
 
-    Raises:
-        TrainingFailure: a rank has `trouble`, which it is the message of; on all ranks alike.
-    """
-    if on_every_rank(trouble is None and signals.stop_requested() is None):
-        return ""
-    everyone = gather_objects((trouble, signals.stop_requested()))
-    for theirs, _ in everyone:
-        if theirs is not None:
-            raise TrainingFailure(theirs)
-    return next(filter(None, (told for _, told in everyone)))
-
-
-def run_program(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Run a program's main function and turn what the user can mend into one line and exit code 2.
+    Args:
+        failure: the message of an error of this rank that must end the run; None if there is none.
 
     Returns:
-        The exit code: 0, also where the result was there already; 2 for `UserError`; 75 for a run that was told to stop
-        and has saved its state; 130 for Ctrl-C in a program that does not train; 1 for anything else, with a traceback
-        if it is no `TrainingFailure`.
+        The reason why a rank was asked to stop, or ''; the same on every rank.
+
+    Raises:
+        TrainingFailure: a rank has a failure; raised on all ranks with the same message.
     """
-    open_closed()
-    outlast_readers()
+    if on_every_rank(failure is None and signals.stop_requested() is None):
+        return ""
+    of_ranks = gather_objects((failure, signals.stop_requested()))
+    for rank_failure, _ in of_ranks:
+        if rank_failure is not None:
+            raise TrainingFailure(rank_failure)
+    return next(reason for _, reason in of_ranks if reason)
+
+
+def launch(main: Callable[Parameters, object], *args: Parameters.args, **kwargs: Parameters.kwargs) -> NoReturn:
+    """Run the main function of a training step from a file of your own, and exit the process.
+
+    The file gets what the step's own program has: signals that stop it with a checkpoint, the watch on the launcher and
+    on other ranks, errors in one line, and the exit codes of `run_program`. It ends with::
+
+        if __name__ == "__main__":
+            launch(main)  # `from step3_ppo.main import main`; arguments of main go here
+
+    and starts like the step: `deepspeed --num_gpus N my_experiment.py --FLAG ...`. Python must find the project's
+    packages: install the project, or put the file into the root of the repository.
+
+    Args:
+        main: called with the other arguments; it reads the command line itself.
+
+    Raises:
+        SystemExit: always; ranks of a process group end without it, see `run_program`.
+    """
+    begin_program(trains=True)
+    sys.exit(run_program(main, *args, **kwargs))
+
+
+def run_program(program: Callable[Parameters, object], *args: Parameters.args, **kwargs: Parameters.kwargs) -> int:
+    """Call the main function of a program, and turn its outcome into an exit code and at most one line of error.
+
+    Args:
+        program: called with the other arguments.
+
+    Returns:
+        The exit code:
+        0 if it succeeded, or if its result existed already (`AlreadyComplete`);
+        1 for `TrainingFailure`, and for any other exception with its traceback;
+        2 for `UserError`;
+        75 for `Stopped`: it was asked to stop and has saved its state;
+        130 for Ctrl-C in a program that does not train.
+        Ranks of a process group do not return but end here, with the same code.
+    """
+    reopen_closed()
+    tolerate_write_errors()
     prepare_environment()
     try:
-        program(argv)
-        return _leave(0)
-    except AlreadyComplete as there:
-        say(str(there))
-        return _leave(0)
+        program(*args, **kwargs)
+        return _exit_together(0)
+    except AlreadyComplete as result:
+        say(str(result))
+        return _exit_together(0)
     except signals.Stopped as stop:
         signals.ignore_signals()
         say(str(stop))
-        return _leave(signals.STOPPED)
+        return _exit_together(signals.STOPPED)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)  # standard output may be answers
+        print("interrupted", file=sys.stderr, flush=True)  # on stderr: standard output may carry the result
         return 130
     except Exception as error:
-        return _fail(error)
+        return _exit_failed(error)
 
 
-def _leave(code: int) -> int:
-    """End well, together with the other ranks; returns the exit code where there are none.
+def _exit_together(code: int) -> int:
+    """End without an error, together with the other ranks. Returns the exit code if there are no others.
 
-    Python's own end is skipped: with threads of torch and gloo about, now and then it aborts, after all is done.
+    With others the process skips Python's own exit. That sometimes aborts, because threads of torch and gloo run on.
     """
     alone = watchdog.peers() is None
     finish()
@@ -173,14 +217,15 @@ def _leave(code: int) -> int:
     return code
 
 
-def _fail(error: Exception) -> int:
-    """Say on one rank, and last of all, why the run ends; returns the exit code."""
+def _exit_failed(error: Exception) -> int:
+    """Print on one rank, as its last line, why the run ends. Returns the exit code if there are no other ranks."""
     code = 2 if isinstance(error, UserError) else 1
-    cause: str | None = ""
-    if (others := watchdog.peers()) is not None:
-        cause = others.fail(code)
+    cause: str | None = ""  # of this failure in another rank; None if another rank reports it
+    if (peers := watchdog.peers()) is not None:
+        cause = peers.announce_failure(code)
     elif not is_main():
-        # Rank 0 mostly meets the same error and says it; the launcher then ends this rank while it sleeps.
+        # Before there is a process group: rank 0 usually has the same error and reports it, and the launcher then ends
+        # this rank while it sleeps.
         time.sleep(5)
     if cause is not None:
         if isinstance(error, (UserError, TrainingFailure)):
@@ -188,11 +233,11 @@ def _fail(error: Exception) -> int:
         elif not cause:
             traceback.print_exception(error)
             cause = " ".join(f"{type(error).__name__}: {error}".split())
-            if others is not None:
-                cause = f"rank {rank()}, in {others.describe()}: {cause}"
+            if peers is not None:
+                cause = f"rank {rank()}, in {peers.describe()}: {cause}"
         print(f"error: {cause}", file=sys.stderr, flush=True)
-    if others is not None:
-        os._exit(code)  # others may be gone, and what Python does at its end may wait for them
+    if peers is not None:
+        os._exit(code)  # Python's own exit may wait for ranks that have gone
     return code
 
 

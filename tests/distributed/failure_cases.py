@@ -54,7 +54,7 @@ CASES = {
 }
 
 
-def main(argv) -> None:
+def main() -> None:
     inputs, output = [word for word in sys.argv[1:] if not word.startswith("--")]
     torch.set_num_threads(1)
     found = {}

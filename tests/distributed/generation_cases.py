@@ -39,7 +39,7 @@ PROMPTS = 10  # not a multiple of ranks and slots
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=16)
 
 
-def main(argv) -> None:
+def main() -> None:
     cache_dir, output_dir = (Path(word) for word in sys.argv[1:] if not word.startswith("--"))
     model_dir = output_dir / f"model-{world_size()}-{rank()}"
     build_model("opt", model_dir, cache_dir)

@@ -41,7 +41,7 @@ WHOLE = logprobs.CHUNK_NUMBERS
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
 
 
-def main(argv) -> None:
+def main() -> None:
     # The launcher adds --local_rank=N.
     cache_dir, output_dir = (Path(word) for word in sys.argv[1:] if not word.startswith("--"))
     model_dir = output_dir / f"model-{world_size()}-{rank()}"

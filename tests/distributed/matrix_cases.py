@@ -19,7 +19,7 @@ from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHARDED,
 from tests.distributed.variants import DEEPSPEED
 
 
-def main(argv) -> None:
+def main() -> None:
     data, texts, model, output = [word for word in sys.argv[1:] if not word.startswith("--")]
     combinations = SHARDED if "--sharded" in sys.argv else SHORT + LONG if "--long" in sys.argv else SHORT
     for combination in combinations:

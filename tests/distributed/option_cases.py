@@ -34,7 +34,7 @@ ECHOES = ("run_config.yaml", "provenance.json")
 CLOCKS = ("seconds", "samples_per_second")
 
 
-def main(argv) -> None:
+def main() -> None:
     inputs, output, *steps = [word for word in sys.argv[1:] if not word.startswith("--")]
     torch.set_num_threads(1)
     for step in steps:

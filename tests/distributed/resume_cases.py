@@ -39,7 +39,7 @@ class Broken(Exception):
     """Takes the place of whatever ends a run."""
 
 
-def main(argv) -> None:
+def main() -> None:
     part, data, texts, model, output = [word for word in sys.argv[1:] if not word.startswith("--")]
     at_length = "--at_length" in sys.argv
     if at_length:

@@ -126,7 +126,7 @@ class Broken(Exception):
     """Takes the place of whatever ends a run."""
 
 
-def main(argv) -> None:
+def main() -> None:
     (output,) = [Path(word) for word in sys.argv[1:] if not word.startswith("--")]
     found = {"whole": run(output, "whole")}
     with each_save(lambda number, save, checkpoints: (save(), break_off(number == 2))):

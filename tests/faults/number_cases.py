@@ -42,7 +42,7 @@ PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
 BROKEN_RANK = 1
 
 
-def main(argv) -> None:
+def main() -> None:
     *places, extent = [word for word in sys.argv[1:] if not word.startswith("--")]
     inputs, output = map(Path, places)
     torch.set_num_threads(1)
