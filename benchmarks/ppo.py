@@ -26,7 +26,8 @@ from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
 from common.errors import UserError
 from common.models.loading import load_causal_lm, load_scalar_model
-from common.runtime.distributed import is_main, run_program, start, world_size
+from common.runtime.distributed import is_main, world_size
+from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, deepspeed_config, frozen_engine, resolve_dtype
 from common.training.timing import PhaseClock
 from step3_ppo.config import PPOConfig

@@ -25,7 +25,7 @@ from common.artifacts.compatibility import open_codec
 from common.artifacts.split_rule import data_request
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from step1_sft.config import SFTConfig
 
 

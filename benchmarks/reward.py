@@ -24,7 +24,8 @@ from common.artifacts.tracking import quiet_libraries
 from common.batching.collate import PairBatch, collate_comparisons
 from common.batching.sampler import MicroBatch
 from common.config.parser import PathName, option, parse
-from common.runtime.distributed import device, global_sum, run_program, seed_rank, start
+from common.runtime.distributed import device, global_sum, seed_rank
+from common.runtime.program import run_program, start
 from common.supervised.run import Inputs, build_engine
 from common.supervised.trainer import SupervisedTrainer
 from common.training.engine import accumulate, gradient_norm

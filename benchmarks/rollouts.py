@@ -27,7 +27,8 @@ from common.data.prepare import prepare
 from common.errors import UserError
 from common.models.loading import load_causal_lm
 from common.models.lora import add_lora
-from common.runtime.distributed import device, global_sum, rank, run_program, start, world_size
+from common.runtime.distributed import device, global_sum, rank, world_size
+from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
 from step3_ppo.config import PPOConfig
 from step3_ppo.generation.continuous_batching import Decoder, Request

@@ -9,14 +9,14 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.runtime.requirements import require_environment
+    from common.runtime.requirements import begin_program
 
-    require_environment()
+    begin_program(trains=False)
 
 import torch
 
 from common.config.parser import PathName, option
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from common.runtime.streams import until_reader_leaves
 from inference.decoding import stream_answer
 from inference.dialogue import Dialogue

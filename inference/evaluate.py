@@ -11,9 +11,9 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.runtime.requirements import require_environment
+    from common.runtime.requirements import begin_program
 
-    require_environment()
+    begin_program(trains=False)
 
 import torch
 
@@ -21,7 +21,7 @@ from common.config.parser import PathName, option, options
 from common.data.builtin import true_reward
 from common.data.records import Prompt
 from common.errors import UserError
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from inference.decoding import Answer, answer_prompts
 from inference.generate import open_output, plain
 from inference.loading import load_judge, load_speaker

@@ -14,16 +14,16 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.runtime.requirements import require_environment
+    from common.runtime.requirements import begin_program
 
-    require_environment()
+    begin_program(trains=False)
 
 import torch
 
 from common.config.parser import PathName, option
 from common.data.records import Prompt
 from common.errors import TrainingFailure, UserError
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from common.runtime.streams import until_reader_leaves
 from common.runtime.terminal import escape_controls_json
 from inference.decoding import answer_prompts

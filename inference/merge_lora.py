@@ -6,9 +6,9 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.runtime.requirements import require_environment
+    from common.runtime.requirements import begin_program
 
-    require_environment()
+    begin_program(trains=False)
 
 from safetensors import SafetensorError
 
@@ -18,7 +18,8 @@ from common.config.groups import check_output_dir
 from common.config.parser import PathName, option
 from common.errors import TrainingFailure, UserError
 from common.models.loading import load_config
-from common.runtime.distributed import run_program, say
+from common.runtime.distributed import say
+from common.runtime.program import run_program
 from common.training.engine import DTYPES
 from inference.loading import load_whole, open_codec, quiet
 from inference.locating import adapters_inside, find_model

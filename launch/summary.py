@@ -8,14 +8,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.errors import UserError
 from common.paths import as_typed_in_a_shell
-from common.runtime.streams import open_closed, outlast_readers
+from common.runtime.streams import reopen_closed, tolerate_write_errors
 from launch.report import STEPS, make_report, render, write_summary
 
 
 def main() -> int:
     """Print the summary and write OUTPUT_DIR/summary.json."""
-    open_closed()
-    outlast_readers()
+    reopen_closed()
+    tolerate_write_errors()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir", help="directory that holds sft/, reward/ and ppo/")
     parser.add_argument("--seconds", type=float, nargs=3, metavar="S", help="wall-clock time of each step")

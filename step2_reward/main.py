@@ -6,15 +6,12 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.runtime.requirements import require_environment
+    from common.runtime.requirements import begin_program
 
-    require_environment()
-    from common.runtime import watchdog
-
-    watchdog.start()
+    begin_program(trains=True)
 
 from common.config.parser import parse
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from common.supervised.run import run_supervised
 from step2_reward.config import RewardConfig
 from step2_reward.task import RewardTask

@@ -9,12 +9,9 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from common.runtime.requirements import require_environment
+    from common.runtime.requirements import begin_program
 
-    require_environment()
-    from common.runtime import watchdog
-
-    watchdog.start()
+    begin_program(trains=True)
 
 from datasets import Dataset
 
@@ -31,7 +28,8 @@ from common.config.parser import parse
 from common.data.prepare import DataRequest, PreparedData, agree_on, prepare
 from common.data.tokenization import Codec
 from common.models.loading import check_language_model, check_max_length, resolve_model
-from common.runtime.distributed import rank, run_program, say, start, world_size
+from common.runtime.distributed import rank, say, world_size
+from common.runtime.program import run_program, start
 from common.training.engine import check_engine_options
 from common.training.memory import fit_micro_batches, named_when_out_of_memory
 from common.training.timing import PhaseClock

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from architectures import build_model
 from transformers import AutoModelForCausalLM
 
 from common.artifacts.compatibility import text_of
 from common.artifacts.provenance import Provenance
 from common.data.records import Message, Prompt
 from common.data.tokenization import Codec, load_tokenizer, make_codec
+from tests.architectures import build_model
 
 CAPITAL, AGAIN, RED, SING = "What is the capital of France?", "And again?", "Paint it red.", "Sing to me."
 # What is asked, in turns, and the last answer; the same question means something else in another dialogue.

@@ -38,7 +38,7 @@ def builtin_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory, builtin_cache):
     """Directory of the model that knows `chat_model.ANSWERS`."""
-    from chat_model import teach
+    from tests.chat_model import teach
 
     return teach(tmp_path_factory.mktemp("chat") / "sft", builtin_cache)
 

@@ -13,7 +13,8 @@ from common.artifacts.tracking import Tracker, quiet_libraries
 from common.checkpoints.manager import Checkpoints, TrainingState
 from common.data.prepare import PreparedData, agree_on
 from common.errors import UserError
-from common.runtime.distributed import is_main, rank, say, start
+from common.runtime.distributed import is_main, rank, say
+from common.runtime.program import start
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,9 @@ from common.checkpoints.state import RANDOM_STATE, STATE, rank_file, read_state,
 from common.checkpoints.store import CheckpointStore, NotSaved
 from common.config.parser import Config, options
 from common.errors import AlreadyComplete, Diverged, UserError, reason_of
-from common.runtime.distributed import (
-    barrier,
-    gather_objects,
-    is_main,
-    on_gpu,
-    rank,
-    say,
-    seed_rank,
-    stop_agreed,
-    world_size,
-)
+from common.runtime.distributed import barrier, gather_objects, is_main, on_gpu, rank, say, seed_rank, world_size
 from common.runtime.heartbeat import set_phase
+from common.runtime.program import stop_agreed
 from common.runtime.signals import Stopped
 from common.training.atomic_step import AtomicStep
 from common.training.engine import read_override

@@ -1,4 +1,9 @@
-"""Whether a program can begin: pinned versions, standard streams, file handles. Asked before anything is imported."""
+"""What a program needs before it can begin: installed packages, standard streams, enough open files.
+
+Programs call this before they import any package; it imports nothing slow.
+"""
+
+from __future__ import annotations
 
 import os
 import resource
@@ -6,44 +11,65 @@ import sys
 from importlib.util import find_spec
 from os.path import join, relpath
 from pathlib import Path
+from typing import NoReturn
 
-from common.runtime.streams import open_closed
+from common.runtime.streams import reopen_closed
 
-# What installs these installs the rest. Installed but broken is not missing: that keeps its own ImportError.
-_NEEDED = ("torch", "deepspeed", "transformers", "datasets", "peft")
+# Whatever installs these installs the rest. A package that is installed but broken keeps its own ImportError.
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "peft")
 
-USUAL_HANDLES = 1024
-FEWEST_HANDLES = 256  # libraries, data files, connections to the other ranks and pipes to processes that prepare data
+USUAL_OPEN_FILES = 1024
+FEWEST_OPEN_FILES = 256  # libraries, data files, connections to other ranks, pipes to processes that prepare data
+
+
+def begin_program(*, trains: bool) -> None:
+    """The first call of every program: check the environment; if the program trains, start the watchdog.
+
+    With the watchdog, SIGTERM and SIGINT are caught and the launcher is watched, also while packages are imported.
+    A program that does not train has nothing to save: signals end it as usual.
+
+    Raises:
+        SystemExit: code 2 after one line on stderr, see `require_environment`.
+    """
+    require_environment()
+    if trains:
+        from common.runtime import watchdog  # imports psutil, which is installed only if the environment is complete
+
+        watchdog.start()
 
 
 def require_environment() -> None:
-    """Ends the program with one line and exit code 2 where packages are missing or too few files may be open."""
-    open_closed()
-    missing = [name for name in _NEEDED if find_spec(name) is None]
+    """Check that packages are installed and that enough files may be open; open closed standard streams.
+
+    Raises:
+        SystemExit: code 2 after one line on stderr.
+    """
+    reopen_closed()
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         root = Path(__file__).resolve().parents[2]
         script = relpath(join(root, "launch", "environment.sh"))
-        _refuse(f"{sys.executable} has no {', '.join(missing)}: run `source {script}` first")
-    require_handles()
+        _exit_with_error(f"{sys.executable} has no {', '.join(missing)}: run `source {script}` first")
+    _require_open_files()
 
 
-def require_handles() -> None:
+def _require_open_files() -> None:
     """Raise the limit of open files to the usual one, as far as the system allows.
 
-    Ends the program with one line and exit code 2 where that is not enough: it would hang or fail anywhere.
+    Exits if the limit stays too low: the program would hang or fail at an arbitrary place.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < USUAL_HANDLES and soft < hard:
-        soft = min(USUAL_HANDLES, hard)
+    if soft < USUAL_OPEN_FILES and soft < hard:
+        soft = min(USUAL_OPEN_FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft < FEWEST_HANDLES:
-        _refuse(
-            f"this shell lets a program open {soft} files, and {FEWEST_HANDLES} are needed: raise the limit, "
-            f"ulimit -n {USUAL_HANDLES}"
+    if soft < FEWEST_OPEN_FILES:
+        _exit_with_error(
+            f"this shell lets a program open {soft} files, and {FEWEST_OPEN_FILES} are needed: raise the limit, "
+            f"ulimit -n {USUAL_OPEN_FILES}"
         )
 
 
-def _refuse(reason: str) -> None:
+def _exit_with_error(reason: str) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {reason}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,4 +1,7 @@
-"""Standard streams that are closed (`>&-`), whose reader has gone (`| head`) or whose disk is full."""
+"""Standard streams that cannot be used: closed (`>&-`), with a reader that has left (`| head`), or on a full disk.
+
+Imports nothing slow: programs call `reopen_closed` before they import anything that opens files.
+"""
 
 from __future__ import annotations
 
@@ -7,72 +10,77 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
 from common.errors import TrainingFailure
 
-_NAMES = ("stdin", "stdout", "stderr")  # by their numbers
+_NAMES = ("stdin", "stdout", "stderr")  # in the order of their file descriptors
 
-closed: set[str] = set()  # names of those that were closed when the program began
+closed: set[str] = set()  # names of the streams that were closed when the program began
 
 
-def open_closed() -> None:
-    """Put what leads nowhere in the place of standard streams that are closed; a second call does nothing.
+def reopen_closed() -> None:
+    """Connect closed standard streams to /dev/null. A second call does nothing.
 
-    To be called before any file is opened: that would get the free number, and what libraries print would go into it.
+    Call it before any file is opened. A file would get the free descriptor, and the output of libraries would go
+    into that file.
     """
-    for number, name in enumerate(_NAMES):
+    for descriptor, name in enumerate(_NAMES):
         if getattr(sys, name) is not None:
             continue
         closed.add(name)
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        if nowhere != number:
-            os.dup2(nowhere, number)
-            os.close(nowhere)
-        os.set_inheritable(number, True)
-        setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+        null = os.open(os.devnull, os.O_RDWR)
+        if null != descriptor:
+            os.dup2(null, descriptor)
+            os.close(null)
+        os.set_inheritable(descriptor, True)
+        setattr(sys, name, open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False))
 
 
 class ReaderLeft(Exception):
-    """Nobody reads standard output any more."""
+    """The reader of standard output has closed its end of the pipe."""
 
 
 class _Stream:
-    """A text stream that does something of its own where the system refuses to write."""
+    """A text stream that handles errors of `write` and `flush` in `_on_error`."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """As of any text stream."""
+        """Like `TextIO.write`."""
         try:
             return self.stream.write(text)
         except OSError as error:
-            self._refused(error)
+            self._on_error(error)
             return len(text)
 
     def flush(self) -> None:
-        """As of any text stream."""
+        """Like `TextIO.flush`."""
         try:
             self.stream.flush()
         except OSError as error:
-            self._refused(error)
+            self._on_error(error)
 
-    def _refused(self, error: OSError) -> None:
-        """From here on what is written goes nowhere, also that which Python flushes at its end."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
+    def _on_error(self, error: OSError) -> None:
+        """Send all further output to /dev/null, including what Python flushes when it exits."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.stream.fileno())
+        os.close(null)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
-class LastingStream(_Stream):
-    """Standard output or error that outlives its reader: `| tee log` ends at Ctrl-C, before the run has saved."""
+class TolerantStream(_Stream):
+    """Standard output or error whose write errors do not end the run.
 
-    def _refused(self, error: OSError) -> None:
-        super()._refused(error)
-        if error.errno != errno.EPIPE and self is not sys.stderr:  # a reader that leaves has seen enough
+    At Ctrl-C the `tee` of `| tee log` ends before the run has saved its checkpoint.
+    """
+
+    def _on_error(self, error: OSError) -> None:
+        super()._on_error(error)
+        if error.errno != errno.EPIPE and self is not sys.stderr:  # a reader that left wants no warning
             print(
                 f"warning: standard output cannot be written: {error.strerror}: the rest of it is lost",
                 file=sys.stderr,
@@ -80,38 +88,39 @@ class LastingStream(_Stream):
             )
 
 
-class _WantedStream(_Stream):
-    """Standard output that the program's work is for."""
+class _RequiredStream(_Stream):
+    """Standard output that carries the program's result: a write error ends the program's work."""
 
-    def _refused(self, error: OSError) -> None:
-        super()._refused(error)
+    def _on_error(self, error: OSError) -> None:
+        super()._on_error(error)
         if error.errno == errno.EPIPE:
             raise ReaderLeft from None
         raise TrainingFailure(f"standard output cannot be written: {error.strerror}") from None
 
 
-def outlast_readers() -> None:
-    """From here on standard output and error outlive whoever reads them."""
-    sys.stdout, sys.stderr = (
-        stream if isinstance(stream, LastingStream) else LastingStream(stream) for stream in (sys.stdout, sys.stderr)
-    )
+def tolerate_write_errors() -> None:
+    """Let the program go on when standard output or error cannot be written. A second call does nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, TolerantStream):
+            setattr(sys, name, TolerantStream(stream))
 
 
 @contextlib.contextmanager
 def until_reader_leaves() -> Iterator[None]:
-    """Within the context the program's work ends, well, as soon as nobody reads standard output any more.
+    """Within the context, end the work without an error as soon as the reader of standard output leaves.
 
     Raises:
         TrainingFailure: standard output is closed, or cannot be written.
     """
     if "stdout" in closed:
         raise TrainingFailure("standard output, where the answers go, is closed: open it, or give a file to write to")
-    usual = sys.stdout
-    sys.stdout = _WantedStream(usual.stream if isinstance(usual, LastingStream) else usual)
+    previous = sys.stdout
+    sys.stdout = cast(TextIO, _RequiredStream(previous.stream if isinstance(previous, TolerantStream) else previous))
     try:
         yield
         sys.stdout.flush()
     except ReaderLeft:
         pass
     finally:
-        sys.stdout = usual
+        sys.stdout = previous

@@ -1,21 +1,21 @@
-"""What a model has written, which may be sequences that drive a terminal, made harmless to it."""
+"""Text that a model has written may hold sequences that control a terminal. Replace them before it is shown."""
 
 from __future__ import annotations
 
-# C0 controls become their Unicode pictures; C1 controls, and marks that reverse the direction of what follows, become
-# replacement characters.
-_HARMLESS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
-_HARMLESS[0x7F] = 0x2421
-_HARMLESS.update(dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD))
-# JSON has escaped those below a space already.
-_ESCAPED = {code: f"\\u{code:04x}" for code in _HARMLESS if code > 0x20}
+# C0 controls become their Unicode pictures (U+2400 and up). C1 controls and marks that reverse the direction of the
+# text become replacement characters.
+_REPLACEMENTS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_REPLACEMENTS[0x7F] = 0x2421
+_REPLACEMENTS.update(dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD))
+# JSON has already escaped the controls below a space.
+_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in _REPLACEMENTS if code > 0x20}
 
 
 def escape_controls(text: str) -> str:
-    """`text` with nothing in it that a terminal obeys but line ends and tabs."""
-    return text.translate(_HARMLESS)
+    """Replace every character that controls a terminal, except line ends and tabs."""
+    return text.translate(_REPLACEMENTS)
 
 
 def escape_controls_json(text: str) -> str:
-    """JSON that means the same; what a terminal obeys is escaped."""
-    return text.translate(_ESCAPED)
+    """Escape every character that controls a terminal in a JSON text; the value stays the same."""
+    return text.translate(_JSON_ESCAPES)

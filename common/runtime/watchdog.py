@@ -1,10 +1,11 @@
-"""A thread of every rank that ends it when nobody waits for it any more, or when the others cannot go on.
+"""A thread of every rank that ends its process when the launcher has gone or when the other ranks cannot go on.
 
 DeepSpeed's launcher is two processes, `deepspeed` and `deepspeed.launcher.launch`. When one is killed, or `deepspeed`
-gets a signal, the ranks are not told. So every rank looks whether both are still there. A shell above them may go.
+gets a signal, nothing tells the ranks. So every rank checks whether both still run. A shell above them may end.
 
-When a rank is killed the launcher ends the others. On a loaded machine it may take a minute to act, and until they have
-a process group the ranks do not watch each other: so a rank looks after those that the same launcher has started.
+When a rank is killed, the launcher ends the others, but on a loaded machine that may take it a minute. Once there is a
+process group, `heartbeat.Peers` watches the other ranks. Before that, a rank watches the processes that the same
+launcher has started.
 """
 
 from __future__ import annotations
@@ -13,25 +14,29 @@ import contextlib
 import os
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import psutil
 
 from common.runtime import signals
-from common.runtime.heartbeat import INTERVAL, Peers, lives
+from common.runtime.heartbeat import INTERVAL, Peers, is_running
 
-GRACE = 25.0  # seconds that ranks whose launcher has gone have for a last checkpoint
+if TYPE_CHECKING:  # torch is slow to import, and the watchdog starts before it
+    from torch.distributed import Store
 
-PATIENCE = 10.0  # seconds that the launcher has to end a rank whose sibling has ended before there is a process group
+GRACE = 25.0  # seconds that ranks have for a last checkpoint after their launcher has gone
+# Seconds that the launcher has to end this rank after another rank has ended, before there is a process group.
+PATIENCE = 10.0
 
 _LAUNCHERS = {"deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
 
 _thread: threading.Thread | None = None
-_met = False  # whether there is, or was, a process group
+_attached = False  # whether there is or was a process group
 _peers: Peers | None = None
 
 
 def start() -> None:
-    """Catch signals and watch the launcher, from before the slow imports on; a second call does nothing."""
+    """Catch signals and watch the launcher. Call it before slow imports; a second call does nothing."""
     global _thread
     if _thread is None:
         signals.catch_signals()
@@ -39,31 +44,31 @@ def start() -> None:
         _thread.start()
 
 
-def attach(store, rank: int, ranks: int, timeout: int) -> None:
-    """Watch the other ranks of a process group too; a second call sets the timeout, in seconds."""
-    global _peers, _met
-    _met = True
+def attach(store: Store, rank: int, world_size: int, timeout: int) -> None:
+    """Watch the other ranks of a process group too. A second call only sets the timeout, in seconds."""
+    global _peers, _attached
+    _attached = True
     if _peers is not None:
         _peers.timeout = timeout
-    elif ranks > 1:
-        _peers = Peers(store, rank, ranks, timeout)
+    elif world_size > 1:
+        _peers = Peers(store, rank, world_size, timeout)
 
 
 def peers() -> Peers | None:
-    """The other ranks, once there are any."""
+    """The other ranks; None before `attach`, after `detach`, and if there is only one rank."""
     return _peers
 
 
 def detach() -> None:
-    """Watch the other ranks no longer, because this one has done its work."""
+    """Stop watching the other ranks: this rank has done its work."""
     global _peers
     if _peers is not None:
-        _peers.leave()
+        _peers.stop()
         _peers = None
 
 
 def launchers() -> list[psutil.Process]:
-    """DeepSpeed's processes above this one."""
+    """DeepSpeed's launcher processes above this one, nearest first."""
     return [process for process in psutil.Process().parents() if _is_launcher(process)]
 
 
@@ -82,7 +87,7 @@ def _watch(launchers: list[psutil.Process]) -> None:
         signals.end_at_once("the launcher has gone before the program began")
     while True:
         time.sleep(INTERVAL)
-        if deadline is None and not all(map(lives, launchers)):
+        if deadline is None and not all(map(is_running, launchers)):
             deadline = time.monotonic() + GRACE
             signals.request_stop("the end of its launcher")
         if deadline is not None and time.monotonic() > deadline:
@@ -90,36 +95,36 @@ def _watch(launchers: list[psutil.Process]) -> None:
                 f"the launcher has gone and no checkpoint could be saved in {GRACE:.0f} seconds: the "
                 "same command goes on from the last one"
             )
-        if (others := _peers) is not None:
-            others.look(launcher_gone=deadline is not None)
-        elif not _met:
-            siblings.look()
+        if (peers := _peers) is not None:
+            peers.check(launcher_gone=deadline is not None)
+        elif not _attached:
+            siblings.check()
 
 
 class _Siblings:
-    """The ranks that the same launcher has started, while there is no process group.
+    """The ranks that the same launcher has started, before there is a process group.
 
     Args:
-        launcher: the parent of all; None where there is none.
+        launcher: the parent of these ranks; None without a launcher.
     """
 
     def __init__(self, launcher: psutil.Process | None):
         self._launcher = launcher
-        self._missing_since: float | None = None
+        self._ended_since: float | None = None
 
-    def look(self) -> None:
-        """End this process if one of the others has ended and the launcher does not even notice."""
+    def check(self) -> None:
+        """End this process if another rank has ended and the launcher has not reacted for `PATIENCE` seconds."""
         ranks: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):  # the launcher has gone, which `_watch` sees too
             ranks = self._launcher.children() if self._launcher else []
-        living = [process.pid for process in ranks if lives(process)]
-        if len(living) == len(ranks):  # one that the launcher has taken note of is no child of it any more
-            self._missing_since = None
+        running = [process.pid for process in ranks if is_running(process)]
+        if len(running) == len(ranks):  # a rank whose end the launcher has noticed is no longer among its children
+            self._ended_since = None
             return
-        self._missing_since = self._missing_since or time.monotonic()
-        if time.monotonic() - self._missing_since > PATIENCE:
-            if os.getpid() == min(living):
-                signals.write(
+        self._ended_since = self._ended_since or time.monotonic()
+        if time.monotonic() - self._ended_since > PATIENCE:
+            if os.getpid() == min(running):
+                signals.write_stderr(
                     "error: another rank has ended without a word while the programs started (killed, "
                     "perhaps for want of memory)",
                     on_every_rank=True,

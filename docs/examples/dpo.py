@@ -24,7 +24,7 @@ from common.data.prepare import PreparedData, prepare
 from common.models.loading import load_causal_lm
 from common.models.logprobs import response_log_probs
 from common.models.lora import adapters_disabled
-from common.runtime.distributed import run_program
+from common.runtime.program import launch
 from common.supervised.config import SupervisedConfig
 from common.supervised.run import run_supervised
 from common.supervised.task import SupervisedTask
@@ -87,4 +87,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    launch(main)

@@ -14,7 +14,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from common.errors import TrainingFailure
-from common.runtime.distributed import gather_objects, is_main, run_program
+from common.runtime.distributed import gather_objects, is_main
+from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
@@ -53,7 +54,7 @@ CASES = {
 }
 
 
-def main(argv) -> None:
+def main() -> None:
     inputs, output = [word for word in sys.argv[1:] if not word.startswith("--")]
     torch.set_num_threads(1)
     found = {}

@@ -22,7 +22,8 @@ from common.batching.collate import collate_prompts
 from common.batching.sampler import evaluation_batches
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm
-from common.runtime.distributed import is_main, on_every_rank, rank, run_program, start, world_size
+from common.runtime.distributed import is_main, on_every_rank, rank, world_size
+from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
 from step3_ppo.generation.optimizer_offload import OptimizerOffload
 from step3_ppo.generation.rollout import ActorRollouts
@@ -38,7 +39,7 @@ PROMPTS = 10  # not a multiple of ranks and slots
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=16)
 
 
-def main(argv) -> None:
+def main() -> None:
     cache_dir, output_dir = (Path(word) for word in sys.argv[1:] if not word.startswith("--"))
     model_dir = output_dir / f"model-{world_size()}-{rank()}"
     build_model("opt", model_dir, cache_dir)

@@ -23,7 +23,8 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.models import logprobs
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import add_lora
-from common.runtime.distributed import is_main, rank, run_program, start, world_size
+from common.runtime.distributed import is_main, rank, world_size
+from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from common.training.optim import BETAS
 from step3_ppo.config import PPOConfig
@@ -39,7 +40,7 @@ WHOLE = logprobs.CHUNK_NUMBERS
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
 
 
-def main(argv) -> None:
+def main() -> None:
     # The launcher adds --local_rank=N.
     cache_dir, output_dir = (Path(word) for word in sys.argv[1:] if not word.startswith("--"))
     model_dir = output_dir / f"model-{world_size()}-{rank()}"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common.runtime.distributed import run_program, world_size
+from common.runtime.distributed import world_size
+from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
@@ -18,7 +19,7 @@ from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHARDED,
 from tests.distributed.variants import DEEPSPEED
 
 
-def main(argv) -> None:
+def main() -> None:
     data, texts, model, output = [word for word in sys.argv[1:] if not word.startswith("--")]
     combinations = SHARDED if "--sharded" in sys.argv else SHORT + LONG if "--long" in sys.argv else SHORT
     for combination in combinations:

@@ -21,7 +21,7 @@ import torch
 
 from common.checkpoints.store import CheckpointStore
 from common.errors import TrainingFailure, UserError
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.generation import continuous_batching
@@ -34,7 +34,7 @@ ECHOES = ("run_config.yaml", "provenance.json")
 CLOCKS = ("seconds", "samples_per_second")
 
 
-def main(argv) -> None:
+def main() -> None:
     inputs, output, *steps = [word for word in sys.argv[1:] if not word.startswith("--")]
     torch.set_num_threads(1)
     for step in steps:

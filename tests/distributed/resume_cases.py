@@ -18,7 +18,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.checkpoints.manager import Checkpoints
 from common.errors import AlreadyComplete, UserError
-from common.runtime.distributed import barrier, is_main, run_program, say, world_size
+from common.runtime.distributed import barrier, is_main, say, world_size
+from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
@@ -38,7 +39,7 @@ class Broken(Exception):
     """Takes the place of whatever ends a run."""
 
 
-def main(argv) -> None:
+def main() -> None:
     part, data, texts, model, output = [word for word in sys.argv[1:] if not word.startswith("--")]
     at_length = "--at_length" in sys.argv
     if at_length:

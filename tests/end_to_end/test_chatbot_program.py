@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chat_model import AGAIN, ANSWERS, CAPITAL, RED, SING, one_line
+from tests.chat_model import AGAIN, ANSWERS, CAPITAL, RED, SING, one_line
 
 PROGRAM = str(Path(__file__).resolve().parents[2] / "inference" / "chatbot.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -24,7 +24,8 @@ import torch
 from common.checkpoints.manager import Checkpoints
 from common.checkpoints.store import MANIFEST, POINTER
 from common.errors import UserError
-from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program
+from common.runtime.distributed import barrier, gather_objects, is_main, rank
+from common.runtime.program import run_program
 from step1_sft.main import main as step1
 
 STEPS, INTERVAL = 8, 2
@@ -125,7 +126,7 @@ class Broken(Exception):
     """Takes the place of whatever ends a run."""
 
 
-def main(argv) -> None:
+def main() -> None:
     (output,) = [Path(word) for word in sys.argv[1:] if not word.startswith("--")]
     found = {"whole": run(output, "whole")}
     with each_save(lambda number, save, checkpoints: (save(), break_off(number == 2))):

@@ -14,21 +14,19 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common.runtime import watchdog
-
-watchdog.start()
-
 import torch.distributed as dist
 
-from common.runtime.distributed import rank, run_program, start
+from common.runtime import watchdog
+from common.runtime.distributed import rank
 from common.runtime.heartbeat import INTERVAL, set_phase
+from common.runtime.program import launch, start
 from common.runtime.signals import mark_training_started, stop_requested
 
 TIMEOUT = 10
 watchdog.GRACE = watchdog.PATIENCE = 5.0
 
 
-def main(argv) -> None:
+def main() -> None:
     case, marks, *rest = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     if case == "ppo":
         ppo(Path(marks), rest[0], rest[1:])
@@ -89,4 +87,4 @@ def mark(marks: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    launch(main)

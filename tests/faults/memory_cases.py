@@ -11,7 +11,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import psutil
 import torch
 
-from common.runtime.distributed import rank, run_program
+from common.runtime.distributed import rank
+from common.runtime.program import run_program
 from step1_sft.main import main
 from step1_sft.task import SFTTask
 

@@ -21,7 +21,8 @@ from common.checkpoints.manager import Checkpoints
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure
 from common.models.loading import load_causal_lm, load_scalar_model
-from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program, start
+from common.runtime.distributed import barrier, gather_objects, is_main, rank
+from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
@@ -40,7 +41,7 @@ PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
 BROKEN_RANK = 1
 
 
-def main(argv) -> None:
+def main() -> None:
     *places, extent = [word for word in sys.argv[1:] if not word.startswith("--")]
     inputs, output = map(Path, places)
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import sys
 sys.path[:0] = [{root!r}]
 from common.runtime import watchdog
 watchdog.start()
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from {step}.main import main
 from {step}.task import {task}
 def fails(*args, **kwargs):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from chat_model import CAPITAL, learn, prompt_of
 from transformers import AutoModelForCausalLM
 
 from common.artifacts.export import write_model
@@ -11,6 +10,7 @@ from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import adapters_disabled, add_lora, folded_adapters
 from common.models.pooling import score_at_last_token
 from tests.architectures import CONFIGS, build_model
+from tests.chat_model import CAPITAL, learn, prompt_of
 
 TOKENS = torch.tensor([[5, 9, 17, 30, 12, 44, 8, 21]])
 

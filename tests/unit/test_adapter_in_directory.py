@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from chat_model import provenance_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -20,6 +19,7 @@ from inference.options import LoadOptions
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
+from tests.chat_model import provenance_of
 
 IDS = torch.arange(10, 30)[None]
 

@@ -4,13 +4,13 @@ import json
 from datetime import datetime
 
 import pytest
-from tokenizers_built import byte_level_bpe
 from transformers import AddedToken, AutoTokenizer
 
 from common.data.records import Message, Prompt
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from inference.dialogue import Dialogue
+from tests.tokenizers_built import byte_level_bpe
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

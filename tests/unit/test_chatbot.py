@@ -5,9 +5,9 @@ import shutil
 import sys
 
 import pytest
-from chat_model import AGAIN, ANSWERS, CAPITAL, SONG, one_line
 
 from inference.chatbot import main
+from tests.chat_model import AGAIN, ANSWERS, CAPITAL, SONG, one_line
 
 
 def test_bytes_that_are_no_text_do_not_end_the_dialogue(chat_model, capfdbinary, monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """docs/data.md says what is read, line by line."""
 
-from data_docs import DOCS, FILES, LAYOUTS, gives, with_tables
+from tests.data_docs import DOCS, FILES, LAYOUTS, gives, with_tables
 
 
 def test_the_tables_are_what_is_read():

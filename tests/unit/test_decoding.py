@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chat_model import AGAIN, ANSWERS, CAPITAL, RED, SING, prompt_of
 
 from common.runtime.terminal import escape_controls
 from inference.decoding import answer_prompts, stream_answer
 from inference.dialogue import Dialogue
 from inference.loading import load_speaker
 from inference.options import DecodingOptions, LoadOptions
+from tests.chat_model import AGAIN, ANSWERS, CAPITAL, RED, SING, prompt_of
 
 GREEDY = DecodingOptions(max_new_tokens=40)
 PROMPTS = [prompt_of(turns) for turns in ANSWERS] + [prompt_of((SING,))]

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from chat_model import provenance_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.config.parser import parse
@@ -18,6 +17,7 @@ from inference.evaluate import EvaluateConfig, Judged, compare, find_prompts, ma
 from inference.loading import load_judge
 from inference.options import LoadOptions
 from inference.scoring import score_answers
+from tests.chat_model import provenance_of
 
 
 @pytest.fixture(scope="module")

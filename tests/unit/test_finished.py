@@ -10,7 +10,7 @@ from common.artifacts.tracking import Tracker
 from common.checkpoints.completed import FILE
 from common.checkpoints.manager import Checkpoints, TrainingState
 from common.errors import AlreadyComplete
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from step2_reward.config import RewardConfig
 
 

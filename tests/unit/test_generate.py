@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from chat_model import AGAIN, ANSWERS, CAPITAL, RED, prompt_of
 
 from common.config.parser import parse
 from common.data.blend import parse_data_path
@@ -13,6 +12,7 @@ from common.errors import TrainingFailure, UserError
 from common.runtime.terminal import escape_controls
 from inference.generate import GenerateConfig, main
 from inference.prompts import read_prompts
+from tests.chat_model import AGAIN, ANSWERS, CAPITAL, RED, prompt_of
 
 
 def write(path, rows) -> str:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chat_model import CAPITAL, prompt_of, provenance_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -18,6 +17,7 @@ from common.models.lora import add_lora, save_adapter
 from inference.loading import load_judge, load_speaker
 from inference.merge_lora import main
 from inference.options import LoadOptions
+from tests.chat_model import CAPITAL, prompt_of, provenance_of
 
 CLASSES = {"causal": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
 

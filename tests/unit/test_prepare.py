@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from preparation import pairs, request, write
-from tokenizers_built import byte_level_bpe, llama_sentencepiece
 
 from common.data import encoding, parallel
 from common.data.blend import parse_data_path
@@ -15,6 +13,8 @@ from common.data.split import dialogue_hash
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.loading import resolve_model
+from tests.preparation import pairs, request, write
+from tests.tokenizers_built import byte_level_bpe, llama_sentencepiece
 
 PHASES = (0, 1, 2)
 

@@ -8,14 +8,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from preparation import pairs, request, write
-from tokenizers_built import byte_level_bpe
 
 from common.data import prepared_files
 from common.data.prepare import _locked, prepare
 from common.data.prepared_files import Damaged, seal, unseal
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from tests.preparation import pairs, request, write
+from tests.tokenizers_built import byte_level_bpe
 
 DEEP = "[" * 10_000 + "]" * 10_000
 

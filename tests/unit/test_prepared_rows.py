@@ -9,13 +9,13 @@ import zipfile
 import pyarrow
 import pyarrow.parquet
 import pytest
-from preparation import request
-from tokenizers_built import byte_level_bpe
 
 from common.data.blend import parse_data_path
 from common.data.prepare import prepare
 from common.data.rows import FileFormat
 from common.data.tokenization import load_tokenizer, make_codec
+from tests.preparation import request
+from tests.tokenizers_built import byte_level_bpe
 
 ROWS = [
     {"prompt": f"O\u00f9 est le n\u00ba {n}; l\u00e0, ou ici?", "response": f"L\u00e0, \u00ab{n}\u00bb;\nvoil\u00e0."}

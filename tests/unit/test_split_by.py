@@ -3,12 +3,12 @@
 import random
 
 import pytest
-from preparation import pairs, request, write
-from tokenizers_built import byte_level_bpe
 
 from common.data.prepare import prepare, prepare_many
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from tests.preparation import pairs, request, write
+from tests.tokenizers_built import byte_level_bpe
 
 PHASES = (0, 1, 2)
 KINDS = ("demonstration", "comparison", "prompt")

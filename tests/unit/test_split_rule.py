@@ -5,9 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chat_model import provenance_of
-from preparation import write
-from tokenizers_built import byte_level_bpe
 
 from common.artifacts.provenance import read_provenance
 from common.artifacts.publish import publishing
@@ -22,6 +19,9 @@ from inference.options import PromptOptions
 from inference.prompts import held_out_prompts
 from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
+from tests.chat_model import provenance_of
+from tests.preparation import write
+from tests.tokenizers_built import byte_level_bpe
 
 HELLO = beginnings(["Hello"])
 

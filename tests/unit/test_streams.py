@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from common.runtime.streams import LastingStream, until_reader_leaves
+from common.runtime.streams import TolerantStream, until_reader_leaves
 from tests.launching import ROOT
 
 STARTING = """
@@ -19,9 +19,9 @@ PROGRAM = (
     STARTING
     + """
 import os
-from common.runtime.distributed import run_program
+from common.runtime.program import run_program
 from common.runtime.streams import until_reader_leaves
-def main(argv):
+def main():
 """
 )
 
@@ -89,7 +89,7 @@ def test_output_that_nobody_can_read_ends_nothing_but_work_that_is_for_it(work, 
 
 def test_a_reader_that_stays_gets_all(capsys):
     with until_reader_leaves():
-        assert not isinstance(sys.stdout, LastingStream)
+        assert not isinstance(sys.stdout, TolerantStream)
         print("an answer", end="")
     assert capsys.readouterr().out == "an answer"
     with pytest.raises(ValueError), until_reader_leaves():

@@ -1,10 +1,10 @@
 import pytest
-from tokenizers_built import byte_level_bpe
 from transformers import AutoTokenizer
 
 from common.data.records import Message, Prompt
 from common.data.templates import TEMPLATE_NAMES, get_template
 from common.errors import UserError
+from tests.tokenizers_built import byte_level_bpe
 
 CHATML = (
     "{% for m in messages %}"

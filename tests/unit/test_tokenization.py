@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, Unigram
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers_built import byte_level_bpe, llama_prepending, llama_sentencepiece
 from transformers import PreTrainedTokenizerFast
 
 from common.data.records import Message, Prompt
 from common.data.tokenization import load_tokenizer, make_codec, tokenizer_fingerprint
 from common.errors import UserError
+from tests.tokenizers_built import byte_level_bpe, llama_prepending, llama_sentencepiece
 
 CHATML = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"
