@@ -18,12 +18,12 @@ from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, Outcome, assert_close, compare, counted_positions, tolerance
 from benchmarks.plain import LongTail, fixed_micro_batches, same_responses
 from benchmarks.plain_ppo import PlainPPO
-from common.artifacts.provenance import RAW
 from common.artifacts.publish import data_request, open_codec
 from common.artifacts.tracking import quiet_libraries
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
 from common.errors import UserError
+from common.models.calibration import RAW
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.runtime.distributed import is_main, run_program, start, world_size
 from common.training.engine import EngineSettings, deepspeed_config, frozen_engine, resolve_dtype

@@ -11,7 +11,7 @@ from datasets import Dataset
 from common.batching.collate import PairBatch, collate_comparisons, unmasked
 from common.batching.sampler import MicroBatch
 from common.data.tokenization import Codec
-from common.models.pooling import score_at_last_token
+from common.models.scalar import score_at_last_token
 from common.runtime.distributed import device, global_sum
 from common.training.atomic_step import AtomicStep
 from common.training.engine import gradient_norm

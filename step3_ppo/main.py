@@ -19,7 +19,6 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 from datasets import Dataset
 
 from common.artifacts.export import export_model
-from common.artifacts.provenance import RAW, Calibration
 from common.artifacts.publish import (
     data_request,
     open_codec,
@@ -35,6 +34,7 @@ from common.checkpoints.manager import Checkpoints, TrainingState
 from common.config.parser import parse
 from common.data.prepare import DataRequest, PreparedData, agree_on, prepare
 from common.data.tokenization import Codec
+from common.models.calibration import RAW, Calibration
 from common.models.loading import check_language_model, check_max_length, resolve_model
 from common.runtime.distributed import rank, run_program, say, start, world_size
 from common.training.engine import check_engine_options

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.artifacts.provenance import RAW, Calibration
 from common.batching.collate import unmasked
 from common.data.tokenization import Codec
+from common.models.calibration import RAW, Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
 from common.models.lora import adapters_disabled, add_lora
-from common.models.pooling import score_at_last_token
+from common.models.scalar import score_at_last_token
 from common.runtime.distributed import say
 from common.training.engine import (
     EngineSettings,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from common.artifacts.lock import lock_output
 from common.artifacts.obstacles import check_nothing_in_the_way
 from common.artifacts.provenance import FILE as PROVENANCE_FILE
-from common.artifacts.provenance import RAW, Calibration, Provenance, read_provenance
+from common.artifacts.provenance import Provenance, read_provenance
 from common.artifacts.split_rule import check_split_rule, known_openings, openings_of, split_rule_of
 from common.artifacts.tracking import Tracker, quiet_libraries
 from common.batching.collate import unmasked
@@ -25,6 +25,7 @@ from common.config.parser import save_config
 from common.data.prepare import DataRequest, PreparedData
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.errors import DIVERGED, Diverged, TrainingFailure, UserError
+from common.models.calibration import RAW, Calibration
 from common.models.completeness import problem
 from common.models.loading import gives_scores
 from common.runtime.distributed import barrier, device, is_main, on_every_rank, rank, say, world_size

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from common.artifacts.provenance import RAW, Calibration
 from common.data.files import is_data_file
 from common.data.tokenization import Codec
 from common.errors import UserError, reason_of
 from common.models.adapter import holds_adapter, merged_model, refuse_adapter
 from common.models.added_token import start_row
 from common.models.builtin import BUILTIN_MODELS, materialise
+from common.models.calibration import RAW, Calibration
 from common.models.checks import check_files, check_finite
 from common.models.completeness import score_labels, surplus
 from common.models.scalar import ScalarModel, init_score_head, is_scalar_config

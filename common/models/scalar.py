@@ -1,7 +1,7 @@
 """ScalarModel: one number per position, for the reward model and the critic.
 
-Pooling (the score of a response is read at its last real token) happens outside, from lengths: see
-`common.models.pooling`. What is saved is the inner transformers sequence-classification model.
+Pooling happens outside the model, from lengths: see `score_at_last_token`. What is saved is the inner transformers
+sequence-classification model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.artifacts.provenance import RAW, Calibration
+from common.models.calibration import RAW, Calibration
 
 
 class ScoreHead(nn.Linear):
@@ -70,6 +70,19 @@ class ScalarModel(nn.Module):
         if reward:
             return _scores(hidden, self.reward_weight, self.reward_bias).squeeze(-1)
         return self.calibration.normalise(self.classifier.score(hidden).squeeze(-1))
+
+
+def score_at_last_token(numbers: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Pool per-position numbers to one score per sequence.
+
+    Args:
+        numbers: (B, L) from `ScalarModel`, right-padded rows.
+        lengths: (B,) real tokens per row, at least 1.
+
+    Returns:
+        (B,) the number at position lengths - 1, the last real token.
+    """
+    return numbers.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
 
 
 def is_scalar_config(config) -> bool:

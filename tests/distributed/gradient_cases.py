@@ -17,10 +17,10 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from common.artifacts.export import full_state_dict
-from common.artifacts.provenance import RAW
 from common.batching.sampler import StepSampler
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models import logprobs
+from common.models.calibration import RAW
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import add_lora
 from common.runtime.distributed import is_main, rank, run_program, start, world_size

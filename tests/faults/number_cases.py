@@ -16,10 +16,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from common.artifacts.provenance import RAW
 from common.checkpoints.manager import Checkpoints
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure
+from common.models.calibration import RAW
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.runtime.distributed import barrier, gather_objects, is_main, rank, run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.artifacts.export import write_model
-from common.artifacts.provenance import Calibration
 from common.batching.collate import unmasked
 from common.data.tokenization import load_tokenizer, make_codec
+from common.models.calibration import Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs
 from common.models.lora import adapters_disabled, add_lora, linear_modules, merged_state_dict
-from common.models.pooling import score_at_last_token
+from common.models.scalar import score_at_last_token
 from tests.architectures import CONFIGS, build_model
 from tests.given_logits import GivenLogits
 

@@ -9,7 +9,7 @@ from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import adapters_disabled, add_lora, folded_adapters
-from common.models.pooling import score_at_last_token
+from common.models.scalar import score_at_last_token
 from tests.architectures import CONFIGS, build_model
 
 TOKENS = torch.tensor([[5, 9, 17, 30, 12, 44, 8, 21]])

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from common.artifacts.export import write_model
-from common.artifacts.provenance import Calibration
 from common.data.tokenization import load_tokenizer, make_codec
+from common.models.calibration import Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from step3_ppo import models as ppo_models
 from step3_ppo.config import PPOConfig

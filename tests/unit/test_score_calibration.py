@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from common.artifacts.export import write_model
-from common.artifacts.provenance import RAW, Calibration, Provenance
+from common.artifacts.provenance import Provenance
 from common.artifacts.publish import read_calibration, text_of
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.builtin import materialise
+from common.models.calibration import RAW, Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Rollout
