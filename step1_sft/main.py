@@ -15,14 +15,17 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 
 
 from common.artifacts.export import export_model
+from common.artifacts.model_source import resolve_model
 from common.artifacts.publish import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from common.batching.sampler import StepSampler, evaluation_batches
 from common.checkpoints.manager import Checkpoints, TrainingState
 from common.config.parser import parse
 from common.data.prepare import PreparedData, agree_on, prepare_many
 from common.data.tokenization import Codec
-from common.models.loading import check_language_model, check_max_length, load_causal_lm, resolve_model
+from common.errors import named_by
+from common.models.loading import check_language_model, check_length, load_causal_lm
 from common.models.lora import add_lora
+from common.paths import writing_to
 from common.runtime.distributed import rank, run_program, say, seed_rank, start, world_size
 from common.training.engine import (
     EngineSettings,
@@ -42,11 +45,11 @@ def main(argv=None) -> None:
     """Parse, prepare, build, train, save."""
     config = parse(SFTConfig, argv, prog="step1_sft/main.py")
     check_engine_options(config)
-    source = resolve_model(
-        config.model_name_or_path, "--model_name_or_path", config.data_output_path, config.merge_adapter
-    )
-    check_max_length(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
-    check_language_model(source, "--model_name_or_path", config.trust_remote_code)
+    with writing_to("--data_output_path", config.data_output_path), named_by("--model_name_or_path"):
+        source = resolve_model(config.model_name_or_path, config.data_output_path, config.merge_adapter)
+        check_language_model(source, config.trust_remote_code)
+    with named_by("--max_seq_len is too large for --model_name_or_path"):
+        check_length(source, config.max_seq_len, config.trust_remote_code)
     codec = open_codec(config, source, "--model_name_or_path")
     data = prepare_demonstrations(config, codec)
     say_data(data)
@@ -119,27 +122,27 @@ def packing_sampler(config: SFTConfig, trainer: SFTTrainer) -> StepSampler:
 def build_engine(config: SFTConfig, source: str, codec: Codec, total_steps: int):
     """The model, with adapters if asked for, in a DeepSpeed engine that trains it."""
     settings = EngineSettings.from_config(config)
-    model = load_causal_lm(
-        source,
-        "--model_name_or_path",
-        codec,
-        dtype=settings.dtype,
-        ds_config=deepspeed_config(settings),
-        dropout=config.dropout_probability,
-        gradient_checkpointing=config.gradient_checkpointing,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if config.lora_dim:
-        add_lora(
-            model,
-            dim=config.lora_dim,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            modules=config.lora_module_name,
-            flag="--lora_module_name",
-            seed=config.seed,
-            base_name=source if config.merge_adapter else config.model_name_or_path,
+    with named_by("--model_name_or_path"):
+        model = load_causal_lm(
+            source,
+            codec,
+            dtype=settings.dtype,
+            ds_config=deepspeed_config(settings),
+            dropout=config.dropout_probability,
+            gradient_checkpointing=config.gradient_checkpointing,
+            trust_remote_code=config.trust_remote_code,
         )
+    if config.lora_dim:
+        with named_by("--lora_module_name"):
+            add_lora(
+                model,
+                dim=config.lora_dim,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                modules=config.lora_module_name,
+                seed=config.seed,
+                base_name=source if config.merge_adapter else config.model_name_or_path,
+            )
     return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
 
 

@@ -14,15 +14,17 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
     watchdog.start()
 
 from common.artifacts.export import export_model
+from common.artifacts.model_source import resolve_model
 from common.artifacts.publish import data_request, open_codec, open_run, publishing, report_done, say_data, step_sampler
 from common.batching.sampler import evaluation_batches
 from common.checkpoints.manager import Checkpoints, TrainingState
 from common.config.parser import parse
 from common.data.prepare import agree_on, prepare
 from common.data.tokenization import Codec
-from common.errors import UserError
-from common.models.loading import check_max_length, gives_scores, load_scalar_model, resolve_model
+from common.errors import UserError, named_by
+from common.models.loading import check_length, gives_scores, load_scalar_model
 from common.models.lora import add_lora
+from common.paths import writing_to
 from common.runtime.distributed import rank, run_program, seed_rank, start, world_size
 from common.training.engine import (
     EngineSettings,
@@ -41,11 +43,11 @@ def main(argv=None) -> None:
     """Parse, prepare, build, train, save."""
     config = parse(RewardConfig, argv, prog="step2_reward/main.py")
     check_engine_options(config)
-    source = resolve_model(
-        config.model_name_or_path, "--model_name_or_path", config.data_output_path, config.merge_adapter
-    )
-    check_max_length(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
-    gives_scores(source, "--model_name_or_path", config.trust_remote_code)  # with one score, if it has any
+    with writing_to("--data_output_path", config.data_output_path), named_by("--model_name_or_path"):
+        source = resolve_model(config.model_name_or_path, config.data_output_path, config.merge_adapter)
+        gives_scores(source, config.trust_remote_code)  # refuses a classifier of several labels
+    with named_by("--max_seq_len is too large for --model_name_or_path"):
+        check_length(source, config.max_seq_len, config.trust_remote_code)
     codec = open_codec(config, source, "--model_name_or_path")
     request = data_request(config, "comparison", config.max_seq_len, "--max_seq_len")
     data = prepare(replace(request, pairs_per_prompt=config.pairs_per_prompt), codec)
@@ -111,28 +113,28 @@ def main(argv=None) -> None:
 def build_engine(config: RewardConfig, source: str, codec: Codec, total_steps: int):
     """The model with a score head, and adapters if asked for, in a DeepSpeed engine that trains it."""
     settings = EngineSettings.from_config(config)
-    model = load_scalar_model(
-        source,
-        "--model_name_or_path",
-        codec,
-        dtype=settings.dtype,
-        seed=config.seed,
-        ds_config=deepspeed_config(settings),
-        dropout=config.dropout_probability,
-        gradient_checkpointing=config.gradient_checkpointing,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if config.lora_dim:
-        add_lora(
-            model.classifier,
-            dim=config.lora_dim,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            modules=config.lora_module_name,
-            flag="--lora_module_name",
+    with named_by("--model_name_or_path"):
+        model = load_scalar_model(
+            source,
+            codec,
+            dtype=settings.dtype,
             seed=config.seed,
-            base_name=source if config.merge_adapter else config.model_name_or_path,
+            ds_config=deepspeed_config(settings),
+            dropout=config.dropout_probability,
+            gradient_checkpointing=config.gradient_checkpointing,
+            trust_remote_code=config.trust_remote_code,
         )
+    if config.lora_dim:
+        with named_by("--lora_module_name"):
+            add_lora(
+                model.classifier,
+                dim=config.lora_dim,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                modules=config.lora_module_name,
+                seed=config.seed,
+                base_name=source if config.merge_adapter else config.model_name_or_path,
+            )
     return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
 
 

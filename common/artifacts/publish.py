@@ -24,7 +24,7 @@ from common.config.groups import DataOptions
 from common.config.parser import save_config
 from common.data.prepare import DataRequest, PreparedData
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
-from common.errors import DIVERGED, Diverged, TrainingFailure, UserError
+from common.errors import DIVERGED, Diverged, TrainingFailure, UserError, named_by
 from common.models.calibration import RAW, Calibration
 from common.models.completeness import problem
 from common.models.loading import gives_scores
@@ -98,7 +98,9 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration | None:
         UserError: it is no reward model, or it reads other ids than the actor writes.
     """
     flag = f"--critic_model_name_or_path {source}"
-    if not gives_scores(source, "--critic_model_name_or_path", config.trust_remote_code):
+    with named_by("--critic_model_name_or_path"):
+        has_head = gives_scores(source, config.trust_remote_code)
+    if not has_head:
         raise UserError(f"{flag} is no reward model: it has no trained score head; make one with step2_reward/main.py")
     provenance = read_provenance(source)
     actor = f"--actor_model_name_or_path {config.actor_model_name_or_path}"

@@ -40,7 +40,6 @@ def shared_models(model: str, codec, stage: int) -> dict:
     own = frozen_engine(
         load_scalar_model(
             model,
-            "--model",
             codec,
             dtype=torch.float32,
             dropout=0.0,

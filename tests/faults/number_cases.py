@@ -137,7 +137,7 @@ def build(load, model: str, codec, stage: int, dtype: str, lora: bool, offload: 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     settings = EngineSettings(stage, dtype, ROWS, offload, max_grad_norm=1.0)
     more = {"seed": 3} if load is load_scalar_model else {}
-    network = load(model, "--model", codec, dtype=dtype, dropout=0.0, ds_config=deepspeed_config(settings), **more)
+    network = load(model, codec, dtype=dtype, dropout=0.0, ds_config=deepspeed_config(settings), **more)
     if lora:
         with_lora(getattr(network, "classifier", network))
     return training_engine(network, settings, OptimizerSettings(1e-2, 1e-2, 0.1, "linear", 0, 10))

@@ -40,7 +40,7 @@ def base(tmp_path_factory, builtin_cache):
 def reward_model(tmp_path_factory, base):
     """A reward model that says nothing of its scores, with its codec."""
     codec = make_codec(load_tokenizer(str(base)), "human_assistant")
-    scorer = load_scalar_model(str(base), "--model", codec, dtype=torch.float32, seed=7)
+    scorer = load_scalar_model(str(base), codec, dtype=torch.float32, seed=7)
     directory = tmp_path_factory.mktemp("scorer")
     write_model(scorer, dict(scorer.state_dict()), codec, directory)
     return directory, codec
@@ -150,8 +150,8 @@ def test_other_ids_are_refused(reward_model, builtin_cache):
 def trainer(reward_model, base) -> PPOTrainer:
     """One that is to take the scale from its first rollout."""
     directory, codec = reward_model
-    actor = load_causal_lm(str(base), "--model", codec, dtype=torch.float32)
-    critic = load_scalar_model(str(directory), "--model", codec, dtype=torch.float32)
+    actor = load_causal_lm(str(base), codec, dtype=torch.float32)
+    critic = load_scalar_model(str(directory), codec, dtype=torch.float32)
     models = PPOModels(WholeEngine(actor), WholeEngine(critic), None, None, None, 1.0)
     return PPOTrainer(models, config(missing_eos_penalty=0.0), codec, None, None, None, None)
 
