@@ -18,11 +18,12 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
 
+from common.artifacts.model_source import resolve_model
 from common.config.parser import Config, PathName, option
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
-from common.errors import UserError
-from common.models.loading import resolve_model
+from common.errors import UserError, named_by
+from common.paths import writing_to
 from common.runtime.distributed import device
 
 GENERATED = "generated"
@@ -86,7 +87,8 @@ def random_model(name: str, flag: str, config, *, scores: bool = False) -> str:
         UserError: no such shape.
     """
     if not name.startswith("random:"):
-        return resolve_model(name, flag, config.data_output_path)
+        with writing_to("--data_output_path", config.data_output_path), named_by(flag):
+            return resolve_model(name, config.data_output_path)
     shape = _shape(name.removeprefix("random:"), f"{flag} {name}")
     texts = _texts(config.data_path)
     content = json.dumps([shape, scores, texts, Path(__file__).read_text()])

@@ -19,12 +19,12 @@ from benchmarks.measure import MIB, Outcome, assert_close, compare, counted_posi
 from benchmarks.plain import LongTail, fixed_micro_batches, same_responses
 from benchmarks.plain_ppo import PlainPPO
 from common.artifacts.compatibility import open_codec
-from common.artifacts.provenance import RAW
 from common.artifacts.split_rule import data_request
 from common.artifacts.tracking import quiet_libraries
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
-from common.errors import UserError
+from common.errors import UserError, named_by
+from common.models.calibration import RAW
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.runtime.distributed import is_main, world_size
 from common.runtime.program import run_program, start
@@ -167,23 +167,23 @@ def standard_frozen_models(config: PPOBenchmark, codec, actor: str, critic: str)
         return EngineSettings(3 if stage == 3 else 0, dtype, config.per_device_training_batch_size)
 
     of_actor, of_critic = settings(config.actor_zero_stage), settings(config.critic_zero_stage)
-    reference = load_causal_lm(
-        actor,
-        "--actor_model_name_or_path",
-        codec,
-        dtype=dtype,
-        dropout=0.0,
-        ds_config=deepspeed_config(of_actor, trainable=False),
-    )
-    scorer = load_scalar_model(
-        critic,
-        "--critic_model_name_or_path",
-        codec,
-        dtype=dtype,
-        dropout=0.0,
-        seed=config.seed,
-        ds_config=deepspeed_config(of_critic, trainable=False),
-    )
+    with named_by("--actor_model_name_or_path"):
+        reference = load_causal_lm(
+            actor,
+            codec,
+            dtype=dtype,
+            dropout=0.0,
+            ds_config=deepspeed_config(of_actor, trainable=False),
+        )
+    with named_by("--critic_model_name_or_path"):
+        scorer = load_scalar_model(
+            critic,
+            codec,
+            dtype=dtype,
+            dropout=0.0,
+            seed=config.seed,
+            ds_config=deepspeed_config(of_critic, trainable=False),
+        )
     return {"reference": frozen_engine(reference, of_actor), "scorer": frozen_engine(scorer, of_critic)}
 
 

@@ -24,7 +24,7 @@ from common.batching.collate import collate_prompts
 from common.batching.sampler import MicroBatch
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
-from common.errors import UserError
+from common.errors import UserError, named_by
 from common.models.loading import load_causal_lm
 from common.models.lora import add_lora
 from common.runtime.distributed import device, global_sum, rank, world_size
@@ -171,25 +171,25 @@ def build_engine(config: RolloutBenchmark, source: str, codec):
         config.max_grad_norm,
         config.deepspeed_config,
     )
-    model = load_causal_lm(
-        source,
-        "--actor_model_name_or_path",
-        codec,
-        dtype=settings.dtype,
-        dropout=0.0,
-        ds_config=deepspeed_config(settings),
-    )
-    if config.actor_lora_dim:
-        add_lora(
-            model,
-            dim=config.actor_lora_dim,
-            alpha=config.actor_lora_alpha,
+    with named_by("--actor_model_name_or_path"):
+        model = load_causal_lm(
+            source,
+            codec,
+            dtype=settings.dtype,
             dropout=0.0,
-            modules=config.actor_lora_module_name,
-            flag="--actor_lora_module_name",
-            base_name=source,
-            seed=config.seed,
+            ds_config=deepspeed_config(settings),
         )
+    if config.actor_lora_dim:
+        with named_by("--actor_lora_module_name"):
+            add_lora(
+                model,
+                dim=config.actor_lora_dim,
+                alpha=config.actor_lora_alpha,
+                dropout=0.0,
+                modules=config.actor_lora_module_name,
+                base_name=source,
+                seed=config.seed,
+            )
     return training_engine(model, settings, OptimizerSettings(0.0, 0.0, 0.0, "constant", 0, 1))
 
 

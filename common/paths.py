@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -57,21 +55,6 @@ def may_be_on_hub(name: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-@functools.cache
-def announce_lookup(name: str) -> None:
-    """Say that a name is looked up on the hub, which may take a while.
-
-    From here on huggingface_hub tries again without a line per attempt; if all fail, that is an error of ours.
-    """
-    from huggingface_hub.utils import logging
-
-    from common.runtime.distributed import is_main
-
-    logging.set_verbosity_error()
-    if is_main():  # on stderr: the answers of inference/generate.py go to stdout
-        print(f"{name} is no local path: looking it up on the Hugging Face hub", file=sys.stderr, flush=True)
 
 
 def similar_path(path: Path) -> str:

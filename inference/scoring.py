@@ -10,7 +10,7 @@ from datasets import Dataset
 from common.batching.collate import collate_texts
 from common.batching.sampler import MicroBatch
 from common.data.records import Prompt
-from common.models.pooling import score_at_last_token
+from common.models.scalar import score_at_last_token
 from inference.decoding import Answer, in_batches
 from inference.loading import Loaded
 

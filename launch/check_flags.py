@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.config.parser import Config, options, parse
-from common.errors import UserError
+from common.errors import UserError, named_by
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
@@ -66,14 +66,15 @@ def _for_step(step: str, function, *arguments):
 def _check_inputs(config: Config, made: set[Path]) -> None:
     """Raises UserError for data or a model that is not there; `made` are the models of the steps before."""
     from common.data.sources import local_source
-    from common.models.loading import check_model_name
+    from common.models.checks import check_model_name
 
     for spec in config.all_sources():
         local_source(spec)
     for name in options(type(config)):
         value = getattr(config, name)
         if name.endswith("model_name_or_path") and value is not None and Path(value).resolve() not in made:
-            check_model_name(value, f"--{name}", config.merge_adapter)
+            with named_by(f"--{name}"):
+                check_model_name(value, config.merge_adapter)
 
 
 def _check_name(step: str, name: str, own: set[str]) -> None:

@@ -41,7 +41,7 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
         return prepare_many(requests, codec)
 
     def load_model(self, source: str, codec: Codec, **settings: Any) -> nn.Module:
-        return load_causal_lm(source, "--model_name_or_path", codec, **settings)
+        return load_causal_lm(source, codec, **settings)
 
     def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> TokenBatch | PackedBatch:
         return collate_demonstrations(rows, micro_batch, pad_id, self.config.train_on_prompt)

@@ -16,7 +16,7 @@ from common.data.prepare import PreparedData, prepare
 from common.data.tokenization import Codec
 from common.errors import UserError
 from common.models.loading import gives_scores, load_scalar_model
-from common.models.pooling import score_at_last_token
+from common.models.scalar import score_at_last_token
 from common.runtime.distributed import device
 from common.supervised.task import SupervisedTask
 from common.training.metrics import Metrics, Sums, means
@@ -33,7 +33,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
 
     def check_model(self, source: str) -> None:
         """A language model, or a reward model with one score."""
-        gives_scores(source, "--model_name_or_path", self.config.trust_remote_code)
+        gives_scores(source, self.config.trust_remote_code)
 
     def prepare(self, codec: Codec) -> PreparedData:
         """This step's part of --data_path."""
@@ -47,7 +47,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
         return data
 
     def load_model(self, source: str, codec: Codec, **settings: Any) -> nn.Module:
-        return load_scalar_model(source, "--model_name_or_path", codec, seed=self.config.seed, **settings)
+        return load_scalar_model(source, codec, seed=self.config.seed, **settings)
 
     def adapted_part(self, model: nn.Module) -> nn.Module:
         return model.classifier

@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from common.artifacts.compatibility import open_codec, read_calibration
 from common.artifacts.export import export_model
-from common.artifacts.provenance import RAW, Calibration
+from common.artifacts.model_source import resolve_model
 from common.artifacts.publish import publishing
 from common.artifacts.run import open_run, report_done, say_data
 from common.artifacts.split_rule import data_request
@@ -27,7 +27,10 @@ from common.checkpoints.manager import Checkpoints, TrainingState
 from common.config.parser import parse
 from common.data.prepare import DataRequest, PreparedData, agree_on, prepare
 from common.data.tokenization import Codec
-from common.models.loading import check_language_model, check_max_length, resolve_model
+from common.errors import named_by
+from common.models.calibration import RAW, Calibration
+from common.models.loading import check_language_model, check_length, gives_scores
+from common.paths import writing_to
 from common.runtime.distributed import rank, say, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import check_engine_options
@@ -45,19 +48,16 @@ def main(argv=None) -> None:
     """Parse, prepare, build, train, save."""
     config = parse(PPOConfig, argv, prog="step3_ppo/main.py")
     check_engine_options(config)
-    actor, critic = (
-        resolve_model(getattr(config, name), f"--{name}", config.data_output_path, config.merge_adapter)
-        for name in ("actor_model_name_or_path", "critic_model_name_or_path")
-    )
+    with writing_to("--data_output_path", config.data_output_path):
+        with named_by("--actor_model_name_or_path"):
+            actor = resolve_model(config.actor_model_name_or_path, config.data_output_path, config.merge_adapter)
+            check_language_model(actor, config.trust_remote_code)
+        with named_by("--critic_model_name_or_path"):
+            critic = resolve_model(config.critic_model_name_or_path, config.data_output_path, config.merge_adapter)
+            gives_scores(critic, config.trust_remote_code)  # refuses a classifier of several labels
     for source, flag in ((actor, "--actor_model_name_or_path"), (critic, "--critic_model_name_or_path")):
-        check_max_length(
-            source,
-            flag,
-            config.max_prompt_seq_len + config.max_answer_seq_len,
-            "--max_prompt_seq_len and --max_answer_seq_len",
-            config.trust_remote_code,
-        )
-    check_language_model(actor, "--actor_model_name_or_path", config.trust_remote_code)
+        with named_by(f"--max_prompt_seq_len and --max_answer_seq_len are too large for {flag}"):
+            check_length(source, config.max_prompt_seq_len + config.max_answer_seq_len, config.trust_remote_code)
     codec = open_codec(config, actor, "--actor_model_name_or_path")
     calibration = read_calibration(config, codec, critic)
     data = prepare(data_request(config, "prompt", config.max_prompt_seq_len, "--max_prompt_seq_len"), codec)

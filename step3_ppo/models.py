@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.artifacts.provenance import RAW, Calibration
 from common.batching.collate import unmasked
 from common.data.tokenization import Codec
+from common.errors import named_by
+from common.models.calibration import RAW, Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
 from common.models.lora import adapters_disabled, add_lora
-from common.models.pooling import score_at_last_token
+from common.models.scalar import score_at_last_token
 from common.runtime.distributed import say
 from common.training.engine import (
     EngineSettings,
@@ -141,58 +142,58 @@ def build_models(
         )
 
     def load_actor(settings: EngineSettings, trainable: bool):
-        return load_causal_lm(
-            actor_source,
-            "--actor_model_name_or_path",
-            codec,
-            dtype=dtype,
-            dropout=NO_DROPOUT,
-            ds_config=deepspeed_config(settings, trainable),
-            trust_remote_code=config.trust_remote_code,
-            gradient_checkpointing=trainable and config.actor_gradient_checkpointing,
-        )
+        with named_by("--actor_model_name_or_path"):
+            return load_causal_lm(
+                actor_source,
+                codec,
+                dtype=dtype,
+                dropout=NO_DROPOUT,
+                ds_config=deepspeed_config(settings, trainable),
+                trust_remote_code=config.trust_remote_code,
+                gradient_checkpointing=trainable and config.actor_gradient_checkpointing,
+            )
 
     def load_critic(settings: EngineSettings, trainable: bool, calibration: Calibration):
-        return load_scalar_model(
-            critic_source,
-            "--critic_model_name_or_path",
-            codec,
-            dtype=dtype,
-            dropout=NO_DROPOUT,
-            ds_config=deepspeed_config(settings, trainable),
-            trust_remote_code=config.trust_remote_code,
-            gradient_checkpointing=trainable and config.critic_gradient_checkpointing,
-            calibration=calibration,
-            seed=config.seed,
-        )
+        with named_by("--critic_model_name_or_path"):
+            return load_scalar_model(
+                critic_source,
+                codec,
+                dtype=dtype,
+                dropout=NO_DROPOUT,
+                ds_config=deepspeed_config(settings, trainable),
+                trust_remote_code=config.trust_remote_code,
+                gradient_checkpointing=trainable and config.critic_gradient_checkpointing,
+                calibration=calibration,
+                seed=config.seed,
+            )
 
     actor_settings = engine_settings(config.actor_zero_stage, config.offload)
     critic_settings = engine_settings(config.critic_zero_stage, config.offload)
     actor = load_actor(actor_settings, trainable=True)
     if config.actor_lora_dim:
-        add_lora(
-            actor,
-            dim=config.actor_lora_dim,
-            alpha=config.actor_lora_alpha,
-            dropout=NO_DROPOUT,
-            modules=config.actor_lora_module_name,
-            flag="--actor_lora_module_name",
-            base_name=actor_source,
-            seed=config.seed,
-        )
+        with named_by("--actor_lora_module_name"):
+            add_lora(
+                actor,
+                dim=config.actor_lora_dim,
+                alpha=config.actor_lora_alpha,
+                dropout=NO_DROPOUT,
+                modules=config.actor_lora_module_name,
+                base_name=actor_source,
+                seed=config.seed,
+            )
     critic = load_critic(critic_settings, trainable=True, calibration=calibration)
     if config.critic_lora_dim:
         critic.keep_reward_head()
-        add_lora(
-            critic.classifier,
-            dim=config.critic_lora_dim,
-            alpha=config.critic_lora_alpha,
-            dropout=NO_DROPOUT,
-            modules=config.critic_lora_module_name,
-            flag="--critic_lora_module_name",
-            base_name=critic_source,
-            seed=config.seed,
-        )
+        with named_by("--critic_lora_module_name"):
+            add_lora(
+                critic.classifier,
+                dim=config.critic_lora_dim,
+                alpha=config.critic_lora_alpha,
+                dropout=NO_DROPOUT,
+                modules=config.critic_lora_module_name,
+                base_name=critic_source,
+                seed=config.seed,
+            )
     actor_engine = training_engine(
         actor,
         actor_settings,

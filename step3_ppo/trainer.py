@@ -11,11 +11,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common.artifacts.provenance import RAW, Calibration
 from common.batching.collate import TokenBatch, collate_prompts
 from common.batching.sampler import MicroBatch, StepSampler, evaluation_batches
 from common.data.tokenization import Codec
 from common.errors import DIVERGED, Diverged, UserError
+from common.models.calibration import RAW, Calibration
 from common.runtime.distributed import device, on_gpu, rank, say, world_size
 from common.training.engine import gradient_norm
 from common.training.loop import check_finite

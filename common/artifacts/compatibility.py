@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from common.artifacts.provenance import FILE as PROVENANCE_FILE
-from common.artifacts.provenance import RAW, Calibration, Provenance, read_provenance
+from common.artifacts.provenance import Provenance, read_provenance
 from common.artifacts.split_rule import check_split_rule
 from common.config.groups import DataOptions
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
-from common.errors import UserError
+from common.errors import UserError, named_by
+from common.models.calibration import RAW, Calibration
 from common.models.loading import gives_scores
 from common.runtime.distributed import say
 
@@ -49,7 +50,9 @@ def read_calibration(config, codec: Codec, source: str) -> Calibration | None:
         UserError: `source` is no reward model, or was trained on other token ids or another template than the actor.
     """
     flag = f"--critic_model_name_or_path {source}"
-    if not gives_scores(source, "--critic_model_name_or_path", config.trust_remote_code):
+    with named_by("--critic_model_name_or_path"):
+        has_head = gives_scores(source, config.trust_remote_code)
+    if not has_head:
         raise UserError(f"{flag} is no reward model: it has no trained score head; make one with step2_reward/main.py")
     provenance = read_provenance(source)
     actor = f"--actor_model_name_or_path {config.actor_model_name_or_path}"

@@ -24,32 +24,6 @@ _LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "datasets")
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Mean and standard deviation of a reward model's raw scores, in which scores and values are measured."""
-
-    mean: float
-    std: float
-
-    def normalise(self, scores):
-        """(scores - mean) / std, for a number or a tensor of any shape."""
-        return (scores - self.mean) / self.std
-
-    @classmethod
-    def of(cls, scores) -> Calibration:
-        """That of a tensor of raw scores (B,)."""
-        scores = scores.double()
-        return cls(float(scores.mean()), float(scores.std(correction=0)))
-
-    @property
-    def usable(self) -> bool:
-        """Whether fp32 can tell scores apart in it."""
-        return self.std > 0 and abs(self.mean) / self.std < 2**20 and max(abs(self.mean), self.std, 1 / self.std) < 1e30
-
-
-RAW = Calibration(0.0, 1.0)  # leaves scores as they are
-
-
-@dataclass(frozen=True)
 class Provenance:
     """How a model came to be.
 

@@ -20,7 +20,8 @@ from common.data.files import UNDERSTOOD, Row, is_data_file, is_plain_text, kind
 from common.data.rows import FileFormat, Note, ignore
 from common.data.splits import choose_splits
 from common.errors import UserError
-from common.paths import announce_lookup, content_digest, may_be_on_hub, similar_path, unreachable_hub
+from common.paths import content_digest, may_be_on_hub, similar_path, unreachable_hub
+from common.runtime.hub import announce_lookup
 
 _BUILTIN = "builtin:"
 # Plain text that lies beside data and is none.

@@ -1,7 +1,7 @@
-"""The row of an end token that the vocabulary had no room for: where it starts, and how it learns beside LoRA.
+"""The embedding row of an end token that was added to a full vocabulary: its initial value, and its training with LoRA.
 
-What transformers puts into a new row, the mean of all others, gives a token that is never the likeliest; frozen, it
-would stay so, and no answer would ever end.
+transformers fills a new row with the mean of all others, which makes a token that is never the most probable one. LoRA
+freezes the embeddings, so the row would stay like that and no response would ever end.
 """
 
 from __future__ import annotations
@@ -11,51 +11,60 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from common.errors import UserError
+from common.errors import InputError
 
 
-def start_row(model, token: int, like: int | None) -> None:
-    """Note that `token` is new to the model, and start its input and output row as a copy of the token `like`'s."""
-    model.new_token = token
+def start_row(model: PreTrainedModel, token: int, like: int | None) -> None:
+    """Record that `token` is new to the model, and copy the rows of the token `like` to its input and output row."""
+    model.new_token = token  # type: ignore[assignment]  # nn.Module declares tensors and modules only
     for module in _embeddings(model) if like is not None else ():
         for parameter in module.parameters():
-            with _whole(parameter), torch.no_grad():
+            with _unsharded(parameter), torch.no_grad():
                 parameter[token] = parameter[like]
 
 
-def train_new_row(model, flag: str) -> None:
-    """Give the frozen row of a new token a trainable change, one for both embeddings where they are tied.
+def train_new_row(model: nn.Module) -> None:
+    """Add a trainable change to the frozen row of a new token; tied embeddings share one.
 
     Raises:
-        UserError: the embeddings do more than to look up and to multiply; `flag` asked for LoRA.
+        InputError: the embeddings are of a class that does more than to look up or to multiply.
     """
     token = getattr(model, "new_token", None)
     if token is None:
         return
+    assert isinstance(model, PreTrainedModel)  # `start_row` set the token
     modules = _embeddings(model)
     for module in modules:
         if type(module) not in _TRAINED:
-            raise UserError(
-                f"--add_eot_token: the vocabulary has no room for the end token, and {flag} cannot train a "
-                f"new row of {type(module).__name__}: use the tokenizer's own end token"
+            raise InputError(
+                type(module).__name__,
+                "the vocabulary has no room for the added end token, and adapters cannot train a new row of embeddings "
+                "of this class: use the tokenizer's own end token",
             )
     first = modules[0]
+    assert isinstance(first, nn.Embedding)
     change = nn.Parameter(torch.zeros(first.embedding_dim, dtype=first.weight.dtype, device=first.weight.device))
     for module in modules:
-        module.__class__ = _TRAINED[type(module)]  # same parameters and names, another forward
-        module.new_token = token
         tied = module.weight is first.weight
+        module.__class__ = _TRAINED[type(module)]  # same parameters and names, another forward
+        assert isinstance(module, NewRow)
+        module.new_token = token
         module.lora_new_row = change if tied else nn.Parameter(torch.zeros_like(change))
 
 
-class NewRow:
-    """A part of a model with a new row: row `new_token` of its weight counts as that plus `lora_new_row`, (H,).
+class NewRow(nn.Module):
+    """An embedding with a new row: row `new_token` of its weight (V, H) is that row plus `lora_new_row` (H,).
 
-    That has LoRA in its name because it learns as the adapters do: at their rate, and off where they are off.
+    The parameter has LoRA in its name because it is trained as adapters are: at their learning rate, and disabled
+    with them.
     """
 
-    _disable_adapters = False
+    new_token: int
+    lora_new_row: nn.Parameter
+    weight: torch.Tensor
+    _disable_adapters: bool = False
 
 
 class _Embedding(NewRow, nn.Embedding):
@@ -74,7 +83,7 @@ class _Linear(NewRow, nn.Linear):
         return logits
 
 
-_TRAINED = {nn.Embedding: _Embedding, nn.Linear: _Linear}
+_TRAINED: dict[type[nn.Module], type[NewRow]] = {nn.Embedding: _Embedding, nn.Linear: _Linear}
 
 
 def fold_row(weight: torch.Tensor, token: int, change: torch.Tensor) -> torch.Tensor:
@@ -83,14 +92,14 @@ def fold_row(weight: torch.Tensor, token: int, change: torch.Tensor) -> torch.Te
     return weight.index_copy(0, torch.tensor([token], device=weight.device), row[None])
 
 
-def _embeddings(model) -> list[nn.Module]:
+def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
     output = model.get_output_embeddings()
     return [model.get_input_embeddings()] + ([output] if output is not None else [])
 
 
 @contextlib.contextmanager
-def _whole(parameter: nn.Parameter) -> Iterator[None]:
-    """Within the context a parameter that ZeRO-3 has partitioned is whole; what rank 0 writes to it stays."""
+def _unsharded(parameter: nn.Parameter) -> Iterator[None]:
+    """Within the context all ranks have the full parameter under ZeRO-3 too; what rank 0 writes to it is kept."""
     if not hasattr(parameter, "ds_id"):
         yield
         return

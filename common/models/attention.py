@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedModel
 
-def attends_by(model, implementation: str) -> bool:
-    """Change the model's attention; False where it cannot have this one, and is then left as it was.
 
-    transformers refuses what is not installed with an exception, and a model with attention of its own (BLOOM, Falcon)
-    with no more than a line in the log.
+def attends_by(model: PreTrainedModel, implementation: str) -> bool:
+    """Change the model's attention. Returns False, and leaves the model as it was, if it cannot have this one.
+
+    transformers raises an exception if the implementation is not installed. For a model with attention code of its own
+    (BLOOM, Falcon) it only logs a line, so the result is read back.
     """
     try:
         model.set_attn_implementation(implementation)

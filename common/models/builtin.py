@@ -1,11 +1,10 @@
-"""Tiny models built on the spot, so that the whole pipeline runs with nothing to download.
+"""Tiny models that are built locally, so that the whole pipeline runs without a download.
 
-``builtin:tiny-opt``    an OPT with a byte-level BPE tokenizer that, as OPT's, prepends ``</s>``.
-``builtin:tiny-llama``  a LLaMA with grouped-query attention and a sentencepiece tokenizer.
+`builtin:tiny-opt`    an OPT with a byte-level BPE tokenizer that, like OPT's own, prepends `</s>`.
+`builtin:tiny-llama`  a LLaMA with grouped-query attention and a sentencepiece tokenizer.
 
-Both tokenizers are trained on the built-in task's own text. What is written is a normal Hugging Face
-directory (config, generation config, safetensors with seeded random weights, tokenizer): nothing downstream
-knows where it came from.
+Both tokenizers are trained on the text of the built-in task. The result is a standard Hugging Face directory: config,
+generation config, safetensors with seeded random weights, tokenizer. It is used like any other model.
 """
 
 from __future__ import annotations
@@ -35,25 +34,28 @@ from transformers import (
 )
 
 from common.data.builtin import builtin_rows
-from common.errors import UserError
+from common.errors import ModelError
 from common.paths import follow_umask
 
 BUILTIN_MODELS = ("builtin:tiny-opt", "builtin:tiny-llama")
 
 MAX_POSITIONS = 512
 SEED = 20
-INIT_STD = 0.04  # twice the usual: at this width it learns the task in visibly fewer steps
+INIT_STD = 0.04  # twice the usual value: at this width the model learns the task in clearly fewer steps
 
 
 def materialise(name: str, cache_dir: str | Path) -> Path:
-    """The directory of a built-in model under ``cache_dir``, written on the first call.
+    """The directory of a built-in model under `cache_dir`; it is written on the first call.
 
-    Safe to call from several processes at once: one writes, under a file lock, and the finished directory
-    appears by a rename. Its name carries a hash of this file and of the task's text, so a change of either
-    makes a new one. Raises UserError for an unknown name.
+    Several processes may call this at once: one writes, under a file lock, and the finished directory appears by a
+    rename. Its name contains a hash of this file and of the task's text, so that a change of either makes a new model.
+
+    Raises:
+        ModelError: there is no built-in model of this name.
+        OSError: the cache cannot be written.
     """
     if name not in BUILTIN_MODELS:
-        raise UserError(f"{name} is no built-in model; there are {', '.join(BUILTIN_MODELS)}")
+        raise ModelError(name, f"it is no built-in model; there are {', '.join(BUILTIN_MODELS)}")
     short = name.removeprefix("builtin:")
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -114,7 +116,7 @@ def _write_opt(directory: Path) -> None:
 
 
 def _write_llama(directory: Path) -> None:
-    model = io.BytesIO()  # a file name would be written into the model, so its bytes would differ
+    model = io.BytesIO()  # sentencepiece would write a file's name into the model, so its bytes would depend on it
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in _texts() for line in text.split("\n") if line),
         model_writer=model,

@@ -1,4 +1,4 @@
-"""A model directory looked at before anything long begins, and its weights before they are used."""
+"""Checks of a model before anything long begins: its name, the files of its directory, and its weights once loaded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from common.errors import UserError, reason_of
+from common.data.files import is_data_file
+from common.errors import ModelError, reason_of
+from common.models.adapter import holds_adapter, refuse_adapter
+from common.models.builtin import BUILTIN_MODELS
 from common.models.scalar import is_scalar_config
+from common.paths import OUTPUT, may_be_on_hub, similar_path
 from common.runtime.distributed import on_every_rank, rank
 
-# Far beyond any model there is; what is larger would fill the memory before it can be refused.
-_MOST = {
+_MADE_BY = {
+    f"{OUTPUT}/sft": "step1_sft/main.py",
+    f"{OUTPUT}/reward": "step2_reward/main.py",
+    f"{OUTPUT}/ppo": "step3_ppo/main.py",
+}
+# Limits far beyond every existing model. Building anything larger would fill the memory before it could be refused.
+_LIMITS = {
     "hidden_size": 2**20,
     "intermediate_size": 2**24,
     "vocab_size": 2**26,
@@ -28,46 +37,95 @@ _MOST = {
 }
 
 
-def check_files(directory: Path, name: str) -> None:
-    """Raises UserError that starts with `name` and names the file of a model directory of which nothing can be made.
+def check_model_name(name: str, merge_adapter: bool = False) -> None:
+    """Check that a name can mean a model: a directory with a config.json, a built-in model, or a possible hub name.
 
-    Loads no weights and runs no code of the model's own: a model that needs such is judged when it is loaded.
+    Args:
+        merge_adapter: accept a directory with an adapter, which is to be merged with its base model.
+
+    Raises:
+        ModelError: it means no model.
+    """
+    if name.startswith("builtin:"):
+        if name not in BUILTIN_MODELS:
+            raise ModelError(name, f"no such built-in model; there are {', '.join(BUILTIN_MODELS)}")
+        return
+    path = Path(name)
+    if path.is_dir():
+        if merge_adapter and holds_adapter(path):
+            return
+        refuse_adapter(path, "add --merge_adapter")
+        config = path / "config.json"
+        if not config.is_file():
+            raise ModelError(name, "the directory holds no config.json, so it is no Hugging Face model")
+        try:
+            json.loads(config.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ModelError(name, f"{config} is not valid JSON ({error})") from None
+    elif path.exists() or is_data_file(path) or not may_be_on_hub(name):
+        hint = "; it is a file" if path.exists() else similar_path(path)
+        if name in _MADE_BY:
+            hint = f"; {_MADE_BY[name]} makes it"
+        raise ModelError(name, f"no such model directory{hint}")
+
+
+def check_files(directory: Path) -> None:
+    """Check that the files of a model directory can be read and that its configuration describes a model.
+
+    No weights are loaded, and no code from the directory runs: a model with code of its own is checked when it is
+    loaded.
+
+    Raises:
+        ModelError: it names the file at fault.
     """
     for path in sorted(directory.glob("*.safetensors")):
-        with _named(name, path), safe_open(path, "pt"):
+        with _readable(directory, path), safe_open(path, "pt"):
             pass
     with _quiet():
         if (path := directory / "generation_config.json").exists():
-            with _named(name, path):
+            with _readable(directory, path):
                 json.loads(path.read_text(encoding="utf-8"))
                 transformers.GenerationConfig.from_pretrained(directory)
-        with _named(name, directory / "config.json"):
+        with _readable(directory, directory / "config.json"):
             _build_without_weights(directory)
 
 
-def check_finite(model: nn.Module, name: str) -> None:
-    """Raises UserError if a weight is not a finite number. All ranks must call it where each has a part of them."""
-    wrong = [key for key, weight in model.named_parameters() if not _is_finite(_held(weight))]
+def check_finite(model: nn.Module, source: str | Path) -> None:
+    """Check that all weights are finite. All ranks must call it where each holds a part of the weights.
+
+    Args:
+        source: the directory or hub name of the model, for the error.
+
+    Raises:
+        ModelError: a weight is NaN or infinite.
+    """
+    wrong = [key for key, weight in model.named_parameters() if not _is_finite(_local_part(weight))]
     if not on_every_rank(not wrong):
         where = f", such as those of {wrong[0]}" if wrong else ""
-        raise UserError(
-            f"{name}: the model's weights are not finite{where}: NaN or infinity was saved; use another "
-            "model or an earlier checkpoint of it"
+        raise ModelError(
+            source,
+            f"the model's weights are not finite{where}: NaN or infinity was saved; use another model or an earlier "
+            "checkpoint of it",
         )
 
 
-def _held(weight: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a weight. Under ZeRO-3 shards are of equal size: beyond the last weight lies anything."""
+def _local_part(weight: torch.Tensor) -> torch.Tensor:
+    """The part of a weight that this rank holds.
+
+    ZeRO-3 pads a weight to shards of equal size; the padding is left out, because it is not initialised.
+    """
     if not hasattr(weight, "ds_tensor"):
         return weight
     shard = weight.ds_tensor.flatten()
-    return shard[: max(weight.ds_numel - rank() * shard.numel(), 0)]
+    numel: int = getattr(weight, "ds_numel")  # noqa: B009 (an attribute that DeepSpeed adds)
+    return shard[: max(numel - rank() * shard.numel(), 0)]
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
     if not weight.numel() or not weight.is_floating_point():
         return True
-    return bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())  # NaN is both; no copy is made
+    # With a NaN among the weights both extremes are NaN. Unlike isfinite() of the weights, this makes no copy of them.
+    return bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
 
 
 def _build_without_weights(directory: Path) -> None:
@@ -78,37 +136,38 @@ def _build_without_weights(directory: Path) -> None:
             return
         raise
     text = config.get_text_config()
-    for name, most in _MOST.items():
+    for name, most in _LIMITS.items():
         size = getattr(text, name, None)
         if isinstance(size, int) and not 1 <= size <= most:
             raise ValueError(f"{name} is {size}")
     classes = (
         transformers.AutoModelForSequenceClassification
         if is_scalar_config(config)
-        else (transformers.AutoModelForCausalLM)
+        else transformers.AutoModelForCausalLM
     )
-    if type(config) in classes._model_mapping:  # what is of no such kind is refused by what loads it
+    if type(config) in classes._model_mapping:  # loading refuses a model of any other kind
         with torch.device("meta"):
             classes.from_config(config)
 
 
 @contextlib.contextmanager
-def _named(name: str, path: Path) -> Iterator[None]:
+def _readable(directory: Path, path: Path) -> Iterator[None]:
+    """Within the context an error becomes a ModelError of the directory that names the file `path`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{name}: {path} cannot be read: {error.strerror or reason_of(error)}") from None
+        raise ModelError(directory, f"{path} cannot be read: {error.strerror or reason_of(error)}") from None
     except SafetensorError as error:
-        raise UserError(
-            f"{name}: {path} is damaged and cannot be loaded: {reason_of(error)}: copy or download it again"
+        raise ModelError(
+            directory, f"{path} is damaged and cannot be loaded: {reason_of(error)}: copy or download it again"
         ) from None
-    except Exception as error:  # libraries check little, and fail anywhere
-        raise UserError(f"{name}: {path} describes no model: {type(error).__name__}: {reason_of(error)}") from None
+    except Exception as error:  # libraries validate little, so a wrong value may raise anything
+        raise ModelError(directory, f"{path} describes no model: {type(error).__name__}: {reason_of(error)}") from None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What is odd is said when the model is loaded, once."""
+    """Suppress warnings of transformers, which come again when the model is loaded."""
     usual = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:

@@ -1,6 +1,6 @@
-"""Whether a model directory holds the model that its config.json describes, all of it and nothing else.
+"""Whether a model directory holds all weights of the model that its config.json describes, and no others.
 
-What is read are names and shapes: no weight is loaded.
+Only names and shapes are read: no weight is loaded.
 """
 
 from __future__ import annotations
@@ -9,21 +9,26 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
+from common.models.adapter import ADAPTER_CONFIG, holds_adapter
 from common.models.scalar import is_scalar_config
 
-# Heads beside the model's own: a language model's where scores are wanted, and what others leave with an actor.
-_LEFT_OVER = re.compile(r"(^|\.)(lm_head|embed_out|score|v_head|value_head|mtp)\.")
-# No weights at all: masks, positions and version numbers that older versions saved, and that every model makes itself.
-_NO_WEIGHTS = re.compile(r"(^|\.)(version|_float_tensor|position_ids|inv_freq|masked_bias|(attn|attention)\.bias)$")
+# Heads that a directory may hold besides the model: a language model's head where a score head is wanted, or the value
+# head that other libraries save with an actor.
+_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|score|v_head|value_head|mtp)\.")
+# Buffers, not weights: masks, positions and version numbers that older versions saved and that models compute anew.
+_BUFFERS = re.compile(r"(^|\.)(version|_float_tensor|position_ids|inv_freq|masked_bias|(attn|attention)\.bias)$")
 
 
 def surplus(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Of the weights that a model has no use for, those of heads, which may well be left over, and all others."""
-    heads, others = [], []
+    """Sort the names of weights that a model does not use into those of heads, which are harmless, and all others."""
+    heads: list[str] = []
+    others: list[str] = []
     for name in sorted(names):
-        if _NO_WEIGHTS.search(name):
+        if _BUFFERS.search(name):
             continue
-        (heads if _LEFT_OVER.search(name) else others).append(name)
+        (heads if _HEADS.search(name) else others).append(name)
     return heads, others
 
 
@@ -31,16 +36,18 @@ def problem(directory: Path, trust_remote_code: bool = False) -> str | None:
     """Why transformers could not load a saved directory as the whole model of its config.json; None if it could."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    if (directory / "adapter_config.json").exists():
-        return "it holds an adapter, adapter_config.json"
+    if holds_adapter(directory):
+        return f"it holds an adapter, {ADAPTER_CONFIG}"
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        scores = is_scalar_config(config) or _saved_labels(directory) is not None  # code of its own has other names
+        # A model with code of its own may have a class of another name, so the weights count too.
+        scores = is_scalar_config(config) or _saved_labels(directory) is not None
         auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-        _, loading = auto_class.from_pretrained(
+        # With output_loading_info the result is a pair, which the types of transformers do not say.
+        _, loading = auto_class.from_pretrained(  # type: ignore[misc]
             directory, device_map="meta", output_loading_info=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # a missing or damaged file shows itself as almost any type, down in the libraries
+    except Exception as error:  # a missing or damaged file may raise anything, deep in the libraries
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(map(str, loading[f"{kind}_keys"]))
@@ -49,16 +56,16 @@ def problem(directory: Path, trust_remote_code: bool = False) -> str | None:
     return None
 
 
-def score_labels(source: str, config) -> int | None:
-    """How many numbers a classifier gives, as its weights say, or else its config.json where that is explicit."""
+def score_labels(source: str, config: PreTrainedConfig) -> int | None:
+    """The number of labels of a classifier: from its weights, else from its config.json; None if neither tells it."""
     saved = _saved_labels(Path(source))
     if saved is not None:
         return saved
-    return config.num_labels if config.num_labels != 2 else None  # 2 is also what transformers takes where none is said
+    return config.num_labels if config.num_labels != 2 else None  # 2 is also the default of transformers
 
 
 def _saved_labels(directory: Path) -> int | None:
-    """Rows of the score head in a directory's safetensors; None where there is none to be read."""
+    """Rows of the score head in a directory's safetensors files; None if there is none that can be read."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
@@ -67,5 +74,5 @@ def _saved_labels(directory: Path) -> int | None:
                 if "score.weight" in file.keys():
                     return file.get_slice("score.weight").get_shape()[0]
         except (OSError, SafetensorError):
-            return None  # loading it says what is wrong
+            return None  # loading the model reports what is wrong
     return None

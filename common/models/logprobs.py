@@ -1,28 +1,34 @@
 """Log-probabilities of tokens under a causal language model, without the logits of a whole batch.
 
-The logits at position p say which token comes at p + 1. So response token t (0-based), which lies at position
-`prompt_length + t`, is read at position `prompt_length - 1 + t`: its log-probability and its value alike.
-Sequences are right-padded and a prompt has at least one token. Only the positions that count are ever touched, hence
-nothing in the padding can reach a result or a gradient. The output head runs on them alone, and in float32 there is
-never more of its output than one chunk. R stands for the longest response of the batch.
+The logits at position p predict the token at p + 1. So response token t (0-based), which lies at position
+`prompt_length + t`, is read at position `prompt_length - 1 + t`: both its log-probability and its value.
 
-A `model` is a causal language model of transformers or a DeepSpeed engine around one; `inputs` are the arguments of its
-forward, `input_ids` (B, L) long among them.
+Sequences are right-padded, and a prompt has at least one token. Only the positions that count are read, so padding
+cannot influence a result or a gradient. The output head runs on these positions only, chunk by chunk, so that float32
+logits never take more memory than one chunk.
+
+Shapes: B sequences of L tokens, R tokens in the longest response, N positions that are read, H the hidden size, V the
+vocabulary. `inputs` are the arguments of the model's forward, among them `input_ids` (B, L) long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from common.models.training_engine import TrainingEngine
 
 CHUNK_NUMBERS = 2**25  # logits of one chunk: 128 MiB in float32, and enough rows to keep a matrix product busy
 
 Head = Callable[[Tensor], Tensor]  # hidden states (N, H) -> logits (N, V)
+CausalLM = PreTrainedModel | TrainingEngine
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
@@ -31,19 +37,31 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def response_log_probs(
-    model, inputs: Mapping[str, Tensor], prompt_lengths: Tensor, response_lengths: Tensor, temperature: float = 1.0
+    model: CausalLM,
+    inputs: Mapping[str, Tensor],
+    prompt_lengths: Tensor,
+    response_lengths: Tensor,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Log-probability of every response token under log softmax(z / T), in nats.
 
-    prompt_lengths and response_lengths (B,) long. Returns (B, R), float32 for a half-precision model; 0 after the end
-    of a response.
+    Args:
+        prompt_lengths, response_lengths: (B,) long.
+        temperature: T.
+
+    Returns:
+        (B, R), float32 for a half-precision model; 0 after the end of a response.
     """
     window = _ResponseWindow(prompt_lengths, response_lengths)
     return window.spread(_read_tokens(model, inputs, window.row, window.position, temperature)[:, 0])
 
 
 def response_log_probs_and_entropy(
-    model, inputs: Mapping[str, Tensor], prompt_lengths: Tensor, response_lengths: Tensor, temperature: float = 1.0
+    model: CausalLM,
+    inputs: Mapping[str, Tensor],
+    prompt_lengths: Tensor,
+    response_lengths: Tensor,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`response_log_probs` and, for monitoring, the entropy (nats) of the distribution at each token.
 
@@ -63,19 +81,22 @@ def gather_response(values: Tensor, prompt_lengths: Tensor, response_lengths: Te
     return window.spread(_at_least_float32(values[window.row, window.position]))
 
 
-def next_token_loss_sum(model, inputs: Mapping[str, Tensor], loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of -log p over the tokens marked in `loss_mask`, and how many they are.
+def next_token_loss_sum(model: CausalLM, inputs: Mapping[str, Tensor], loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log p over the target tokens, and their number.
 
-    loss_mask (B, L) bool, true where the TOKEN at that position is a target. The first token of a row has nothing
-    before it to predict it, so it never counts. Returns two scalars: nats (float32 for a half-precision model) and a
-    count (long).
+    Args:
+        loss_mask: (B, L) bool, true where the token at that position is a target. No position predicts the first token
+            of a row, so it never counts.
+
+    Returns:
+        Two scalars: the sum in nats (float32 for a half-precision model) and the number of tokens (long).
     """
     row, position = loss_mask[:, 1:].nonzero(as_tuple=True)
     return -_read_tokens(model, inputs, row, position).sum(), loss_mask[:, 1:].sum()
 
 
 class _ResponseWindow:
-    """The N positions that predict response tokens, and how N results spread over (B, R)."""
+    """The N positions that predict response tokens, and where their results lie in (B, R)."""
 
     def __init__(self, prompt_lengths: Tensor, response_lengths: Tensor) -> None:
         mask = length_mask(response_lengths, int(response_lengths.max()))
@@ -89,15 +110,20 @@ class _ResponseWindow:
 
 
 def _read_tokens(
-    model, inputs: Mapping[str, Tensor], row: Tensor, position: Tensor, temperature: float = 1.0, entropy: bool = False
+    model: CausalLM,
+    inputs: Mapping[str, Tensor],
+    row: Tensor,
+    position: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
 ) -> Tensor:
-    """What the model says at N predicting positions: the log-probability of the token after each, and the entropy.
+    """Log-probability of the token after each of N positions, and with `entropy` the entropy of its distribution.
 
-    row, position (N,) long. Returns (N, 2), or (N, 1) without the entropy.
+    row, position: (N,) long. Returns (N, 2), or (N, 1) without the entropy.
     """
     tokens = inputs["input_ids"][row, position + 1]
-    # Calling the head outside the model's forward would bypass ZeRO-3's hooks, so what it does changes inside.
-    causal_lm = getattr(model, "module", model)
+    # Calling the head outside the model's forward would bypass ZeRO-3's hooks, so it is replaced within the forward.
+    causal_lm: Any = getattr(model, "module", model)
     if _changes_logits(causal_lm):
         with _head_replaced(causal_lm, lambda head, hidden: head(hidden[row, position])[None]):
             logits = model(**inputs, use_cache=False).logits
@@ -111,8 +137,11 @@ def _read_tokens(
         return model(**inputs, use_cache=False).logits
 
 
-def _changes_logits(causal_lm: nn.Module) -> bool:
-    """Whether the model may scale or cap what its head puts out; its configuration tells, and only of known code."""
+def _changes_logits(causal_lm: PreTrainedModel) -> bool:
+    """Whether the model may scale or cap the logits of its head.
+
+    For models of transformers the names in the configuration tell; any other model may.
+    """
     config = vars(causal_lm.config.get_text_config())
     return not type(causal_lm).__module__.startswith("transformers.") or any(
         value and ("logit" in name or "lm_head" in name) for name, value in config.items()
@@ -120,9 +149,9 @@ def _changes_logits(causal_lm: nn.Module) -> bool:
 
 
 @contextmanager
-def _head_replaced(causal_lm: nn.Module, forward: Callable[[Head, Tensor], Tensor]):
+def _head_replaced(causal_lm: PreTrainedModel, forward: Callable[[Head, Tensor], Tensor]) -> Iterator[None]:
     """Within the context the output head's forward is `forward(head, hidden states (B, L, H))`."""
-    module = causal_lm.get_output_embeddings()
+    module: Any = causal_lm.get_output_embeddings()
     head = module.forward
     module.forward = lambda hidden: forward(head, hidden)
     try:
@@ -132,7 +161,8 @@ def _head_replaced(causal_lm: nn.Module, forward: Callable[[Head, Tensor], Tenso
 
 
 def _chunk_by_chunk(head: Head, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool, rows: int) -> Tensor:
-    """`_numbers` of head(hidden (N, H)), `rows` at a time; of many, the backward pass computes each one again."""
+    """`_numbers` of head(hidden (N, H)), `rows` at a time; if there are several chunks, the backward pass recomputes
+    each of them."""
 
     def numbers(hidden: Tensor, tokens: Tensor) -> Tensor:
         return _numbers(head(hidden), tokens, temperature, entropy)

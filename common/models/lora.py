@@ -1,26 +1,32 @@
-"""Low-rank adapters through peft, injected in place so that a model keeps its class and its forward."""
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) through peft, injected into a model in place.
+
+The model keeps its class and its forward. An adapted layer with weight W (out, in) computes with W + scale B A, where
+A (r, in) and B (out, r) are trained and B starts at 0.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from common.errors import UserError
+from common.errors import InputError
 from common.models.added_token import NewRow, fold_row, train_new_row
 from common.paths import from_anywhere
 
-ADAPTER = "default"
+ADAPTER = "default"  # peft's name of the only adapter
 LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's linear layer, its weight (in, out)
 
 
 def linear_modules(model: nn.Module) -> list[str]:
     """Names of the linear layers of any architecture, without the output embeddings and the score head."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     return [
         name
         for name, module in model.named_modules()
@@ -35,23 +41,22 @@ def add_lora(
     alpha: float | None,
     dropout: float,
     modules: str,
-    flag: str,
     base_name: str,
     seed: int,
 ) -> nn.Module:
-    """Freeze `model` and give it trainable adapters; a `score` head stays trainable, and the row of a new end token.
+    """Freeze `model` and add trainable adapters; a `score` head and the row of a new end token stay trainable.
 
     Args:
         dim: rank r.
-        alpha: the adapters' product B A is scaled by alpha / r, and A starts as peft's does. None: adapters as
-            DeepSpeed-Chat's, which a published learning rate is meant for: scaled by 1 / r, see `_start_as_published`.
+        alpha: the product B A is scaled by alpha / r, and A is initialised as peft does it. None: as in DeepSpeed-Chat,
+            which published learning rates refer to: scaled by 1 / r, see `_init_as_deepspeed_chat`.
         modules: `auto` for every linear layer, or comma-separated parts of module names.
-        flag: the name of the option that `modules` came from, for the error.
         base_name: recorded in the adapter's configuration; a directory by its absolute path.
-        seed: of the adapters' initial weights, which then do not depend on how the model was loaded.
+        seed: of the adapters' initial weights, so that they do not depend on how the model was loaded.
 
     Raises:
-        UserError: `modules` matches no linear layer; the message lists the kinds there are.
+        InputError: `modules` matches no linear layer (the message lists the kinds there are), or the row of a new end
+            token cannot be trained.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -60,12 +65,12 @@ def add_lora(
     targets = linear if modules == "auto" else [name for name in linear if any(part in name for part in wanted)]
     if not targets:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise UserError(f"{flag} {modules}: matches no linear layer; the model's are {', '.join(kinds)}")
+        raise InputError(modules, f"matches no linear layer; the model's are {', '.join(kinds)}")
     model.requires_grad_(False)
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     config = LoraConfig(
         r=dim,
-        lora_alpha=1 if alpha is None else alpha,
+        lora_alpha=1 if alpha is None else alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=dropout,
         target_modules=targets,
         bias="none",
@@ -75,26 +80,24 @@ def add_lora(
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     if alpha is None:
-        _start_as_published(model)
+        _init_as_deepspeed_chat(model)
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
         config.modules_to_save = ["score"]
-    train_new_row(model, flag)
-    model.lora_config = config
+    train_new_row(model)
+    setattr(model, "lora_config", config)  # noqa: B010 (nn.Module declares no such attribute)
     return model
 
 
-def _start_as_published(model: nn.Module) -> None:
-    """Start every A from U(-1/sqrt(r), 1/sqrt(r)), as DeepSpeed-Chat does; peft has 1/sqrt(inputs) there.
+def _init_as_deepspeed_chat(model: nn.Module) -> None:
+    """Initialise every A from U(-1/sqrt(r), 1/sqrt(r)), as DeepSpeed-Chat does; peft uses 1/sqrt(inputs).
 
-    Adam's first step sets B to the learning rate times signs, so it moves the weight W by (scale / r) * r terms of A:
-    the size of A counts as much as the scale does. (LinearLayer_LoRA of DeepSpeed-Chat keeps A as (inputs, r), and
-    takes the second dimension for the fan-in of its Kaiming start.)
+    Adam's first step sets B to the learning rate times signs, so it moves W by (scale / r) * r terms of A: the size of
+    A matters as much as the scale. (LinearLayer_LoRA of DeepSpeed-Chat keeps A as (inputs, r), and so its Kaiming
+    initialisation takes r for the fan-in.)
     """
-    from peft.tuners.lora import LoraLayer
-
-    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
-        down = layer.lora_A[ADAPTER].weight
+    for layer in _lora_layers(model).values():
+        down = _down(layer)
         nn.init.uniform_(down, -(len(down) ** -0.5), len(down) ** -0.5)
 
 
@@ -104,11 +107,9 @@ def has_lora(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def adapters_disabled(model: nn.Module):
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within the context the model computes exactly what its base model does."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in model.modules() if isinstance(module, (LoraLayer, NewRow))]
+    layers: list[Any] = [*_lora_layers(model).values(), *_new_rows(model).values()]
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -119,30 +120,24 @@ def adapters_disabled(model: nn.Module):
 
 
 @contextlib.contextmanager
-def folded_adapters(model: nn.Module):
+def folded_adapters(model: nn.Module) -> Iterator[None]:
     """Within the context the adapters are part of the base weights: the same function at the base model's speed.
 
-    The folded weights are tensors of their own, put in the place of the base weights, which come back bit for bit.
-    In half precision the sum is rounded once. The weights must be whole.
+    New tensors hold the sums, and the base weights come back bit for bit afterwards. In half precision each sum is
+    rounded once. The weights must not be partitioned.
     """
-    from peft.tuners.lora import LoraLayer
-
-    kept = []
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
-        for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        for layer in _lora_layers(model).values():
             weight = layer.base_layer.weight
             kept.append((weight, weight.data))
             weight.data = fold(
-                weight.data,
-                layer.lora_A[ADAPTER].weight.data,
-                layer.lora_B[ADAPTER].weight.data,
-                layer.scaling[ADAPTER],
-                layer.fan_in_fan_out,
+                weight.data, _down(layer).data, _up(layer).data, layer.scaling[ADAPTER], layer.fan_in_fan_out
             )
-        # Tied embeddings have one weight, which changes once.
-        for layer in {id(module.weight): module for module in model.modules() if isinstance(module, NewRow)}.values():
-            kept.append((layer.weight, layer.weight.data))
-            layer.weight.data = fold_row(layer.weight.data, layer.new_token, layer.lora_new_row.data)
+        # Tied embeddings share one weight, which must be changed once.
+        for row in {id(module.weight): module for module in _new_rows(model).values()}.values():
+            kept.append((row.weight, row.weight.data))
+            row.weight.data = fold_row(row.weight.data, row.new_token, row.lora_new_row.data)
         with adapters_disabled(model):
             yield
     finally:
@@ -151,21 +146,21 @@ def folded_adapters(model: nn.Module):
 
 
 def folding_takes(model: nn.Module) -> int:
-    """Bytes that `folded_adapters` holds besides the base weights."""
-    from peft.tuners.lora import LoraLayer
-
-    weights = {
-        id(weight): weight
-        for module in model.modules()
-        if isinstance(module, (LoraLayer, NewRow))
-        for weight in [module.base_layer.weight if isinstance(module, LoraLayer) else module.weight]
-    }
+    """Bytes that `folded_adapters` needs in addition to the base weights."""
+    folded = [layer.base_layer.weight for layer in _lora_layers(model).values()]
+    folded += [row.weight for row in _new_rows(model).values()]
+    weights = {id(weight): weight for weight in folded}  # tied embeddings share one weight
     return sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights.values())
 
 
 def fold(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float, transposed: bool) -> torch.Tensor:
-    """W + scaling B A, added in fp32. base (out, in), or (in, out) if `transposed`, as is what is returned; down A
-    (r, in), up B (out, r)."""
+    """W + scaling B A, added in fp32.
+
+    Args:
+        base: W (out, in), or (in, out) if `transposed`; the result has the same shape and dtype.
+        down: A (r, in).
+        up: B (out, r).
+    """
     product = up.float() @ down.float()
     return (base.float() + scaling * (product.T if transposed else product)).to(base.dtype)
 
@@ -175,14 +170,12 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
 
     Args:
         model: the model with adapters; only its structure is read, so its weights may be partitioned.
-        state: its whole state dict on the CPU.
+        state: its full state dict on the CPU.
 
     Returns:
-        A new state dict with the names of the model before `add_lora`: W + (alpha / r) B A, added in fp32.
+        A new state dict with the names of the model before `add_lora`: W + scale B A, added in fp32.
     """
-    from peft.tuners.lora import LoraLayer
-
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = _lora_layers(model)
     merged = {}
     for key, value in state.items():
         if ".lora_" in key:
@@ -201,12 +194,13 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
     return merged
 
 
-def _new_rows(model: nn.Module) -> dict[str, NewRow]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, NewRow)}
-
-
 def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], directory: Path) -> None:
-    """Write the adapters, and a trained score head, as a directory that `PeftModel.from_pretrained` loads."""
+    """Write the adapters, and a trained score head, as a directory that `PeftModel.from_pretrained` loads.
+
+    Args:
+        model: the model with adapters; only its structure is read.
+        state: its full state dict on the CPU.
+    """
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -215,8 +209,8 @@ def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], directory: Pa
         for key, value in state.items()
         if (".lora_" in key and not key.endswith(".lora_new_row")) or key.startswith("score.")
     }
-    config = model.lora_config.to_dict()
-    # peft keeps a trained row whole, and once for tied embeddings.
+    config: dict[str, Any] = getattr(model, "lora_config").to_dict()  # noqa: B009 (set by `add_lora`)
+    # peft saves a trained row in full, and once for tied embeddings.
     rows = {
         id(state[f"{name}.weight"]): (name, module.new_token) for name, module in reversed(_new_rows(model).items())
     }
@@ -227,3 +221,24 @@ def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], directory: Pa
     save_file(weights, directory / "adapter_model.safetensors")
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers by name; typed as Any, because peft keeps A and B as attributes that it does not declare."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _down(layer: Any) -> torch.Tensor:
+    """A (r, in) of an adapted layer."""
+    return layer.lora_A[ADAPTER].weight
+
+
+def _up(layer: Any) -> torch.Tensor:
+    """B (out, r) of an adapted layer."""
+    return layer.lora_B[ADAPTER].weight
+
+
+def _new_rows(model: nn.Module) -> dict[str, NewRow]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, NewRow)}

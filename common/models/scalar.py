@@ -1,20 +1,23 @@
 """ScalarModel: one number per position, for the reward model and the critic.
 
-Pooling (the score of a response is read at its last real token) happens outside, from lengths: see
-`common.models.pooling`. What is saved is the inner transformers sequence-classification model.
+Pooling happens outside the model, from lengths: see `score_at_last_token`. What is saved is the inner transformers
+sequence-classification model.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 
-from common.artifacts.provenance import RAW, Calibration
+from common.models.calibration import RAW, Calibration
 
 
 class ScoreHead(nn.Linear):
-    """A linear head that computes in fp32: bf16 near a score of 10 has steps of 0.06, coarser than most margins."""
+    """A linear head that computes in fp32. Near a score of 10, bf16 has steps of 0.06, coarser than most margins."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return _scores(hidden, self.weight, self.bias)
@@ -29,19 +32,22 @@ class ScalarModel(nn.Module):
 
     Args:
         classifier: a transformers *ForSequenceClassification model with a linear `score`.
-        calibration: the outputs are normalised by it, to the scale in which rewards and values are used.
+        calibration: the outputs are normalised by it, to the scale of rewards and values.
     """
 
-    def __init__(self, classifier, calibration: Calibration = RAW):
+    reward_weight: torch.Tensor
+    reward_bias: torch.Tensor | None
+
+    def __init__(self, classifier: Any, calibration: Calibration = RAW):
         super().__init__()
         classifier.score.__class__ = ScoreHead  # same parameters and names, another forward
-        self.classifier = classifier
+        self.classifier: Any = classifier
         self.calibration = calibration
 
     def keep_reward_head(self) -> None:
-        """Remember the head as it is now, so that `forward(..., reward=True)` reads it whatever the head learns.
+        """Keep a copy of the head as it is now, which `forward(..., reward=True)` reads after training too.
 
-        It is a buffer that no checkpoint holds: nothing trains it, partitions it or exports it.
+        The copy is a non-persistent buffer: it is not trained, partitioned, saved in checkpoints or exported.
         """
         import deepspeed
 
@@ -58,12 +64,12 @@ class ScalarModel(nn.Module):
 
         Args:
             input_ids: (B, L) right-padded.
-            attention_mask: (B, L), 1 on real tokens; needless, since no real token sees what comes after it.
-            reward: read the head that `keep_reward_head` has kept, without calibration. With the adapters off these
-                are the raw scores of the reward model that this model started from.
+            attention_mask: (B, L), 1 on real tokens; not needed, since no real token attends to what comes after it.
+            reward: use the head that `keep_reward_head` has kept, without calibration. With the adapters disabled, the
+                results are the raw scores of the reward model that this model was loaded from.
 
         Returns:
-            (B, L) fp32; what stands on padding means nothing.
+            (B, L) fp32; the numbers at padding are meaningless.
         """
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
         hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
@@ -72,15 +78,28 @@ class ScalarModel(nn.Module):
         return self.calibration.normalise(self.classifier.score(hidden).squeeze(-1))
 
 
-def is_scalar_config(config) -> bool:
-    """True if the configuration belongs to a saved sequence-classification model, whose head must be kept."""
+def score_at_last_token(numbers: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Pool per-position numbers to one score per sequence.
+
+    Args:
+        numbers: (B, L) from `ScalarModel`, right-padded rows.
+        lengths: (B,) real tokens per row, at least 1.
+
+    Returns:
+        (B,) the number at position lengths - 1, the last real token.
+    """
+    return numbers.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+
+
+def is_scalar_config(config: PreTrainedConfig) -> bool:
+    """Whether the configuration is that of a saved sequence-classification model, which has a trained head."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def init_score_head(model: ScalarModel, seed: int) -> None:
-    """Initialise the head from N(0, 1/sqrt(d + 1)), d the hidden size (Stiennon et al. 2020, arXiv:2009.01325).
+    """Initialise the head from a normal distribution with standard deviation 1 / sqrt(d + 1), d the hidden size.
 
-    The same weights on every rank, whatever the ZeRO stage.
+    Source: Stiennon et al. 2020, arXiv:2009.01325. The weights are the same on every rank and at every ZeRO stage.
     """
     import deepspeed
 

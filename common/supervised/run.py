@@ -11,14 +11,17 @@ from datasets import Dataset
 
 from common.artifacts.compatibility import open_codec
 from common.artifacts.export import export_model
+from common.artifacts.model_source import resolve_model
 from common.artifacts.publish import publishing
 from common.artifacts.run import Run, report_done, say_data, start_run
 from common.batching.sampler import MicroBatch, evaluation_batches
 from common.checkpoints.manager import TrainingState
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
-from common.models.loading import check_max_length, resolve_model
+from common.errors import named_by
+from common.models.loading import check_length
 from common.models.lora import add_lora
+from common.paths import writing_to
 from common.runtime.distributed import rank, seed_rank, world_size
 from common.supervised.config import SupervisedConfig
 from common.supervised.task import BatchT, ConfigT, SupervisedTask
@@ -78,11 +81,12 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
 def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Inputs:
     """Check what the options name, and prepare the data. No rank waits for another yet, and no weights are loaded."""
     check_engine_options(config)
-    flag = "--model_name_or_path"
-    source = resolve_model(config.model_name_or_path, flag, config.data_output_path, config.merge_adapter)
-    check_max_length(source, flag, config.max_seq_len, "--max_seq_len", config.trust_remote_code)
-    task.check_model(source)
-    codec = open_codec(config, source, flag)
+    with writing_to("--data_output_path", config.data_output_path), named_by("--model_name_or_path"):
+        source = resolve_model(config.model_name_or_path, config.data_output_path, config.merge_adapter)
+        task.check_model(source)
+    with named_by("--max_seq_len is too large for --model_name_or_path"):
+        check_length(source, config.max_seq_len, config.trust_remote_code)
+    codec = open_codec(config, source, "--model_name_or_path")
     data = task.prepare(codec)
     say_data(data)
     return Inputs(source, codec, data)
@@ -97,26 +101,27 @@ def scheduled_steps(config: SupervisedConfig, rows: int) -> int:
 def build_engine(task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, total_steps: int) -> Any:
     """The model of the task, with adapters if asked for, in a DeepSpeed engine that trains it."""
     settings = EngineSettings.from_config(config)
-    model = task.load_model(
-        inputs.source,
-        inputs.codec,
-        dtype=settings.dtype,
-        ds_config=deepspeed_config(settings),
-        dropout=config.dropout_probability,
-        gradient_checkpointing=config.gradient_checkpointing,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if config.lora_dim:
-        add_lora(
-            task.adapted_part(model),
-            dim=config.lora_dim,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            modules=config.lora_module_name,
-            flag="--lora_module_name",
-            seed=config.seed,
-            base_name=inputs.source if config.merge_adapter else config.model_name_or_path,
+    with named_by("--model_name_or_path"):
+        model = task.load_model(
+            inputs.source,
+            inputs.codec,
+            dtype=settings.dtype,
+            ds_config=deepspeed_config(settings),
+            dropout=config.dropout_probability,
+            gradient_checkpointing=config.gradient_checkpointing,
+            trust_remote_code=config.trust_remote_code,
         )
+    if config.lora_dim:
+        with named_by("--lora_module_name"):
+            add_lora(
+                task.adapted_part(model),
+                dim=config.lora_dim,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                modules=config.lora_module_name,
+                seed=config.seed,
+                base_name=inputs.source if config.merge_adapter else config.model_name_or_path,
+            )
     return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
 
 

@@ -54,7 +54,7 @@ class DPOTask(SupervisedTask[DPOConfig, PairBatch]):
         return prepare(data_request(self.config, "comparison", self.config.max_seq_len, "--max_seq_len"), codec)
 
     def load_model(self, source: str, codec, **settings: Any) -> nn.Module:
-        return load_causal_lm(source, "--model_name_or_path", codec, **settings)
+        return load_causal_lm(source, codec, **settings)
 
     def collate(self, rows, micro_batch, pad_id: int) -> PairBatch:
         return collate_comparisons(rows, micro_batch, pad_id)

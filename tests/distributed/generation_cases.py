@@ -94,7 +94,6 @@ def build(model: str, codec, stage: int, lora: bool, dtype: str):
     settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=DEEPSPEED)
     network = load_causal_lm(
         model,
-        "--model",
         codec,
         dtype=settings.dtype,
         dropout=0.0,

@@ -17,10 +17,10 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from common.artifacts.export import full_state_dict
-from common.artifacts.provenance import RAW
 from common.batching.sampler import StepSampler
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models import logprobs
+from common.models.calibration import RAW
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import add_lora
 from common.runtime.distributed import is_main, rank, world_size
@@ -72,9 +72,7 @@ def bf16_update(model: str, codec, stage: int) -> dict[str, torch.Tensor]:
     """What two optimizer steps in bf16 change; large ones, which bf16's own rounding does not blur. On rank 0."""
     settings_ = EngineSettings(stage, torch.bfloat16, ROWS, override=DEEPSPEED)
     optimizer = OptimizerSettings(1e-2, 1e-2, 0.0, "constant", 0, 10)
-    network = load_causal_lm(
-        model, "--model", codec, dtype=torch.bfloat16, dropout=0.0, ds_config=deepspeed_config(settings_)
-    )
+    network = load_causal_lm(model, codec, dtype=torch.bfloat16, dropout=0.0, ds_config=deepspeed_config(settings_))
     engine = training_engine(network, settings_, optimizer)
     weights = lambda: {name: value.float() for name, value in (full_state_dict(engine) or {}).items()}
     before = weights()
@@ -143,7 +141,6 @@ def actor(model: str, codec, stage: int, checkpointing: bool, lora: bool, offloa
     engine_settings, optimizer = settings(stage, offload)
     network = load_causal_lm(
         model,
-        "--model",
         codec,
         dtype=torch.float32,
         dropout=0.0,
@@ -157,7 +154,6 @@ def critic(model: str, codec, stage: int, checkpointing: bool, lora: bool, offlo
     engine_settings, optimizer = settings(stage, offload)
     network = load_scalar_model(
         model,
-        "--model",
         codec,
         dtype=torch.float32,
         dropout=0.0,
@@ -217,7 +213,7 @@ def experience() -> Experience:
 
 
 def with_lora(model):
-    add_lora(model, dim=4, alpha=8, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="base", seed=0)
+    add_lora(model, dim=4, alpha=8, dropout=0.0, modules="auto", base_name="base", seed=0)
     generator = torch.Generator().manual_seed(12)
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # B starts at 0, which would hide every gradient of A

@@ -135,7 +135,6 @@ def _adapt(model: Path, directory: Path) -> None:
         alpha=4,
         dropout=0.0,
         modules="auto",
-        flag="--lora_module_name",
         base_name=str(model),
         seed=0,
     )

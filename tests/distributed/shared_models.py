@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from common.artifacts.export import full_state_dict
-from common.artifacts.provenance import RAW, Calibration
+from common.models.calibration import RAW, Calibration
 from common.models.loading import load_scalar_model
-from common.models.pooling import score_at_last_token
+from common.models.scalar import score_at_last_token
 from common.runtime.distributed import on_every_rank, world_size
 from common.training.engine import EngineSettings, deepspeed_config, frozen_engine
 from step3_ppo.config import PPOConfig
@@ -40,7 +40,6 @@ def shared_models(model: str, codec, stage: int) -> dict:
     own = frozen_engine(
         load_scalar_model(
             model,
-            "--model",
             codec,
             dtype=torch.float32,
             dropout=0.0,

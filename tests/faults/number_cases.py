@@ -16,10 +16,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from common.artifacts.provenance import RAW
 from common.checkpoints.manager import Checkpoints
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure
+from common.models.calibration import RAW
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.runtime.distributed import barrier, gather_objects, is_main, rank
 from common.runtime.program import run_program, start
@@ -137,7 +137,7 @@ def build(load, model: str, codec, stage: int, dtype: str, lora: bool, offload: 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     settings = EngineSettings(stage, dtype, ROWS, offload, max_grad_norm=1.0)
     more = {"seed": 3} if load is load_scalar_model else {}
-    network = load(model, "--model", codec, dtype=dtype, dropout=0.0, ds_config=deepspeed_config(settings), **more)
+    network = load(model, codec, dtype=dtype, dropout=0.0, ds_config=deepspeed_config(settings), **more)
     if lora:
         with_lora(getattr(network, "classifier", network))
     return training_engine(network, settings, OptimizerSettings(1e-2, 1e-2, 0.1, "linear", 0, 10))

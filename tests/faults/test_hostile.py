@@ -103,10 +103,10 @@ def test_pickled_weights_are_loaded_as_data_or_not_at_all(load, model, bomb):
     weights = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     torch.save(weights, model / "pytorch_model.bin")
-    assert load(str(model), "--model", codec, dtype=torch.float32)
+    assert load(str(model), codec, dtype=torch.float32)
     torch.save({**weights, "more": bomb}, model / "pytorch_model.bin")
     with pytest.raises(UserError, match="--model .*more than tensors, which could run code: convert") as refused:
-        load(str(model), "--model", codec, dtype=torch.float32)
+        load(str(model), codec, dtype=torch.float32)
     assert "\n" not in str(refused.value) and not bomb.canary.exists()
 
 
@@ -128,7 +128,7 @@ def test_code_in_a_model_directory_never_runs_unasked(program, flag, model, bomb
         content = json.loads((model / file).read_text())
         (model / file).write_text(json.dumps({**content, "auto_map": own}))
     codec = make_codec(load_tokenizer(str(model)), "human_assistant")
-    assert load_causal_lm(str(model), "--model", codec, dtype=torch.float32).config.model_type == "llama"
+    assert load_causal_lm(str(model), codec, dtype=torch.float32).config.model_type == "llama"
     assert not bomb.canary.exists()
 
     config = json.loads((model / "config.json").read_text())

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.artifacts.export import write_model
-from common.artifacts.provenance import Calibration
 from common.batching.collate import unmasked
 from common.data.tokenization import load_tokenizer, make_codec
+from common.models.calibration import Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs
 from common.models.lora import adapters_disabled, add_lora, linear_modules, merged_state_dict
-from common.models.pooling import score_at_last_token
+from common.models.scalar import score_at_last_token
 from tests.architectures import CONFIGS, build_model
 from tests.given_logits import GivenLogits
 
@@ -44,11 +44,11 @@ def batch(codec):
 
 
 def causal(directory, codec):
-    return load_causal_lm(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0).eval()
+    return load_causal_lm(str(directory), codec, dtype=torch.float32, dropout=0.0).eval()
 
 
 def scalar(directory, codec):
-    return load_scalar_model(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0, seed=7).eval()
+    return load_scalar_model(str(directory), codec, dtype=torch.float32, dropout=0.0, seed=7).eval()
 
 
 def positions(model, mask):
@@ -129,7 +129,7 @@ def test_lora_is_the_base_when_off_and_the_merged_model_when_on(directory, codec
     model = causal(directory, codec)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     layers = len(linear_modules(model))
-    add_lora(model, dim=4, alpha=16, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="base", seed=0)
+    add_lora(model, dim=4, alpha=16, dropout=0.0, modules="auto", base_name="base", seed=0)
     torch.testing.assert_close(model(input_ids=tokens, attention_mask=mask).logits, base, atol=0, rtol=0)
     randomise_adapters(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -166,7 +166,6 @@ def test_lora_keeps_a_score_head_trainable_and_saves_it(directory, codec, tmp_pa
         alpha=None,
         dropout=0.0,
         modules="auto",
-        flag="--lora_module_name",
         base_name="base",
         seed=0,
     )
@@ -184,7 +183,7 @@ def test_a_lora_critic_keeps_the_reward_model_it_started_from(directory, codec, 
     real = mask.bool()
     expected = scalar(directory, codec)(tokens, mask)
     critic = load_scalar_model(
-        str(directory), "--model", codec, dtype=torch.float32, dropout=0.0, seed=7, calibration=Calibration(2.0, 3.0)
+        str(directory), codec, dtype=torch.float32, dropout=0.0, seed=7, calibration=Calibration(2.0, 3.0)
     ).eval()
     names = set(critic.classifier.state_dict())
     critic.keep_reward_head()
@@ -194,7 +193,6 @@ def test_a_lora_critic_keeps_the_reward_model_it_started_from(directory, codec, 
         alpha=None,
         dropout=0.0,
         modules="auto",
-        flag="--lora_module_name",
         base_name="base",
         seed=0,
     )

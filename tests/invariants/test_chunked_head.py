@@ -68,14 +68,13 @@ def test_values_and_gradients_are_those_of_whole_logits(name, tied, lora, tmp_pa
     directory = build_model(name, tmp_path, builtin_cache, tie_word_embeddings=tied)
     model = load_causal_lm(
         str(directory),
-        "--model",
         make_codec(load_tokenizer(str(directory)), "human_assistant"),
         dtype=torch.float32,
         dropout=0.0,
         gradient_checkpointing=lora,
     ).train()
     if lora:
-        add_lora(model, dim=2, alpha=4, dropout=0.0, modules="auto", flag="--lora_dim", base_name="base", seed=0)
+        add_lora(model, dim=2, alpha=4, dropout=0.0, modules="auto", base_name="base", seed=0)
         for parameter in model.parameters():
             if parameter.requires_grad:  # B starts at 0, which would hide every gradient of A
                 torch.nn.init.normal_(parameter, std=0.1)

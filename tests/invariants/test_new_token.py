@@ -8,7 +8,7 @@ from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import adapters_disabled, add_lora, folded_adapters
-from common.models.pooling import score_at_last_token
+from common.models.scalar import score_at_last_token
 from tests.architectures import CONFIGS, build_model
 from tests.chat_model import CAPITAL, learn, prompt_of
 
@@ -34,11 +34,11 @@ def codec_of(directory):
 
 
 def load(directory, codec, loader=load_causal_lm):
-    return loader(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0).eval()
+    return loader(str(directory), codec, dtype=torch.float32, dropout=0.0).eval()
 
 
 def adapt(model, seed=3):
-    add_lora(model, dim=4, alpha=8, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="base", seed=0)
+    add_lora(model, dim=4, alpha=8, dropout=0.0, modules="auto", base_name="base", seed=0)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -125,7 +125,7 @@ def test_lora_teaches_a_model_to_end_its_answers_with_it(tmp_path, builtin_cache
     write_model(model, dict(model.state_dict()), plain, directory)
     codec = codec_of(directory)
     model = load(directory, codec)
-    add_lora(model, dim=8, alpha=16, dropout=0.0, modules="auto", flag="--lora_module_name", base_name="x", seed=0)
+    add_lora(model, dim=8, alpha=16, dropout=0.0, modules="auto", base_name="x", seed=0)
     learn(model, rows(codec))
     for prompt, response in rows(codec):
         answer = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=30)[0, len(prompt) :].tolist()

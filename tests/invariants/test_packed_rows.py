@@ -35,7 +35,7 @@ def rows():
 def load(name, tmp_path, builtin_cache, dtype=torch.float32, **changes):
     directory = str(build_model(name, tmp_path / name, builtin_cache, **changes))
     codec = make_codec(load_tokenizer(directory), "human_assistant")
-    return load_causal_lm(directory, "--model", codec, dtype=dtype, dropout=0.0)
+    return load_causal_lm(directory, codec, dtype=dtype, dropout=0.0)
 
 
 def engine_around(model):

@@ -45,7 +45,7 @@ class WholeEngine:
 def actor(request, tmp_path_factory, builtin_cache):
     directory = build_model(request.param, tmp_path_factory.mktemp(request.param), builtin_cache)
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
-    model = load_causal_lm(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0)
+    model = load_causal_lm(str(directory), codec, dtype=torch.float32, dropout=0.0)
     return WholeEngine(model), codec
 
 
@@ -235,7 +235,7 @@ def test_a_rank_that_is_told_to_stop_abandons_its_rollout_on_all_ranks(actor, mo
 def test_windows_shorter_than_the_sequence_are_left_to_the_plain_way(tmp_path, builtin_cache):
     directory = build_model("mistral", tmp_path, builtin_cache, sliding_window=8)
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
-    actor = WholeEngine(load_causal_lm(str(directory), "--model", codec, dtype=torch.float32, dropout=0.0)), codec
+    actor = WholeEngine(load_causal_lm(str(directory), codec, dtype=torch.float32, dropout=0.0)), codec
     assert can_decode(actor[0].module.config, 8) and not can_decode(actor[0].module.config, 9)
     assert responses(roll_out(actor, range(6), SAMPLED)) == responses(plainly(actor, range(6), SAMPLED))
 

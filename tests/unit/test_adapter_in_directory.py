@@ -8,10 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from common.artifacts.model_source import resolve_model
 from common.artifacts.provenance import read_provenance
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.models.loading import load_causal_lm, load_scalar_model, resolve_model
+from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import add_lora, save_adapter
 from inference.loading import load_judge, load_speaker
 from inference.merge_lora import main as merge_lora
@@ -39,7 +40,6 @@ def write_adapter(kind, base, directory) -> None:
         alpha=8,
         dropout=0.0,
         modules="auto",
-        flag="--lora_module_name",
         base_name=str(base),
         seed=3,
     )
@@ -82,7 +82,7 @@ def together(kind, base, adapter) -> torch.Tensor:
 
 def computed(kind, source) -> torch.Tensor:
     load = load_scalar_model if kind == "reward" else load_causal_lm
-    model = load(source, "--model", make_codec(load_tokenizer(source), "question_answer"), dtype=torch.float32).eval()
+    model = load(source, make_codec(load_tokenizer(source), "question_answer"), dtype=torch.float32).eval()
     with torch.no_grad():
         return (model.classifier if kind == "reward" else model)(input_ids=IDS).logits
 
@@ -109,7 +109,7 @@ def test_every_program_refuses_it_at_the_door(beside, tmp_path):
 
 
 def test_it_is_laid_over_the_model_beside_it_when_asked_for(beside, chat_model, tmp_path, capsys):
-    source = resolve_model(str(beside), "--model_name_or_path", tmp_path / "cache", merge_adapter=True)
+    source = resolve_model(str(beside), tmp_path / "cache", merge_adapter=True)
     assert str(beside) in capsys.readouterr().err
     shutil.copytree(beside, tmp_path / "whole", ignore=shutil.ignore_patterns("adapter*"))
     expected = together("causal", tmp_path / "whole", tmp_path / "adapter")
@@ -125,7 +125,7 @@ def test_an_adapter_alone_names_the_cure_or_is_merged(alone, chat_model, tmp_pat
     kind, directory = alone
     said = refusal(resolve_model, str(directory), "--model_name_or_path", tmp_path / "cache")
     assert "inference/merge_lora.py" in said and "--merge_adapter" in said and str(directory) in said
-    source = resolve_model(str(directory), "--model_name_or_path", tmp_path / "cache", merge_adapter=True)
+    source = resolve_model(str(directory), tmp_path / "cache", merge_adapter=True)
     torch.testing.assert_close(computed(kind, source), together(kind, chat_model, directory), rtol=1e-4, atol=1e-4)
     assert read_provenance(source) == read_provenance(directory)
     load = {"causal": load_speaker, "reward": load_judge}[kind]
@@ -134,7 +134,7 @@ def test_an_adapter_alone_names_the_cure_or_is_merged(alone, chat_model, tmp_pat
 
 def test_it_is_merged_once_until_the_adapter_changes(alone, tmp_path):
     directory = alone[1]
-    resolve = lambda: resolve_model(str(directory), "--model", tmp_path / "cache", merge_adapter=True)
+    resolve = lambda: resolve_model(str(directory), tmp_path / "cache", merge_adapter=True)
     first = resolve()
     made = (tmp_path / "cache").stat().st_mtime_ns
     assert resolve() == first and (tmp_path / "cache").stat().st_mtime_ns == made
@@ -150,11 +150,11 @@ def test_a_base_that_is_gone_is_named(alone, tmp_path):
     directory = alone[1]
     config = json.loads((directory / "adapter_config.json").read_text())
     (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./gone"}))
-    said = refusal(lambda: resolve_model(str(directory), "--model", tmp_path / "cache", merge_adapter=True))
+    said = refusal(lambda: resolve_model(str(directory), tmp_path / "cache", merge_adapter=True))
     assert "./gone" in said and str(directory) in said and "\n" not in said
 
 
 def test_no_room_for_the_sum_is_one_line(alone, tmp_path):
     (tmp_path / "cache").write_text("in the way")
-    said = refusal(lambda: resolve_model(str(alone[1]), "--model", tmp_path / "cache", merge_adapter=True))
+    said = refusal(lambda: resolve_model(str(alone[1]), tmp_path / "cache", merge_adapter=True))
     assert "--data_output_path" in said and str(tmp_path / "cache") in said and "\n" not in said

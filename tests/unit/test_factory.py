@@ -8,9 +8,10 @@ from huggingface_hub.utils import http_backoff
 from safetensors.torch import load_file, save_file
 
 from common.artifacts.export import write_model
+from common.artifacts.model_source import resolve_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.models.loading import load_causal_lm, load_scalar_model, resolve_model
+from common.models.loading import load_causal_lm, load_scalar_model
 from common.training.memory import memory_status
 from tests.architectures import CONFIGS, build_model
 
@@ -22,7 +23,7 @@ def directory(tmp_path, builtin_cache):
 
 def load(directory, **choices):
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
-    return load_causal_lm(str(directory), "--model_name_or_path", codec, dtype=torch.float32, **choices)
+    return load_causal_lm(str(directory), codec, dtype=torch.float32, **choices)
 
 
 def test_weights_that_are_missing_are_named_and_not_made_up(directory):
@@ -77,18 +78,18 @@ def test_dropout_is_set_everywhere_or_left_alone(name, tmp_path, builtin_cache):
 def test_a_full_vocabulary_grows_for_an_added_end_token(directory):
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant", add_eot_token=True)
     before = load(directory)
-    model = load_causal_lm(str(directory), "--model", codec, dtype=torch.float32)
+    model = load_causal_lm(str(directory), codec, dtype=torch.float32)
     rows = before.get_input_embeddings().num_embeddings
     assert codec.end_id == rows == model.get_input_embeddings().num_embeddings - 1
     assert model.get_output_embeddings().weight.shape[0] == rows + 1
     assert torch.equal(model.get_input_embeddings().weight[:rows], before.get_input_embeddings().weight)
     assert model.config.eos_token_id == codec.end_id == model.generation_config.eos_token_id
-    assert load_scalar_model(str(directory), "--model", codec, dtype=torch.float32).classifier.config.vocab_size > rows
+    assert load_scalar_model(str(directory), codec, dtype=torch.float32).classifier.config.vocab_size > rows
 
 
 def test_a_new_head_depends_on_the_seed_alone(directory):
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
-    models = [load_scalar_model(str(directory), "--model", codec, dtype=torch.float32, seed=seed) for seed in (1, 1, 2)]
+    models = [load_scalar_model(str(directory), codec, dtype=torch.float32, seed=seed) for seed in (1, 1, 2)]
     heads = [model.classifier.score.weight.detach() for model in models]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert float(heads[0].std()) == pytest.approx((heads[0].shape[1] + 1) ** -0.5, rel=0.5)
@@ -96,7 +97,7 @@ def test_a_new_head_depends_on_the_seed_alone(directory):
 
 def test_a_builtin_model_is_a_directory(tmp_path):
     assert (tmp_path / "cache").exists() is False
-    path = resolve_model("builtin:tiny-llama", "--model", tmp_path / "cache")
+    path = resolve_model("builtin:tiny-llama", tmp_path / "cache")
     assert load(path).config.model_type == "llama"
 
 
@@ -120,7 +121,7 @@ def test_a_mistyped_directory_is_not_looked_for_on_the_hub(name, said, tmp_path,
     (tmp_path / "models" / "sft").mkdir(parents=True)
     (tmp_path / "models.old").write_text("")
     with pytest.raises(UserError) as error:
-        resolve_model(name, "--model_name_or_path", tmp_path)
+        resolve_model(name, tmp_path)
     assert str(error.value).startswith(f"--model_name_or_path {name}: no such model directory")
     assert said in str(error.value)
 
@@ -128,7 +129,7 @@ def test_a_mistyped_directory_is_not_looked_for_on_the_hub(name, said, tmp_path,
 @pytest.mark.parametrize("name", ["facebook/opt-1.3b", "gpt2", "mistralai/Mistral-7B-v0.1"])
 def test_what_may_be_on_the_hub_is_looked_for_there_and_that_is_said(name, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    assert resolve_model(name, "--model", tmp_path) == name
+    assert resolve_model(name, tmp_path) == name
     (line,) = capfd.readouterr().err.splitlines()
     assert name in line and "hub" in line
     with pytest.raises(Exception, match="refused"):
@@ -138,14 +139,14 @@ def test_what_may_be_on_the_hub_is_looked_for_there_and_that_is_said(name, tmp_p
 
 def test_a_reward_model_that_lost_its_head_is_refused(directory, tmp_path):
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
-    scalar = load_scalar_model(str(directory), "--model", codec, dtype=torch.float32)
+    scalar = load_scalar_model(str(directory), codec, dtype=torch.float32)
     write_model(scalar, dict(scalar.state_dict()), codec, tmp_path / "reward")
-    load_scalar_model(str(tmp_path / "reward"), "--model", codec, dtype=torch.float32)
+    load_scalar_model(str(tmp_path / "reward"), codec, dtype=torch.float32)
     weights = load_file(tmp_path / "reward" / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, tmp_path / "reward" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="score.weight"):
-        load_scalar_model(str(tmp_path / "reward"), "--model", codec, dtype=torch.float32)
+        load_scalar_model(str(tmp_path / "reward"), codec, dtype=torch.float32)
 
 
 def test_a_publishers_sampling_habits_are_not_taken_over(directory, tmp_path):

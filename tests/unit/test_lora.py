@@ -15,14 +15,12 @@ from tests.architectures import CONFIGS, build_model
 def model(tmp_path, builtin_cache):
     directory = build_model("llama", tmp_path / "model", builtin_cache)
     return load_causal_lm(
-        str(directory), "--model", make_codec(load_tokenizer(str(directory)), "human_assistant"), dtype=torch.float32
+        str(directory), make_codec(load_tokenizer(str(directory)), "human_assistant"), dtype=torch.float32
     )
 
 
 def adapt(model, modules, dim=4, alpha=None):
-    return add_lora(
-        model, dim=dim, alpha=alpha, dropout=0.0, modules=modules, flag="--lora_module_name", base_name="x", seed=0
-    )
+    return add_lora(model, dim=dim, alpha=alpha, dropout=0.0, modules=modules, base_name="x", seed=0)
 
 
 def adapted(model) -> set[str]:
@@ -106,7 +104,7 @@ def test_a_step_with_alpha_has_the_size_that_peft_gives_it(size, rank, alpha):
 def test_auto_finds_every_linear_layer_but_the_outputs(name, tmp_path, builtin_cache):
     directory = build_model(name, tmp_path / name, builtin_cache)
     model = load_causal_lm(
-        str(directory), "--model", make_codec(load_tokenizer(str(directory)), "human_assistant"), dtype=torch.float32
+        str(directory), make_codec(load_tokenizer(str(directory)), "human_assistant"), dtype=torch.float32
     )
     found = {name.rsplit(".", 1)[-1] for name in linear_modules(model)}
     assert found and not found & {"lm_head", "embed_out", "score"}

@@ -36,7 +36,6 @@ def adapter(request, chat_model, tmp_path):
         alpha=8,
         dropout=0.0,
         modules="auto",
-        flag="--lora_module_name",
         base_name=str(chat_model),
         seed=3,
     )
@@ -130,7 +129,6 @@ def test_a_base_given_relative_to_the_working_directory_is_found_from_any_other(
         alpha=4,
         dropout=0.0,
         modules="auto",
-        flag="--lora_module_name",
         base_name=relative,
         seed=3,
     )
@@ -154,7 +152,6 @@ def test_a_base_that_is_no_directory_is_recorded_as_given(base, chat_model, tmp_
         alpha=4,
         dropout=0.0,
         modules="auto",
-        flag="--lora_module_name",
         base_name=base,
         seed=3,
     )

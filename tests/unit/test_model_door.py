@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from common.artifacts.model_source import resolve_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.checks import check_files
-from common.models.loading import load_causal_lm, load_scalar_model, resolve_model
+from common.models.loading import load_causal_lm, load_scalar_model
 from inference.loading import load_judge, load_speaker
 from inference.options import LoadOptions
 from tests.architectures import CONFIGS, build_model
@@ -26,7 +27,7 @@ def directory(tmp_path, builtin_cache):
 
 def refusal(directory) -> str:
     with pytest.raises(UserError) as refused:
-        resolve_model(str(directory), "--model", directory.parent)
+        resolve_model(str(directory), directory.parent)
     with pytest.raises(UserError) as again:
         load_speaker(str(directory), "--path", LoadOptions(data_output_path=str(directory.parent)))
     assert str(again.value) == str(refused.value).replace("--model", "--path", 1)
@@ -97,7 +98,7 @@ def test_a_folder_in_the_place_of_a_weight_file_is_named(directory):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture_passes(name, tmp_path, builtin_cache):
     directory = build_model(name, tmp_path / name, builtin_cache)
-    assert resolve_model(str(directory), "--model", tmp_path) == str(directory)
+    assert resolve_model(str(directory), tmp_path) == str(directory)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -109,7 +110,7 @@ def test_weights_that_are_not_finite_are_found_before_they_are_used(number, dire
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
     for load in (load_causal_lm, load_scalar_model):
         with pytest.raises(UserError, match=f"--model {directory}: the model's weights are not finite.*up_proj"):
-            load(str(directory), "--model", codec, dtype=torch.float32)
+            load(str(directory), codec, dtype=torch.float32)
     with pytest.raises(UserError, match="--path .*: the model's weights are not finite"):
         load_speaker(str(directory), "--path", LoadOptions())
     path = directory / "config.json"
@@ -124,7 +125,7 @@ def test_weights_that_are_not_finite_are_found_before_they_are_used(number, dire
 def test_an_adapter_that_is_not_finite_is_found(directory, tmp_path):
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
     model = get_peft_model(
-        load_causal_lm(str(directory), "--model", codec, dtype=torch.float32),
+        load_causal_lm(str(directory), codec, dtype=torch.float32),
         LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(directory)),
     )
     for key, weight in model.named_parameters():
@@ -147,5 +148,5 @@ def test_the_door_runs_no_code_of_a_model(directory, monkeypatch):
         json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}})
     )
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    check_files(directory, "--model")
+    check_files(directory)
     assert not list(Path(directory).rglob("ran"))

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from common.artifacts.export import write_model
-from common.artifacts.provenance import Calibration
 from common.data.tokenization import load_tokenizer, make_codec
+from common.models.calibration import Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from step3_ppo import models as ppo_models
 from step3_ppo.config import PPOConfig
@@ -33,7 +33,7 @@ def directories(tmp_path_factory, builtin_cache):
     """A language model and a reward model of it, both with dropout."""
     actor = build_model("opt", tmp_path_factory.mktemp("actor"), builtin_cache, dropout=0.5, attention_dropout=0.5)
     codec = make_codec(load_tokenizer(str(actor)), "human_assistant")
-    scorer = load_scalar_model(str(actor), "--model", codec, dtype=torch.float32, seed=7)
+    scorer = load_scalar_model(str(actor), codec, dtype=torch.float32, seed=7)
     reward = tmp_path_factory.mktemp("reward")
     write_model(scorer, dict(scorer.state_dict()), codec, reward)
     return str(actor), str(reward), codec
@@ -86,7 +86,7 @@ def test_no_model_drops_out_even_in_training_mode(models, rollout):
 @torch.no_grad()
 def test_log_probs_are_those_of_the_policy_that_is_sampled_from(models, rollout, directories):
     actor, _, codec = directories
-    plain = load_causal_lm(actor, "--model", codec, dtype=torch.float32, dropout=0.0).eval()
+    plain = load_causal_lm(actor, codec, dtype=torch.float32, dropout=0.0).eval()
     logits = plain(input_ids=rollout.tokens, attention_mask=rollout.attention_mask).logits
     for found in (models.log_probs_and_entropy(rollout)[0], models.reference_log_probs(rollout)):
         for row, (prompt, response) in enumerate(zip(PROMPTS.tolist(), RESPONSES.tolist())):

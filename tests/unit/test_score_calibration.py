@@ -8,10 +8,11 @@ import torch
 
 from common.artifacts.compatibility import read_calibration, text_of
 from common.artifacts.export import write_model
-from common.artifacts.provenance import RAW, Calibration, Provenance
+from common.artifacts.provenance import Provenance
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.builtin import materialise
+from common.models.calibration import RAW, Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Rollout
@@ -39,7 +40,7 @@ def base(tmp_path_factory, builtin_cache):
 def reward_model(tmp_path_factory, base):
     """A reward model that says nothing of its scores, with its codec."""
     codec = make_codec(load_tokenizer(str(base)), "human_assistant")
-    scorer = load_scalar_model(str(base), "--model", codec, dtype=torch.float32, seed=7)
+    scorer = load_scalar_model(str(base), codec, dtype=torch.float32, seed=7)
     directory = tmp_path_factory.mktemp("scorer")
     write_model(scorer, dict(scorer.state_dict()), codec, directory)
     return directory, codec
@@ -149,8 +150,8 @@ def test_other_ids_are_refused(reward_model, builtin_cache):
 def trainer(reward_model, base) -> PPOTrainer:
     """One that is to take the scale from its first rollout."""
     directory, codec = reward_model
-    actor = load_causal_lm(str(base), "--model", codec, dtype=torch.float32)
-    critic = load_scalar_model(str(directory), "--model", codec, dtype=torch.float32)
+    actor = load_causal_lm(str(base), codec, dtype=torch.float32)
+    critic = load_scalar_model(str(directory), codec, dtype=torch.float32)
     models = PPOModels(WholeEngine(actor), WholeEngine(critic), None, None, None, 1.0)
     return PPOTrainer(models, config(missing_eos_penalty=0.0), codec, None, None, None, None)
 

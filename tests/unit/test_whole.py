@@ -30,7 +30,7 @@ def codec_of(directory):
 
 
 def load(directory):
-    return load_causal_lm(str(directory), "--model", codec_of(directory), dtype=torch.float32)
+    return load_causal_lm(str(directory), codec_of(directory), dtype=torch.float32)
 
 
 def change_config(directory, **changes) -> None:
@@ -81,7 +81,7 @@ def test_what_older_versions_saved_besides_weights_is_no_matter(directory, capsy
 
 def test_a_language_models_head_is_left_over_where_scores_are_wanted(directory, capsys):
     loading._note.cache_clear()
-    load_scalar_model(str(directory), "--model", codec_of(directory), dtype=torch.float32)
+    load_scalar_model(str(directory), codec_of(directory), dtype=torch.float32)
     assert "lm_head.weight" in notes(capsys)[0]
 
 
@@ -92,9 +92,9 @@ def test_a_classifier_of_several_labels_is_named_as_such(directory, tmp_path, la
     codec = codec_of(directory)
     codec.tokenizer.save_pretrained(tmp_path / "labels")
     with pytest.raises(UserError, match=f"classifier of {labels} labels.*one score"):
-        gives_scores(str(tmp_path / "labels"), "--model")
+        gives_scores(str(tmp_path / "labels"))
     with pytest.raises(UserError, match=f"classifier of {labels} labels"):
-        load_scalar_model(str(tmp_path / "labels"), "--model", codec, dtype=torch.float32)
+        load_scalar_model(str(tmp_path / "labels"), codec, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -103,7 +103,7 @@ def test_what_the_steps_write_is_whole(name, tmp_path, builtin_cache):
     codec = codec_of(directory)
     for kind, model in (
         ("causal", load(directory)),
-        ("scalar", load_scalar_model(str(directory), "--m", codec, dtype=torch.float32)),
+        ("scalar", load_scalar_model(str(directory), codec, dtype=torch.float32)),
     ):
         write_model(model, dict(model.state_dict()), codec, tmp_path / kind)
         assert problem(tmp_path / kind) is None
