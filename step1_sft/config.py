@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.groups import DataOptions, LoraOptions, RunOptions, SupervisedOptions, check_output_dir
+from common.config.groups import LoraOptions, RunOptions, SupervisedOptions, check_output_dir
 from common.config.parser import PathName, option
 from common.data.blend import SourceSpec, parse_data_path
+from common.data.options import DataOptions
 
 
 @dataclass(frozen=True, kw_only=True)

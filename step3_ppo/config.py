@@ -7,9 +7,10 @@ from math import ceil
 from pathlib import Path
 from typing import ClassVar
 
-from common.config.groups import LORA_ALPHA_HELP, Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
+from common.config.groups import LORA_ALPHA_HELP, Batch, RunOptions, ScheduleOptions, check_output_dir
 from common.config.parser import Config, PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
+from common.data.options import DataOptions
 from common.errors import UserError
 
 _NO_DROPOUT = "dropout is off in every model of PPO"

@@ -20,8 +20,8 @@ from common.artifacts.split_rule import check_split_rule, known_openings, openin
 from common.artifacts.tracking import Tracker, quiet_libraries
 from common.batching.collate import unmasked
 from common.batching.sampler import StepSampler
-from common.config.groups import DataOptions
 from common.config.parser import save_config
+from common.data.options import DataOptions
 from common.data.prepare import DataRequest, PreparedData
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.errors import DIVERGED, Diverged, TrainingFailure, UserError

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.artifacts.provenance import Provenance, read_provenance
-from common.config.groups import DataOptions
 from common.config.parser import options
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.openings import KeyRule
+from common.data.options import DataOptions
 from common.data.prepare import PreparedData
 from common.data.split import proportions
 from common.errors import UserError
