@@ -47,7 +47,7 @@ def main(argv=None) -> None:
     config = replace(config, learning_rate=0.0, lora_learning_rate=0.0, dropout=0.0, margin=0.0, centring_coef=0.0)
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
     codec = open_codec(config, source, "--model_name_or_path")
-    data = prepare(data_request(config, "comparison", config.max_seq_len, "--max_seq_len"), codec).train
+    data = prepare(data_request(config, "comparison", config.max_seq_len), codec).train
     quiet_libraries(config.output_dir)
     start(config.timeout, config.seed)
     engine = build_engine(config, source, codec, total_steps=config.steps)

@@ -95,11 +95,12 @@ def main(argv=None) -> None:
 
 def prepare_demonstrations(config: SFTConfig, codec: Codec) -> PreparedData:
     """This step's part of the data, and all of the data that is given to it alone."""
-    request = data_request(config, "demonstration", config.max_seq_len, "--max_seq_len")
+    request = data_request(config, "demonstration", config.max_seq_len)
     requests = [request]
     if whole := config.unsplit_sources():
         requests.append(replace(request, data_path=whole, phase=None))
-    return prepare_many(requests, codec)
+    with config.naming_flags():
+        return prepare_many(requests, codec)
 
 
 def packing_sampler(config: SFTConfig, trainer: SFTTrainer) -> StepSampler:

@@ -47,8 +47,9 @@ def main(argv=None) -> None:
     check_max_length(source, "--model_name_or_path", config.max_seq_len, "--max_seq_len", config.trust_remote_code)
     gives_scores(source, "--model_name_or_path", config.trust_remote_code)  # with one score, if it has any
     codec = open_codec(config, source, "--model_name_or_path")
-    request = data_request(config, "comparison", config.max_seq_len, "--max_seq_len")
-    data = prepare(replace(request, pairs_per_prompt=config.pairs_per_prompt), codec)
+    request = data_request(config, "comparison", config.max_seq_len)
+    with config.naming_flags():
+        data = prepare(replace(request, pairs_per_prompt=config.pairs_per_prompt), codec)
     say_data(data)
     if not len(data.eval):
         raise UserError(

@@ -33,7 +33,8 @@ from common.batching.collate import TokenBatch, collate_texts
 from common.batching.sampler import StepSampler
 from common.checkpoints.manager import Checkpoints, TrainingState
 from common.config.parser import parse
-from common.data.prepare import DataRequest, PreparedData, agree_on, prepare
+from common.data.prepare import PreparedData, agree_on, prepare
+from common.data.request import DataRequest
 from common.data.tokenization import Codec
 from common.models.loading import check_language_model, check_max_length, resolve_model
 from common.runtime.distributed import rank, run_program, say, start, world_size
@@ -67,9 +68,11 @@ def main(argv=None) -> None:
     check_language_model(actor, "--actor_model_name_or_path", config.trust_remote_code)
     codec = open_codec(config, actor, "--actor_model_name_or_path")
     calibration = read_calibration(config, codec, critic)
-    data = prepare(data_request(config, "prompt", config.max_prompt_seq_len, "--max_prompt_seq_len"), codec)
+    with config.naming_flags("--max_prompt_seq_len"):
+        data = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec)
     say_data(data)
-    texts = prepare(text_request(config), codec) if config.unsupervised_dataset_name else None
+    with config.naming_flags("--max_prompt_seq_len and --max_answer_seq_len"):
+        texts = prepare(text_request(config), codec) if config.unsupervised_dataset_name else None
     warn(config)
 
     tracker = open_run(config, model_parts(config))

@@ -22,7 +22,8 @@ from common.batching.collate import unmasked
 from common.batching.sampler import StepSampler
 from common.config.parser import save_config
 from common.data.options import DataOptions
-from common.data.prepare import DataRequest, PreparedData
+from common.data.prepare import PreparedData
+from common.data.request import DataRequest
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.errors import DIVERGED, Diverged, TrainingFailure, UserError
 from common.models.completeness import problem
@@ -70,13 +71,15 @@ def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
     Raises:
         UserError: the model was trained with another template, end token or tokenizer.
     """
-    codec = make_codec(
-        load_tokenizer(source, trust_remote_code=config.trust_remote_code),
-        config.template,
-        add_eot_token=config.add_eot_token,
-        eot_token=config.eot_token,
-        date=config.template_date,
-    )
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    with config.naming_flags():
+        codec = make_codec(
+            tokenizer,
+            config.template,
+            add_eot_token=config.add_eot_token,
+            eot_token=config.eot_token,
+            date=config.template_date,
+        )
     codec.end_at(published_ends(source))
     if codec.date:
         say(
@@ -179,8 +182,8 @@ def text_of(codec: Codec) -> dict[str, str]:
     }
 
 
-def data_request(config: DataOptions, kind: str, max_tokens: int, length_flag: str) -> DataRequest:
-    """This step's part of `--data_path`, to be prepared as records of `kind`; `length_flag` set `max_tokens`."""
+def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest:
+    """This step's part of `--data_path`, to be prepared as records of `kind`."""
     return DataRequest(
         data_path=config.sources(),
         kind=kind,
@@ -191,7 +194,6 @@ def data_request(config: DataOptions, kind: str, max_tokens: int, length_flag: s
         shared=known_openings(config),
         columns=config.columns or None,
         max_tokens=max_tokens,
-        length_flag=length_flag,
         max_rows=config.max_rows,
         max_bad_fraction=config.max_bad_rows,
         cache_dir=config.data_output_path,

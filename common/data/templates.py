@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from common.data.errors import TemplateError
 from common.data.records import Answer, Message, Prompt
-from common.errors import UserError
 
 
 class Piece(NamedTuple):
@@ -32,7 +32,7 @@ class Template(Protocol):
     date: str
 
     def prompt_pieces(self, prompt: Prompt) -> list[Piece]:
-        """The prompt, up to and including the assistant's cue. Raises UserError if the template cannot write it."""
+        """The prompt, up to and including the assistant's cue. Raises TemplateError if the template cannot write it."""
 
     def response_pieces(self, answer: Answer, prompt: Prompt | None = None) -> list[Piece]:
         """An answer as it follows the cue of its prompt (of any, if None), up to its end token. Raises as above."""
@@ -83,10 +83,11 @@ class TextTemplate:
             raise self._cannot_write(message.more.split('"')[1] if message.more else "turns of a tool")
         return wrapping[message.role] + message.content
 
-    def _cannot_write(self, what: str) -> UserError:
-        return UserError(
-            f"--template {self.name} cannot write {what}: use --template chat with a tokenizer whose chat "
-            "template can, or leave that out of the data"
+    def _cannot_write(self, what: str) -> TemplateError:
+        return TemplateError(
+            self.name,
+            f"it cannot write {what}: use the template chat with a tokenizer whose chat template can, or leave that "
+            "out of the data",
         )
 
 
@@ -131,12 +132,12 @@ def get_template(name: str, tokenizer=None, date: str | None = None) -> Template
     """The template called `name`; `chat` is made from the `tokenizer` it belongs to, see `ChatTemplate`.
 
     Raises:
-        UserError: no such template, or `chat` with a tokenizer that has none that can be used.
+        TemplateError: no such template, or `chat` with a tokenizer that has none that can be used.
     """
     if name == CHAT:
         from common.data.chat_template import ChatTemplate
 
         return ChatTemplate(tokenizer, *([date] if date else []))
     if name not in TEXT_TEMPLATES:
-        raise UserError(f"--template {name}: no such template; choose one of {', '.join(TEMPLATE_NAMES)}")
+        raise TemplateError(name, f"no such template; choose one of {', '.join(TEMPLATE_NAMES)}")
     return TEXT_TEMPLATES[name]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from common.data.chat_template import control_tokens
+from common.data.errors import NoEndTokenError
 from common.data.records import Answer, Prompt
 from common.data.templates import CHAT, Piece, Template, get_template
 from common.data.trial import try_template, try_tokenizer
@@ -76,7 +77,8 @@ def make_codec(
     vocabulary has it) and the tokenizer's `eos_token`, so what is saved with the model says where it stops.
 
     Raises:
-        UserError: the tokenizer has no end token and none is added, or the template cannot be used with it.
+        NoEndTokenError: the tokenizer has no end token and none is added.
+        TemplateError: the template does not exist, or cannot be used with the tokenizer.
     """
     if add_eot_token:
         tokenizer.add_special_tokens({"eos_token": AddedToken(eot_token, special=True, normalized=False)})
@@ -86,7 +88,7 @@ def make_codec(
     template = get_template(template_name, tokenizer, date)
     end_token = None if add_eot_token else template.end_token
     if end_token is None and tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end token: pass --add_eot_token (and --eot_token for its name)")
+        raise NoEndTokenError(tokenizer.name_or_path or "the tokenizer", "its tokenizer has no end token")
     if end_token is not None and tokenizer.eos_token_id is None:
         tokenizer.eos_token = end_token
     _separate_padding(tokenizer, end_token)

@@ -79,7 +79,7 @@ def try_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if problem := _problem_in_child(render):
         raise UserError(
             f"{_file(name, 'chat_template.jinja', 'tokenizer_config.json')}: the chat template cannot be "
-            f"used: to render a short dialogue {problem}: correct it, or choose another --template"
+            f"used: to render a short dialogue {problem}: correct it, or choose another template"
         )
 
 
