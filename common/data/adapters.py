@@ -53,9 +53,12 @@ def _orca_chat(row: dict[str, Any]) -> Example:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise BadRow("'conversation' is not a list of input and output")
     messages = [
-        Message(role, clean(turn.get(key), key))
+        message
         for turn in turns
-        for role, key, clean in (("user", "input", clean_text), ("assistant", "output", clean_answer))
+        for message in (
+            Message("user", clean_text(turn.get("input"), "input")),
+            Message("assistant", clean_answer(turn.get("output"), "output")),
+        )
     ]
     system = clean_text(row["instruction"], "instruction")
     return Example(make_prompt(messages[:-1], "conversation", system), messages[-1].content)

@@ -29,6 +29,7 @@ _FEW = 0.02  # share of lines; by default so many unusable rows are passed over
 
 
 def _invalid(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)  # the handler is used to decode alone
     return "\udcff", error.end
 
 

@@ -275,5 +275,5 @@ def _by_position(table: dict[str, list], label: str) -> Iterator[dict[str, Any]]
                 f"{label}: it is one JSON object with lists of different lengths: "
                 + ", ".join(f"'{name}' has {length}" for name, length in islice(lengths.items(), 5))
             )
-        names, rows = list(table), zip(*table.values())
+        names, rows = list(table), list(zip(*table.values()))
     return (dict(zip(names, row)) for row in rows)

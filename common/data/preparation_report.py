@@ -65,7 +65,7 @@ class PreparationReport:
 
     def joined(self, other: PreparationReport) -> PreparationReport:
         """The sums of both."""
-        rest = {name: value + vars(other)[name] for name, value in vars(self).items() if name != "read"}
+        rest: dict[str, Any] = {name: value + vars(other)[name] for name, value in vars(self).items() if name != "read"}
         return PreparationReport(self.read.joined(other.read), **rest)
 
     def to_json(self) -> str:

@@ -157,7 +157,9 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
     directory = target.with_name(f"{target.name}.tmp{secrets.token_hex(4)}")
     directory.mkdir()  # which colleagues may read, if the umask lets them: not so a temporary directory
     try:
-        report, tested, held_out_keys = PreparationReport(), set(), set()
+        report = PreparationReport()
+        tested: set[int] = set()
+        held_out_keys: set[int] = set()
         encode = Encoder(request.kind, request.max_tokens, codec)
         write = functools.partial(ArrowWriter, features=features(request.kind))
         with write(path=str(directory / "train.arrow")) as train, write(path=str(directory / "eval.arrow")) as held_out:

@@ -266,12 +266,13 @@ def _part_rows(
                     f"{part.label} has no such column{did_you_mean(split_column, found)}; it has "
                     f"{', '.join(sorted(found))}",
                 )
-            chosen = []
-            for wanted in (kind, kind if kind == "text" else "prompt"):
+
+            def chosen(wanted: str) -> tuple[Layout, ColumnMap]:
                 names = ColumnMap(columns).for_kind(wanted).within(found)
                 rows_found = [names.rename(row.values) for row in sample if row.values is not None]
-                chosen += choose_layout(spec.name, names.columns(found), wanted, part.label, rows_found), names
-            reader = _Reader(kind, *chosen)
+                return choose_layout(spec.name, names.columns(found), wanted, part.label, rows_found), names
+
+            reader = _Reader(kind, *chosen(kind), *chosen("text" if kind == "text" else "prompt"))
         else:
             yield from ((row, None) for row in sample)
     if reader is not None:

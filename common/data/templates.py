@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from common.data.errors import TemplateError
 from common.data.records import Answer, Message, Prompt
@@ -24,12 +24,29 @@ class Piece(NamedTuple):
 
 
 class Template(Protocol):
-    name: str
-    lead: str  # what stands between the assistant's cue and an answer
-    tail: str  # what stands between an answer and its end token
-    end_token: str | None  # the token that ends an answer, if the template has one of its own
-    dated: bool  # whether it writes the `date`, YYYY-MM-DD
-    date: str
+    """What every template has; all of it is only read.
+
+    Attributes:
+        name: one of `TEMPLATE_NAMES`.
+        lead: text between the assistant's cue and a response.
+        tail: text between a response and its end token.
+        end_token: the token that ends a response, if the template has one of its own.
+        dated: whether the template writes the date into prompts.
+        date: the date that it writes then, YYYY-MM-DD.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def lead(self) -> str: ...
+    @property
+    def tail(self) -> str: ...
+    @property
+    def end_token(self) -> str | None: ...
+    @property
+    def dated(self) -> bool: ...
+    @property
+    def date(self) -> str: ...
 
     def prompt_pieces(self, prompt: Prompt) -> list[Piece]:
         """The prompt, up to and including the assistant's cue. Raises TemplateError if the template cannot write it."""
@@ -54,8 +71,10 @@ class TextTemplate:
     opening: str | None = None
     between: str = "\n\n"
     raw: bool = False
-    tail = date = ""
-    end_token, dated = None, False
+    tail: ClassVar[str] = ""
+    date: ClassVar[str] = ""
+    end_token: ClassVar[str | None] = None
+    dated: ClassVar[bool] = False
 
     def prompt_text(self, prompt: Prompt) -> str:
         blocks = [] if self.opening is None or prompt.messages[0].role == "system" else [self.opening]

@@ -135,4 +135,5 @@ def _work(work: Callable[[], None], writing: int, memory: int) -> None:
     except RecursionError:
         os.write(writing, b"recurses without end")
     except BaseException as error:  # a panic in Rust is no Exception
-        os.write(writing, f"fails ({type(error).__name__}: {reason_of(error)[:300]})".encode())
+        reason = reason_of(error if isinstance(error, Exception) else Exception(str(error) or type(error).__name__))
+        os.write(writing, f"fails ({type(error).__name__}: {reason[:300]})".encode())
