@@ -49,7 +49,7 @@ def main(argv=None) -> None:
     config = replace(
         config, data_path=(str(write_rows(prepared / "rows.jsonl", config)),), data_output_path=str(prepared)
     )
-    request = data_request(config, "demonstration", config.max_seq_len, "--max_seq_len")
+    request = data_request(config, "demonstration", config.max_seq_len)
     for start in ("first", "second"):
         peak = PeakMemory()
         began = time.perf_counter()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common.errors import UserError, did_you_mean
+from common.errors import InputError, UserError, did_you_mean
 
 OUTPUT = "output"  # where the programs write unless told otherwise
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[^}]*\})")
@@ -73,17 +73,32 @@ def content_digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+class NotWritable(InputError):
+    """A directory that cannot be written to."""
+
+
 @contextlib.contextmanager
 def writing_to(flag: str, directory: str | Path) -> Iterator[None]:
-    """Within it a directory is made and files are written there, and what it refuses is a UserError that names it."""
+    """As `checked_writing`, for programs: the error is a `UserError` that begins with the flag."""
+    try:
+        with checked_writing(directory):
+            yield
+    except NotWritable as error:
+        raise UserError(f"{flag} {error}") from error.__cause__
+
+
+@contextlib.contextmanager
+def checked_writing(directory: str | Path) -> Iterator[None]:
+    """Within the context, an OSError about the directory, or about what is in it, becomes a `NotWritable`."""
     try:
         yield
     except OSError as error:
         if error.filename is not None and not _concerns(Path(str(error.filename)), Path(directory)):
             raise
-        raise UserError(
-            f"{flag} {directory}: cannot be written to: {error.strerror or error}: free space there or "
-            "make it writable, or name another directory"
+        raise NotWritable(
+            directory,
+            f"cannot be written to: {error.strerror or error}: free space there or make it writable, or name another "
+            "directory",
         ) from error
 
 

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from common.batching.collate import collate_prompts
 from common.batching.sampler import MicroBatch, evaluation_batches
+from common.data.options import naming_flags
 from common.data.records import Prompt
 from inference.loading import Loaded
 from inference.options import DecodingOptions
@@ -41,6 +42,7 @@ class Answer:
     ended: bool
 
 
+@naming_flags()
 def answer_prompts(
     speaker: Loaded, prompts: Sequence[Prompt], decoding: DecodingOptions, batch_size: int
 ) -> list[Answer]:

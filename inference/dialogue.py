@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.data.options import naming_flags
 from common.data.records import Message, Prompt
 from common.data.tokenization import Codec
 
@@ -47,6 +48,7 @@ class Dialogue:
         """Add the assistant's turn."""
         self._turns.append(Message("assistant", text.strip()))
 
+    @naming_flags()
     def _encode(self) -> list[int]:
         return self._codec.encode_prompt(Prompt((*self._system, *self._turns)))
 

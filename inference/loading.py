@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from common.data.options import naming_flags
 from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.errors import UserError
@@ -110,6 +111,7 @@ def load_whole(files: ModelFiles, codec: Codec, trust_remote_code: bool, dtype: 
         return model.to(dtype)
 
 
+@naming_flags()
 def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto") -> Codec:
     """The text rules that the model was trained with.
 

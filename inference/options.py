@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from common.config.parser import Config, ConfigType, PathName, option, parse
 from common.data.rows import FileFormat
 from common.data.templates import TEMPLATE_NAMES
-from common.errors import UserError
+from common.errors import UserError, named_by
 
 MODEL = "the model: a directory, the output of step 1 or 3, an adapter or a hub name"
 
@@ -92,7 +92,8 @@ class PromptOptions(Config):
 
     def file_format(self) -> FileFormat:
         """What is said of the files. Raises UserError for an encoding that there is not."""
-        return FileFormat(self.data_field, self.encoding).checked()
+        with named_by("--encoding"):
+            return FileFormat(self.data_field, self.encoding).checked()
 
 
 def read_options(cls: type[ConfigType], argv: list[str] | None, prog: str) -> ConfigType:

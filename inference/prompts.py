@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from common.artifacts.provenance import Provenance
 from common.artifacts.split_rule import key_rule
-from common.data.blend import parse_data_path
+from common.data.blend import SourceSpec, parse_data_path
 from common.data.dialogues import BadRow, read_prompt
 from common.data.openings import KeyRule
+from common.data.options import naming_flags
 from common.data.reading import ReadReport, SourcedRecord, read_records
 from common.data.records import Prompt, user_turns
 from common.data.split import assignment, parse_split_by
-from common.errors import UserError
+from common.errors import UserError, named_by
 from inference.options import PromptOptions
 
 _MANY = 100_000  # records, which take some seconds to read
@@ -51,9 +52,7 @@ def held_out_prompts(options: PromptOptions, trained: Sequence[Provenance], seed
         UserError: there is none.
     """
     prompts: dict[Prompt, None] = {}
-    rules = {
-        spec.name: [key_rule(model, spec.name) for model in trained] for spec in parse_data_path(options.data_path)
-    }
+    rules = {spec.name: [key_rule(model, spec.name) for model in trained] for spec in _sources(options)}
     for number, sourced in enumerate(_read(options, rules)):
         if number == _MANY and options.max_rows is None:
             print(
@@ -101,16 +100,22 @@ def _read(options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None 
     split_by = next((way for way in (*columns, "prompt", "auto") if way in ways), "opening")
     shared = {name: set().union(*(rule.shared for rule in of_source)) for name, of_source in (rules or {}).items()}
     report = ReadReport()
-    specs = parse_data_path(options.data_path, form=options.file_format())
-    yield from read_records(
-        specs,
-        "prompt",
-        columns=options.columns or None,
-        max_rows=options.max_rows,
-        report=report,
-        split_by=split_by,
-        shared=shared,
-    )
-    for note in report.notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
-    report.check(options.max_bad_rows)
+    with naming_flags():
+        yield from read_records(
+            _sources(options),
+            "prompt",
+            columns=options.columns or None,
+            max_rows=options.max_rows,
+            report=report,
+            split_by=split_by,
+            shared=shared,
+        )
+        for note in report.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        report.check(options.max_bad_rows)
+
+
+def _sources(options: PromptOptions) -> list[SourceSpec]:
+    form = options.file_format()
+    with named_by("--data_path"):
+        return parse_data_path(options.data_path, form=form)

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from common.batching.collate import collate_texts
 from common.batching.sampler import MicroBatch
+from common.data.options import naming_flags
 from common.data.records import Prompt
 from common.models.scalar import score_at_last_token
 from inference.decoding import Answer, in_batches
@@ -32,6 +33,7 @@ def score_answers(judge: Loaded, prompts: Sequence[Prompt], answers: Sequence[An
     return in_batches([len(row) for row in rows["input_ids"]], batch_size, score)
 
 
+@naming_flags()
 def _ids(judge: Loaded, prompt: Prompt, answer: Answer) -> list[int]:
     codec = judge.codec
     response = codec.encode_response(answer.text)

@@ -68,8 +68,9 @@ def _check_inputs(config: Config, made: set[Path]) -> None:
     from common.data.sources import local_source
     from common.models.checks import check_model_name
 
-    for spec in config.all_sources():
-        local_source(spec)
+    with config.naming_flags():
+        for spec in config.all_sources():
+            local_source(spec)
     for name in options(type(config)):
         value = getattr(config, name)
         if name.endswith("model_name_or_path") and value is not None and Path(value).resolve() not in made:

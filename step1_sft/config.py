@@ -8,6 +8,7 @@ from typing import ClassVar
 from common.config.groups import check_output_dir
 from common.config.parser import PathName, option
 from common.data.blend import SourceSpec, parse_data_path
+from common.errors import named_by
 from common.supervised.config import SupervisedConfig
 
 
@@ -16,6 +17,7 @@ class SFTConfig(SupervisedConfig):
     """Step 1: supervised fine-tuning"""
 
     phase: ClassVar[int] = 0
+    other_source_flag: ClassVar[str] = "--sft_only_data_path"
 
     model_name_or_path: PathName = option("facebook/opt-1.3b", "model to train: hub name, directory or builtin:*")
     output_dir: PathName = option("output/sft", "directory of the result")
@@ -37,4 +39,6 @@ class SFTConfig(SupervisedConfig):
     def unsplit_sources(self) -> list[SourceSpec]:
         if not self.sft_only_data_path:
             return []
-        return parse_data_path(self.sft_only_data_path, flag="--sft_only_data_path", form=self.file_format())
+        form = self.file_format()
+        with named_by("--sft_only_data_path"):
+            return parse_data_path(self.sft_only_data_path, form=form)

@@ -35,7 +35,7 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
     def prepare(self, codec: Codec) -> PreparedData:
         """This step's part of --data_path, and all of --sft_only_data_path."""
         config = self.config
-        requests = [data_request(config, "demonstration", config.max_seq_len, "--max_seq_len")]
+        requests = [data_request(config, "demonstration", config.max_seq_len)]
         if sources := config.unsplit_sources():
             requests.append(replace(requests[0], data_path=sources, phase=None))
         return prepare_many(requests, codec)

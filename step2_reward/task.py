@@ -37,7 +37,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
 
     def prepare(self, codec: Codec) -> PreparedData:
         """This step's part of --data_path."""
-        request = data_request(self.config, "comparison", self.config.max_seq_len, "--max_seq_len")
+        request = data_request(self.config, "comparison", self.config.max_seq_len)
         data = prepare(replace(request, pairs_per_prompt=self.config.pairs_per_prompt), codec)
         if not len(data.eval):
             raise UserError(

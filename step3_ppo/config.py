@@ -7,10 +7,11 @@ from math import ceil
 from pathlib import Path
 from typing import ClassVar
 
-from common.config.groups import LORA_ALPHA_HELP, Batch, DataOptions, RunOptions, ScheduleOptions, check_output_dir
+from common.config.groups import LORA_ALPHA_HELP, Batch, RunOptions, ScheduleOptions, check_output_dir
 from common.config.parser import Config, PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
-from common.errors import UserError
+from common.data.options import DataOptions
+from common.errors import UserError, named_by
 
 _NO_DROPOUT = "dropout is off in every model of PPO"
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
@@ -219,6 +220,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     """Step 3: PPO"""
 
     phase: ClassVar[int] = 2
+    other_source_flag: ClassVar[str] = "--unsupervised_dataset_name"
 
     actor_model_name_or_path: PathName = option("output/sft", "the fine-tuned model of step 1")
     critic_model_name_or_path: PathName = option("output/reward", "the reward model of step 2; the critic's start")
@@ -253,12 +255,11 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         """That of the plain text, if any is mixed in."""
         if not self.unsupervised_dataset_name:
             return []
-        return parse_data_path(
-            [self.unsupervised_dataset_name],
-            flag="--unsupervised_dataset_name",
-            config_name=self.unsupervised_dataset_config_name,
-            form=self.file_format(),
-        )
+        form = self.file_format()
+        with named_by("--unsupervised_dataset_name"):
+            return parse_data_path(
+                [self.unsupervised_dataset_name], config_name=self.unsupervised_dataset_config_name, form=form
+            )
 
     @property
     def kl_limit(self) -> float:

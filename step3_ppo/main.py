@@ -25,7 +25,8 @@ from common.batching.collate import TokenBatch, collate_texts
 from common.batching.sampler import StepSampler
 from common.checkpoints.manager import Checkpoints, TrainingState
 from common.config.parser import parse
-from common.data.prepare import DataRequest, PreparedData, agree_on, prepare
+from common.data.prepare import PreparedData, agree_on, prepare
+from common.data.request import DataRequest
 from common.data.tokenization import Codec
 from common.errors import named_by
 from common.models.calibration import RAW, Calibration
@@ -60,9 +61,11 @@ def main(argv=None) -> None:
             check_length(source, config.max_prompt_seq_len + config.max_answer_seq_len, config.trust_remote_code)
     codec = open_codec(config, actor, "--actor_model_name_or_path")
     calibration = read_calibration(config, codec, critic)
-    data = prepare(data_request(config, "prompt", config.max_prompt_seq_len, "--max_prompt_seq_len"), codec)
+    with config.naming_flags("--max_prompt_seq_len"):
+        data = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec)
     say_data(data)
-    texts = prepare(text_request(config), codec) if config.unsupervised_dataset_name else None
+    with config.naming_flags("--max_prompt_seq_len and --max_answer_seq_len"):
+        texts = prepare(text_request(config), codec) if config.unsupervised_dataset_name else None
     warn(config)
 
     tracker = open_run(config, model_parts(config))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.data.blend import parse_data_path
-from common.data.prepare import DataRequest
+from common.data.request import DataRequest
 
 
 def pairs(count: int, start: int = 0) -> list[dict]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from common.artifacts.provenance import FILE as PROVENANCE_FILE
 from common.artifacts.provenance import Provenance, read_provenance
 from common.artifacts.split_rule import check_split_rule
-from common.config.groups import DataOptions
+from common.data.options import DataOptions
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.errors import UserError, named_by
 from common.models.calibration import RAW, Calibration
@@ -21,13 +21,15 @@ def open_codec(config: DataOptions, source: str, flag: str) -> Codec:
     Raises:
         UserError: the model was trained with another template, end token or tokenizer.
     """
-    codec = make_codec(
-        load_tokenizer(source, trust_remote_code=config.trust_remote_code),
-        config.template,
-        add_eot_token=config.add_eot_token,
-        eot_token=config.eot_token,
-        date=config.template_date,
-    )
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    with config.naming_flags():
+        codec = make_codec(
+            tokenizer,
+            config.template,
+            add_eot_token=config.add_eot_token,
+            eot_token=config.eot_token,
+            date=config.template_date,
+        )
     codec.end_at(published_ends(source))
     if codec.date:
         say(

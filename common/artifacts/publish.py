@@ -16,8 +16,8 @@ from common.artifacts.provenance import FILE as PROVENANCE_FILE
 from common.artifacts.provenance import Provenance
 from common.artifacts.split_rule import openings_of, split_rule_of
 from common.batching.collate import unmasked
-from common.config.groups import DataOptions
 from common.config.parser import save_config
+from common.data.options import DataOptions
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
 from common.errors import DIVERGED, Diverged, TrainingFailure

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.artifacts.provenance import Provenance, read_provenance
-from common.config.groups import DataOptions
 from common.config.parser import options
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.openings import KeyRule
-from common.data.prepare import DataRequest, PreparedData
+from common.data.options import DataOptions
+from common.data.prepare import PreparedData
+from common.data.request import DataRequest
 from common.data.split import proportions
 from common.errors import UserError
 
@@ -43,8 +44,8 @@ class _Use:
         return self.data_split is None or proportions(self.data_split) == proportions(other.data_split)
 
 
-def data_request(config: DataOptions, kind: str, max_tokens: int, length_flag: str) -> DataRequest:
-    """This step's part of `--data_path`, to be prepared as records of `kind`; `length_flag` set `max_tokens`."""
+def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest:
+    """This step's part of `--data_path`, to be prepared as records of `kind`."""
     return DataRequest(
         data_path=config.sources(),
         kind=kind,
@@ -55,7 +56,6 @@ def data_request(config: DataOptions, kind: str, max_tokens: int, length_flag: s
         shared=known_openings(config),
         columns=config.columns or None,
         max_tokens=max_tokens,
-        length_flag=length_flag,
         max_rows=config.max_rows,
         max_bad_fraction=config.max_bad_rows,
         cache_dir=config.data_output_path,

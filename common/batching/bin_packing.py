@@ -6,9 +6,6 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 Bins = list[list[int]]  # of places in a list of sizes
 
 
@@ -51,16 +48,6 @@ def packed(sizes: Sequence[int], capacity: int) -> Bins:
     if max(map(fill, alike), default=0) <= capacity:
         bins = alike
     return sorted(bins, key=fill, reverse=True)
-
-
-def block_causal_mask(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores so that a token sees its own row only, up to itself.
-
-    rows (B, L) long: the number of the row that each token belongs to; padding counts as a row, so that every position
-    sees something. Returns (B, 1, L, L): 0, or the least number of `dtype`.
-    """
-    visible = (rows[:, :, None] == rows[:, None, :]).tril()[:, None]
-    return torch.zeros(visible.shape, dtype=dtype, device=rows.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def _largest_first(sizes: Sequence[int]) -> list[int]:

@@ -10,23 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
+from typing import Self
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common.batching.bin_packing import block_causal_mask
 from common.batching.sampler import MicroBatch
 
 
+@dataclass(frozen=True)
 class Batch:
-    """Tensors of the rows of a micro-batch."""
+    """Tensors of the rows of a micro-batch; a dataclass whose fields are all tensors."""
 
-    def to(self, device: torch.device | str):
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _each(self, change: Callable[[Tensor], Tensor]):
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
 
@@ -37,6 +38,16 @@ def unmasked(input_ids: Tensor) -> dict[str, Tensor]:
     Without a mask attention takes its causal path, which skips the half that a mask would only hide.
     """
     return {"input_ids": input_ids}
+
+
+def block_causal_mask(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores so that a token sees its own row only, up to itself.
+
+    rows (B, L) long: the number of the row that each token belongs to; padding counts as a row, so that every position
+    sees something. Returns (B, 1, L, L): 0, or the least number of `dtype`.
+    """
+    visible = (rows[:, :, None] == rows[:, None, :]).tril()[:, None]
+    return torch.zeros(visible.shape, dtype=dtype, device=rows.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True)

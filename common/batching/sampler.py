@@ -139,9 +139,9 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int, world_size: in
     Every row occurs once over all ranks. Each rank has about as many tokens, and exactly as many batches: what ZeRO-3
     gathers for a batch, it gathers on all ranks together. Longest rows first.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    rows = _longest_first(np.arange(len(lengths)), lengths)
-    return _within_budget(rows, lengths, max_tokens, world_size, rank) if len(rows) else []
+    sizes = np.asarray(lengths, dtype=np.int64)
+    rows = _longest_first(np.arange(len(sizes)), sizes)
+    return _within_budget(rows, sizes, max_tokens, world_size, rank) if len(rows) else []
 
 
 def _within_budget(

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
-from typing import ClassVar
 
 from common.config.parser import Config, PathName, option, options
-from common.data.blend import SourceSpec, parse_data_path
-from common.data.rows import FileFormat
-from common.data.split import parse_data_split, parse_split_by
-from common.data.templates import TEMPLATE_NAMES
 from common.errors import UserError
 from common.training.learning_rate import SCHEDULES
 
@@ -45,75 +39,6 @@ class Batch:
             return f"a number of ranks that divides {total}"
         at_a_time = max(number for number in range(1, self.rows_at_a_time + 1) if rows % number == 0)
         return f"--{self.flags[0]} {at_a_time} --{self.flags[1]} {rows // at_a_time}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions(Config):
-    """Data"""
-
-    phase: ClassVar[int]  # 0 SFT, 1 reward model, 2 PPO: which part of --data_split is this step's
-
-    data_path: tuple[PathName, ...] = option(
-        ("Dahoas/rm-static",),
-        "builtin:*, files, directories or hub names; name:0.3 takes 30 percent of its prompts, "
-        "name:1.3 all of them and 30 percent a second time",
-    )
-    data_split: str = option("2,4,4", "parts of the prompts for the steps 1, 2 and 3")
-    eval_fraction: float = option(0.05, "share of the prompts held out for evaluation", low=0, below=1)
-    split_by: str = option(
-        "auto",
-        "what keeps rows together in both: opening: the user's first turn; auto: the same, and as many more "
-        "turns as it takes where over 1 percent of a source's dialogues begin alike; prompt: all of the user's turns; "
-        "column:NAME: what a column of the data holds, such as the id of a conversation",
-    )
-    columns: dict[str, str] = option({}, "the data's own names of columns, as in prompt=question chosen=good")
-    data_field: str | None = option(
-        None, "key of the rows in JSON files that are one object; none: the only key that holds rows"
-    )
-    encoding: str | None = option(
-        None, "encoding of text files that are not UTF-8, as in cp1252; none: UTF-8, or UTF-16 by its mark"
-    )
-    template: str = option("human_assistant", "the wording around questions and answers", choices=TEMPLATE_NAMES)
-    template_date: str = option(
-        "2025-01-01", "YYYY-MM-DD, what a chat template that writes the date writes, in all steps and whenever they run"
-    )
-    add_eot_token: bool = option(False, "end answers with --eot_token, not with the tokenizer's end token")
-    eot_token: str = option("<|endoftext|>", "text of the end token that --add_eot_token adds")
-    max_rows: int | None = option(None, "rows read from each source at most", low=1)
-    max_bad_rows: float = option(0.02, "share of unusable rows above which the run stops", low=0, high=1)
-    data_output_path: PathName = option("output/data", "directory where prepared data is kept for the next run")
-
-    def validate(self) -> None:
-        super().validate()
-        self.sources()
-        parse_split_by(self.split_by)
-        unsplit = self.unsplit_sources()
-        if not parse_data_split(self.data_split)[self.phase] and not unsplit:
-            raise UserError(
-                f"--data_split {self.data_split} leaves nothing for step {self.phase + 1}: "
-                f"make part {self.phase + 1} greater than 0"
-            )
-        self.only_with("--add_eot_token", self.add_eot_token, "eot_token")
-        try:
-            date.fromisoformat(self.template_date)
-        except ValueError:
-            raise UserError(f"--template_date {self.template_date}: give a date as YYYY-MM-DD") from None
-
-    def sources(self) -> list[SourceSpec]:
-        """Those of `data_path`, which --data_split divides among the steps."""
-        return parse_data_path(self.data_path, form=self.file_format())
-
-    def file_format(self) -> FileFormat:
-        """What is said of the files. Raises UserError for an encoding that there is not."""
-        return FileFormat(self.data_field, self.encoding).checked()
-
-    def all_sources(self) -> list[SourceSpec]:
-        """Every data source that the step reads."""
-        return self.sources() + self.unsplit_sources()
-
-    def unsplit_sources(self) -> list[SourceSpec]:
-        """Sources that are given to this step whole, whatever --data_split says."""
-        return []
 
 
 @dataclass(frozen=True, kw_only=True)

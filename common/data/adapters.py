@@ -27,7 +27,9 @@ from pathlib import PurePath
 from typing import Any
 
 from common.data.dialogues import make_prompt
+from common.data.errors import ColumnsError
 from common.data.examples import Example, Layout
+from common.data.hints import NAME_COLUMNS
 from common.data.layouts import (
     COMPARISONS,
     DEMONSTRATIONS,
@@ -51,9 +53,12 @@ def _orca_chat(row: dict[str, Any]) -> Example:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise BadRow("'conversation' is not a list of input and output")
     messages = [
-        Message(role, clean(turn.get(key), key))
+        message
         for turn in turns
-        for role, key, clean in (("user", "input", clean_text), ("assistant", "output", clean_answer))
+        for message in (
+            Message("user", clean_text(turn.get("input"), "input")),
+            Message("assistant", clean_answer(turn.get("output"), "output")),
+        )
     ]
     system = clean_text(row["instruction"], "instruction")
     return Example(make_prompt(messages[:-1], "conversation", system), messages[-1].content)
@@ -143,7 +148,7 @@ class ColumnMap:
     """The user's names for the columns understood: ``{'prompt': 'question', 'chosen': 'good', 'rejected':
     'bad'}``.
 
-    One map serves all files of a blend: it is applied to those that have all its columns. Raises UserError
+    One map serves all files of a blend: it is applied to those that have all its columns. Raises ColumnsError
     for a key that is no column of any layout.
     """
 
@@ -152,9 +157,8 @@ class ColumnMap:
         known = _known_columns()
         for key in self.names:
             if key not in known:
-                raise UserError(
-                    f"--columns: '{key}' is no column that is understood{did_you_mean(key, known)}; "
-                    f"those are {', '.join(known)}"
+                raise ColumnsError(
+                    f"'{key}'", f"no column that is understood{did_you_mean(key, known)}; those are {', '.join(known)}"
                 )
 
     def for_kind(self, kind: str) -> ColumnMap:
@@ -169,14 +173,15 @@ class ColumnMap:
         return ColumnMap({key: column for key, column in self.names.items() if key in known})
 
     def check(self, files: Mapping[str, Collection[str]]) -> None:
-        """Raises UserError if none of the ``files`` (label -> columns found) has all mapped columns."""
+        """Raises ColumnsError if none of the ``files`` (label -> columns found) has all mapped columns."""
         if not files or any(self._fits(found) for found in files.values()):
             return
         label, found = max(files.items(), key=lambda file: self._likeness(file[1]))
         key, column = next(item for item in self.names.items() if item[1] not in found)
-        raise UserError(
-            f"--columns: {label} has no column '{column}' (for '{key}')"
-            f"{did_you_mean(column, found)}; it has {', '.join(sorted(found))}"
+        raise ColumnsError(
+            f"{key}={column}",
+            f"{label} has no column '{column}' (for '{key}'){did_you_mean(column, found)}; it has "
+            f"{', '.join(sorted(found))}",
         )
 
     def within(self, found: Collection[str]) -> ColumnMap:
@@ -241,5 +246,5 @@ def choose_layout(
         )
     raise UserError(
         f"{label}: unknown layout; columns found: {found}; understood: {described()}, "
-        f"{', '.join(map(str, _OTHERS))}; name others with --columns"
+        f"{', '.join(map(str, _OTHERS))}; {NAME_COLUMNS}"
     )

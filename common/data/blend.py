@@ -1,4 +1,4 @@
-"""Several data sources in one: ``--data_path a b:0.3``."""
+"""Several data sources in one, each with a weight: ``a b:0.3``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from common.data.rows import FileFormat
 from common.data.split import fractions
-from common.errors import UserError
+from common.errors import DataError
 
 _WEIGHTED = re.compile(r"(?P<name>.*):(?P<weight>[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan)", re.I | re.S)
 
@@ -20,14 +20,12 @@ class SourceSpec:
     """One source of a blend.
 
     ``weight``: the share of its prompts that is kept; 2.0 takes every row twice. ``config_name``: the
-    configuration of a hub data set that has several. ``flag``: the option that named it, for messages. ``form``:
-    what its files do not say of themselves.
+    configuration of a hub data set that has several. ``form``: what its files do not say of themselves.
     """
 
     name: str
     weight: float = 1.0
     config_name: str | None = None
-    flag: str = "--data_path"
     form: FileFormat = FileFormat()
 
     def copies(self, key: str) -> int:
@@ -42,29 +40,32 @@ class SourceSpec:
 
 
 def parse_data_path(
-    values: Sequence[str], *, flag: str = "--data_path", config_name: str | None = None, form: FileFormat = FileFormat()
+    values: Sequence[str], *, config_name: str | None = None, form: FileFormat = FileFormat()
 ) -> list[SourceSpec]:
     """``['a', 'b:0.3', 'builtin:courtesy']`` -> sources with weights 1, 0.3 and 1.
 
     Only a trailing ``:number`` is a weight, and not where a path of the whole name exists: of a folder ``snap:2``
-    half is ``snap:2:0.5``. Raises UserError for no source, an empty name, a weight that is not a positive number, or
+    half is ``snap:2:0.5``. Raises DataError for no source, an empty name, a weight that is not a positive number, or
     several sources in one value.
     """
     if not values:
-        raise UserError(f"{flag}: name at least one data source (builtin:..., a file, a directory or a hub data set)")
+        raise DataError(
+            "an empty list", "name at least one data source (builtin:..., a file, a directory or a hub data set)"
+        )
     specs = []
     for value in values:
         match = None if os.path.exists(value) else _WEIGHTED.fullmatch(value)
         name, weight = (match["name"], float(match["weight"])) if match else (value, 1.0)
         if not name.strip():
-            raise UserError(f"{flag} {value!r}: there is no name; write NAME or NAME:WEIGHT")
+            raise DataError(repr(value), "there is no name; write NAME or NAME:WEIGHT")
         several = [part for part in re.split(r"[,;\s]+", value) if part]
         if len(several) > 1 and not os.path.exists(name):
-            raise UserError(
-                f"{flag} {value!r}: there is no such path; several sources are words of their own, "
-                f"{flag} {' '.join(several)}, and a list in a recipe: [{', '.join(several)}]"
+            raise DataError(
+                repr(value),
+                f"there is no such path; write several sources as words of their own, {' '.join(several)}, and in a "
+                f"recipe as a list, [{', '.join(several)}]",
             )
         if not (math.isfinite(weight) and weight > 0):
-            raise UserError(f"{flag} {value!r}: the weight must be a number above zero")
-        specs.append(SourceSpec(name, weight, config_name, flag, form))
+            raise DataError(repr(value), "the weight must be a number above zero")
+        specs.append(SourceSpec(name, weight, config_name, form))
     return specs

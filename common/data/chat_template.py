@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from datetime import datetime
 from functools import lru_cache
 
+from common.data.errors import TemplateError
 from common.data.records import Answer, Message, Prompt, turns_of
 from common.data.templates import CHAT, TEXT_TEMPLATES, Piece
-from common.errors import UserError
 
 DATE = "2025-01-01"  # what a template that writes the date writes, unless another is given
 _PROBE = "\tprobe\t"
@@ -36,16 +36,15 @@ class ChatTemplate:
         end_token: what ends an answer, if that is a token of its own.
 
     Raises:
-        UserError: the tokenizer has no chat template, or one whose answers do not continue its own prompts.
+        TemplateError: the tokenizer has no chat template, or one whose answers do not continue its own prompts.
     """
 
     name = CHAT
 
     def __init__(self, tokenizer, date: str = DATE):
         if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                "--template chat: the tokenizer has no chat template; choose one of "
-                f"{', '.join(sorted(TEXT_TEMPLATES))}"
+            raise TemplateError(
+                CHAT, f"the tokenizer has no chat template; choose one of {', '.join(sorted(TEXT_TEMPLATES))}"
             )
         self._tokenizer = tokenizer
         self._controls = re.compile("|".join(map(re.escape, sorted(control_tokens(tokenizer), key=len, reverse=True))))
@@ -53,22 +52,25 @@ class ChatTemplate:
         self._last: tuple[Prompt | None, str] = (None, "")
         asked = self._render(_QUESTION, cue=True)
         if self._render(_QUESTION, cue=True) != asked:
-            raise UserError(
-                "--template chat: the tokenizer's chat template renders the same dialogue differently from "
-                f"one time to the next; choose one of {', '.join(sorted(TEXT_TEMPLATES))}"
+            raise TemplateError(
+                CHAT,
+                "the tokenizer's chat template renders the same dialogue differently from "
+                f"one time to the next; choose one of {', '.join(sorted(TEXT_TEMPLATES))}",
             )
         answered = self._render(_QUESTION, [Message("assistant", _PROBE)])
         at = answered.find(_PROBE.strip(), len(asked))
         if not answered.startswith(asked) and answered.startswith(re.sub(r"<think>\s*$", "", asked)):
-            raise UserError(
-                "--template chat: the tokenizer's chat template opens a reasoning block, <think>, where it "
+            raise TemplateError(
+                CHAT,
+                "the tokenizer's chat template opens a reasoning block, <think>, where it "
                 "asks for an answer, but renders answers without: take that out of its generation prompt, "
-                f"or choose one of {', '.join(sorted(TEXT_TEMPLATES))}"
+                f"or choose one of {', '.join(sorted(TEXT_TEMPLATES))}",
             )
         if not answered.startswith(asked) or at < 0:
-            raise UserError(
-                "--template chat: the tokenizer's chat template does not render an answer as the "
-                f"continuation of its prompt; choose one of {', '.join(sorted(TEXT_TEMPLATES))}"
+            raise TemplateError(
+                CHAT,
+                "the tokenizer's chat template does not render an answer as the "
+                f"continuation of its prompt; choose one of {', '.join(sorted(TEXT_TEMPLATES))}",
             )
         end = at + len(_PROBE.strip())
         if answered[at - 1 : end + 1] == _PROBE:  # else the template trims answers
@@ -96,14 +98,16 @@ class ChatTemplate:
         turns = turns_of(answer)
         asked, whole = self._asked(prompt), self._render(prompt, turns)
         if not whole.startswith(asked):
-            raise UserError(
-                "--template chat: the tokenizer's chat template does not render this answer as the "
-                f"continuation of its prompt, of the roles {_roles(prompt.messages)}"
+            raise TemplateError(
+                CHAT,
+                "the tokenizer's chat template does not render this answer as the "
+                f"continuation of its prompt, of the roles {_roles(prompt.messages)}",
             )
         if not whole.endswith(self._close):
-            raise UserError(
-                "--template chat: the tokenizer's chat template ends this answer otherwise than a plain "
-                f"one, with something else than {self._close!r}"
+            raise TemplateError(
+                CHAT,
+                "the tokenizer's chat template ends this answer otherwise than a plain "
+                f"one, with something else than {self._close!r}",
             )
         text = whole[len(asked) : len(whole) - len(self._close)] + self.tail
         self._check_answer(turns[-1], text)
@@ -145,9 +149,10 @@ class ChatTemplate:
 
     def _check(self, written: bool, what: str) -> None:
         if not written:
-            raise UserError(
-                f"--template chat: the tokenizer's chat template leaves out {what}: use one that writes "
-                "them, or take them out of the data"
+            raise TemplateError(
+                CHAT,
+                f"the tokenizer's chat template leaves out {what}: use one that writes "
+                "them, or take them out of the data",
             )
 
     def _render(self, prompt: Prompt, turns: Iterable[Message] = (), *, cue: bool = False) -> str:
@@ -161,12 +166,11 @@ class ChatTemplate:
                 tools=tools,
                 chat_template=at_time(self._tokenizer.get_chat_template(tools=tools), self._now),
             )
-        except UserError:
+        except TemplateError:
             raise
         except Exception as error:  # a template is a program, and raises what it likes
-            raise UserError(
-                "--template chat: the tokenizer's chat template refuses a dialogue of the roles "
-                f"{_roles(messages)}: {error}"
+            raise TemplateError(
+                CHAT, f"the tokenizer's chat template refuses a dialogue of the roles {_roles(messages)}: {error}"
             ) from None
 
     def _as_dict(self, message: Message) -> dict:
@@ -200,14 +204,15 @@ def at_time(chat_template: str, now: datetime) -> str:
     """The template with the time written in where it asks for the present one.
 
     Raises:
-        UserError: it asks in a way that is not understood.
+        TemplateError: it asks in a way that is not understood.
     """
     fixed = _TIME.sub(lambda call: json.dumps(now.strftime(call[2]), ensure_ascii=False), chat_template)
     if re.search(r"\bstrftime_now\b(?!\s+is\s+(?:not\s+)?defined)", fixed):
-        raise UserError(
-            "--template chat: the tokenizer's chat template writes the present time by a format that it "
+        raise TemplateError(
+            CHAT,
+            "the tokenizer's chat template writes the present time by a format that it "
             "makes up itself, so no two runs would have the same prompts: write the format into the "
-            "template, or remove the time"
+            "template, or remove the time",
         )
     return fixed
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from common.data.records import Answer, Message, Prompt
+from common.data.records import Answer, Message, Prompt, Role
 from common.data.values import BadRow, as_text, clean_answer, clean_text, own_indentation
 
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-_SPEAKERS = {  # by the names that public sets use, in any case
+_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+_SPEAKERS: dict[str, Role] = {  # by the names that public sets use, in any case
     "system": "system",
     "developer": "system",
     "user": "user",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pyarrow
 from datasets import Features, Value
 
+from common.data.errors import TemplateError
 from common.data.preparation_report import PreparationReport
 from common.data.reading import SourcedRecord
 from common.data.records import Answer, Comparison, Demonstration, PlainText, Prompt, Record, turns_of
@@ -65,6 +66,8 @@ class Encoder:
                 rows[is_eval].extend(
                     {**columns, "dialogue": sourced.dialogue} for columns in self._encoded(sourced, report)
                 )
+            except TemplateError as error:
+                report.refuse(sourced.where, f"template {error}")
             except UserError as error:
                 report.refuse(sourced.where, str(error))
         schema = features(self.kind).arrow_schema

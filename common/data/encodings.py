@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 
+from common.data.hints import LOOKS_WESTERN, NAME_ENCODING
 from common.data.kinds import is_binary
 from common.data.rows import FileFormat
 from common.errors import UserError
@@ -24,10 +25,11 @@ _HIGH = re.compile(rb"[\x80-\xff]+")
 _WESTERN = frozenset(
     "\u20ac\u2026\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u2122\u0152\u0153\u0160\u0161\u0178\u017d\u017e"
 ).union(map(chr, range(0xA0, 0xFF)))
-_FEW = 0.02  # share of lines, as many as --max_bad_rows lets pass
+_FEW = 0.02  # share of lines; by default so many unusable rows are passed over
 
 
 def _invalid(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)  # the handler is used to decode alone
     return "\udcff", error.end
 
 
@@ -62,12 +64,9 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
     if form.encoding:
         return form.encoding
     if _is_western(invalid) and len(invalid) > _FEW * len(found):
-        raise UserError(f"{label}: it is not UTF-8; it looks like Windows-1252: convert it, or --encoding cp1252")
+        raise UserError(f"{label}: it is not UTF-8; {LOOKS_WESTERN}")
     if len(invalid) > max(1, len(found) / 2):
-        raise UserError(
-            f"{label}: it is not UTF-8: convert it, or say what it is, such as --encoding cp1251, gb18030, "
-            "big5, shift_jis or euc_kr"
-        )
+        raise UserError(f"{label}: it is not UTF-8: {NAME_ENCODING}")
     return "utf-8"
 
 

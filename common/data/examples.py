@@ -104,19 +104,20 @@ def to_records(layout: Layout, row: dict[str, Any], kind: str) -> list[Record]:
         if not example.text:
             raise LeftOut("blank")
         return [PlainText(example.text)]
+    assert example.prompt is not None  # of every layout but the one for plain text
     if kind == "prompt":
         return [example.asks or example.prompt]
     if kind == "demonstration":
-        return [_demonstration(example)]
+        return [_demonstration(example, example.prompt)]
     if example.tied:
         raise LeftOut("a tie")
     return [Comparison(example.prompt, *pair) for pair in _pairs(example)]
 
 
-def _demonstration(example: Example) -> Demonstration:
+def _demonstration(example: Example, prompt: Prompt) -> Demonstration:
     if not example.label:
         raise LeftOut("answer labelled as a bad one")
-    prompt, answer = example.prompt, _filled(example.answer, "answer")
+    answer = _filled(example.answer, "answer")
     if isinstance(answer, str):
         return Demonstration(prompt, answer)
     # Of several turns, the last one that is to be trained is the answer.

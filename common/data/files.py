@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, TextIO, cast
 
 from common.data.csv_rows import csv_rows
 from common.data.encodings import INVALID, encoding_of
@@ -144,14 +144,15 @@ def read_rows(
 
 def _opened(path: Path, member: str | None, stack: ExitStack) -> BinaryIO:
     """The content from its start, unpacked; closed with the ``stack``."""
+    stream: BinaryIO
     if member is None:
         stream = stack.enter_context(open(path, "rb"))
     else:
-        stream = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open(member))
+        stream = cast(BinaryIO, stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open(member)))
     beginning = stream.read(4)
     stream.seek(0)
     if beginning.startswith(GZIP):
-        return stack.enter_context(gzip.open(stream))
+        return cast(BinaryIO, stack.enter_context(gzip.open(stream)))
     if beginning == ZSTD:
         import pyarrow
 

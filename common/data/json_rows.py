@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, TextIO
 
+from common.data.errors import DataFieldError
+from common.data.hints import CHOOSE_FIELD
 from common.data.json_cursor import COMMENTS, Broken, Cursor
 from common.data.rows import TOO_LONG, FileFormat, Note, Row, lines, row_of
 from common.errors import UserError, did_you_mean
@@ -192,15 +194,12 @@ def _object_rows(
         holding = [key for key in holding if key.lower() in _CONTAINERS]
     field = form.data_field
     if field is not None and field not in members:
-        raise UserError(
-            f"{label}: --data_field {field}: the file is one JSON object without that key; it has "
-            f"{_named(members)}{did_you_mean(field, members)}"
+        raise DataFieldError(
+            field,
+            f"{label} is one JSON object without that key; it has {_named(members)}{did_you_mean(field, members)}",
         )
     if field is None and len(holding) > 1:
-        raise UserError(
-            f"{label}: it is one JSON object with rows under {_named(holding)}: "
-            "say which are meant with --data_field NAME"
-        )
+        raise UserError(f"{label}: it is one JSON object with rows under {_named(holding)}: {CHOOSE_FIELD}")
     if field is None and not holding:
         yield from _table_rows(_whole(opened(), label), label)
         return
@@ -276,5 +275,5 @@ def _by_position(table: dict[str, list], label: str) -> Iterator[dict[str, Any]]
                 f"{label}: it is one JSON object with lists of different lengths: "
                 + ", ".join(f"'{name}' has {length}" for name, length in islice(lengths.items(), 5))
             )
-        names, rows = list(table), zip(*table.values())
+        names, rows = list(table), list(zip(*table.values()))
     return (dict(zip(names, row)) for row in rows)

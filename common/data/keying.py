@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.data.files import Row
+from common.data.hints import keep_together
 from common.data.openings import Key, KeyRule, all_keys, whole
 from common.data.records import PlainText, Record, user_turns
 from common.data.split import beginnings, dialogue_hash, parse_split_by
@@ -92,8 +93,7 @@ class Keyer:
         apart = "column:NAME" if self._same_prompt or self.column is not None else "prompt or column:NAME"
         return (
             f"all {self._rows:,} rows of {self.source} have {what}, {_short(self._shown)}, and a split keeps them "
-            "together: give them to one step with --data_split (such as 1,0,0) and --eval_fraction 0, or tell them "
-            f"apart with --split_by {apart}"
+            f"together: {keep_together(apart)}"
         )
 
 

@@ -39,7 +39,7 @@ from common.data.dialogues import (
     read_question,
 )
 from common.data.examples import Example, Layout
-from common.data.records import Answer, Message, Prompt
+from common.data.records import Answer, Message, Prompt, Role
 from common.data.values import BadRow, are_several, as_text, clean_answer, clean_text, is_texts
 
 COMPARISONS = ("comparison", "demonstration", "prompt")
@@ -73,9 +73,8 @@ def _history(row: dict[str, Any]) -> list[Message]:
     pairs = row.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise BadRow("'history' is not a list of pairs, question and answer")
-    return [
-        Message(role, clean_text(text, "history")) for pair in pairs for role, text in zip(("user", "assistant"), pair)
-    ]
+    roles: tuple[Role, Role] = "user", "assistant"
+    return [Message(role, clean_text(text, "history")) for pair in pairs for role, text in zip(roles, pair)]
 
 
 def _tools(row: dict[str, Any]) -> str:

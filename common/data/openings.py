@@ -71,7 +71,7 @@ def all_keys(turns: Sequence[str]) -> list[int]:
 class OpeningCounter:
     """Counts the dialogues of a source in little memory: 17 bytes for each distinct beginning of one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._hashes, self._before, self._depths = array("q"), array("q"), array("B")
         self._limit = _MANY
 
@@ -104,7 +104,7 @@ class OpeningCounter:
         hashes, first = np.unique(np.frombuffer(self._hashes, np.int64), return_index=True)
         before = np.frombuffer(self._before, np.int64)[first]
         depths = np.frombuffer(self._depths, np.uint8)[first]
-        self._hashes, self._before, self._depths = (
-            array(code, values.tobytes()) for code, values in zip("qqB", (hashes, before, depths))
-        )
+        self._hashes = array("q", hashes.tobytes())
+        self._before = array("q", before.tobytes())
+        self._depths = array("B", depths.tobytes())
         return hashes, before, depths

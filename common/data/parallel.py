@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing.connection import wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from common.errors import UserError
 from common.runtime.distributed import cores
@@ -68,9 +68,12 @@ def _begin(function: Callable) -> None:
 
 def _end_with_parent() -> None:
     """A program that is killed has no time to end its processes, and they would wait for items for ever."""
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in the processes of a pool alone
+    wait([parent.sentinel])
     os._exit(1)
 
 
-def _call(item):
+def _call(item: Any) -> Any:
+    assert _function is not None  # `_begin` has run first
     return _function(item)

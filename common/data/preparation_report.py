@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
+from common.data.errors import NothingToTrainOnError, TooLongError
+from common.data.hints import HOLD_OUT_MORE, TEXT_HAS_TEMPLATE, USE_COLUMN
 from common.data.reading import Counts, ReadReport
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _SHOWN = 5  # refused rows shown with their place
 _FEW = 20  # with fewer rows to evaluate on, chance moves a metric as much as training does
@@ -59,7 +65,7 @@ class PreparationReport:
 
     def joined(self, other: PreparationReport) -> PreparationReport:
         """The sums of both."""
-        rest = {name: value + vars(other)[name] for name, value in vars(self).items() if name != "read"}
+        rest: dict[str, Any] = {name: value + vars(other)[name] for name, value in vars(self).items() if name != "read"}
         return PreparationReport(self.read.joined(other.read), **rest)
 
     def to_json(self) -> str:
@@ -67,13 +73,16 @@ class PreparationReport:
 
     @classmethod
     def from_json(cls, text: str) -> PreparationReport:
-        """Raises ValueError, KeyError, TypeError or AttributeError if `to_json` did not write the text."""
+        """The report that `to_json` wrote; fields that this version does not know are ignored.
+
+        Raises ValueError, KeyError, TypeError or AttributeError if `to_json` did not write the text.
+        """
         values = json.loads(text)
-        read = ReadReport(**values.pop("read"))
-        read.sources = {source: Counts(**counts) for source, counts in read.sources.items()}
-        for counts in read.sources.values():
+        read = _known(ReadReport, values.pop("read"))
+        read["sources"] = {source: Counts(**_known(Counts, counts)) for source, counts in read["sources"].items()}
+        for counts in read["sources"].values():
             counts.first_bad = [(where, why) for where, why in counts.first_bad]
-        return cls(read, **values)
+        return cls(ReadReport(**read), **_known(cls, values))
 
     def lines(self) -> list[str]:
         """A summary for the log."""
@@ -97,28 +106,21 @@ class PreparationReport:
         for where, mark in self.first_marked[:1]:
             summary.append(
                 f"warning: {_counted(self.marked, 'row')}, {where} first, {_has(self.marked)} the marks of "
-                f"a template ({mark!r}), and --template wraps the text again: give it without them, or "
-                "--template none if it is ready as it is"
+                f"a template ({mark!r}), {TEXT_HAS_TEMPLATE}"
             )
         for source, counts in self.read.sources.items():
             if counts.unused:
-                summary.append(
-                    f"note: {source}: not used: {', '.join(counts.unused)}; --columns gives a column a "
-                    "meaning, as in --columns context=NAME, which puts it behind the question"
-                )
-        mend = "raise --eval_fraction or give more data"
+                summary.append(f"note: {source}: not used: {', '.join(counts.unused)}; {USE_COLUMN}")
         if not self.eval_rows:
-            summary.append(f"note: no row is held out, so nothing is evaluated: {mend}")
+            summary.append(f"note: no row is held out, so nothing is evaluated: {HOLD_OUT_MORE}")
         elif self.eval_rows < _FEW:
             rows = _counted(self.eval_rows, "row") + (" is" if self.eval_rows == 1 else " are")
-            summary.append(f"note: {rows} held out, too few to measure much by: {mend}")
+            summary.append(f"note: {rows} held out, too few to measure much by: {HOLD_OUT_MORE}")
         return summary
 
-    def check(
-        self, max_bad_fraction: float, *, length_flag: str = "--max_seq_len", data_flag: str = "--data_path"
-    ) -> None:
-        """Raises UserError if too many rows were unusable or nothing is left to train on. The flags, which
-        limit the rows' length and name the sources, are for its message."""
+    def check(self, max_bad_fraction: float) -> None:
+        """Raises DataError if a source has no usable row or too many unusable ones, if the template could not write too
+        many, or if nothing is left to train on."""
         self.read.check(max_bad_fraction)
         written = self.refused + self.too_long + self.train_rows + self.eval_rows
         if self.refused > max_bad_fraction * written:
@@ -127,16 +129,16 @@ class PreparationReport:
                 f"{self.refused:,} of {written:,} rows cannot be written with the template, such as {where}: {why}"
             )
         if not self.train_rows and self.too_long:
-            raise UserError(
-                f"no row is left to train on: {self.too_long:,} of {data_flag} are too long for {length_flag}: raise it"
-            )
+            raise TooLongError(list(self.read.sources), self.too_long)
         if not self.train_rows:
-            raise UserError(
-                f"no row of {data_flag} is left to train on: "
-                f"{self.other_phases:,} belong to other steps (--data_split) and "
-                f"{self.eval_rows:,} are held out (--eval_fraction)"
-                + "".join(f"; {line}" for line in self.read.inseparable)
+            raise NothingToTrainOnError(
+                list(self.read.sources), self.other_phases, self.eval_rows, self.read.inseparable
             )
+
+
+def _known(cls: type[DataclassInstance], values: dict[str, Any]) -> dict[str, Any]:
+    """The values that the dataclass has a field for."""
+    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
 def _has(count: int) -> str:

@@ -3,79 +3,34 @@ memory."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import functools
 import hashlib
-import json
-import os
 import secrets
 import shutil
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import tokenizers
-import transformers
 from datasets import Dataset, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
-from filelock import FileLock, Timeout
 
-from common.data.blend import SourceSpec
 from common.data.encoding import Encoder, chunks, features
+from common.data.file_lock import locked
 from common.data.openings import all_keys
 from common.data.parallel import in_order
 from common.data.preparation_report import PreparationReport
-from common.data.prepared_files import Damaged, seal, unseal
-from common.data.reading import SourcedRecord, fingerprint, read_records
+from common.data.prepared_files import Damaged, OtherFormat, seal, unseal
+from common.data.reading import SourcedRecord, read_records
 from common.data.records import Prompt, user_turns
+from common.data.request import DataRequest, data_key
 from common.data.split import assignment, parse_data_split, parse_split_by
-from common.data.tokenization import Codec, tokenizer_fingerprint
-from common.errors import UserError
-from common.paths import writing_to
+from common.data.tokenization import Codec
+from common.errors import DataError, UserError
+from common.paths import NotWritable, checked_writing
 from common.runtime.distributed import gather_objects
 
 _TESTED = "tested.npy"
-_PATIENCE = 10  # seconds until a rank says what it waits for
-_SETTLED = 2  # seconds after which a further change of a file shows in its time
-
-
-@dataclass(frozen=True)
-class DataRequest:
-    """What a step wants prepared.
-
-    Attributes:
-        data_path: the blend, see `common.data.blend.parse_data_path`.
-        kind: "demonstration", "comparison", "prompt" or "text".
-        phase: 0, 1 or 2 takes this phase's share of the prompts, to train on or, of the sources' own test data, to
-            evaluate on; None takes all of them.
-        data_split, eval_fraction: see `common.data.split.assignment`. Held-out prompts are held out of every
-            phase, so each phase evaluates on all of them.
-        split_by, shared: by what dialogues are told apart, see `common.data.reading.read_records`.
-        columns, max_rows, pairs_per_prompt: see `common.data.reading.read_records`.
-        max_tokens: of a whole sequence, prompt and response with its end token; of a piece of plain text.
-        max_bad_fraction: more unusable rows than this share of a source's are an error.
-        cache_dir: directory of the prepared data.
-        length_flag: the option that `max_tokens` comes from, for messages.
-    """
-
-    data_path: Sequence[SourceSpec]
-    kind: str
-    phase: int | None
-    max_tokens: int
-    cache_dir: str | Path
-    data_split: str = "2,4,4"
-    eval_fraction: float = 0.05
-    split_by: str = "auto"
-    shared: Mapping[str, Collection[int]] | None = None
-    columns: Mapping[str, str] | None = None
-    max_rows: int | None = None
-    pairs_per_prompt: int | None = None
-    max_bad_fraction: float = 0.02
-    length_flag: str = "--max_seq_len"
 
 
 @dataclass(frozen=True)
@@ -104,7 +59,10 @@ def prepare(request: DataRequest, codec: Codec) -> PreparedData:
     changes meanwhile, see `agree_on`. A local file is hashed again only when its place, size or time of change differs.
 
     Raises:
-        UserError: a source cannot be read, too many rows are unusable, or none is left to train on.
+        DataError: a source cannot be read, too many rows are unusable, or none is left to train on; see
+            `common.data.errors` for the classes.
+        NotWritable: the cache directory cannot be written to.
+        UserError: a file of a source cannot be read.
     """
     return prepare_many([request], codec)
 
@@ -112,15 +70,10 @@ def prepare(request: DataRequest, codec: Codec) -> PreparedData:
 def prepare_many(requests: Sequence[DataRequest], codec: Codec) -> PreparedData:
     """The data of several requests of one kind in a row. What one holds out, none trains on. Raises as
     `prepare`."""
-    with writing_to("--data_output_path", requests[0].cache_dir):
+    with checked_writing(requests[0].cache_dir):
         parts = [_from_cache(request, codec) for request in requests]
     data = parts[0] if len(parts) == 1 else _joined(parts)
-    flags = dict.fromkeys(spec.flag for request in requests for spec in request.data_path)
-    data.report.check(
-        max(request.max_bad_fraction for request in requests),
-        length_flag=requests[0].length_flag,
-        data_flag=" and ".join(flags),
-    )
+    data.report.check(max(request.max_bad_fraction for request in requests))
     return data
 
 
@@ -142,41 +95,21 @@ def agree_on(*data: PreparedData) -> None:
 def _from_cache(request: DataRequest, codec: Codec) -> PreparedData:
     cache = Path(request.cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
-    target = cache / f"{request.kind}-{_key(request, codec)}"
-    with _locked(Path(f"{target}.lock"), "the data to be prepared") as writable:
-        data = _load(target, again=True)
+    target = cache / f"{request.kind}-{data_key(request, codec)}"
+    with locked(Path(f"{target}.lock"), "the data to be prepared") as writable:
+        data = _load(target, announce=True)
         if data is None and not writable:
-            raise UserError(
-                f"--data_output_path {cache}: cannot be written to, and what this run needs is not "
-                "prepared there, or not whole: name a directory that can be written to"
+            raise NotWritable(
+                cache,
+                "cannot be written to, and what this run needs is not prepared there, or not complete: name a "
+                "directory that can be written to",
             )
         if data is None:
             _build(request, codec, target)
-            data = _load(target, again=False)
+            data = _load(target, announce=False)
+    if data is None:
+        raise DataError(target, "what has just been written there cannot be read: is the disk damaged?")
     return data
-
-
-@contextlib.contextmanager
-def _locked(path: Path, awaited: str) -> Iterator[bool]:
-    """Within it no other process is; False where nothing may be written, and so nothing can change either."""
-    lock, writable = FileLock(path), True
-    try:
-        lock.acquire(timeout=_PATIENCE)
-    except Timeout:
-        print(f"local rank {os.environ.get('LOCAL_RANK', '0')}: waiting for {awaited}", flush=True)
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        writable = False
-    with contextlib.ExitStack() as stack:
-        stack.callback(lock.release)
-        if not writable and path.is_file():  # a colleague's, which may be waited for all the same
-            with contextlib.suppress(OSError):
-                stream = stack.enter_context(open(path, "rb"))
-                fcntl.flock(stream, fcntl.LOCK_EX)
-                writable = os.access(path.parent, os.W_OK)
-        yield writable
 
 
 def _joined(parts: Sequence[PreparedData]) -> PreparedData:
@@ -195,47 +128,8 @@ def _without(train: Dataset, tested: np.ndarray) -> Dataset:
     return train.select(np.flatnonzero(~seen)) if seen.any() else train
 
 
-def _key(request: DataRequest, codec: Codec) -> str:
-    """A hash of all that decides the content of the prepared data, the code of this package included."""
-    asked = {
-        name: value
-        for name, value in vars(request).items()
-        if name not in ("cache_dir", "max_bad_fraction", "length_flag")
-    }
-    asked["data_path"] = [[spec.name, _fingerprint(spec, request)] for spec in request.data_path]
-    asked["columns"] = dict(request.columns or {})
-    asked["shared"] = {source: sorted(openings) for source, openings in (request.shared or {}).items()}
-    asked["codec"] = [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.date, codec.end_token]
-    asked["code"] = _code()
-    asked["libraries"] = [transformers.__version__, tokenizers.__version__]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _code() -> list[str]:
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(__file__).parent.glob("*.py"))]
-
-
-def _fingerprint(spec: SourceSpec, request: DataRequest) -> str:
-    """`reading.fingerprint`, which reads all of the source's bytes; of local files it is noted in the cache."""
-    path = Path(spec.name)
-    if not path.exists():
-        return fingerprint(spec, request.columns, request.max_rows)
-    with _locked(Path(request.cache_dir) / "sources.lock", f"{spec.name} to be hashed") as writable:
-        files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
-        stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        state = [stats, spec.name, spec.weight, vars(spec.form), dict(request.columns or {}), request.max_rows, _code()]
-        name = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
-        note = Path(request.cache_dir) / f"source-{name}.sha256"
-        if note.is_file() and len(noted := note.read_text().strip()) == 64:
-            return noted
-        found = fingerprint(spec, request.columns, request.max_rows)
-        if writable and max((time_ns for *_, time_ns in stats), default=0) < time.time_ns() - _SETTLED * 10**9:
-            note.write_text(f"{found}\n")
-        return found
-
-
-def _load(directory: Path, again: bool) -> PreparedData | None:
-    """What lies prepared in a directory; None if that is not the whole of it, which is said if it is made ``again``."""
+def _load(directory: Path, announce: bool) -> PreparedData | None:
+    """The prepared data of a directory; None where there is none that can be used, with a line why if `announce`."""
     if not directory.is_dir():
         return None
     try:
@@ -244,8 +138,12 @@ def _load(directory: Path, again: bool) -> PreparedData | None:
         tested = np.load(directory / _TESTED)
         if (len(train), len(held_out)) != (report.train_rows, report.eval_rows):
             raise Damaged("its rows are not those of its report")
+    except OtherFormat as error:
+        if announce:
+            print(f"{directory}: {error}; it has to be prepared again", flush=True)
+        return None
     except (Damaged, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if again:
+        if announce:
             print(f"{directory} is damaged: {error}; it has to be prepared again", flush=True)
         return None
     train = _without(train, tested)
@@ -259,7 +157,9 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
     directory = target.with_name(f"{target.name}.tmp{secrets.token_hex(4)}")
     directory.mkdir()  # which colleagues may read, if the umask lets them: not so a temporary directory
     try:
-        report, tested, held_out_keys = PreparationReport(), set(), set()
+        report = PreparationReport()
+        tested: set[int] = set()
+        held_out_keys: set[int] = set()
         encode = Encoder(request.kind, request.max_tokens, codec)
         write = functools.partial(ArrowWriter, features=features(request.kind))
         with write(path=str(directory / "train.arrow")) as train, write(path=str(directory / "eval.arrow")) as held_out:

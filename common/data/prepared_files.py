@@ -14,7 +14,12 @@ from pathlib import Path
 import psutil
 import xxhash
 
-READY = "READY"  # says that the directory is whole
+# Raise it whenever the same sources, options, tokenizer and template give other prepared rows, another split or other
+# files than before: what was prepared in an older format is then prepared anew, and a run does not resume over it.
+# A change of code that leaves the rows as they are leaves it as it is.
+FORMAT = 1
+
+READY = "READY"  # the file that is written last: a directory that has it is complete
 _LARGE = 10 * 2**30  # bytes that may take more than some seconds to read
 _A_DAY = 24 * 3600
 _VERIFIED = "VERIFIED"  # says who has read all of it, and in which state
@@ -24,10 +29,14 @@ class Damaged(ValueError):
     """What is wrong with a directory, in a few words."""
 
 
+class OtherFormat(ValueError):
+    """A directory that is not of this version's `FORMAT`; the message says of which."""
+
+
 def seal(directory: Path, report: str) -> None:
     """Write down what lies in a directory, and a report (JSON) about it."""
     files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(directory.iterdir())}
-    content = json.dumps({"files": files, "report": json.loads(report)}, indent=2)
+    content = json.dumps({"format": FORMAT, "files": files, "report": json.loads(report)}, indent=2)
     (directory / READY).write_text(f"{_text_checksum(content)}\n{content}\n", encoding="utf-8")
 
 
@@ -37,6 +46,7 @@ def unseal(directory: Path) -> str:
 
     Raises:
         Damaged: a file is missing, or is not what was written.
+        OtherFormat: it was written by another version of this module.
     """
     try:
         checksum, content = (directory / READY).read_text(encoding="utf-8").split("\n", 1)
@@ -44,6 +54,8 @@ def unseal(directory: Path) -> str:
         if checksum != _text_checksum(content):
             raise Damaged(f"{READY} has changed")
         values = json.loads(content)
+        if values.get("format") != FORMAT:
+            raise OtherFormat(f"it is of format {values.get('format', 'unknown')}, and this version uses {FORMAT}")
         paths = {directory / name: tuple(written) for name, written in values["files"].items()}
         if not _verified(directory, paths):
             if (total := sum(size for size, _ in paths.values())) > _LARGE:
@@ -57,7 +69,7 @@ def unseal(directory: Path) -> str:
         return json.dumps(values["report"])
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from None
-    except Damaged:
+    except (Damaged, OtherFormat):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"it cannot be read ({error})") from None

@@ -14,15 +14,17 @@ from typing import Any
 
 from common.data.adapters import ColumnMap, choose_layout, named_layout
 from common.data.blend import SourceSpec
+from common.data.errors import BadRowsError, SplitByError
 from common.data.examples import Layout, LeftOut, to_records
 from common.data.examples import asked as asked_in
+from common.data.hints import SPLIT_BY
 from common.data.keying import Keyer
 from common.data.openings import OpeningCounter
 from common.data.records import RECORD_KINDS, Record, user_turns
 from common.data.rows import Note, Row
 from common.data.sources import Part, open_source
 from common.data.values import BadRow
-from common.errors import UserError, did_you_mean
+from common.errors import DataError, did_you_mean
 
 _SHOWN = 5  # bad rows shown with their place
 _SAMPLE = 20  # rows whose columns decide the layout of a file: in JSON lines any one row may lack some
@@ -108,21 +110,19 @@ class ReadReport:
             counts.first_bad.append((where, why))
 
     def check(self, max_bad_fraction: float) -> None:
-        """Raises UserError if a source has no usable row or more bad ones than the given share of its
-        rows."""
+        """Raises DataError if a source has no usable row, BadRowsError if it has more bad ones than the given share of
+        its rows."""
         for source, counts in self.sources.items():
             shown = "".join(f"; {where}: {why}" for where, why in counts.first_bad)
             if not counts.usable:
                 left_out = "".join(f"; {count:,} left out ({reason})" for reason, count in counts.left_out.items())
-                raise UserError(
-                    f"{source}: none of its {counts.total} rows can be used"
-                    f"{left_out + shown if counts.total else ': it is empty'}"
+                raise DataError(
+                    source,
+                    f"none of its {counts.total} rows can be used"
+                    f"{left_out + shown if counts.total else ': it is empty'}",
                 )
             if counts.bad > max_bad_fraction * counts.total:
-                raise UserError(
-                    f"{source}: {counts.bad} of {counts.total} rows cannot be used, "
-                    f"more than --max_bad_rows {max_bad_fraction:g} allows{shown}"
-                )
+                raise BadRowsError(source, counts.bad, counts.total, max_bad_fraction, shown)
 
 
 def read_records(
@@ -195,7 +195,7 @@ def read_records(
                         counts.unused.append(column)
                 key = keyer.key(records[0], asked, row) if records else None
                 if records and key is None:
-                    problem = f"'{keyer.column}' is missing, by which to split (--split_by)"
+                    problem = f"'{keyer.column}' is missing, {SPLIT_BY}"
                 if isinstance(problem, LeftOut):
                     counts.leave_out(str(problem))
                 elif problem:
@@ -261,16 +261,18 @@ def _part_rows(
     for sample, found in _samples(rows):
         if found:
             if split_column is not None and split_column not in found:
-                raise UserError(
-                    f"--split_by column:{split_column}: {part.label} has no such column"
-                    f"{did_you_mean(split_column, found)}; it has {', '.join(sorted(found))}"
+                raise SplitByError(
+                    f"column:{split_column}",
+                    f"{part.label} has no such column{did_you_mean(split_column, found)}; it has "
+                    f"{', '.join(sorted(found))}",
                 )
-            chosen = []
-            for wanted in (kind, kind if kind == "text" else "prompt"):
+
+            def chosen(wanted: str) -> tuple[Layout, ColumnMap]:
                 names = ColumnMap(columns).for_kind(wanted).within(found)
                 rows_found = [names.rename(row.values) for row in sample if row.values is not None]
-                chosen += choose_layout(spec.name, names.columns(found), wanted, part.label, rows_found), names
-            reader = _Reader(kind, *chosen)
+                return choose_layout(spec.name, names.columns(found), wanted, part.label, rows_found), names
+
+            reader = _Reader(kind, *chosen(kind), *chosen("text" if kind == "text" else "prompt"))
         else:
             yield from ((row, None) for row in sample)
     if reader is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from common.errors import UserError
+from common.errors import DataError
 
 # Longest row of a text file, in characters: what a hostile or broken file can make a reader hold.
 MAX_ROW_BYTES = 8 * 2**20
@@ -42,16 +42,16 @@ class FileFormat:
     encoding: str | None = None
 
     def checked(self) -> FileFormat:
-        """This format. Raises UserError for an encoding that there is not."""
+        """This format. Raises DataError for an encoding that there is not."""
         if self.encoding is not None:
             try:
                 # str.encode refuses what is a codec but no encoding of text, such as base64.
                 "".encode(codecs.lookup(self.encoding).name)
             except (LookupError, ValueError):
-                raise UserError(
-                    f"--encoding {self.encoding}: no such encoding of text; there are utf-8, utf-16, "
-                    "cp1252 (Western Windows), latin-1, cp1251, gb18030, big5, shift_jis, euc_kr "
-                    "and more"
+                raise DataError(
+                    self.encoding,
+                    "no such encoding of text; there are utf-8, utf-16, cp1252 (Western Windows), latin-1, cp1251, "
+                    "gb18030, big5, shift_jis, euc_kr and more",
                 ) from None
         return self
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from common.data import builtin
 from common.data.blend import SourceSpec
+from common.data.errors import SourceError
 from common.data.files import UNDERSTOOD, Row, is_data_file, is_plain_text, kind_of, members, read_rows
 from common.data.rows import FileFormat, Note, ignore
 from common.data.splits import choose_splits
@@ -52,7 +53,7 @@ class Source:
 def open_source(spec: SourceSpec, kind: str | None = None) -> Source:
     """The parts of a source, in an order that depends on their names alone. Reads no rows yet.
 
-    ``kind``: the records wanted, where a source has splits for several; None: all parts. Raises UserError if the
+    ``kind``: the records wanted, where a source has splits for several; None: all parts. Raises SourceError if the
     source does not exist, holds no data or cannot be reached.
     """
     source = local_source(spec, kind)
@@ -63,7 +64,7 @@ def open_source(spec: SourceSpec, kind: str | None = None) -> Source:
 
 
 def local_source(spec: SourceSpec, kind: str | None = None) -> Source | None:
-    """A builtin task or a path as a source; None for what may be a name on the hub. Raises UserError for neither."""
+    """A builtin task or a path as a source; None for what may be a name on the hub. Raises SourceError for neither."""
     if spec.name.startswith(_BUILTIN):
         return _builtin(spec)
     path = Path(spec.name)
@@ -72,24 +73,23 @@ def local_source(spec: SourceSpec, kind: str | None = None) -> Source | None:
     except FileNotFoundError:
         pass
     except OSError as error:  # a name that is too long, a directory on the way that cannot be entered
-        raise UserError(f"{spec.flag}: {spec.name[:200]} cannot be read: {error.strerror}") from None
+        raise SourceError(spec.name[:200], f"cannot be read: {error.strerror}") from None
     if path.is_file():
         inside = members(path, spec.name)
         if inside:
             return _of_files(spec, {name: (path, name) for name in inside}, kind)
         if not is_data_file(path):
-            raise UserError(
-                f"{spec.flag}: {spec.name} is {kind_of(path) or 'no data file'}; understood are {UNDERSTOOD}"
-            )
+            raise SourceError(spec.name, f"it is {kind_of(path) or 'no data file'}; understood are {UNDERSTOOD}")
         return Source([_file_part(path, spec.name, path.name, "train", spec.form, _digest_of(path))])
     if path.is_dir():
         return _directory(spec, path, kind)
     if path.exists():
-        raise UserError(f"{spec.flag}: {spec.name} is neither a file nor a directory; write what it gives to a file")
+        raise SourceError(spec.name, "it is neither a file nor a directory; write what it gives to a file")
     if is_data_file(path) or not may_be_on_hub(spec.name):
-        raise UserError(
-            f"{spec.flag}: {spec.name} does not exist; name a file, a directory, "
-            f"builtin:courtesy or a hub data set (name or owner/name){similar_path(path)}"
+        raise SourceError(
+            spec.name,
+            "it does not exist; name a file, a directory, builtin:courtesy or a hub data set (name or owner/name)"
+            f"{similar_path(path)}",
         )
     return None
 
@@ -145,7 +145,7 @@ def _directory(spec: SourceSpec, path: Path, kind: str | None) -> Source:
     try:
         os.listdir(path)  # what cannot be looked into would seem to be empty
     except OSError as error:
-        raise UserError(f"{spec.flag}: the directory {spec.name} cannot be read: {error.strerror}") from None
+        raise SourceError(spec.name, f"the directory cannot be read: {error.strerror}") from None
     inside = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     data = {
         name: file
@@ -168,7 +168,7 @@ def _directory(spec: SourceSpec, path: Path, kind: str | None) -> Source:
             else {f"{name}/{member}": (data[name], member) for member in within}
         )
     if not found:
-        raise UserError(f"{spec.flag}: the directory {spec.name} holds no data file; understood are {UNDERSTOOD}")
+        raise SourceError(spec.name, f"the directory holds no data file; understood are {UNDERSTOOD}")
     source = _of_files(spec, found, kind)
     if aside:
         source.notes.append(f"{spec.name}: left out, being texts or archives beside data: {', '.join(sorted(aside))}")
@@ -195,7 +195,7 @@ def _saved(spec: SourceSpec, path: Path, kind: str | None) -> Source:
     try:
         saved = load_from_disk(str(path))
     except Exception as error:  # whatever the library meets in a damaged directory
-        raise UserError(f"{spec.flag}: {spec.name} is no readable saved data set: {_first_line(error)}") from error
+        raise SourceError(spec.name, f"it is no readable saved data set: {_first_line(error)}") from error
     if isinstance(saved, Dataset):
         tables, folders = {"train": saved}, {"train": path}
     else:
@@ -205,12 +205,12 @@ def _saved(spec: SourceSpec, path: Path, kind: str | None) -> Source:
 
 def hub_source(spec: SourceSpec, kind: str | None = None) -> Source:
     """The training split of a hub data set and its own test and validation splits, if any."""
-    tables = _load_hub(spec.name, spec.config_name, spec.flag)
+    tables = _load_hub(spec.name, spec.config_name)
     return _from_tables(spec, tables, lambda name: tables[name]._fingerprint, kind)
 
 
 @functools.cache
-def _load_hub(name: str, config_name: str | None, flag: str) -> dict[str, Any]:
+def _load_hub(name: str, config_name: str | None) -> dict[str, Any]:
     from datasets import config, load_dataset
 
     try:
@@ -223,9 +223,9 @@ def _load_hub(name: str, config_name: str | None, flag: str) -> dict[str, Any]:
             return dict(load_dataset(name, config_name, revision="refs/convert/parquet"))
     except Exception as error:  # unreachable, unknown, gated, no such configuration: each has its own class
         reason = unreachable_hub(error, str(config.HF_DATASETS_CACHE)) or _first_line(error)
-        raise UserError(
-            f"{flag}: {name} is no local path, and it cannot be loaded as a hub data set: "
-            f"{reason}{similar_path(Path(name))}"
+        raise SourceError(
+            name,
+            f"it is no local path, and it cannot be loaded as a hub data set: {reason}{similar_path(Path(name))}",
         ) from error
 
 

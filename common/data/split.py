@@ -14,7 +14,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.errors import UserError, did_you_mean
+from common.data.errors import SplitByError
+from common.errors import DataError, did_you_mean
 
 SPLIT_BY = ("auto", "opening", "prompt")  # or column:NAME
 _COLUMN = "column:"
@@ -29,21 +30,24 @@ class Assignment:
 def parse_data_split(value: str | Sequence[float]) -> tuple[float, float, float]:
     """``'2,4,4'`` or ``(2, 4, 4)`` -> the three phases' parts, in proportion.
 
-    Raises UserError unless there are three finite numbers, none negative, not all zero.
+    Raises DataError unless there are three finite numbers, none negative, not all zero.
     """
     parts = value.split(",") if isinstance(value, str) else list(value)
-    wanted = f"--data_split {value!r}: give three parts for the steps 1, 2 and 3, such as 2,4,4"
+
+    def refused(why: str) -> DataError:
+        return DataError(repr(value), f"give three parts for the steps 1, 2 and 3, such as 2,4,4; {why}")
+
     try:
         shares = tuple(float(part) for part in parts)
     except (TypeError, ValueError):
-        raise UserError(f"{wanted}; these are not all numbers") from None
+        raise refused("these are not all numbers") from None
     if len(shares) != 3:
-        raise UserError(f"{wanted}; there are {len(shares)}")
+        raise refused(f"there are {len(shares)}")
     if not all(math.isfinite(share) and share >= 0 for share in shares):
-        raise UserError(f"{wanted}; none may be negative or infinite")
+        raise refused("none may be negative or infinite")
     if not math.isfinite(sum(shares)) or sum(shares) == 0:
-        raise UserError(f"{wanted}; one at least must be above zero")
-    return shares
+        raise refused("one at least must be above zero")
+    return shares[0], shares[1], shares[2]
 
 
 def proportions(data_split: str | Sequence[float]) -> tuple[float, ...]:
@@ -53,21 +57,19 @@ def proportions(data_split: str | Sequence[float]) -> tuple[float, ...]:
 
 
 def check_eval_fraction(value: float) -> float:
-    """The share of every phase's prompts held out for evaluation, in [0, 1). Raises UserError outside it."""
+    """The share of every phase's prompts held out for evaluation, in [0, 1). Raises DataError outside it."""
     if not 0 <= value < 1:
-        raise UserError(f"--eval_fraction {value}: give a number from 0 up to, but not including, 1")
+        raise DataError(str(value), "give a number from 0 up to, but not including, 1")
     return value
 
 
 def parse_split_by(value: str) -> str | None:
-    """The column of ``column:NAME``; None for the other ways to split. Raises UserError for what is neither."""
+    """The column of ``column:NAME``; None for one of `SPLIT_BY`. Raises SplitByError for anything else."""
     if value in SPLIT_BY:
         return None
     column = value.removeprefix(_COLUMN)
     if column == value or not column.strip():
-        raise UserError(
-            f"--split_by {value}: choose {', '.join(SPLIT_BY)} or column:NAME{did_you_mean(value, SPLIT_BY)}"
-        )
+        raise SplitByError(value, f"choose {', '.join(SPLIT_BY)} or column:NAME{did_you_mean(value, SPLIT_BY)}")
     return column
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
+from common.data.errors import TemplateError
 from common.data.records import Answer, Message, Prompt
-from common.errors import UserError
 
 
 class Piece(NamedTuple):
@@ -24,15 +24,32 @@ class Piece(NamedTuple):
 
 
 class Template(Protocol):
-    name: str
-    lead: str  # what stands between the assistant's cue and an answer
-    tail: str  # what stands between an answer and its end token
-    end_token: str | None  # the token that ends an answer, if the template has one of its own
-    dated: bool  # whether it writes the `date`, YYYY-MM-DD
-    date: str
+    """What every template has; all of it is only read.
+
+    Attributes:
+        name: one of `TEMPLATE_NAMES`.
+        lead: text between the assistant's cue and a response.
+        tail: text between a response and its end token.
+        end_token: the token that ends a response, if the template has one of its own.
+        dated: whether the template writes the date into prompts.
+        date: the date that it writes then, YYYY-MM-DD.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def lead(self) -> str: ...
+    @property
+    def tail(self) -> str: ...
+    @property
+    def end_token(self) -> str | None: ...
+    @property
+    def dated(self) -> bool: ...
+    @property
+    def date(self) -> str: ...
 
     def prompt_pieces(self, prompt: Prompt) -> list[Piece]:
-        """The prompt, up to and including the assistant's cue. Raises UserError if the template cannot write it."""
+        """The prompt, up to and including the assistant's cue. Raises TemplateError if the template cannot write it."""
 
     def response_pieces(self, answer: Answer, prompt: Prompt | None = None) -> list[Piece]:
         """An answer as it follows the cue of its prompt (of any, if None), up to its end token. Raises as above."""
@@ -54,8 +71,10 @@ class TextTemplate:
     opening: str | None = None
     between: str = "\n\n"
     raw: bool = False
-    tail = date = ""
-    end_token, dated = None, False
+    tail: ClassVar[str] = ""
+    date: ClassVar[str] = ""
+    end_token: ClassVar[str | None] = None
+    dated: ClassVar[bool] = False
 
     def prompt_text(self, prompt: Prompt) -> str:
         blocks = [] if self.opening is None or prompt.messages[0].role == "system" else [self.opening]
@@ -83,10 +102,11 @@ class TextTemplate:
             raise self._cannot_write(message.more.split('"')[1] if message.more else "turns of a tool")
         return wrapping[message.role] + message.content
 
-    def _cannot_write(self, what: str) -> UserError:
-        return UserError(
-            f"--template {self.name} cannot write {what}: use --template chat with a tokenizer whose chat "
-            "template can, or leave that out of the data"
+    def _cannot_write(self, what: str) -> TemplateError:
+        return TemplateError(
+            self.name,
+            f"it cannot write {what}: use the template chat with a tokenizer whose chat template can, or leave that "
+            "out of the data",
         )
 
 
@@ -131,12 +151,12 @@ def get_template(name: str, tokenizer=None, date: str | None = None) -> Template
     """The template called `name`; `chat` is made from the `tokenizer` it belongs to, see `ChatTemplate`.
 
     Raises:
-        UserError: no such template, or `chat` with a tokenizer that has none that can be used.
+        TemplateError: no such template, or `chat` with a tokenizer that has none that can be used.
     """
     if name == CHAT:
         from common.data.chat_template import ChatTemplate
 
         return ChatTemplate(tokenizer, *([date] if date else []))
     if name not in TEXT_TEMPLATES:
-        raise UserError(f"--template {name}: no such template; choose one of {', '.join(TEMPLATE_NAMES)}")
+        raise TemplateError(name, f"no such template; choose one of {', '.join(TEMPLATE_NAMES)}")
     return TEXT_TEMPLATES[name]

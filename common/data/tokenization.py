@@ -6,10 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from common.data.chat_template import control_tokens
+from common.data.errors import NoEndTokenError
 from common.data.records import Answer, Prompt
 from common.data.templates import CHAT, Piece, Template, get_template
 from common.data.trial import try_template, try_tokenizer
@@ -58,7 +60,7 @@ def published_ends(name_or_path: str) -> list[int]:
         ends = GenerationConfig.from_pretrained(name_or_path).eos_token_id
     except (OSError, ValueError, TypeError, AttributeError):  # missing, or damaged, which loading the model tells
         return []
-    return ends if isinstance(ends, list) else [ends]
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def make_codec(
@@ -76,7 +78,8 @@ def make_codec(
     vocabulary has it) and the tokenizer's `eos_token`, so what is saved with the model says where it stops.
 
     Raises:
-        UserError: the tokenizer has no end token and none is added, or the template cannot be used with it.
+        NoEndTokenError: the tokenizer has no end token and none is added.
+        TemplateError: the template does not exist, or cannot be used with the tokenizer.
     """
     if add_eot_token:
         tokenizer.add_special_tokens({"eos_token": AddedToken(eot_token, special=True, normalized=False)})
@@ -86,13 +89,13 @@ def make_codec(
     template = get_template(template_name, tokenizer, date)
     end_token = None if add_eot_token else template.end_token
     if end_token is None and tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end token: pass --add_eot_token (and --eot_token for its name)")
+        raise NoEndTokenError(tokenizer.name_or_path or "the tokenizer", "its tokenizer has no end token")
     if end_token is not None and tokenizer.eos_token_id is None:
         tokenizer.eos_token = end_token
     _separate_padding(tokenizer, end_token)
     codec = Codec(tokenizer, template, end_token or tokenizer.eos_token)
     if template.end_token is not None:
-        codec.end_at([tokenizer.convert_tokens_to_ids(template.end_token)])
+        codec.end_at([_id_of(tokenizer, template.end_token)])
     return codec
 
 
@@ -139,7 +142,7 @@ class Codec:
         self.template = template
         self.end_token = end_token
         self.date = template.date if template.dated else ""
-        self.end_id: int = tokenizer.convert_tokens_to_ids(end_token)
+        self.end_id: int = _id_of(tokenizer, end_token)
         self.pad_token: str = tokenizer.pad_token
         self.pad_id: int = tokenizer.pad_token_id
         self.end_ids: tuple[int, ...] = (self.end_id,)
@@ -236,7 +239,7 @@ class Codec:
             yield rest
 
     def _decoded(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _plain_ids(self, text: str) -> list[int]:
         """Ids of text in which special tokens are spelt out."""
@@ -280,6 +283,10 @@ class Codec:
         return ids
 
 
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    return cast(int, tokenizer.convert_tokens_to_ids(token))
+
+
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer's own rule puts before a text, such as <s>."""
     bare = tokenizer.encode("a", add_special_tokens=False)
@@ -290,7 +297,7 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that steer the model. The unknown token is none: it stands for text."""
-    steering = set(tokenizer.convert_tokens_to_ids(sorted(control_tokens(tokenizer))))
+    steering = {_id_of(tokenizer, token) for token in control_tokens(tokenizer)}
     named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     return steering if tokenizer.unk_token_id in named else steering - {tokenizer.unk_token_id}
 
@@ -301,7 +308,7 @@ def _separate_padding(tokenizer: PreTrainedTokenizerBase, end_token: str | None 
 
     In order: its own; the unknown token; a special token made for padding or kept in reserve; a new one.
     """
-    ends = {tokenizer.eos_token_id, *([tokenizer.convert_tokens_to_ids(end_token)] if end_token else [])}
+    ends = {tokenizer.eos_token_id, *([_id_of(tokenizer, end_token)] if end_token else [])}
     taken = {*ends, tokenizer.bos_token_id}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return

@@ -79,7 +79,7 @@ def try_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if problem := _problem_in_child(render):
         raise UserError(
             f"{_file(name, 'chat_template.jinja', 'tokenizer_config.json')}: the chat template cannot be "
-            f"used: to render a short dialogue {problem}: correct it, or choose another --template"
+            f"used: to render a short dialogue {problem}: correct it, or choose another template"
         )
 
 
@@ -135,4 +135,5 @@ def _work(work: Callable[[], None], writing: int, memory: int) -> None:
     except RecursionError:
         os.write(writing, b"recurses without end")
     except BaseException as error:  # a panic in Rust is no Exception
-        os.write(writing, f"fails ({type(error).__name__}: {reason_of(error)[:300]})".encode())
+        reason = reason_of(error if isinstance(error, Exception) else Exception(str(error) or type(error).__name__))
+        os.write(writing, f"fails ({type(error).__name__}: {reason[:300]})".encode())

@@ -39,6 +39,8 @@ from common.paths import follow_umask
 
 BUILTIN_MODELS = ("builtin:tiny-opt", "builtin:tiny-llama")
 
+# Raise it whenever a built-in model gets other weights, another configuration or another tokenizer than before.
+FORMAT = 1
 MAX_POSITIONS = 512
 SEED = 20
 INIT_STD = 0.04  # twice the usual value: at this width the model learns the task in clearly fewer steps
@@ -48,7 +50,7 @@ def materialise(name: str, cache_dir: str | Path) -> Path:
     """The directory of a built-in model under `cache_dir`; it is written on the first call.
 
     Several processes may call this at once: one writes, under a file lock, and the finished directory appears by a
-    rename. Its name contains a hash of this file and of the task's text, so that a change of either makes a new model.
+    rename. Its name contains a hash of `FORMAT` and of the task's text, so that a change of either makes a new model.
 
     Raises:
         ModelError: there is no built-in model of this name.
@@ -168,7 +170,8 @@ def _texts() -> Iterator[str]:
 
 
 def _fingerprint() -> str:
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    """What decides the content of a built-in model: the version of its recipe and the text of its tokenizer."""
+    digest = hashlib.sha256(f"format {FORMAT}\n".encode())
     for text in _texts():
         digest.update(text.encode())
     return digest.hexdigest()[:12]

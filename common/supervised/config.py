@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.config.groups import DataOptions, LoraOptions, RunOptions, SupervisedOptions
+from common.config.groups import LoraOptions, RunOptions, SupervisedOptions
 from common.config.option import PathName
+from common.data.options import DataOptions
 
 
 @dataclass(frozen=True, kw_only=True)

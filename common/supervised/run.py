@@ -87,7 +87,8 @@ def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Input
     with named_by("--max_seq_len is too large for --model_name_or_path"):
         check_length(source, config.max_seq_len, config.trust_remote_code)
     codec = open_codec(config, source, "--model_name_or_path")
-    data = task.prepare(codec)
+    with config.naming_flags():
+        data = task.prepare(codec)
     say_data(data)
     return Inputs(source, codec, data)
 

@@ -51,7 +51,7 @@ class DPOTask(SupervisedTask[DPOConfig, PairBatch]):
     step, unit, sequences_per_row = "dpo", "pairs", 2
 
     def prepare(self, codec) -> PreparedData:
-        return prepare(data_request(self.config, "comparison", self.config.max_seq_len, "--max_seq_len"), codec)
+        return prepare(data_request(self.config, "comparison", self.config.max_seq_len), codec)
 
     def load_model(self, source: str, codec, **settings: Any) -> nn.Module:
         return load_causal_lm(source, codec, **settings)

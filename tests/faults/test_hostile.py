@@ -19,7 +19,8 @@ from tests.launching import ROOT, run
 PREPARATION = """
 import json, resource, sys
 from common.data.blend import parse_data_path
-from common.data.prepare import DataRequest, prepare
+from common.data.prepare import prepare
+from common.data.request import DataRequest
 from common.data.tokenization import load_tokenizer, make_codec
 source, model, cache = sys.argv[1:]
 codec = make_codec(load_tokenizer(model), "human_assistant")

@@ -4,6 +4,7 @@ import pytest
 
 from common.data.adapters import NAMED, ColumnMap, choose_layout, named_layout
 from common.data.examples import LeftOut, asked, to_records
+from common.data.options import naming_flags
 from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, user_turns
 from common.data.values import BadRow
 from common.errors import UserError
@@ -229,9 +230,12 @@ def test_the_column_map():
 
 
 def test_a_wrong_column_map_is_answered_with_the_nearest_name():
-    with pytest.raises(UserError, match="--columns: 'promt'.*did you mean prompt"):
+    with pytest.raises(UserError, match="--columns 'promt'.*did you mean prompt"), naming_flags():
         ColumnMap({"promt": "question"})
-    with pytest.raises(UserError, match="--columns: data.jsonl has no column 'qestion'.*mean question"):
+    with (
+        pytest.raises(UserError, match="--columns prompt=qestion: data.jsonl has no column 'qestion'.*mean question"),
+        naming_flags(),
+    ):
         record({"question": "q"}, "prompt", columns={"prompt": "qestion"})
 
 

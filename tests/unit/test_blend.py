@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.data.blend import SourceSpec, parse_data_path
-from common.errors import UserError
+from common.errors import UserError, named_by
 
 
 def test_only_a_trailing_number_is_a_weight():
@@ -24,7 +24,7 @@ def test_only_a_trailing_number_is_a_weight():
 
 @pytest.mark.parametrize("bad", [["a:0"], ["a:-1"], ["a:inf"], ["a:nan"], [":0.5"], [""], ["  "], []])
 def test_what_cannot_be_a_source_is_named(bad):
-    with pytest.raises(UserError, match="--data_path"):
+    with pytest.raises(UserError, match="--data_path"), named_by("--data_path"):
         parse_data_path(bad)
 
 
@@ -61,8 +61,8 @@ def test_a_path_that_exists_wins_over_a_weight(tmp_path, monkeypatch):
 
 
 def test_the_flag_in_messages_is_the_one_that_was_used():
-    with pytest.raises(UserError, match="--sft_only_data_path"):
-        parse_data_path(["a:0"], flag="--sft_only_data_path")
+    with pytest.raises(UserError, match="--sft_only_data_path"), named_by("--sft_only_data_path"):
+        parse_data_path(["a:0"])
 
 
 @pytest.mark.parametrize("weight", [0.05, 0.3, 1.0, 1.7, 2.0])

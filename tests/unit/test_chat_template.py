@@ -6,6 +6,7 @@ from datetime import datetime
 import pytest
 from transformers import AddedToken, AutoTokenizer
 
+from common.data.options import naming_flags
 from common.data.records import Message, Prompt
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
@@ -211,11 +212,11 @@ def test_reasoning_and_tool_calls_are_rendered_by_the_template(directory):
 def test_what_a_template_cannot_write_is_refused_by_name(directory, prompt, answer, what):
     silent = CHATML.replace("m['content']", "(m['content'] if m['role'] != 'tool' else '')")
     codec = codec_of(directory, silent)
-    with pytest.raises(UserError, match=f"--template chat: .*leaves out {what}"):
+    with pytest.raises(UserError, match=f"--template chat: .*leaves out {what}"), naming_flags():
         codec.encode_prompt(prompt)
         codec.encode_response(answer, prompt)
     text = make_codec(load_tokenizer(str(directory)), "alpaca")
-    with pytest.raises(UserError, match=f"--template alpaca cannot write .*{what}"):
+    with pytest.raises(UserError, match=f"--template alpaca: it cannot write .*{what}"), naming_flags():
         text.encode_prompt(prompt)
         text.encode_response(answer, prompt)
 

@@ -241,9 +241,9 @@ def test_a_flag_that_is_given_twice_is_told(tmp_path):
         (
             SFTConfig,
             "--data_path a,b:0.5",
-            ["--data_path 'a,b:0.5': there is no such path", "--data_path a b:0.5", "[a, b:0.5]"],
+            ["--data_path 'a,b:0.5': there is no such path", "words of their own, a b:0.5,", "[a, b:0.5]"],
         ),
-        (SFTConfig, "--sft_only_data_path 'a, b'", ["--sft_only_data_path a b"]),
+        (SFTConfig, "--sft_only_data_path 'a, b'", ["--sft_only_data_path 'a, b'", "words of their own, a b,"]),
         (SFTConfig, "--output_dir ''", ["--output_dir", "text"]),
         (SFTConfig, "--config", ["--config", "expected at least one argument"]),
         (SFTConfig, "--config nowhere.yaml", ["--config nowhere.yaml", "No such file"]),

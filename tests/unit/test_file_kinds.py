@@ -16,6 +16,7 @@ import pytest
 
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.files import MAX_ROW_BYTES, read_rows
+from common.data.options import naming_flags
 from common.data.reading import ReadReport, read_records
 from common.data.rows import FileFormat
 from common.data.sources import open_source
@@ -290,13 +291,13 @@ def test_values_of_a_table_stay_as_they_are_written(tmp_path):
 
 
 def test_what_is_no_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="--data_path: x+ cannot be read: File name too long"):
+    with pytest.raises(UserError, match="--data_path x+: cannot be read: File name too long"), naming_flags():
         open_source(SourceSpec("x" * 5000))
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="neither a file nor a directory"):
         open_source(SourceSpec(str(tmp_path / "a.jsonl")))
     (tmp_path / "model.safetensors").write_bytes(b"%PDF-1.7")
-    with pytest.raises(UserError, match="model.safetensors is a PDF: extract its text; understood are"):
+    with pytest.raises(UserError, match="model.safetensors: it is a PDF: extract its text; understood are"):
         open_source(SourceSpec(str(tmp_path / "model.safetensors")))
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from common.data import files, json_cursor
 from common.data.blend import parse_data_path
 from common.data.files import read_rows
+from common.data.options import naming_flags
 from common.data.reading import ReadReport, fingerprint, read_records
 from common.data.rows import FileFormat
 from common.errors import UserError
@@ -99,7 +100,10 @@ def test_the_key_of_the_rows_is_told_or_asked_for(tmp_path):
         read(path, text)
     assert "\n" not in str(error.value)
     assert read(path, text, FileFormat("test"))[0] == ROWS[4:]
-    with pytest.raises(UserError, match="--data_field tets: .*'version', 'train', 'test'; did you mean test"):
+    with (
+        pytest.raises(UserError, match="--data_field tets: .*'version', 'train', 'test'; did you mean test"),
+        naming_flags(),
+    ):
         read(path, text, FileFormat("tets"))
     assert read(path, json.dumps({"train": by_column(ROWS, True), "n": 1}), FileFormat("train"))[0] == ROWS
     rows, (note,) = read(path, json.dumps({"version": "1", "data": ROWS}))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from common.data import openings
 from common.data.openings import KeyRule, OpeningCounter, all_keys
+from common.data.options import naming_flags
 from common.data.split import beginnings, dialogue_hash, parse_split_by
 from common.errors import UserError
 
@@ -115,6 +116,6 @@ def test_other_ways_to_key():
 
 @pytest.mark.parametrize("bad", ["column", "column:", "column: ", "Auto", "row"])
 def test_a_way_to_split_that_is_none_is_named(bad):
-    with pytest.raises(UserError, match="--split_by.*auto, opening, prompt or column:NAME"):
+    with pytest.raises(UserError, match="--split_by.*auto, opening, prompt or column:NAME"), naming_flags():
         parse_split_by(bad)
     assert parse_split_by("column:conv id") == "conv id" and parse_split_by("prompt") is None

@@ -4,8 +4,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.batching.bin_packing import balanced, best_fit, block_causal_mask, packed
-from common.batching.collate import collate_demonstrations
+from common.batching.bin_packing import balanced, best_fit, packed
+from common.batching.collate import block_causal_mask, collate_demonstrations
 from common.batching.sampler import MicroBatch, StepSampler
 
 some_sizes = st.lists(st.integers(1, 100), max_size=60)

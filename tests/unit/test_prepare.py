@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from common.data import encoding, parallel
-from common.data.blend import parse_data_path
-from common.data.prepare import DataRequest, prepare, prepare_many
+from common.data.options import naming_flags
+from common.data.prepare import prepare, prepare_many
+from common.data.request import DataRequest
 from common.data.split import dialogue_hash
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
@@ -125,7 +126,7 @@ def test_a_test_prompt_that_is_not_evaluated_is_not_trained_on_either(tmp_path, 
 def test_a_phase_may_live_on_unsplit_data_alone(tmp_path, codec):
     path = write(tmp_path / "d.jsonl", pairs(20))
     nothing = request(tmp_path, path, phase=0, data_split="0,1,1")
-    with pytest.raises(UserError, match="--data_split"):
+    with pytest.raises(UserError, match="--data_split"), naming_flags():
         prepare(nothing, codec)
     whole = request(tmp_path, write(tmp_path / "e.jsonl", pairs(20, start=50)))
     assert len(prepare_many([nothing, whole], codec).train) == len(prepare(whole, codec).train)
@@ -250,7 +251,7 @@ def test_files_are_hashed_again_when_their_size_or_time_differs(tmp_path, codec,
     assert of_rows(130, changed=10**18) == first  # same size and time: taken to be the same
     assert of_rows(130, changed=10**18 + 1) != first
     (tmp_path / "set" / "d.jsonl").unlink()
-    with pytest.raises(UserError, match="--data_path"):
+    with pytest.raises(UserError, match="--data_path"), naming_flags():
         prepare(request(tmp_path, str(tmp_path / "set")), codec)
 
 
@@ -329,21 +330,18 @@ def test_rows_a_chat_template_refuses_are_counted(tmp_path, tokenizer_directory)
     ],
 )
 def test_nothing_to_train_on_names_the_flag_to_change(tmp_path, codec, changes, flag):
-    with pytest.raises(UserError, match=flag):
+    with pytest.raises(UserError, match=flag), naming_flags():
         prepare(request(tmp_path, write(tmp_path / "d.jsonl", pairs(10)), **changes), codec)
 
 
 def test_messages_name_the_flags_that_the_request_came_from(tmp_path, codec):
     path = write(tmp_path / "d.jsonl", pairs(10))
-    asked = request(tmp_path, path, data_path=parse_data_path([path], flag="--other_data"))
-    with pytest.raises(UserError, match="--other_data.*--max_prompt_seq_len: raise"):
-        prepare(replace(asked, max_tokens=1, kind="prompt", length_flag="--max_prompt_seq_len"), codec)
-    with pytest.raises(UserError, match="--other_data"):
+    asked = request(tmp_path, path)
+    named = lambda: naming_flags({path: "--other_data"}.get, "--max_prompt_seq_len")
+    with pytest.raises(UserError, match="--other_data.*--max_prompt_seq_len: raise"), named():
+        prepare(replace(asked, max_tokens=1, kind="prompt"), codec)
+    with pytest.raises(UserError, match="--other_data"), named():
         prepare(replace(asked, phase=1, data_split="1,0,1"), codec)
-    prepare(asked, codec)
-    assert len(list((tmp_path / "cache").glob("demonstration-*/READY"))) == 2
-    prepare(replace(asked, length_flag="--max_prompt_seq_len"), codec)
-    assert len(list((tmp_path / "cache").glob("demonstration-*/READY"))) == 2
 
 
 def test_a_prompt_of_several_comparisons_is_rolled_out_once(tmp_path, codec):
@@ -373,7 +371,7 @@ def small_disk(tmp_path):
 
 def refused(data: DataRequest, codec, reason: str) -> None:
     place = str(data.cache_dir)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as caught, naming_flags():
         prepare(data, codec)
     assert str(caught.value).startswith(f"--data_output_path {place}: cannot be written to: ")
     assert reason in str(caught.value) and "name another directory" in str(caught.value)

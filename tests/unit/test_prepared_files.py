@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from common.data import prepared_files
-from common.data.prepare import _locked, prepare
+from common.data.file_lock import locked
+from common.data.options import naming_flags
+from common.data.prepare import prepare
 from common.data.prepared_files import Damaged, seal, unseal
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
@@ -140,7 +142,10 @@ def test_what_is_prepared_is_used_where_nothing_may_be_written(colleague, codec)
     first = prepare(request(place, path), codec).train.to_list()
     leave()
     assert prepare(request(place, path), codec).train.to_list() == first
-    with pytest.raises(UserError, match=f"--data_output_path {place}/cache: cannot be written to.*not prepared there"):
+    with (
+        pytest.raises(UserError, match=f"--data_output_path {place}/cache: cannot be written to.*not prepared there"),
+        naming_flags(),
+    ):
         prepare(request(place, other, max_tokens=100), codec)
 
 
@@ -165,7 +170,7 @@ def test_a_lock_that_belongs_to_a_colleague_is_waited_for(colleague):
     place.chmod(0o777)
     if os.geteuid() == 0:
         os.seteuid(65534)
-    with _locked(lock, "a colleague") as writable, open(lock, "rb") as other:
+    with locked(lock, "a colleague") as writable, open(lock, "rb") as other:
         assert writable
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

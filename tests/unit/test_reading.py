@@ -8,6 +8,7 @@ import pytest
 
 from common.data import reading
 from common.data.blend import parse_data_path
+from common.data.options import naming_flags
 from common.data.preparation_report import PreparationReport
 from common.data.reading import Counts, ReadReport, read_records
 from common.data.records import Comparison, user_turns
@@ -113,7 +114,7 @@ def test_bad_rows_are_counted_shown_and_skipped(tmp_path):
     assert report.sources[path] == Counts(total=5, usable=2, bad=3, first_bad=first_bad)
     assert report.first_bad == first_bad
     report.check(0.6)
-    with pytest.raises(UserError, match=f"{path}: 3 of 5 rows .*--max_bad_rows 0.5.*:2: broken JSON"):
+    with pytest.raises(UserError, match=f"{path}: 3 of 5 rows .* 0.5.*:2: broken JSON.*--max_bad_rows"), naming_flags():
         report.check(0.5)
 
 
@@ -299,7 +300,10 @@ def test_a_column_map_is_for_the_sources_that_have_its_columns(tmp_path):
         found, _ = read(order, "demonstration", columns=names)
         assert sorted((user_turns(item.record)[0], item.record.response) for item in found) == [("q", "a"), ("r", "b")]
     for order in ([own, other], [other, own], [str(tmp_path)]):
-        with pytest.raises(UserError, match=f"--columns: {own} has no column 'qestion'.*mean question"):
+        with (
+            pytest.raises(UserError, match=f"--columns prompt=qestion: {own} has no column 'qestion'.*mean q"),
+            naming_flags(),
+        ):
             read(order, "demonstration", columns={"prompt": "qestion", "response": "good"})
 
 

@@ -11,10 +11,13 @@ import datasets
 import pytest
 
 from common.data.blend import SourceSpec, parse_data_path
+from common.data.options import naming_flags
 from common.data.reading import fingerprint
 from common.data.sources import hub_source, open_source
 from common.errors import UserError
 from common.paths import unreachable_hub
+from step1_sft.config import SFTConfig
+from step3_ppo.config import PPOConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +75,7 @@ def test_saved_data_sets(tmp_path):
     assert sorted(content(opened(tmp_path / "two"))) == [("test", "b"), ("train", "a")]
     assert opened(tmp_path / "one").parts[0].digest() == opened(tmp_path / "two").parts[0].digest()
     (next((tmp_path / "one").glob("*.arrow"))).write_bytes(b"damaged")
-    with pytest.raises(UserError, match="--data_path.*saved data set"):
+    with pytest.raises(UserError, match="--data_path.*saved data set"), naming_flags():
         opened(tmp_path / "one")
 
 
@@ -108,11 +111,13 @@ def test_an_unreachable_hub_is_one_clear_line(name, near, tmp_path):
     program = (
         "from common.data.sources import open_source; from common.data.blend import SourceSpec\n"
         "from common.errors import UserError\n"
-        f"try: open_source(SourceSpec({name!r}))\n"
+        "from common.data.options import naming_flags\n"
+        "try:\n"
+        f"    with naming_flags(): open_source(SourceSpec({name!r}))\n"
         "except UserError as error: print(error)"
     )
     (line,), _ = offline(program, tmp_path, HF_HUB_OFFLINE="1")
-    assert line.startswith(f"--data_path: {name} is no local path, and")
+    assert line.startswith(f"--data_path {name}: it is no local path, and")
     assert "HF_HUB_OFFLINE=1" in line and f"not in the cache, {tmp_path}/cache/datasets:" in line
     assert ("did you mean my_pairs?" in line) == bool(near)
 
@@ -153,7 +158,7 @@ def test_without_a_network_the_hub_cannot_be_reached():
 def test_a_path_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match="--data_path.*does not exist"):
+    with pytest.raises(UserError, match="--data_path.*does not exist"), naming_flags():
         opened(name)
 
 
@@ -167,7 +172,7 @@ def test_what_holds_no_data(tmp_path):
     (tmp_path / "README.txt").write_text("text")
     (tmp_path / "notes.md").write_text("text")
     for name in (tmp_path, tmp_path / "notes.md"):
-        with pytest.raises(UserError, match="--data_path.*jsonl"):
+        with pytest.raises(UserError, match="--data_path.*jsonl"), naming_flags():
             opened(name)
 
 
@@ -177,9 +182,14 @@ def test_an_unknown_builtin_task():
 
 
 def test_the_flag_that_named_the_source_is_in_the_message(tmp_path):
-    (spec,) = parse_data_path([str(tmp_path / "nowhere.jsonl")], flag="--unsupervised_dataset_name")
-    with pytest.raises(UserError, match="--unsupervised_dataset_name"):
-        open_source(spec)
+    (spec,) = parse_data_path([str(tmp_path / "nowhere.jsonl")])
+    for config, flag in (
+        (SFTConfig(data_path=("a",), sft_only_data_path=(spec.name,)), "--sft_only_data_path"),
+        (PPOConfig(data_path=("a",), unsupervised_dataset_name=spec.name), "--unsupervised_dataset_name"),
+        (PPOConfig(data_path=(spec.name,)), "--data_path"),
+    ):
+        with pytest.raises(UserError, match=f"^{flag} {spec.name}: it does not exist"), config.naming_flags():
+            open_source(spec)
 
 
 def test_a_fingerprint_follows_content_and_choices_but_not_the_place(tmp_path):

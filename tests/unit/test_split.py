@@ -74,11 +74,11 @@ def test_assignments_are_fixed_for_ever():
     "bad", ["2,4", "2,4,4,4", "", "a,b,c", "2,,4", "-1,1,1", "0,0,0", "nan,1,1", "inf,1,1", (1, 2), (1, None, 2)]
 )
 def test_a_bad_data_split_is_named(bad):
-    with pytest.raises(UserError, match="--data_split"):
+    with pytest.raises(UserError, match="give three parts for the steps 1, 2 and 3, such as 2,4,4"):
         parse_data_split(bad)
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.0, 2.0, float("nan")])
 def test_a_bad_eval_fraction_is_named(bad):
-    with pytest.raises(UserError, match="--eval_fraction"):
+    with pytest.raises(UserError, match="give a number from 0 up to, but not including, 1"):
         check_eval_fraction(bad)

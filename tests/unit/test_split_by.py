@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from common.data.options import naming_flags
 from common.data.prepare import prepare, prepare_many
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
@@ -178,7 +179,10 @@ def test_by_a_column(tmp_path, codec):
     of_row = {f"What is {i} plus {i}?": i // 5 for i in range(100)}
     sides = [{of_row[text.split(":")[-1].strip()] for text in asked(codec, side)} for side in (data.train, data.eval)]
     assert sides[0].isdisjoint(sides[1]) and sides[1] and len(sides[0] | sides[1]) == 20
-    with pytest.raises(UserError, match="--split_by column:cnv: .*d.jsonl has no such column; did you mean conv"):
+    with (
+        pytest.raises(UserError, match="--split_by column:cnv: .*d.jsonl has no such column; did you mean conv"),
+        naming_flags(),
+    ):
         prepare(request(tmp_path, path, split_by="column:cnv"), codec)
     write(tmp_path / "d.jsonl", [*rows, *pairs(1, start=200)])
     report = prepare(request(tmp_path, path, split_by="column:conv"), codec).report

@@ -74,7 +74,7 @@ def ppo(tmp_path, **given) -> PPOConfig:
 def made(config, codec, step: str = "sft") -> None:
     """What a step leaves, but for the training."""
     Path(config.output_dir).mkdir(exist_ok=True)
-    data = prepare(data_request(config, "demonstration", 200, "--max_seq_len"), codec)
+    data = prepare(data_request(config, "demonstration", 200), codec)
     with publishing(config, codec, {}, step=step, base="x", data=data):
         shutil.copytree(
             materialise("builtin:tiny-opt", Path(config.output_dir).parent), config.output_dir, dirs_exist_ok=True
@@ -92,7 +92,7 @@ def test_a_step_keys_openings_as_the_one_before_though_the_data_has_grown(tmp_pa
     check_split_rule(provenance, config, "the actor")
     assert known_openings(config) == {str(tmp_path / "d.jsonl"): HELLO}
     assert known_openings(ppo(tmp_path, data_path=tmp_path)) == {str(tmp_path): HELLO}  # which holds the file
-    assert data_request(config, "prompt", 200, "").shared == {str(tmp_path / "d.jsonl"): HELLO}
+    assert data_request(config, "prompt", 200).shared == {str(tmp_path / "d.jsonl"): HELLO}
 
 
 def test_a_result_that_does_not_say_was_split_by_the_opening(tmp_path, codec):
@@ -142,7 +142,7 @@ def test_evaluation_finds_what_training_held_out(tmp_path, codec, own_test_data)
     if own_test_data:
         write(tmp_path / "set" / "test.jsonl", greeted(105)[95:])
     config = sft(tmp_path, data_path=tmp_path / "set")
-    data = prepare(data_request(config, "demonstration", 200, "--max_seq_len"), codec)
+    data = prepare(data_request(config, "demonstration", 200), codec)
     made(config, codec)
     options = PromptOptions(data_path=(str(tmp_path / "set"),))
     found = held_out_prompts(options, [read_provenance(tmp_path / "sft")] * 2, seed=0)
@@ -155,7 +155,7 @@ def test_evaluation_finds_what_training_held_out(tmp_path, codec, own_test_data)
 def test_evaluation_goes_by_the_column_that_training_went_by(tmp_path, codec):
     path = write(tmp_path / "d.jsonl", [{**row, "conv": at // 4} for at, row in enumerate(greeted(100))])
     config = sft(tmp_path, split_by="column:conv")
-    data = prepare(data_request(config, "demonstration", 200, "--max_seq_len"), codec)
+    data = prepare(data_request(config, "demonstration", 200), codec)
     made(config, codec)
     provenance = read_provenance(tmp_path / "sft")
     found = held_out_prompts(PromptOptions(data_path=(path,)), [provenance], seed=0)

@@ -1,6 +1,7 @@
 import pytest
 from transformers import AutoTokenizer
 
+from common.data.options import naming_flags
 from common.data.records import Message, Prompt
 from common.data.templates import TEMPLATE_NAMES, get_template
 from common.errors import UserError
@@ -76,7 +77,7 @@ def test_chat_answers_continue_as_the_tokenizer_renders_them(tmp_path, chat_temp
 
 
 def test_chat_without_a_chat_template_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--template chat: the tokenizer has no chat template"):
+    with pytest.raises(UserError, match="--template chat: the tokenizer has no chat template"), naming_flags():
         get_template("chat", AutoTokenizer.from_pretrained(byte_level_bpe(tmp_path)))
 
 

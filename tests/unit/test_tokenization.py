@@ -8,6 +8,7 @@ from tokenizers.models import BPE, Unigram
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
+from common.data.options import naming_flags
 from common.data.records import Message, Prompt
 from common.data.tokenization import load_tokenizer, make_codec, tokenizer_fingerprint
 from common.errors import UserError
@@ -158,7 +159,7 @@ def test_an_end_token_of_the_vocabulary_is_used_as_it_is(tmp_path):
 
 def test_without_any_end_token_the_flag_is_named(tmp_path):
     tokenizer = load_tokenizer(str(byte_level_bpe(tmp_path, bos=None, eos=None, unk=None)))
-    with pytest.raises(UserError, match="--add_eot_token"):
+    with pytest.raises(UserError, match="--add_eot_token"), naming_flags():
         make_codec(tokenizer, "human_assistant")
 
 

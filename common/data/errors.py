@@ -1,0 +1,72 @@
+"""What can be wrong with data, its options or its template, each kind a class of its own.
+
+The library says what is wrong with the thing. Which option of a program is concerned, and how to change it, is added in
+one place by `common.data.options.naming_flags`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.errors import DataError, InputError
+
+
+class SourceError(DataError):
+    """A source that does not exist, holds no data or cannot be reached; `subject` is its name as it was given."""
+
+
+class ColumnsError(DataError):
+    """A map of column names that does not fit the data."""
+
+
+class SplitByError(DataError):
+    """A way of keeping rows together that there is not, or that does not fit the data."""
+
+
+class DataFieldError(DataError):
+    """A key of the rows that a JSON file does not have."""
+
+
+class BadRowsError(DataError):
+    """A source with more unusable rows than allowed."""
+
+    def __init__(self, source: str, bad: int, total: int, allowed: float, examples: str):
+        super().__init__(
+            source,
+            f"{bad} of {total} rows cannot be used, more than the allowed share of {allowed:g}{examples}",
+        )
+
+
+class NothingToTrainOnError(DataError):
+    """Sources whose rows all went elsewhere: to other steps, or to evaluation.
+
+    Args:
+        sources: their names.
+        other_steps, held_out: rows that belong to other steps, and rows to evaluate on.
+        reasons: further explanations.
+    """
+
+    def __init__(self, sources: Sequence[str], other_steps: int, held_out: int, reasons: Sequence[str]):
+        super().__init__(
+            " and ".join(sources),
+            f"no row is left to train on: {other_steps:,} belong to other steps and {held_out:,} are held out"
+            + "".join(f"; {reason}" for reason in reasons),
+        )
+        self.sources = tuple(sources)
+
+
+class TooLongError(DataError):
+    """Sources of which no row fits into the longest sequence."""
+
+    def __init__(self, sources: Sequence[str], too_long: int):
+        super().__init__(" and ".join(sources), f"no row is left to train on: {too_long:,} are too long")
+        self.sources = tuple(sources)
+
+
+class TemplateError(InputError):
+    """A template that does not exist, cannot be used with the tokenizer, or cannot write a record; `subject` is its
+    name."""
+
+
+class NoEndTokenError(InputError):
+    """A tokenizer without a token that ends a response; `subject` is the name it was loaded by."""
