@@ -1,13 +1,13 @@
-"""Talk to a model: `python inference/chatbot.py --path DIR`. In a pipe, one line answers one line."""
+"""Talk to a model: `python inference/chatbot.py --path DIR`. In a pipe, every line of input gets one line of output."""
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
+if __package__ in (None, ""):  # run as a script: import from this clone, even if another one is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import begin_program
 
@@ -16,11 +16,12 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 import torch
 
 from common.config.parser import PathName, option
+from common.errors import named_by
 from common.runtime.program import run_program
 from common.runtime.streams import until_reader_leaves
-from inference.decoding import stream_answer
+from inference.decoding import stream_response
 from inference.dialogue import Dialogue
-from inference.loading import Loaded, load_speaker
+from inference.loading import LoadedModel, load_actor
 from inference.options import MODEL, DecodingOptions, LoadOptions, read_options
 from inference.terminal import Terminal
 
@@ -39,26 +40,27 @@ class ChatConfig(DecodingOptions, LoadOptions):
     system: str | None = option(None, "system prompt, said before every dialogue")
 
 
-def main(argv=None) -> None:
-    """Parse, load, talk until the input ends."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, load, respond until the input ends."""
     config = read_options(ChatConfig, argv, prog="inference/chatbot.py")
-    speaker = load_speaker(config.path, "--path", config)
-    dialogue = Dialogue(speaker.codec, speaker.room(config.max_new_tokens), config.system)
+    with named_by("--path"):
+        actor = load_actor(config.path, config)
+    dialogue = Dialogue(actor.codec, actor.room(config.max_new_tokens), config.system)
     torch.manual_seed(config.seed)
     terminal = Terminal()
     if terminal.interactive:
-        name = speaker.codec.template.name
-        terminal.notice(f"{config.path} on {speaker.device}, template {name}; /help for help")
+        name = actor.codec.template.name
+        terminal.notice(f"{config.path} on {actor.device}, template {name}; /help for help")
     try:
         with until_reader_leaves():
-            talk(terminal, dialogue, speaker, config)
+            talk(terminal, dialogue, actor, config)
     except KeyboardInterrupt:
         terminal.notice("")
         raise SystemExit(130) from None
 
 
-def talk(terminal: Terminal, dialogue: Dialogue, speaker: Loaded, config: ChatConfig) -> None:
-    """Answer questions and obey commands until there are no more."""
+def talk(terminal: Terminal, dialogue: Dialogue, actor: LoadedModel, config: ChatConfig) -> None:
+    """Respond to questions and carry out commands until the input ends."""
     for line in terminal.questions():
         if line == "/quit":
             return
@@ -72,12 +74,12 @@ def talk(terminal: Terminal, dialogue: Dialogue, speaker: Loaded, config: ChatCo
             prompt_ids, notice = dialogue.ask(line)
             if notice:
                 terminal.notice(f"note: {notice}")
-            with closing(stream_answer(speaker, prompt_ids, config)) as ids:
-                dialogue.answered(show_answer(terminal, speaker.codec.stream(ids)))
+            with closing(stream_response(actor, prompt_ids, config)) as ids:
+                dialogue.add_response(show_response(terminal, actor.codec.stream(ids)))
 
 
-def show_answer(terminal: Terminal, pieces: Iterator[str]) -> str:
-    """Show an answer while it is made; what of it was shown when Ctrl-C stopped it counts as the answer."""
+def show_response(terminal: Terminal, pieces: Iterator[str]) -> str:
+    """Show a response while it is generated, and return it. If Ctrl-C stops it, that is the part that was shown."""
     shown = []
     try:
         for piece in pieces:
@@ -87,9 +89,14 @@ def show_answer(terminal: Terminal, pieces: Iterator[str]) -> str:
         if not terminal.interactive:
             raise
         terminal.write(" [stopped]")
-    terminal.end_answer()
+    terminal.end_response()
     return "".join(shown)
 
 
+def run() -> int:
+    """The console command rlhf-chat. Returns the exit code."""
+    return run_program(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(run())

@@ -1,13 +1,13 @@
-"""From prompt ids to answer ids: a batch at once, or one answer token by token."""
+"""From prompts to responses: many in batches, or one token by token."""
 
 from __future__ import annotations
 
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -27,15 +27,21 @@ from common.batching.collate import collate_prompts
 from common.batching.sampler import MicroBatch, evaluation_batches
 from common.data.options import naming_flags
 from common.data.records import Prompt
-from inference.loading import Loaded
+from inference.loading import LoadedModel
 from inference.options import DecodingOptions
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Its text, its tokens without the end token, and whether it ended by itself."""
+class Response:
+    """What a model wrote.
+
+    Attributes:
+        text: the text.
+        ids: its tokens without the end token.
+        ended: whether the model ended it, rather than the limit of its length.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -43,38 +49,38 @@ class Answer:
 
 
 @naming_flags()
-def answer_prompts(
-    speaker: Loaded, prompts: Sequence[Prompt], decoding: DecodingOptions, batch_size: int
-) -> list[Answer]:
-    """An answer to each prompt, in their order.
+def respond(
+    actor: LoadedModel, prompts: Sequence[Prompt], decoding: DecodingOptions, batch_size: int
+) -> list[Response]:
+    """A response to each prompt, in the order of the prompts.
 
-    Prompts of like length are padded on the left and answered together. Where the model has too few positions
-    they are cut on the left, and that is said.
+    Prompts of similar length form a batch, padded on the left. If the model has too few positions, prompts are cut on
+    the left, and a note says so.
     """
-    codec, room = speaker.codec, speaker.room(decoding.max_new_tokens)
-    whole = [codec.encode_prompt(prompt) for prompt in prompts]
-    if room is not None and (cut := sum(len(ids) > room for ids in whole)):
+    codec, room = actor.codec, actor.room(decoding.max_new_tokens)
+    encoded = [codec.encode_prompt(prompt) for prompt in prompts]
+    if room is not None and (cut := sum(len(ids) > room for ids in encoded)):
         print(
             f"note: {cut} of {len(prompts)} prompts are too long for the model: they lose their beginning, all but "
             f"{room} tokens",
             file=sys.stderr,
             flush=True,
         )
-        whole = [codec.cut_prompt(ids, room) for ids in whole]
-    rows = Dataset.from_dict({"prompt_ids": whole})
+        encoded = [codec.cut_prompt(ids, room) for ids in encoded]
+    rows = Dataset.from_dict({"prompt_ids": encoded})
 
-    def answer(batch: MicroBatch) -> list[Answer]:
+    def respond_to_batch(batch: MicroBatch) -> list[Response]:
         padded = collate_prompts(rows, batch, codec.pad_id)
-        sequences = _generate(speaker, padded.input_ids, padded.attention_mask, decoding)
-        return [_to_answer(speaker, row) for row in sequences[:, padded.input_ids.shape[1] :].tolist()]
+        sequences = _generate(actor, padded.input_ids, padded.attention_mask, decoding)
+        return [_to_response(actor, row) for row in sequences[:, padded.input_ids.shape[1] :].tolist()]
 
-    return in_batches([len(row) for row in rows["prompt_ids"]], batch_size, answer)
+    return in_batches([len(row) for row in rows["prompt_ids"]], batch_size, respond_to_batch)
 
 
 def in_batches(
     lengths: Sequence[int], batch_size: int, compute: Callable[[MicroBatch], Sequence[Result]]
 ) -> list[Result]:
-    """One result per row, in the order of the rows, computed for batches of rows of like length."""
+    """One result per row, in the order of the rows; `compute` is called with batches of rows of similar length."""
     results: dict[int, Result] = {}
     for batch in evaluation_batches(lengths, batch_size, world_size=1, rank=0):
         computed = zip(batch.indices, batch.real, compute(batch))
@@ -82,21 +88,21 @@ def in_batches(
     return [results[index] for index in range(len(lengths))]
 
 
-def stream_answer(speaker: Loaded, prompt_ids: list[int], decoding: DecodingOptions) -> Iterator[int]:
-    """The ids of an answer as they are decided; with beams, all at the end.
+def stream_response(actor: LoadedModel, prompt_ids: list[int], decoding: DecodingOptions) -> Generator[int, None, None]:
+    """The ids of a response, each as soon as it is generated; with beam search, all at the end.
 
-    Closing the iterator stops the model, which works in a thread of its own, after its current token.
+    The model runs in a thread of its own. Closing the generator stops it after the current token.
     """
     arrived: queue.SimpleQueue = queue.SimpleQueue()
     stop = threading.Event()
     input_ids = torch.tensor([prompt_ids])
 
     def work() -> None:
-        outcome = None
+        outcome: BaseException | None = None
         try:
             streamer = _Sender(arrived) if decoding.num_beams == 1 else None
             sequences = _generate(
-                speaker,
+                actor,
                 input_ids,
                 torch.ones_like(input_ids),
                 decoding,
@@ -122,9 +128,9 @@ def stream_answer(speaker: Loaded, prompt_ids: list[int], decoding: DecodingOpti
 
 
 def _generate(
-    speaker: Loaded, input_ids: Tensor, attention_mask: Tensor, decoding: DecodingOptions, **options
+    actor: LoadedModel, input_ids: Tensor, attention_mask: Tensor, decoding: DecodingOptions, **options: Any
 ) -> Tensor:
-    """(B, P) left-padded prompts -> (B, P + T), what follows an end token being padding."""
+    """(B, P) left-padded prompts -> (B, P + T) prompts with responses, padded after the end token."""
     sampled = decoding.temperature > 0
     sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
     config = GenerationConfig(
@@ -132,15 +138,15 @@ def _generate(
         num_beams=decoding.num_beams,
         do_sample=sampled,
         use_cache=True,
-        eos_token_id=list(speaker.codec.end_ids),
-        pad_token_id=speaker.codec.pad_id,
+        eos_token_id=list(actor.codec.end_ids),
+        pad_token_id=actor.codec.pad_id,
         **(sampling if sampled else {}),
     )
-    # What the model's directory recommends must not change what the options say.
-    speaker.model.generation_config = GenerationConfig()
-    return speaker.model.generate(
-        input_ids=input_ids.to(speaker.device),
-        attention_mask=attention_mask.to(speaker.device),
+    # The model's own generation settings must not change what the options say.
+    actor.model.generation_config = GenerationConfig()
+    return actor.model.generate(
+        input_ids=input_ids.to(actor.device),
+        attention_mask=attention_mask.to(actor.device),
         generation_config=config,
         logits_processor=_repetition_rules(decoding, input_ids.shape[1]),
         **options,
@@ -148,19 +154,19 @@ def _generate(
 
 
 def _repetition_rules(decoding: DecodingOptions, prompt_width: int) -> LogitsProcessorList:
-    rules = []
+    rules: list[LogitsProcessor] = []
     if decoding.repetition_penalty != 1.0:
         rules.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
     if decoding.no_repeat_ngram_size:
         rules.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))
-    return LogitsProcessorList(_WithinAnswer(rule, prompt_width) for rule in rules)
+    return LogitsProcessorList(_WithinResponse(rule, prompt_width) for rule in rules)
 
 
-class _WithinAnswer(LogitsProcessor):
+class _WithinResponse(LogitsProcessor):
     """A rule against repetition that does not look at the prompt.
 
-    Else a question asked twice could not be answered twice, and a model whose texts start with its end token
-    would be kept from ending them.
+    Otherwise a repeated question could not get the same response, and a model whose prompts start with the end token
+    would be kept from ending its response.
     """
 
     def __init__(self, rule: LogitsProcessor, prompt_width: int):
@@ -171,7 +177,7 @@ class _WithinAnswer(LogitsProcessor):
 
 
 class _Sender(BaseStreamer):
-    """Hands on each new token; `generate` gives it the prompt first."""
+    """Puts each new token into a queue. The first call of `put` brings the prompt, which is left out."""
 
     def __init__(self, target: queue.SimpleQueue):
         self._target, self._prompt_seen = target, False
@@ -186,13 +192,15 @@ class _Sender(BaseStreamer):
 
 
 class _Stop(StoppingCriteria):
+    """Stops every sequence as soon as the event is set."""
+
     def __init__(self, wanted: threading.Event):
         self._wanted = wanted
 
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.full((len(input_ids),), self._wanted.is_set(), device=input_ids.device)
 
 
-def _to_answer(speaker: Loaded, ids: list[int]) -> Answer:
-    end = speaker.codec.end_of(ids)
-    return Answer(speaker.codec.decode_response(ids), tuple(ids[:end]), end < len(ids))
+def _to_response(actor: LoadedModel, ids: list[int]) -> Response:
+    end = actor.codec.end_of(ids)
+    return Response(actor.codec.decode_response(ids), tuple(ids[:end]), end < len(ids))

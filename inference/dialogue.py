@@ -1,4 +1,4 @@
-"""The dialogue so far, and as much of it as the model has room for."""
+"""The dialogue so far, shortened to what the model has room for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Dialogue:
     """Turns of user and assistant in order.
 
     Args:
-        codec: of the model that answers.
+        codec: of the model that responds.
         room: tokens of the longest prompt; None: any number.
-        system: what the model is told before the first turn.
+        system: the system prompt, which comes before the first turn.
     """
 
     def __init__(self, codec: Codec, room: int | None = None, system: str | None = None):
@@ -37,6 +37,7 @@ class Dialogue:
             del self._turns[:2]
             ids, dropped = self._encode(), dropped + 1
         if self._too_long(ids):
+            assert self._room is not None
             cut = len(ids) - self._room
             kept = self._codec.cut_prompt(ids, self._room)
             return kept, f"too long a question: its first {cut} tokens are cut"
@@ -44,7 +45,7 @@ class Dialogue:
             return ids, f"too long a dialogue: the oldest turns are forgotten ({dropped})"
         return ids, None
 
-    def answered(self, text: str) -> None:
+    def add_response(self, text: str) -> None:
         """Add the assistant's turn."""
         self._turns.append(Message("assistant", text.strip()))
 

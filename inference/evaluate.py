@@ -1,15 +1,17 @@
-"""One or two models judged by a reward model on held-out prompts.
+"""Compare one or two models by the scores of a reward model on held-out prompts.
 
 `python inference/evaluate.py --path output/sft output/ppo --data_path SOURCE` prints a table and writes it,
-with every answer, to --output_file. For the task builtin:courtesy the true reward is added.
+with every response, to --output_file. For the task builtin:courtesy the true reward is added.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
+if __package__ in (None, ""):  # run as a script: import from this clone, even if another one is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import begin_program
 
@@ -20,15 +22,16 @@ import torch
 from common.config.parser import PathName, option, options
 from common.data.builtin import true_reward
 from common.data.records import Prompt
-from common.errors import UserError
+from common.errors import UserError, named_by
+from common.paths import writing_to
 from common.runtime.program import run_program
-from inference.decoding import Answer, answer_prompts
+from inference.decoding import Response, respond
 from inference.generate import open_output, plain
-from inference.loading import load_judge, load_speaker
+from inference.loading import load_actor, load_reward_model
 from inference.locating import find_model
 from inference.options import DecodingOptions, LoadOptions, PromptOptions, read_options
 from inference.prompts import choose, held_out_prompts, read_prompts
-from inference.scoring import score_answers
+from inference.scoring import score_responses
 
 _TASK = "builtin:courtesy"
 
@@ -55,22 +58,24 @@ class EvaluateConfig(DecodingOptions, PromptOptions, LoadOptions):
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One model's answer to each prompt, with its raw score."""
+class Evaluation:
+    """One model's response to each prompt, with its raw score."""
 
     path: str
-    answers: list[Answer]
+    responses: list[Response]
     scores: list[float]
 
     def summary(self, prompts: list[Prompt], task: bool) -> dict[str, float]:
-        """Means over the prompts: score, length in tokens, share that ended; with `task` also the truth."""
+        """Means over the prompts: score, length in tokens, share that ended; for the built-in task the true reward."""
         means = {
             "score": _mean(self.scores),
-            "length": _mean([len(answer.ids) for answer in self.answers]),
-            "ended": _mean([answer.ended for answer in self.answers]),
+            "length": _mean([len(response.ids) for response in self.responses]),
+            "ended": _mean([response.ended for response in self.responses]),
         }
         if task:
-            truth = [true_reward(prompt.first_user_turn, answer.text) for prompt, answer in zip(prompts, self.answers)]
+            truth = [
+                true_reward(prompt.first_user_turn, response.text) for prompt, response in zip(prompts, self.responses)
+            ]
             means.update(
                 true_reward=_mean([judgement.reward for judgement in truth]),
                 correct=_mean([judgement.correct for judgement in truth]),
@@ -79,60 +84,66 @@ class Judged:
         return means
 
 
-def main(argv=None) -> None:
-    """Parse, answer with each model, score, report."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, respond with each model, score, report."""
     config = read_options(EvaluateConfig, argv, prog="inference/evaluate.py")
     prompts = find_prompts(config)
-    judge = load_judge(config.reward_model_path, "--reward_model_path", config)
+    with named_by("--reward_model_path"):
+        reward_model = load_reward_model(config.reward_model_path, config)
     with open_output(config.output_file) as write:
-        judged = []
+        evaluations = []
         for path in config.path:
-            speaker = load_speaker(path, "--path", config)
+            with named_by("--path"):
+                actor = load_actor(path, config)
             torch.manual_seed(config.seed)
-            answers = answer_prompts(speaker, prompts, config, config.batch_size)
-            judged.append(Judged(path, answers, score_answers(judge, prompts, answers, config.batch_size)))
-        result = compare(prompts, judged, task=config.data_path == (_TASK,))
+            responses = respond(actor, prompts, config, config.batch_size)
+            scores = score_responses(reward_model, prompts, responses, config.batch_size)
+            evaluations.append(Evaluation(path, responses, scores))
+        result = compare(prompts, evaluations, task=config.data_path == (_TASK,))
         shown = {name: getattr(config, name) for name in options(EvaluateConfig)}
-        write(json.dumps({**result, "config": shown, "answers": rows(prompts, judged)}, indent=2, ensure_ascii=False))
+        write(
+            json.dumps({**result, "config": shown, "answers": rows(prompts, evaluations)}, indent=2, ensure_ascii=False)
+        )
     print(table(result))
     print(f"saved to {config.output_file}")
 
 
 def find_prompts(config: EvaluateConfig) -> list[Prompt]:
-    """The prompts to answer; the training of the models says which are held out."""
-    models = [find_model(path, "--path", config.data_output_path) for path in config.path]
+    """The prompts to respond to. Which of them are held out depends on how the models were trained."""
+    with writing_to("--data_output_path", config.data_output_path), named_by("--path"):
+        models = [find_model(path, config.data_output_path) for path in config.path]
     if config.which_prompts == "held_out":
         trained = [model.provenance for model in models if model.provenance]
         return held_out_prompts(config, trained, config.seed)
     return choose(list(dict.fromkeys(read_prompts(config))), config.max_prompts, config.seed)
 
 
-def compare(prompts: list[Prompt], judged: list[Judged], task: bool) -> dict:
-    """Each model's means, and with two models the second's win rate: a draw is half a win."""
-    result = {
+def compare(prompts: list[Prompt], evaluations: list[Evaluation], task: bool) -> dict[str, Any]:
+    """The means of each model, and for two models the second's win rate, where a draw counts as half a win."""
+    result: dict[str, Any] = {
         "prompts": len(prompts),
-        "models": [{"path": model.path, **model.summary(prompts, task)} for model in judged],
+        "models": [{"path": model.path, **model.summary(prompts, task)} for model in evaluations],
     }
-    if len(judged) == 2:
-        first, second = (model.scores for model in judged)
+    if len(evaluations) == 2:
+        first, second = (model.scores for model in evaluations)
         result["win_rate"] = _mean([(b > a) + 0.5 * (b == a) for a, b in zip(first, second)])
     return result
 
 
-def rows(prompts: list[Prompt], judged: list[Judged]) -> list[dict]:
+def rows(prompts: list[Prompt], evaluations: list[Evaluation]) -> list[dict[str, Any]]:
     """Every prompt with the models' responses and scores."""
     return [
         {
             "prompt": plain(prompt),
-            "responses": [model.answers[i].text for model in judged],
-            "scores": [model.scores[i] for model in judged],
+            "responses": [model.responses[i].text for model in evaluations],
+            "scores": [model.scores[i] for model in evaluations],
         }
         for i, prompt in enumerate(prompts)
     ]
 
 
-def table(result: dict) -> str:
-    """The result in a line per figure and a column per model."""
+def table(result: dict[str, Any]) -> str:
+    """The result as text, with one line per figure and one column per model."""
     models = result["models"]
     names = [name for name in models[0] if name != "path"]
     cells = [
@@ -148,9 +159,14 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _mean(values: list) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def run() -> int:
+    """The console command rlhf-evaluate. Returns the exit code."""
+    return run_program(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(run())

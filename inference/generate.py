@@ -1,18 +1,20 @@
-"""Answers to many prompts: `python inference/generate.py --path DIR --data_path FILE --output_file ANSWERS`.
+"""Responses to many prompts: `python inference/generate.py --path DIR --data_path FILE --output_file ANSWERS`.
 
-Each line is a JSON object with `prompt` (the question; of a longer dialogue its messages) and `response`: a
-demonstration that the training steps can read.
+Each line is a JSON object with `prompt` (the question, or the messages of a longer dialogue) and `response`. The
+training steps can read it as a demonstration.
 """
 
 import contextlib
+import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
-if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
+if __package__ in (None, ""):  # run as a script: import from this clone, even if another one is installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import begin_program
 
@@ -22,16 +24,16 @@ import torch
 
 from common.config.parser import PathName, option
 from common.data.records import Prompt
-from common.errors import TrainingFailure, UserError
+from common.errors import TrainingFailure, UserError, named_by
 from common.runtime.program import run_program
 from common.runtime.streams import until_reader_leaves
 from common.runtime.terminal import escape_controls_json
-from inference.decoding import answer_prompts
-from inference.loading import Loaded, load_speaker
+from inference.decoding import respond
+from inference.loading import LoadedModel, load_actor
 from inference.options import MODEL, DecodingOptions, LoadOptions, PromptOptions, read_options
 from inference.prompts import read_prompts, single_prompt
 
-# Prompts are sorted by length among so many batches; more would keep the first answers waiting.
+# Prompts are sorted by length within so many batches. More would delay the first responses.
 _BATCHES_SORTED_TOGETHER = 16
 
 
@@ -50,28 +52,29 @@ class GenerateConfig(DecodingOptions, PromptOptions, LoadOptions):
             raise UserError("give either --data_path, where the prompts are, or one --prompt")
 
 
-def main(argv=None) -> None:
-    """Parse, load, answer every prompt in the order of the data."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, load, respond to every prompt in the order of the data."""
     config = read_options(GenerateConfig, argv, prog="inference/generate.py")
     prompts = iter([single_prompt(config.prompt, "--prompt")]) if config.prompt else read_prompts(config)
     first = list(islice(prompts, 1))  # before the model is loaded, so that errors in the data come at once
     with open_output(config.output_file) as write:
-        speaker = load_speaker(config.path, "--path", config)
+        with named_by("--path"):
+            actor = load_actor(config.path, config)
         torch.manual_seed(config.seed)
-        for row in answered(speaker, chain(first, prompts), config):
+        for row in respond_in_rows(actor, chain(first, prompts), config):
             write(escape_controls_json(json.dumps(row, ensure_ascii=False)) + "\n")
 
 
-def answered(speaker: Loaded, prompts: Iterable[Prompt], config: GenerateConfig) -> Iterator[dict]:
-    """Rows of prompt and response; no more than a few batches of prompts are kept in memory."""
+def respond_in_rows(actor: LoadedModel, prompts: Iterable[Prompt], config: GenerateConfig) -> Iterator[dict[str, Any]]:
+    """Rows of prompt and response. No more than a few batches of prompts are kept in memory."""
     prompts = iter(prompts)
     while chunk := list(islice(prompts, config.batch_size * _BATCHES_SORTED_TOGETHER)):
-        for prompt, answer in zip(chunk, answer_prompts(speaker, chunk, config, config.batch_size)):
-            yield {"prompt": plain(prompt), "response": answer.text}
+        for prompt, response in zip(chunk, respond(actor, chunk, config, config.batch_size)):
+            yield {"prompt": plain(prompt), "response": response.text}
 
 
 def plain(prompt: Prompt) -> str | list[dict[str, str]]:
-    """A lone question as text, a dialogue as its messages."""
+    """A single question as text, a longer dialogue as its messages."""
     if len(prompt.messages) == 1:
         return prompt.first_user_turn
     return [{"role": message.role, "content": message.content} for message in prompt.messages]
@@ -79,15 +82,16 @@ def plain(prompt: Prompt) -> str | list[dict[str, str]]:
 
 @contextlib.contextmanager
 def open_output(path: str | None) -> Iterator[Callable[[str], None]]:
-    """What writes text, in UTF-8 and at once, to a file; to standard output if none is named.
+    """A function that writes text in UTF-8, unbuffered, to a file or, if `path` is None, to standard output.
 
     Raises:
         UserError: the file cannot be opened.
-        TrainingFailure: there is no room for what is written.
+        TrainingFailure: the file cannot be written, because the disk is full, for example.
     """
     if path is None:
         with until_reader_leaves():
-            sys.stdout.reconfigure(encoding="utf-8")
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(encoding="utf-8")
             yield lambda text: print(text, end="", flush=True)
         return
     try:
@@ -110,5 +114,10 @@ def open_output(path: str | None) -> Iterator[Callable[[str], None]]:
         yield write
 
 
+def run() -> int:
+    """The console command rlhf-generate. Returns the exit code."""
+    return run_program(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(run())

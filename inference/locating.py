@@ -1,81 +1,87 @@
-"""What a --path stands for: which weights, which adapter, which tokenizer, and how they were made."""
+"""What a --path means: which weights, which adapter, which tokenizer, and how they were trained."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.artifacts.model_source import adapter_provenance, base_of, errors_of_base, merged_model, resolve_model
 from common.artifacts.provenance import Provenance, read_provenance
-from common.errors import UserError
-from common.models.adapter import (
-    ADAPTER_CONFIG,
-    adapter_provenance,
-    holds_adapter,
-    merged_model,
-    read_adapter,
-    refuse_adapter,
-)
-from common.models.loading import resolve_model
+from common.errors import ModelError
+from common.models.adapter import ADAPTER_CONFIG, holds_adapter, read_adapter, refuse_adapter
 
 
 @dataclass(frozen=True)
 class ModelFiles:
     """
     Attributes:
-        name: flag and path as the user gave them, for messages; `flag`: what stands there before `weights`.
-        weights: directory or hub name of the model, of the base model if there is an adapter.
-        adapter: directory of the adapter to lay over it.
+        path: as the user gave it, for messages.
+        weights: directory or hub name of the model, or of the base model if there is an adapter.
+        adapter: directory of the adapter to merge with it.
         tokenizer: directory or hub name of the tokenizer.
-        scores: whether the adapter comes with a score head, so that the whole is a reward model.
+        has_score_head: whether the adapter comes with a score head, so that the merged model is a reward model.
         provenance: how the model was trained, if this project trained it.
     """
 
-    name: str
-    flag: str
+    path: str
     weights: str
     adapter: Path | None
     tokenizer: str
-    scores: bool
+    has_score_head: bool
     provenance: Provenance | None
+
+    @contextmanager
+    def loading_weights(self) -> Iterator[None]:
+        """Within the context an error about the weights of a base model names the adapter that needs it."""
+        if self.adapter is None:
+            yield
+            return
+        with errors_of_base(self.adapter, _ANOTHER_BASE):
+            yield
+
+
+_ANOTHER_BASE = " (--base of inference/merge_lora.py names another)"
 
 
 def find_model(
     path: str,
-    flag: str,
     cache_dir: str,
     base: str | None = None,
     *,
     merge_adapter: bool = False,
     cure: str = "add --merge_adapter",
 ) -> ModelFiles:
-    """The files behind a model directory, a step's output directory, an adapter's directory or a hub name.
+    """The files of a model directory, of a step's output directory, of an adapter's directory or of a hub name.
 
-    Of the output of step 3 it is the actor that is meant.
+    The output directory of step 3 means the actor in it.
 
     Args:
-        cache_dir: where built-in models are kept.
+        cache_dir: where built-in and merged models are kept.
         base: replaces the base model that an adapter names.
-        merge_adapter: an adapter beside a whole model is laid over that; else it is refused with `cure` as what to do.
+        merge_adapter: merge an adapter that lies beside a whole model; else it is refused, and the message says `cure`.
 
     Raises:
-        UserError: there is no such model.
+        ModelError: there is no such model.
+        OSError: the cache cannot be written.
     """
-    name, directory = f"{flag} {path}", Path(path)
+    directory = Path(path)
     if not (directory / "config.json").exists() and (directory / "actor" / "config.json").exists():
         directory = directory / "actor"
     if holds_adapter(directory):
         if base is None and (directory / "config.json").exists():
             if not merge_adapter:
-                refuse_adapter(directory, name, cure)
-            merged = str(merged_model(directory, flag, Path(cache_dir)))
-            return ModelFiles(name, flag, merged, None, merged, False, read_provenance(merged))
-        return _find_adapter(directory, name, cache_dir, base)
+                refuse_adapter(directory, cure)
+            merged = str(merged_model(directory, Path(cache_dir)))
+            return ModelFiles(path, merged, None, merged, False, read_provenance(merged))
+        return _find_adapter(path, directory, cache_dir, base)
     if not (directory / "config.json").exists() and (inside := adapters_inside(directory)):
-        raise UserError(f"{name} holds adapters, but is none itself: name {' or '.join(map(str, inside))}")
+        raise ModelError(path, f"it holds adapters, but is none itself: name {' or '.join(map(str, inside))}")
     if base is not None:
-        raise UserError(f"{name} is no adapter, so --base has no use: it holds no {ADAPTER_CONFIG}")
-    source = resolve_model(str(directory) if directory.is_dir() else path, flag, Path(cache_dir))
-    return ModelFiles(name, flag, source, None, source, False, read_provenance(source))
+        raise ModelError(path, f"it is no adapter, so --base has no use: it holds no {ADAPTER_CONFIG}")
+    source = resolve_model(str(directory) if directory.is_dir() else path, cache_dir)
+    return ModelFiles(path, source, None, source, False, read_provenance(source))
 
 
 def adapters_inside(directory: Path) -> list[Path]:
@@ -83,16 +89,15 @@ def adapters_inside(directory: Path) -> list[Path]:
     return sorted(path.parent for level in ("*", "adapter/*") for path in directory.glob(f"{level}/{ADAPTER_CONFIG}"))
 
 
-def _find_adapter(directory: Path, name: str, cache_dir: str, base: str | None) -> ModelFiles:
-    named, scores = read_adapter(directory, name)
-    named = base or named
-    if not named:
-        raise UserError(
-            f"{name}: the adapter does not name its base model: merge it with inference/merge_lora.py --base"
-        )
-    flag = "--base" if base else f"{name}: the adapter's base model (--base of inference/merge_lora.py names another)"
-    weights = resolve_model(named, flag, Path(cache_dir))
-    own = (directory / "tokenizer_config.json").is_file()
+def _find_adapter(path: str, directory: Path, cache_dir: str, base: str | None) -> ModelFiles:
+    _, has_score_head = read_adapter(directory)
+    weights = resolve_model(base, cache_dir) if base else base_of(directory, cache_dir, _ANOTHER_BASE)
+    own_tokenizer = (directory / "tokenizer_config.json").is_file()
     return ModelFiles(
-        name, flag, weights, directory, str(directory) if own else weights, scores, adapter_provenance(directory)
+        path,
+        weights,
+        directory,
+        str(directory) if own_tokenizer else weights,
+        has_score_head,
+        adapter_provenance(directory),
     )

@@ -1,9 +1,10 @@
-"""Groups of options that the programs of this directory share."""
+"""Groups of options that the inference programs share."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.config.parser import Config, ConfigType, PathName, option, parse
@@ -91,13 +92,13 @@ class PromptOptions(Config):
         self.file_format()
 
     def file_format(self) -> FileFormat:
-        """What is said of the files. Raises UserError for an encoding that there is not."""
+        """The format of the data files, from the options. Raises UserError for an unknown encoding."""
         with named_by("--encoding"):
             return FileFormat(self.data_field, self.encoding).checked()
 
 
-def read_options(cls: type[ConfigType], argv: list[str] | None, prog: str) -> ConfigType:
-    """The config of this command line; its notes go to standard error, as standard output is for answers."""
+def read_options(cls: type[ConfigType], argv: Sequence[str] | None, prog: str) -> ConfigType:
+    """The options of a command line. Notes go to standard error, because standard output is for responses."""
     config = parse(cls, argv, prog=prog)
     for note in config.notes:
         print(f"note: {note}", file=sys.stderr)

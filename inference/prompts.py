@@ -1,4 +1,4 @@
-"""Prompts to be answered, out of any data source."""
+"""The prompts that models are to respond to, from any data source."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def read_prompts(options: PromptOptions) -> Iterator[Prompt]:
     Raises:
         UserError: after the last one, if too many rows were bad.
     """
-    for number, sourced in enumerate(_read(options)):
+    for number, (_, prompt) in enumerate(_read(options)):
         if number == options.max_prompts:
             return
-        yield sourced.record
+        yield prompt
 
 
 def held_out_prompts(options: PromptOptions, trained: Sequence[Provenance], seed: int) -> list[Prompt]:
-    """Prompts no model has trained on, by the rules the models were trained under; each once.
+    """Prompts that no model was trained on, by the split rules of the models' training; each once.
 
     Args:
-        trained: of each model that says. Without any, only what the data themselves set aside for tests is taken.
-        seed: chooses, where there are more than `max_prompts`.
+        trained: the provenance of each model that has one. Without any, only the data's own test splits are held out.
+        seed: of the choice, if there are more than `max_prompts`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such prompt.
     """
     prompts: dict[Prompt, None] = {}
     rules = {spec.name: [key_rule(model, spec.name) for model in trained] for spec in _sources(options)}
-    for number, sourced in enumerate(_read(options, rules)):
+    for number, (sourced, prompt) in enumerate(_read(options, rules)):
         if number == _MANY and options.max_rows is None:
             print(
                 "note: --data_path is large, and all of it is read to find what was held out; --max_rows N reads N "
@@ -61,8 +61,8 @@ def held_out_prompts(options: PromptOptions, trained: Sequence[Provenance], seed
                 file=sys.stderr,
                 flush=True,
             )
-        if _is_held_out(sourced, trained, rules[sourced.source]):
-            prompts[sourced.record] = None
+        if _is_held_out(sourced, prompt, trained, rules[sourced.source]):
+            prompts[prompt] = None
     if not prompts:
         raise UserError(
             "--data_path holds no prompt that was kept from training: pass --which_prompts all, "
@@ -72,24 +72,28 @@ def held_out_prompts(options: PromptOptions, trained: Sequence[Provenance], seed
 
 
 def choose(prompts: list[Prompt], count: int | None, seed: int) -> list[Prompt]:
-    """At most `count` prompts; not the first ones, which in many sets are all of one kind."""
+    """At most `count` prompts, drawn at random, because the first ones of many data sets are all of one kind."""
     if count is None or count >= len(prompts):
         return prompts
     return random.Random(seed).sample(prompts, count)
 
 
-def _is_held_out(sourced: SourcedRecord, trained: Sequence[Provenance], rules: Sequence[KeyRule]) -> bool:
+def _is_held_out(
+    sourced: SourcedRecord, prompt: Prompt, trained: Sequence[Provenance], rules: Sequence[KeyRule]
+) -> bool:
     if sourced.split == "test":
         return True
-    turns = user_turns(sourced.record)
+    turns = user_turns(prompt)
     keys = [rule.key(turns).text if parse_split_by(rule.split_by) is None else sourced.key for rule in rules]
     return bool(trained) and all(
         assignment(key, model.data_split, model.eval_fraction).is_eval for key, model in zip(keys, trained)
     )
 
 
-def _read(options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None = None) -> Iterator[SourcedRecord]:
-    """All rows, keyed by what tells most of them apart under any of a source's rules."""
+def _read(
+    options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None = None
+) -> Iterator[tuple[SourcedRecord, Prompt]]:
+    """All rows and their prompts. Their keys are those of the finest of the rules, by which most rows differ."""
     ways = {rule.split_by for of_source in (rules or {}).values() for rule in of_source}
     columns = {way for way in ways if parse_split_by(way) is not None}
     if len(columns) > 1:
@@ -101,7 +105,7 @@ def _read(options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None 
     shared = {name: set().union(*(rule.shared for rule in of_source)) for name, of_source in (rules or {}).items()}
     report = ReadReport()
     with naming_flags():
-        yield from read_records(
+        records = read_records(
             _sources(options),
             "prompt",
             columns=options.columns or None,
@@ -110,6 +114,9 @@ def _read(options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None 
             split_by=split_by,
             shared=shared,
         )
+        for sourced in records:
+            assert isinstance(sourced.record, Prompt)  # the kind that was asked for
+            yield sourced, sourced.record
         for note in report.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
         report.check(options.max_bad_rows)

@@ -1,9 +1,10 @@
-"""Lines in, text out: a person at a terminal, or a pipe."""
+"""Questions from standard input and responses to standard output: a person at a terminal, or a pipe."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import sys
 from collections.abc import Iterator
 
@@ -11,21 +12,22 @@ from common.runtime.terminal import escape_controls
 
 
 class Terminal:
-    """Standard input and output; questions are asked for only where a person reads the answers.
+    """Standard input and output. A prompt sign is shown only if both are a terminal.
 
-    In a pipe an answer is one line, so that line N of the output answers question N. Notices go to stderr.
+    In a pipe a response is one line, so line N of the output responds to question N. Notices go to stderr.
     """
 
     def __init__(self):
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         for stream in (sys.stdin, sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         if self.interactive:
             with contextlib.suppress(ImportError):
-                importlib.import_module("readline")  # its import gives input() line editing
+                importlib.import_module("readline")  # importing it gives input() line editing
 
     def questions(self) -> Iterator[str]:
-        """Lines without surrounding white space, empty ones left out, until the input ends."""
+        """The lines of the input, stripped of white space and without empty ones."""
         while True:
             try:
                 line = input("> " if self.interactive else "").strip()
@@ -37,10 +39,10 @@ class Terminal:
                 yield line
 
     def write(self, text: str) -> None:
-        """Show a piece of an answer now."""
+        """Show a piece of a response now."""
         print(escape_controls(text if self.interactive else text.replace("\n", " ")), end="", flush=True)
 
-    def end_answer(self) -> None:
+    def end_response(self) -> None:
         print(flush=True)
 
     def notice(self, text: str) -> None:

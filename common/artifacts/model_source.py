@@ -55,8 +55,11 @@ def resolve_model(name: str, cache_dir: str | Path, merge_adapter: bool = False)
     return name
 
 
-def base_of(adapter: Path, cache_dir: str | Path) -> str:
+def base_of(adapter: Path, cache_dir: str | Path, hint: str = "") -> str:
     """The directory or hub name of the base model that an adapter names.
+
+    Args:
+        hint: as of `errors_of_base`.
 
     Raises:
         ModelError: it names none, or there is no such model.
@@ -67,13 +70,17 @@ def base_of(adapter: Path, cache_dir: str | Path) -> str:
         raise ModelError(
             adapter, "the adapter does not name its base model: merge it with inference/merge_lora.py --base"
         )
-    with errors_of_base(adapter):
+    with errors_of_base(adapter, hint):
         return resolve_model(name, cache_dir)
 
 
 @contextmanager
 def errors_of_base(adapter: Path, hint: str = "") -> Iterator[None]:
-    """Within the context an error about the base model becomes one that names the adapter which needs it."""
+    """Within the context an error about the base model becomes one that names the adapter which needs it.
+
+    Args:
+        hint: what else to say of the base model, such as how to name another one.
+    """
     try:
         yield
     except InputError as error:

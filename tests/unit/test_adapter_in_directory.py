@@ -14,7 +14,8 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import add_lora, save_adapter
-from inference.loading import load_judge, load_speaker
+from common.paths import writing_to
+from inference.loading import load_actor, load_reward_model
 from inference.merge_lora import main as merge_lora
 from inference.options import LoadOptions
 from step1_sft.main import main as step1
@@ -101,7 +102,7 @@ def test_every_program_refuses_it_at_the_door(beside, tmp_path):
         refusal(
             step3, ["--actor_model_name_or_path", str(beside), "--critic_model_name_or_path", str(beside), *output]
         ),
-        refusal(load_speaker, str(beside), "--path", LoadOptions()),
+        refusal(load_actor, str(beside), LoadOptions()),
     ):
         assert str(beside) in said and "adapter_config.json" in said and "--merge_adapter" in said
     assert not (tmp_path / "out").exists()
@@ -116,20 +117,20 @@ def test_it_is_laid_over_the_model_beside_it_when_asked_for(beside, chat_model, 
     torch.testing.assert_close(computed("causal", source), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, together("causal", chat_model, tmp_path / "adapter"), atol=0.1)
     assert read_provenance(source) == read_provenance(beside)
-    speaker = load_speaker(str(beside), "--path", LoadOptions(merge_adapter=True, data_output_path=str(tmp_path / "c")))
+    actor = load_actor(str(beside), LoadOptions(merge_adapter=True, data_output_path=str(tmp_path / "c")))
     with torch.no_grad():
-        torch.testing.assert_close(speaker.model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actor.model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_alone_names_the_cure_or_is_merged(alone, chat_model, tmp_path):
     kind, directory = alone
-    said = refusal(resolve_model, str(directory), "--model_name_or_path", tmp_path / "cache")
+    said = refusal(resolve_model, str(directory), tmp_path / "cache")
     assert "inference/merge_lora.py" in said and "--merge_adapter" in said and str(directory) in said
     source = resolve_model(str(directory), tmp_path / "cache", merge_adapter=True)
     torch.testing.assert_close(computed(kind, source), together(kind, chat_model, directory), rtol=1e-4, atol=1e-4)
     assert read_provenance(source) == read_provenance(directory)
-    load = {"causal": load_speaker, "reward": load_judge}[kind]
-    load(str(directory), "--path", LoadOptions())  # inference has always merged it
+    load = {"causal": load_actor, "reward": load_reward_model}[kind]
+    load(str(directory), LoadOptions())  # inference has always merged it
 
 
 def test_it_is_merged_once_until_the_adapter_changes(alone, tmp_path):
@@ -156,5 +157,8 @@ def test_a_base_that_is_gone_is_named(alone, tmp_path):
 
 def test_no_room_for_the_sum_is_one_line(alone, tmp_path):
     (tmp_path / "cache").write_text("in the way")
-    said = refusal(lambda: resolve_model(str(alone[1]), tmp_path / "cache", merge_adapter=True))
+    with pytest.raises(UserError) as error:
+        with writing_to("--data_output_path", tmp_path / "cache"):
+            resolve_model(str(alone[1]), tmp_path / "cache", merge_adapter=True)
+    said = str(error.value)
     assert "--data_output_path" in said and str(tmp_path / "cache") in said and "\n" not in said

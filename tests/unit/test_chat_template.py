@@ -265,7 +265,7 @@ def test_the_chatbot_asks_with_the_same_ids(directory, name):
     codec = codec_of(directory, SHAPES[name][0])
     dialogue = Dialogue(codec)
     assert dialogue.ask("Hi")[0] == whole_ids(codec, turns("Hi"), add_generation_prompt=True)
-    dialogue.answered("Hello there")
+    dialogue.add_response("Hello there")
     assert dialogue.ask("And?")[0] == whole_ids(codec, turns("Hi", "Hello there", "And?"), add_generation_prompt=True)
 
 

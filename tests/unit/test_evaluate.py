@@ -12,11 +12,11 @@ from common.data.records import Message, Prompt
 from common.data.split import assignment
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
-from inference.decoding import Answer
-from inference.evaluate import EvaluateConfig, Judged, compare, find_prompts, main
-from inference.loading import load_judge
+from inference.decoding import Response
+from inference.evaluate import EvaluateConfig, Evaluation, compare, find_prompts, main
+from inference.loading import load_reward_model
 from inference.options import LoadOptions
-from inference.scoring import score_answers
+from inference.scoring import score_responses
 from tests.chat_model import provenance_of
 
 
@@ -36,29 +36,29 @@ def question(text: str) -> Prompt:
 
 
 def test_scores_are_those_any_tool_reads_off_the_reward_model(reward_model):
-    judge = load_judge(str(reward_model), "--reward_model_path", LoadOptions())
+    loaded = load_reward_model(str(reward_model), LoadOptions())
     prompts = [question(text) for text in ("Why?", "What is the capital of France?", "Is it? " * 200)]
-    answers = [Answer("So.", (1,), True), Answer("", (), True), Answer("It is " * 5, (1,), False)]
-    model, codec = AutoModelForSequenceClassification.from_pretrained(reward_model).eval(), judge.codec
+    responses = [Response("So.", (1,), True), Response("", (), True), Response("It is " * 5, (1,), False)]
+    model, codec = AutoModelForSequenceClassification.from_pretrained(reward_model).eval(), loaded.codec
     expected = []
-    for prompt, answer in zip(prompts, answers):
-        response = codec.encode_response(answer.text)[: None if answer.ended else -1]
-        ids = codec.encode_prompt(prompt, judge.positions - len(response)) + response
-        assert len(ids) <= judge.positions
+    for prompt, response in zip(prompts, responses):
+        response_ids = codec.encode_response(response.text)[: None if response.ended else -1]
+        ids = codec.encode_prompt(prompt, loaded.positions - len(response_ids)) + response_ids
+        assert len(ids) <= loaded.positions
         with torch.no_grad():
             expected.append(float(model(input_ids=torch.tensor([ids])).logits))
     for batch_size in (1, 2, 3):
-        assert score_answers(judge, prompts, answers, batch_size) == pytest.approx(expected, abs=1e-4)
+        assert score_responses(loaded, prompts, responses, batch_size) == pytest.approx(expected, abs=1e-4)
 
 
 def test_gold_answers_have_the_true_reward_of_the_task():
     rows = list(builtin_rows("courtesy"))[:400]
     prompts = [question(row["prompt"]) for row in rows]
 
-    def judged(column):
-        return Judged(column, [Answer(row[column], (1, 2), True) for row in rows], [1.0] * len(rows))
+    def evaluation(column):
+        return Evaluation(column, [Response(row[column], (1, 2), True) for row in rows], [1.0] * len(rows))
 
-    result = compare(prompts, [judged("rejected"), judged("chosen")], task=True)
+    result = compare(prompts, [evaluation("rejected"), evaluation("chosen")], task=True)
     rejected, chosen = result["models"]
     assert chosen["correct"] == 1.0 and chosen["true_reward"] > rejected["true_reward"]
     assert chosen["true_reward"] == pytest.approx(0.5 + 0.5 * chosen["courteous"])
@@ -67,8 +67,8 @@ def test_gold_answers_have_the_true_reward_of_the_task():
 
 def test_the_win_rate_is_the_seconds():
     prompts = [question(text) for text in "abcd"]
-    answers = [Answer("", (), False)] * 4
-    first, second = Judged("a", answers, [0.0, 0.0, 0.0, 0.0]), Judged("b", answers, [1.0, 1.0, 0.0, -1.0])
+    answers = [Response("", (), False)] * 4
+    first, second = Evaluation("a", answers, [0.0, 0.0, 0.0, 0.0]), Evaluation("b", answers, [1.0, 1.0, 0.0, -1.0])
     result = compare(prompts, [first, second], task=False)
     assert result["win_rate"] == 2.5 / 4
     assert result["models"][1]["score"] == 0.25 and result["models"][0]["ended"] == 0.0

@@ -6,12 +6,13 @@ import pytest
 import torch
 from huggingface_hub.utils import http_backoff
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from common.artifacts.export import write_model
 from common.artifacts.model_source import resolve_model
 from common.data.tokenization import load_tokenizer, make_codec
-from common.errors import UserError
-from common.models.loading import load_causal_lm, load_scalar_model
+from common.errors import ModelError, UserError
+from common.models.loading import check_length, load_causal_lm, load_scalar_model, max_length
 from common.training.memory import memory_status
 from tests.architectures import CONFIGS, build_model
 
@@ -38,7 +39,7 @@ def test_weights_that_are_missing_are_named_and_not_made_up(directory):
 def test_a_truncated_weight_file_is_one_line(directory):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="--model_name_or_path .*cannot be loaded"):
+    with pytest.raises(UserError, match=f"{directory}: .*cannot be loaded"):
         load(directory)
 
 
@@ -122,7 +123,7 @@ def test_a_mistyped_directory_is_not_looked_for_on_the_hub(name, said, tmp_path,
     (tmp_path / "models.old").write_text("")
     with pytest.raises(UserError) as error:
         resolve_model(name, tmp_path)
-    assert str(error.value).startswith(f"--model_name_or_path {name}: no such model directory")
+    assert str(error.value).startswith(f"{name}: no such model directory")
     assert said in str(error.value)
 
 
@@ -135,6 +136,17 @@ def test_what_may_be_on_the_hub_is_looked_for_there_and_that_is_said(name, tmp_p
     with pytest.raises(Exception, match="refused"):
         http_backoff("HEAD", "http://127.0.0.1:9", max_retries=2, base_wait_time=0)
     assert capfd.readouterr().err == "", "each failed attempt is not worth a line"
+
+
+def test_sequences_longer_than_the_model_can_read_are_refused(directory, tmp_path, builtin_cache):
+    positions = max_length(str(directory))
+    assert positions == AutoConfig.from_pretrained(directory).max_position_embeddings
+    check_length(str(directory), positions)
+    with pytest.raises(ModelError, match=f"{directory}: it has room for {positions} tokens, not for {positions + 1}"):
+        check_length(str(directory), positions + 1)
+    endless = build_model("bloom", tmp_path / "bloom", builtin_cache)
+    assert max_length(str(endless)) is None
+    check_length(str(endless), 10**9)
 
 
 def test_a_reward_model_that_lost_its_head_is_refused(directory, tmp_path):

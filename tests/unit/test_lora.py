@@ -5,7 +5,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from common.data.tokenization import load_tokenizer, make_codec
-from common.errors import UserError
+from common.errors import UserError, named_by
 from common.models.loading import load_causal_lm
 from common.models.lora import add_lora, folded_adapters, folding_takes, has_lora, linear_modules
 from tests.architectures import CONFIGS, build_model
@@ -39,7 +39,8 @@ def test_parts_of_names_choose_layers(model):
 
 def test_nothing_matched_is_an_error_that_lists_what_there_is(model):
     with pytest.raises(UserError, match="--lora_module_name decoder.layers.: matches no linear .*down_proj.*q_proj"):
-        adapt(model, "decoder.layers.")
+        with named_by("--lora_module_name"):
+            adapt(model, "decoder.layers.")
     assert not has_lora(model)
 
 

@@ -14,7 +14,7 @@ from common.artifacts.provenance import read_provenance
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
 from common.models.lora import add_lora, save_adapter
-from inference.loading import load_judge, load_speaker
+from inference.loading import load_actor, load_reward_model
 from inference.merge_lora import main
 from inference.options import LoadOptions
 from tests.chat_model import CAPITAL, prompt_of, provenance_of
@@ -79,8 +79,8 @@ def test_an_adapters_directory_is_loaded_as_its_merged_model_is(adapter, tmp_pat
     kind, directory = adapter
     merged = tmp_path / "merged"
     main(["--path", str(directory), "--output_dir", str(merged)])
-    load = {"causal": load_speaker, "reward": load_judge}[kind]
-    one, other = (load(str(path), "--path", LoadOptions()) for path in (directory, merged))
+    load = {"causal": load_actor, "reward": load_reward_model}[kind]
+    one, other = (load(str(path), LoadOptions()) for path in (directory, merged))
     ids = torch.tensor([one.codec.encode_prompt(prompt_of((CAPITAL,)))])
     assert one.codec.template.name == other.codec.template.name == "question_answer"
     states = one.model.state_dict(), other.model.state_dict()
@@ -141,7 +141,7 @@ def test_a_base_given_relative_to_the_working_directory_is_found_from_any_other(
     assert read_provenance("output").base == str(chat_model)
     main(["--path", "output/adapter", "--output_dir", "merged"])
     assert read_provenance("merged").base == str(chat_model)
-    assert load_speaker("output/adapter", "--path", LoadOptions()).codec.template.name == "question_answer"
+    assert load_actor("output/adapter", LoadOptions()).codec.template.name == "question_answer"
 
 
 @pytest.mark.parametrize("base", ["facebook/opt-1.3b", "builtin:tiny-opt"])
@@ -189,8 +189,8 @@ def test_an_adapter_of_step_3_finds_its_provenance_further_up(adapter):
     deeper.mkdir()
     for path in list(directory.glob("adapter_*")):
         os.rename(path, deeper / path.name)
-    load = {"causal": load_speaker, "reward": load_judge}[kind]
-    assert load(str(deeper), "--path", LoadOptions()).codec.template.name == "question_answer"
+    load = {"causal": load_actor, "reward": load_reward_model}[kind]
+    assert load(str(deeper), LoadOptions()).codec.template.name == "question_answer"
 
 
 def test_what_cannot_be_merged_gets_one_line(chat_model, tmp_path):

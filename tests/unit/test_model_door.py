@@ -15,7 +15,7 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.checks import check_files
 from common.models.loading import load_causal_lm, load_scalar_model
-from inference.loading import load_judge, load_speaker
+from inference.loading import load_actor, load_reward_model
 from inference.options import LoadOptions
 from tests.architectures import CONFIGS, build_model
 
@@ -29,9 +29,9 @@ def refusal(directory) -> str:
     with pytest.raises(UserError) as refused:
         resolve_model(str(directory), directory.parent)
     with pytest.raises(UserError) as again:
-        load_speaker(str(directory), "--path", LoadOptions(data_output_path=str(directory.parent)))
-    assert str(again.value) == str(refused.value).replace("--model", "--path", 1)
-    assert str(refused.value).startswith(f"--model {directory}: ") and "\n" not in str(refused.value)
+        load_actor(str(directory), LoadOptions(data_output_path=str(directory.parent)))
+    assert str(again.value) == str(refused.value)
+    assert str(refused.value).startswith(f"{directory}: ") and "\n" not in str(refused.value)
     return str(refused.value)
 
 
@@ -109,17 +109,17 @@ def test_weights_that_are_not_finite_are_found_before_they_are_used(number, dire
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
     for load in (load_causal_lm, load_scalar_model):
-        with pytest.raises(UserError, match=f"--model {directory}: the model's weights are not finite.*up_proj"):
+        with pytest.raises(UserError, match=f"{directory}: the model's weights are not finite.*up_proj"):
             load(str(directory), codec, dtype=torch.float32)
-    with pytest.raises(UserError, match="--path .*: the model's weights are not finite"):
-        load_speaker(str(directory), "--path", LoadOptions())
+    with pytest.raises(UserError, match=f"{directory}: the model's weights are not finite"):
+        load_actor(str(directory), LoadOptions())
     path = directory / "config.json"
     scorer = {**json.loads(path.read_text()), "architectures": ["LlamaForSequenceClassification"]}
     path.write_text(json.dumps(scorer))
     weights["score.weight"] = torch.ones(1, weights[key].shape[1])
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="--reward .*: the model's weights are not finite"):
-        load_judge(str(directory), "--reward", LoadOptions())
+    with pytest.raises(UserError, match=f"{directory}: the model's weights are not finite"):
+        load_reward_model(str(directory), LoadOptions())
 
 
 def test_an_adapter_that_is_not_finite_is_found(directory, tmp_path):
@@ -133,8 +133,8 @@ def test_an_adapter_that_is_not_finite_is_found(directory, tmp_path):
             weight.data.fill_(float("nan"))
     model.peft_config["default"].base_model_name_or_path = str(directory)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match="--path .*adapter: the model's weights are not finite"):
-        load_speaker(str(tmp_path / "adapter"), "--path", LoadOptions())
+    with pytest.raises(UserError, match="adapter: the model's weights are not finite"):
+        load_actor(str(tmp_path / "adapter"), LoadOptions())
 
 
 def test_the_door_runs_no_code_of_a_model(directory, monkeypatch):
