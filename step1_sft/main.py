@@ -32,7 +32,7 @@ from common.training.engine import (
     training_engine,
 )
 from common.training.loop import SupervisedLoop
-from common.training.memory import fit_micro_batches, named_when_out_of_memory
+from common.training.memory import advising_on_memory, fit_micro_batches, named_when_out_of_memory
 from step1_sft.config import SFTConfig
 from step1_sft.packing import packing_of
 from step1_sft.trainer import SFTTrainer
@@ -57,7 +57,7 @@ def main(argv=None) -> None:
     checkpoints = Checkpoints(config, [data.key])
     found = checkpoints.find()
     loop = SupervisedLoop.from_config(config, step_sampler(config, data.train), tracker)
-    with named_when_out_of_memory("loading the model"):
+    with advising_on_memory(config), named_when_out_of_memory("loading the model"):
         engine = build_engine(config, source, codec, loop.scheduled_steps)
     trainer = SFTTrainer(
         engine,
@@ -82,7 +82,7 @@ def main(argv=None) -> None:
     seed_rank(config.seed)
 
     state = TrainingState.of_one_engine(engine, trainer.step, max_tokens=fitted.max_tokens_per_micro_batch)
-    with checkpoints.reporting_last_good():
+    with checkpoints.reporting_last_good(), advising_on_memory(config):
         done = checkpoints.restore(found, state, tracker)
         metrics = loop.run(trainer.train_step, trainer.evaluate, done, checkpoints.on_step_end)
         tracker.samples("after", trainer.samples(codec))  # before the result: what fails here must not fail that
