@@ -303,7 +303,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         return super().all_sources() + self.text_sources()
 
     def text_sources(self) -> list[SourceSpec]:
-        """That of the plain text, if any is mixed in."""
+        """The source of the plain text that is mixed into the updates, if any."""
         if not self.unsupervised_dataset_name:
             return []
         return parse_data_path(
@@ -362,11 +362,11 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
             actor_model_name_or_path=self.actor_model_name_or_path,
             critic_model_name_or_path=self.critic_model_name_or_path,
         )
-        self._check_made("actor_model_name_or_path", "step1_sft/main.py")
-        self._check_made("critic_model_name_or_path", "step2_reward/main.py")
+        self._check_default_exists("actor_model_name_or_path", "step1_sft/main.py")
+        self._check_default_exists("critic_model_name_or_path", "step2_reward/main.py")
 
-    def _check_made(self, name: str, program: str) -> None:
-        # A default that was never made would be looked up on the hub.
+    def _check_default_exists(self, name: str, program: str) -> None:
+        # transformers would look up a default directory that does not exist on the hub.
         model = getattr(self, name)
         if model == options(PPOConfig)[name].default and not (Path(model) / "config.json").is_file():
             raise UserError(

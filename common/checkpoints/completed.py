@@ -50,7 +50,7 @@ class CompletedRun:
         recorded = self._read()
         if recorded is not None and "format" in recorded:
             advice = "use the version that made it, or train again with this one, --resume never"
-            with contextlib.suppress(ValueError):  # a damaged record is none
+            with contextlib.suppress(ValueError):  # a damaged record counts as missing
                 check_format(recorded, FORMAT, self.output / FILE, advice)
 
     def record(self) -> None:

@@ -45,15 +45,15 @@ def check_unchanged(config: RunOptions, data: Sequence[str], values: Mapping[str
         values: state.json of the checkpoint.
         path: of the checkpoint.
     """
-    ours, theirs = plain_config(config), values["config"]
+    now, before = plain_config(config), values["config"]
     may_change = {name for name, meta in options(type(config)).items() if meta.may_change_on_resume}
     if values["world_size"] != world_size():
         _check_batches(config, values, path)
         may_change |= _batch_flags(config)
     changes = [
-        f"--{name} was {theirs.get(name)!r}, now {ours.get(name)!r}"
-        for name in sorted({*ours, *theirs})
-        if name not in may_change and ours.get(name) != theirs.get(name)
+        f"--{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted({*now, *before})
+        if name not in may_change and now.get(name) != before.get(name)
     ]
     if values["data"] != list(data) and not changes:
         changes = ["the data has other rows, or is prepared in another way"]

@@ -45,7 +45,7 @@ class Checkpoints:
         self.config, self.data = config, list(data)
         self.store = CheckpointStore(Path(config.output_dir) / DIRECTORY, config.keep_checkpoints, state_problems)
         self.last_saved_at = 0  # optimizer steps at the last save
-        self.last_good_step = 0  # steps made well; the state after the last of them has not been trained from yet
+        self.last_good_step = 0  # the last step that was not skipped; training has not gone on from it yet
         self.saved: tuple[int, Path | None] = (-1, None)  # the newest checkpoint, and the step that it was taken after
         self.unconfirmed: Path | None = None  # a checkpoint that training has not gone on from yet
         self._restored: tuple[TrainingState, RunLog] | None = None

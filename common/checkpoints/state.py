@@ -91,12 +91,12 @@ def check_format(values: Mapping[str, Any], known: int, path: Path, advice: str)
         ValueError: the field is no whole number.
         InputError: it is another one than `known`; the message names both.
     """
-    found = values.get("format", 0)
-    if not isinstance(found, int) or isinstance(found, bool):
-        raise ValueError(f"format is {str(found)[:40]!r}")
-    if found != known:
-        age = "an older" if found < known else "a newer"
-        raise InputError(path, f"it has format {found}, {age} one than format {known} of this version: {advice}")
+    number = values.get("format", 0)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ValueError(f"format is {str(number)[:40]!r}")
+    if number != known:
+        age = "an older" if number < known else "a newer"
+        raise InputError(path, f"it has format {number}, {age} one than format {known} of this version: {advice}")
 
 
 def _check_types(values: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:

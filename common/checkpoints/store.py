@@ -163,14 +163,14 @@ class CheckpointStore:
     def _unless_refused(self, shards: Shards) -> list[Shards]:
         """The shards of every rank; if the disk refused one, all ranks raise and the files are removed."""
         everyone = gather_objects(shards)
-        refused = next(((number, theirs.refusal) for number, theirs in enumerate(everyone) if theirs.refusal), None)
+        refused = next(((number, other.refusal) for number, other in enumerate(everyone) if other.refusal), None)
         if refused is not None:
             if is_main():
                 shutil.rmtree(shards.directory, ignore_errors=True)
             number, reason = refused
             raise NotSaved(
                 f"no checkpoint could be written to {self.directory}, which takes "
-                f"{sum(theirs.needed for theirs in everyone):,} bytes: {reason} (rank {number}): free space "
+                f"{sum(other.needed for other in everyone):,} bytes: {reason} (rank {number}): free space "
                 "there, or make it writable"
             )
         return everyone

@@ -17,7 +17,8 @@ from typing import Any, Literal, NewType
 from common.errors import UserError
 from common.paths import as_typed_in_a_shell
 
-PathName = NewType("PathName", str)  # a path; or what looks like one: a hub name, builtin:*, a path and its weight
+# A path, or a text that may be one: a name on the hub, builtin:*, a path with a weight. ~ and variables are expanded.
+PathName = NewType("PathName", str)
 
 
 Affects = Literal["result", "evaluation", "length", "nothing"]
@@ -154,7 +155,8 @@ def field_of(meta: Option, default: Any) -> Any:
 
 
 def kind_of(annotation: Any) -> dict[str, Any]:
-    """What an annotation says of an option: `tuple[PathName, ...] | None` is a tuple, of paths, and optional."""
+    """`kind`, `path` and `optional` of an option by its annotation: `tuple[PathName, ...] | None` is an optional tuple
+    of paths."""
     members = typing.get_args(annotation)
     optional = types.NoneType in members
     if optional:
@@ -168,7 +170,14 @@ def kind_of(annotation: Any) -> dict[str, Any]:
 
 
 def convert(meta: Option, raw: Any, where: str) -> Any:
-    """The option's value from a YAML value or a text. Raises UserError with `where` and what is allowed."""
+    """The option's value from a YAML value or a text.
+
+    Args:
+        where: names the option in messages: its flag, or a line of a recipe.
+
+    Raises:
+        UserError: the value is not allowed; the message says what is.
+    """
     if meta.optional and (raw is None or str(raw).lower() == "none"):
         return None
     try:
@@ -199,7 +208,7 @@ def convert_words(meta: Option, words: list[str], where: str) -> Any:
 
 
 def joined(first: Any, second: Any) -> Any:
-    """Both values of an option that takes several; raises ValueError for a name=value pair that is there otherwise."""
+    """The values of an option that was given twice and takes several. Raises ValueError if a name has two values."""
     if isinstance(first, tuple):
         return first + second
     if any(first[name] != second[name] for name in first.keys() & second.keys()):

@@ -34,7 +34,7 @@ class Config:
     def validate(self) -> None:
         """Raise UserError for a value out of range; groups add the checks of values against each other."""
         for name, meta in options(type(self)).items():
-            # Paths have been expanded where they were read.
+            # Paths were expanded when they were read.
             convert(replace(meta, path=False), getattr(self, name), f"--{name}")
 
     def only_with(self, requirement: str, met: bool, *names: str) -> None:
@@ -83,9 +83,17 @@ def ignored_options(cls: type[Config]) -> dict[str, str]:
 
 
 def parse(cls: type[ConfigType], argv: Sequence[str] | None = None, prog: str | None = None) -> ConfigType:
-    """The validated config of this command line (None: the program's own arguments).
+    """The validated config of a command line.
 
-    `config.notes` has a line for each option given that has no effect, or twice. Raises UserError; --help exits.
+    Args:
+        argv: the words of the command line; None for those of this process.
+        prog: the name of the program in --help, which prints and exits.
+
+    Returns:
+        The config. Its `notes` have a line for each option that was given twice, or without effect.
+
+    Raises:
+        UserError: an option is unknown, or its value is not allowed.
     """
     recipes, given, notes = _read_command_line(cls, list(sys.argv[1:] if argv is None else argv), prog)
     known = options(cls)
@@ -194,7 +202,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Collect(argparse.Action):
-    """Keeps flags and words as written: values are converted at one place, for recipes and flags alike."""
+    """Keeps flags and words as they were written; values of flags and of recipes are converted by the same code."""
 
     def __call__(self, parser, namespace, words, flag=None):
         namespace.given.append((flag.removeprefix("--"), [words] if isinstance(words, str) else words or []))

@@ -23,7 +23,7 @@ def same_option(cls: type[Config], name: str, **changes: Any) -> Any:
     """A dataclass field with the declaration of option `name` of `cls`.
 
     Args:
-        changes: what differs from it, by the names in `Option`, such as `default`.
+        changes: attributes of `Option` that differ from that declaration, such as `default`.
     """
     return _field(options(cls)[name], "", changes)
 
@@ -36,7 +36,7 @@ def prefixed(
     Stands below `@dataclass`.
 
     Args:
-        changes: by the name of the option without its prefix, what differs from its declaration; see `same_option`.
+        changes: by the name of an option without the prefix, the attributes that differ; see `same_option`.
     """
 
     def add_options(group: type[ConfigType]) -> type[ConfigType]:

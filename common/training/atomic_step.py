@@ -123,13 +123,13 @@ class AtomicStep:
         for engine in self._engines.values():
             engine.gradients.squares.zero_()
 
-    def _count(self, what: str, ranks: list[int]) -> None:
+    def _count(self, name: str, ranks: list[int]) -> None:
         self.consecutive_skips += 1
-        found = f"the {what} on rank {', '.join(map(str, ranks))} is not finite"
-        say(f"warning: {found}: this optimizer step is skipped, {self.consecutive_skips} in a row now")
+        problem = f"the {name} on rank {', '.join(map(str, ranks))} is not finite"
+        say(f"warning: {problem}: this optimizer step is skipped, {self.consecutive_skips} in a row now")
         if self.consecutive_skips >= self._limit:
             raise Diverged(
-                f"{found}: optimizer steps skipped in a row reach --max_skipped_steps {self._limit}: {DIVERGED}"
+                f"{problem}: optimizer steps skipped in a row reach --max_skipped_steps {self._limit}: {DIVERGED}"
             )
 
 

@@ -48,7 +48,7 @@ def test_the_values_of_a_model_are_read_without_the_prefix():
 
 
 def test_actor_and_critic_have_all_of_them_and_values_of_their_own():
-    config = PPOConfig(actor_zero_stage=1, critic_lora_dim=8)  # type: ignore[call-arg]
+    config = PPOConfig(actor_zero_stage=1, critic_lora_dim=8)
     assert (config.actor.zero_stage, config.critic.zero_stage) == (1, 2)
     assert (config.actor.lora_dim, config.critic.lora_dim) == (0, 8)
     for name in options(TrainedModelOptions):
