@@ -1,31 +1,35 @@
-"""Reads the flags of all three steps, and looks for what they name, before the first one trains: a slip must not cost
-the hours before it.
+"""Checks the flags of all three steps, and that the data and models they name exist, before the first step trains: a
+slip in the flags of a later step must not cost the hours of the steps before it.
 
     python launch/check_flags.py USAGE sft FLAGS... -- reward FLAGS... -- ppo FLAGS...
 
-USAGE is that of launch/pipeline.sh; the flags it names are suggested too.
+USAGE is the usage text of launch/pipeline.sh; its flags are among those suggested for an unknown one.
 """
 
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.config.parser import Config, options, parse
+from common.config.parser import options, parse
 from common.errors import UserError, named_by
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 
-CONFIGS: dict[str, type[Config]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+StepConfig = SFTConfig | RewardConfig | PPOConfig
+CONFIGS: dict[str, type[StepConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Read the flags; returns 2 after the one line that names the step and what is wrong."""
+    """Check the flags. Returns the exit code: 2 after one line that names the step and the mistake."""
     usage, *words = argv
     own = set(re.findall(r"--(\w+)", usage))
     try:
@@ -33,11 +37,11 @@ def main(argv: Sequence[str]) -> int:
         # Imports torch, so not before the flags are known to be right.
         from common.training.engine import check_engine_options
 
-        made: set[Path] = set()
+        outputs: set[Path] = set()
         for step, config in steps:
             _for_step(step, check_engine_options, config)
-            _for_step(step, _check_inputs, config, made)
-            made.add(Path(config.output_dir).resolve())
+            _for_step(step, _check_inputs, config, outputs)
+            outputs.add(Path(config.output_dir).resolve())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,38 +52,40 @@ def _split(words: Sequence[str]) -> list[list[str]]:
     return [list(group) for mark, group in groupby(words, "--".__eq__) if not mark]
 
 
-def _read(step: str, flags: Sequence[str], own: set[str]) -> Config:
+def _read(step: str, flags: Sequence[str], own: set[str]) -> StepConfig:
     for word in flags:
         if word.startswith("--"):
             _for_step(step, _check_name, step, word[2:].partition("=")[0].replace("-", "_"), own)
     return _for_step(step, parse, CONFIGS[step], flags, f"--{step}_flags")
 
 
-def _for_step(step: str, function, *arguments):
-    """Calls the function; its UserError then names the step."""
+def _for_step(
+    step: str, function: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
+) -> Result:
+    """Call the function; if it raises UserError, name the step in the message."""
     try:
-        return function(*arguments)
+        return function(*arguments, **named)
     except UserError as error:
         raise UserError(f"step {list(CONFIGS).index(step) + 1} ({step}): {error}") from None
 
 
-def _check_inputs(config: Config, made: set[Path]) -> None:
-    """Raises UserError for data or a model that is not there; `made` are the models of the steps before."""
+def _check_inputs(config: StepConfig, outputs: set[Path]) -> None:
+    """Raise UserError for data or a model that does not exist. `outputs` are those of earlier steps: they will."""
     from common.data.sources import local_source
     from common.models.checks import check_model_name
 
     with config.naming_flags():
         for spec in config.all_sources():
             local_source(spec)
-    for name in options(type(config)):
-        value = getattr(config, name)
-        if name.endswith("model_name_or_path") and value is not None and Path(value).resolve() not in made:
+    for name, meta in options(type(config)).items():
+        model = getattr(config, name) if meta.names_model else None
+        if model is not None and Path(model).resolve() not in outputs:
             with named_by(f"--{name}"):
-                check_model_name(value, config.merge_adapter)
+                check_model_name(model, config.merge_adapter)
 
 
 def _check_name(step: str, name: str, own: set[str]) -> None:
-    """Raises UserError for a flag that the step does not have; it says where the flag belongs."""
+    """Raise UserError for a flag that the step does not have; the message says which step has it."""
     known = _flags(CONFIGS[step])
     if name in known:
         return
@@ -91,7 +97,7 @@ def _check_name(step: str, name: str, own: set[str]) -> None:
     raise UserError(f"unknown flag --{name}: {hint}")
 
 
-def _flags(config: type[Config]) -> set[str]:
+def _flags(config: type[StepConfig]) -> set[str]:
     """Every flag of a program, without its dashes."""
     kinds = {spelling: meta.kind for name, meta in options(config).items() for spelling in (name, *meta.aliases)}
     return {"help", "config", *kinds, *(f"no_{spelling}" for spelling, kind in kinds.items() if kind is bool)}

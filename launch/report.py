@@ -1,6 +1,7 @@
-"""What the three steps reached, read from their output directories: metrics.jsonl and the samples of step 3.
+"""The results of the three steps, read from their output directories: metrics.jsonl and the samples of step 3.
 
-The TRUE reward is known where the held-out questions are those of the built-in task (`common.data.builtin`).
+The TRUE reward is that of the rule behind the built-in task (`common.data.builtin`); it is known if the held-out
+questions are from that task.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
+from typing import Any
 
 from common.data.builtin import builtin_rows, true_reward
 from common.data.templates import TEXT_TEMPLATES
@@ -21,7 +23,8 @@ from common.runtime.terminal import escape_controls
 STEPS = ("sft", "reward", "ppo")
 SHOWN_ANSWERS = 6
 COLUMN = 36  # characters of each column of answers
-QUESTION_LINES = 3  # of a longer question the end is shown, where it mostly asks
+QUESTION_LINES = 3  # of a longer question the end is shown: what is asked mostly stands there
+FORMAT = 1  # of summary.json
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the built-in task's rule says of the answers to held-out prompts; mean reward and shares, 0 to 1."""
+    """The TRUE reward of the answers to held-out prompts. All numbers are means over prompts, from 0 to 1."""
 
     reward: Change
     correct: Change
@@ -43,7 +46,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Answers:
-    """One held-out prompt, and what was answered before and after PPO."""
+    """One held-out prompt, and the answers to it before and after PPO."""
 
     question: str
     before: str
@@ -52,16 +55,18 @@ class Answers:
 
 @dataclass(frozen=True)
 class Report:
-    """Attributes:
-    perplexity: of held-out demonstrations, step 1.
-    accuracy: share of held-out pairs in which the reward model prefers the chosen answer, step 2.
-    reward: mean raw score of the reward model over held-out prompts, step 3.
-    kl: mean over answers of the KL to the reference, in nats, step 3.
-    response_length: tokens, step 3.
-    truth: None where the true reward is unknown. So is any of the above that was not evaluated.
-    seconds: wall-clock time of each step.
-    cost: of all steps, in the currency of the price; None without one.
-    answers: some held-out prompts.
+    """The figures of a pipeline. Those that were not evaluated are None.
+
+    Attributes:
+        perplexity: of held-out demonstrations, step 1.
+        accuracy: share of held-out pairs in which the reward model prefers the chosen answer, step 2.
+        reward: mean raw score of the reward model over held-out prompts, step 3.
+        kl: mean over answers of the KL to the reference, in nats, step 3.
+        response_length: mean tokens of an answer, step 3.
+        truth: None also if the true reward is unknown.
+        seconds: wall-clock time of each step.
+        cost: of all steps, in the currency of the price; None without a price.
+        answers: to some of the held-out prompts.
     """
 
     perplexity: Change | None
@@ -82,10 +87,10 @@ def make_report(
 
     Args:
         seconds: wall-clock time of each step; without it, the time from opening the output directory to the end.
-        price_per_hour: of the machine the steps ran on.
+        price_per_hour: of the machine that the steps ran on.
 
     Raises:
-        UserError: a step has not been finished.
+        UserError: a step was not run to its end, or its files are damaged.
     """
     records = {name: _finished(name, directory) for name, directory in zip(STEPS, (sft, reward, ppo))}
     evaluated = any(row["phase"] == "eval" for row in records["ppo"])
@@ -94,7 +99,7 @@ def make_report(
         if evaluated
         else ([], [])
     )
-    # A step that was interrupted has taken longer than its last start says.
+    # The times in the metrics of a step that was interrupted include those before; `seconds` are of its last start.
     logged = [rows[-1]["seconds"] for rows in records.values()]
     times = dict(zip(STEPS, map(max, logged, seconds or logged)))
 
@@ -108,15 +113,15 @@ def make_report(
         reward=change("ppo", "reward"),
         kl=change("ppo", "kl"),
         response_length=change("ppo", "response_length"),
-        truth=judge(before, after) if evaluated else None,
+        truth=true_reward_of(before, after) if evaluated else None,
         seconds=times,
         cost=None if price_per_hour is None else sum(times.values()) / 3600 * price_per_hour,
         answers=tuple(_spread(before, after)),
     )
 
 
-def judge(before: Sequence[dict], after: Sequence[dict]) -> Truth | None:
-    """The true reward of two sets of samples, each a row with "prompt" and "response"; None where it is unknown."""
+def true_reward_of(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> Truth | None:
+    """The true reward of two sets of samples, rows with "prompt" and "response"; None if it is unknown."""
     try:
         old, new = (
             [true_reward(question_of(row["prompt"]), row["response"]) for row in rows] for rows in (before, after)
@@ -131,10 +136,10 @@ def judge(before: Sequence[dict], after: Sequence[dict]) -> Truth | None:
 
 
 def question_of(prompt: str) -> str:
-    """The last question in a prompt, without its template.
+    """The last question in a prompt, without the text that its template adds.
 
-    In the wording of a tokenizer's own chat template, only a question of the built-in task is found; otherwise it is
-    the whole prompt.
+    In a prompt made by a tokenizer's own chat template, only questions of the built-in task are recognised; for others
+    the result is the whole prompt.
     """
     text = "\n\n" + prompt.strip()
     for template in TEXT_TEMPLATES.values():
@@ -148,7 +153,7 @@ def _builtin_questions() -> frozenset[str]:
     return frozenset(row["prompt"] for row in builtin_rows("courtesy"))
 
 
-def _spread(before: Sequence[dict], after: Sequence[dict]) -> Iterator[Answers]:
+def _spread(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> Iterator[Answers]:
     pairs = list({old["prompt"]: (old, new) for old, new in zip(before, after)}.values())
     for old, new in pairs[:: max(1, len(pairs) // SHOWN_ANSWERS)][:SHOWN_ANSWERS]:
         yield Answers(question_of(old["prompt"]), old["response"].strip(), new["response"].strip())
@@ -161,8 +166,9 @@ def render(report: Report) -> str:
 
 
 def write_summary(report: Report, path: Path) -> None:
-    """Write the report as JSON."""
-    path.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the report as JSON, with the number of its format."""
+    values = {"format": FORMAT, **asdict(report)}
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _figures(report: Report) -> Iterator[str]:
@@ -206,13 +212,13 @@ def _end_of(question: str) -> list[str]:
     lines = wrap(words, 2 * COLUMN + 5)
     if len(lines) <= QUESTION_LINES:
         return lines
-    # From the end backwards, so that the last line is a full one too.
+    # Lines are filled from the end backwards, so that the last line is full, and the first may be short.
     lines = [line[::-1] for line in reversed(wrap(words[::-1], 2 * COLUMN + 1)[:QUESTION_LINES])]
     return [f"... {lines[0]}", *lines[1:]]
 
 
-def _finished(step: str, directory: Path) -> list[dict]:
-    """The metrics of a run that ended well: what lies beside those of another may be an earlier run's."""
+def _finished(step: str, directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a step that ran to its end. Otherwise other files in the directory may be of an earlier run."""
     rows = _read_rows(directory / "logs" / "metrics.jsonl", phase=str, seconds=(int, float))
     if not any(row["phase"] == "done" for row in rows):
         raise UserError(
@@ -222,8 +228,8 @@ def _finished(step: str, directory: Path) -> list[dict]:
     return rows
 
 
-def _read_rows(path: Path, **holds: type | tuple[type, ...]) -> list[dict]:
-    """JSON lines, each with values of these types by these names."""
+def _read_rows(path: Path, **fields: type | tuple[type, ...]) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines. Raises UserError unless each has these fields, with values of these types."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -237,6 +243,6 @@ def _read_rows(path: Path, **holds: type | tuple[type, ...]) -> list[dict]:
     if not rows:
         raise UserError(f"{path} is empty: run the step to its end")
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in holds.items()):
-            raise UserError(f"{path}:{number} is damaged: it has no {' and '.join(holds)}: run the step to its end")
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in fields.items()):
+            raise UserError(f"{path}:{number} is damaged: it has no {' and '.join(fields)}: run the step to its end")
     return rows

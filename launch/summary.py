@@ -1,4 +1,4 @@
-"""Sums up a pipeline's output directory: `python launch/summary.py OUTPUT_DIR`."""
+"""Prints what the three steps of a pipeline achieved: `python launch/summary.py OUTPUT_DIR`."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from launch.report import STEPS, make_report, render, write_summary
 
 
 def main() -> int:
-    """Print the summary and write OUTPUT_DIR/summary.json."""
+    """Print the summary and write OUTPUT_DIR/summary.json. Returns the exit code."""
     reopen_closed()
     tolerate_write_errors()
     parser = argparse.ArgumentParser(description=__doc__)
@@ -23,9 +23,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         output = Path(as_typed_in_a_shell(args.output_dir, "OUTPUT_DIR"))
-        report = make_report(
-            *(output / step for step in STEPS), seconds=args.seconds, price_per_hour=args.price_per_hour
-        )
+        sft, reward, ppo = (output / step for step in STEPS)
+        report = make_report(sft, reward, ppo, seconds=args.seconds, price_per_hour=args.price_per_hour)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Prints a path that a script was given with `~` and variables replaced, as in every path option of the programs.
+"""Prints a path with `~` and environment variables expanded, as the programs expand those in their path options.
 
 python launch/typed_path.py FLAG PATH
 """
@@ -13,7 +13,7 @@ from common.paths import as_typed_in_a_shell
 
 
 def main(flag: str, typed: str) -> int:
-    """Returns 2 after the one line that names the flag where there is no such user or variable."""
+    """Print the path. Returns the exit code: 2, after one line that names the flag, for an unknown user or variable."""
     try:
         print(as_typed_in_a_shell(typed, flag))
     except UserError as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.groups import check_output_dir
+from common.config.groups import TrainedModelOptions, check_output_dir
 from common.config.parser import PathName, option
+from common.config.shared import same_option
 from common.data.blend import SourceSpec, parse_data_path
 from common.errors import named_by
 from common.supervised.config import SupervisedConfig
@@ -19,10 +20,12 @@ class SFTConfig(SupervisedConfig):
     phase: ClassVar[int] = 0
     other_source_flag: ClassVar[str] = "--sft_only_data_path"
 
-    model_name_or_path: PathName = option("facebook/opt-1.3b", "model to train: hub name, directory or builtin:*")
-    output_dir: PathName = option("output/sft", "directory of the result")
+    model_name_or_path: PathName = option(
+        "facebook/opt-1.3b", "model to train: hub name, directory or builtin:*", names_model=True
+    )
+    output_dir: PathName = option("output/sft", "directory of the result", affects="nothing")
     # The rate of DeepSpeed-Chat's published OPT-1.3B script for several GPUs.
-    learning_rate: float = option(9.65e-6, "highest learning rate", low=0)
+    learning_rate: float = same_option(TrainedModelOptions, "learning_rate", default=9.65e-6)
     sft_only_data_path: tuple[PathName, ...] = option((), "further data sources, given to this step whole")
     train_on_prompt: bool = option(False, "train on the tokens of prompts too")
     packing: bool = option(
@@ -30,7 +33,7 @@ class SFTConfig(SupervisedConfig):
         "let whole rows share sequences of --max_seq_len tokens, each blind to the others: the same steps, loss "
         "and gradients from fewer, fuller micro-batches; a model that cannot gets rows of like length together",
     )
-    eval_iters: int = option(0, "evaluation batches over all ranks at most; 0: all", low=0)
+    eval_iters: int = option(0, "evaluation batches over all ranks at most; 0: all", low=0, affects="evaluation")
 
     def validate(self) -> None:
         super().validate()

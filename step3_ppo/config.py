@@ -7,8 +7,18 @@ from math import ceil
 from pathlib import Path
 from typing import ClassVar
 
-from common.config.groups import LORA_ALPHA_HELP, Batch, RunOptions, ScheduleOptions, check_output_dir
+from common.config.groups import (
+    MICRO_BATCH_PHASES,
+    Batch,
+    RunOptions,
+    ScheduleOptions,
+    TrainedModelOptions,
+    check_lora,
+    check_output_dir,
+)
+from common.config.option import ANYWHERE
 from common.config.parser import Config, PathName, option, options
+from common.config.shared import prefixed, same_option, unprefixed
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.options import DataOptions
 from common.errors import UserError, named_by
@@ -29,10 +39,21 @@ class RolloutOptions(Config):
         "prompts per rank in one rollout batch, answered at the same time",
         aliases=("per_device_train_batch_size",),
         low=1,
+        relieves=("generate", "evaluation"),
+        advice="lower {flag}",
     )
     generation_batches: int = option(1, "rollout batches per iteration", aliases=("generation_batch_numbers",), low=1)
-    max_prompt_seq_len: int = option(256, "longest prompt; others are cut on the left", unit="tokens", low=1)
-    max_answer_seq_len: int = option(256, "longest answer", unit="tokens", low=1)
+    max_prompt_seq_len: int = option(
+        256,
+        "longest prompt; others are cut on the left",
+        unit="tokens",
+        low=1,
+        relieves=(ANYWHERE,),
+        advice="lower {flag}",
+    )
+    max_answer_seq_len: int = option(
+        256, "longest answer", unit="tokens", low=1, relieves=(ANYWHERE,), advice="lower {flag}"
+    )
     min_answer_seq_len: int = option(0, "no end token is sampled before", unit="tokens", low=0)
     draw_answer_lengths: bool = option(
         False, "give every answer exactly a length drawn from --min_answer_seq_len to --max_answer_seq_len"
@@ -118,11 +139,15 @@ class UpdateOptions(ScheduleOptions):
     """PPO"""
 
     max_iterations: int = option(0, "stop after so many iterations; 0: as --num_train_epochs says", low=0)
-    num_warmup_steps: int = option(
-        100, options(ScheduleOptions)["num_warmup_steps"].help, unit="optimizer steps", low=0
-    )
+    num_warmup_steps: int = same_option(ScheduleOptions, "num_warmup_steps", default=100)
     per_device_training_batch_size: int = option(
-        16, "answers per rank in a micro-batch", aliases=("per_device_mini_train_batch_size",), low=1
+        16,
+        "answers per rank in a micro-batch",
+        aliases=("per_device_mini_train_batch_size",),
+        low=1,
+        deepspeed_keys=("train_batch_size", "train_micro_batch_size_per_gpu"),
+        relieves=MICRO_BATCH_PHASES,
+        advice="lower {flag}",
     )
     ppo_epochs: int = option(1, "passes over each iteration's rollouts", low=1)
     clip_range: float = option(0.2, "clip the ratio of new to old policy to 1 plus or minus this", above=0)
@@ -141,9 +166,14 @@ class UpdateOptions(ScheduleOptions):
         "every token of --max_answer_seq_len, where the average token is 20 times likelier than the reference has it",
         unit="nats per answer",
         above=0,
+        affects="nothing",
     )
-    max_reward: float | None = option(None, "stop when an iteration's mean reward is above", unit="raw score")
-    min_reward: float | None = option(None, "stop when an iteration's mean reward is below", unit="raw score")
+    max_reward: float | None = option(
+        None, "stop when an iteration's mean reward is above", unit="raw score", affects="nothing"
+    )
+    min_reward: float | None = option(
+        None, "stop when an iteration's mean reward is below", unit="raw score", affects="nothing"
+    )
     enable_ema: bool = option(
         False, "keep a moving average of the actor's weights, in fp32 beside them, and save it too"
     )
@@ -163,56 +193,60 @@ class UpdateOptions(ScheduleOptions):
         )
 
 
+_SHORTER_HELP = {
+    "gradient_checkpointing": {"help": "recompute activations to save memory"},
+    "lora_module_name": {"help": "parts of layer names, with commas; auto: all linear"},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
+@prefixed(
+    "actor_",
+    TrainedModelOptions,
+    learning_rate={"default": 9.65e-6},
+    weight_decay={"default": 0.1},
+    zero_stage={"default": 2, "help": "ZeRO stage; 3 also partitions the reference"},
+    **_SHORTER_HELP,
+)
 class ActorOptions(Config):
     """Actor"""
 
-    actor_learning_rate: float = option(9.65e-6, "highest learning rate", low=0)
-    actor_weight_decay: float = option(0.1, "AdamW's weight decay; biases and norms have none", low=0)
-    actor_zero_stage: int = option(2, "ZeRO stage; 3 also partitions the reference", choices=(0, 1, 2, 3))
-    actor_gradient_checkpointing: bool = option(False, "recompute activations to save memory")
-    actor_lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
-    actor_lora_alpha: float | None = option(None, LORA_ALPHA_HELP, above=0)
-    actor_lora_module_name: str = option("auto", "parts of layer names, with commas; auto: all linear")
-    actor_lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
     actor_dropout: float | None = option(None, "", ignored=_NO_DROPOUT, low=0, below=1)
     disable_actor_dropout: bool = option(False, "", ignored=_NO_DROPOUT)
 
+    @property
+    def actor(self) -> TrainedModelOptions:
+        """The options of the actor."""
+        return unprefixed(self, TrainedModelOptions, "actor_")
+
     def validate(self) -> None:
         super().validate()
-        self.only_with(
-            "--actor_lora_dim above 0",
-            self.actor_lora_dim > 0,
-            "actor_lora_alpha",
-            "actor_lora_module_name",
-            "actor_lora_learning_rate",
-        )
+        check_lora(self, "actor_")
 
 
 @dataclass(frozen=True, kw_only=True)
+@prefixed(
+    "critic_",
+    TrainedModelOptions,
+    learning_rate={"default": 5e-6},
+    weight_decay={"default": 0.1},
+    zero_stage={"default": 2, "help": "ZeRO stage; 3 also partitions the reward model"},
+    **_SHORTER_HELP,
+)
 class CriticOptions(Config):
     """Critic"""
 
-    critic_learning_rate: float = option(5e-6, "highest learning rate", low=0)
-    critic_weight_decay: float = option(0.1, "AdamW's weight decay; biases and norms have none", low=0)
-    critic_zero_stage: int = option(2, "ZeRO stage; 3 also partitions the reward model", choices=(0, 1, 2, 3))
-    critic_gradient_checkpointing: bool = option(False, "recompute activations to save memory")
-    critic_lora_dim: int = option(0, "rank of the LoRA adapters; 0 trains the whole model", low=0)
-    critic_lora_alpha: float | None = option(None, LORA_ALPHA_HELP, above=0)
-    critic_lora_module_name: str = option("auto", "parts of layer names, with commas; auto: all linear")
-    critic_lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
     critic_dropout: float | None = option(None, "", ignored=_NO_DROPOUT, low=0, below=1)
     disable_critic_dropout: bool = option(False, "", ignored=_NO_DROPOUT)
 
+    @property
+    def critic(self) -> TrainedModelOptions:
+        """The options of the critic."""
+        return unprefixed(self, TrainedModelOptions, "critic_")
+
     def validate(self) -> None:
         super().validate()
-        self.only_with(
-            "--critic_lora_dim above 0",
-            self.critic_lora_dim > 0,
-            "critic_lora_alpha",
-            "critic_lora_module_name",
-            "critic_lora_learning_rate",
-        )
+        check_lora(self, "critic_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,27 +256,45 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     phase: ClassVar[int] = 2
     other_source_flag: ClassVar[str] = "--unsupervised_dataset_name"
 
-    actor_model_name_or_path: PathName = option("output/sft", "the fine-tuned model of step 1")
-    critic_model_name_or_path: PathName = option("output/reward", "the reward model of step 2; the critic's start")
-    output_dir: PathName = option("output/ppo", "directory of the result")
-    offload: bool = option(False, "keep optimizer states (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory")
+    actor_model_name_or_path: PathName = option("output/sft", "the fine-tuned model of step 1", names_model=True)
+    critic_model_name_or_path: PathName = option(
+        "output/reward", "the reward model of step 2; the critic's start", names_model=True
+    )
+    output_dir: PathName = option("output/ppo", "directory of the result", affects="nothing")
+    offload: bool = option(
+        False,
+        "keep optimizer states (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory",
+        relieves=("actor_update", "critic_update", ANYWHERE),
+        advice="add {flag}",
+    )
     offload_in_rollouts: bool = option(
         False,
         "keep optimizer states in CPU memory during rollouts, and so leave their room to keys and values, which "
         "are released afterwards; --offload keeps them there all the time",
+        affects="nothing",
     )
     offload_reference_model: bool = option(False, "keep the reference in CPU memory")
     offload_reward_model: bool = option(False, "keep the reward model in CPU memory")
-    eval_interval: int = option(0, "evaluate every N; 0: only before and after", unit="iterations", low=0)
-    eval_prompts: int = option(64, "held-out prompts to answer in an evaluation; 0: none", low=0)
-    log_interval: int = option(1, "record metrics every N iterations", unit="iterations", low=1)
-    print_answers: bool = option(False, "print a few prompts and answers while training")
-    print_answers_interval: int = option(1, "how often --print_answers prints", unit="iterations", low=1)
+    eval_interval: int = option(
+        0, "evaluate every N; 0: only before and after", unit="iterations", low=0, affects="evaluation"
+    )
+    eval_prompts: int = option(64, "held-out prompts to answer in an evaluation; 0: none", low=0, affects="evaluation")
+    log_interval: int = option(1, "record metrics every N iterations", unit="iterations", low=1, affects="nothing")
+    print_answers: bool = option(False, "print a few prompts and answers while training", affects="nothing")
+    print_answers_interval: int = option(
+        1, "how often --print_answers prints", unit="iterations", low=1, affects="nothing"
+    )
     enable_hybrid_engine: bool = option(False, "", ignored=_ONE_ENGINE)
     unpin_actor_parameters: bool = option(
         False, "under ZeRO-3 gather the actor layer by layer for every token, not whole: slow, for want of memory"
     )
-    release_inference_cache: bool = option(False, "give back the memory of keys and values after each rollout")
+    release_inference_cache: bool = option(
+        False,
+        "give back the memory of keys and values after each rollout",
+        affects="nothing",
+        relieves=("generate",),
+        advice="add {flag}",
+    )
     inference_tp_size: int = option(1, "", ignored=_NO_TENSOR_PARALLEL, low=1)
     tp_gather_partition_size: int = option(8, "", ignored=_NO_TENSOR_PARALLEL, low=1)
     enable_mixed_precision_lora: bool = option(False, "", ignored="gathered weights are not quantised")
@@ -252,7 +304,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         return super().all_sources() + self.text_sources()
 
     def text_sources(self) -> list[SourceSpec]:
-        """That of the plain text, if any is mixed in."""
+        """The source of the plain text that is mixed into the updates, if any."""
         if not self.unsupervised_dataset_name:
             return []
         form = self.file_format()
@@ -263,7 +315,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
 
     @property
     def kl_limit(self) -> float:
-        """--max_kl, or what no policy that still writes text comes near."""
+        """--max_kl, or a limit that no policy which still writes text comes near."""
         return 3.0 * self.max_answer_seq_len if self.max_kl is None else self.max_kl
 
     @property
@@ -279,7 +331,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         )
 
     def batches(self) -> list[Batch]:
-        """What is computed depends on these, not on what each rank contributes."""
+        """The prompts of one iteration and the answers of one optimizer step."""
         return [
             Batch(
                 "prompts per iteration",
@@ -303,18 +355,18 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
                 "--draw_answer_lengths lets no answer end by itself, so --missing_eos_score would be the "
                 "score of them all: leave one of the two out"
             )
-        if self.offload and self.actor_zero_stage == 0 and self.critic_zero_stage == 0:
+        if self.offload and self.actor.zero_stage == 0 and self.critic.zero_stage == 0:
             raise UserError("--offload needs --actor_zero_stage or --critic_zero_stage 1, 2 or 3")
         check_output_dir(
             self.output_dir,
             actor_model_name_or_path=self.actor_model_name_or_path,
             critic_model_name_or_path=self.critic_model_name_or_path,
         )
-        self._check_made("actor_model_name_or_path", "step1_sft/main.py")
-        self._check_made("critic_model_name_or_path", "step2_reward/main.py")
+        self._check_default_exists("actor_model_name_or_path", "step1_sft/main.py")
+        self._check_default_exists("critic_model_name_or_path", "step2_reward/main.py")
 
-    def _check_made(self, name: str, program: str) -> None:
-        # A default that was never made would be looked up on the hub.
+    def _check_default_exists(self, name: str, program: str) -> None:
+        # transformers would look up a default directory that does not exist on the hub.
         model = getattr(self, name)
         if model == options(PPOConfig)[name].default and not (Path(model) / "config.json").is_file():
             raise UserError(

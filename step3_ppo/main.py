@@ -35,7 +35,7 @@ from common.paths import writing_to
 from common.runtime.distributed import rank, say, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import check_engine_options
-from common.training.memory import fit_micro_batches, named_when_out_of_memory
+from common.training.memory import advising_on_memory, fit_micro_batches, named_when_out_of_memory
 from common.training.timing import PhaseClock
 from step3_ppo.config import PPOConfig
 from step3_ppo.generation.sampling import Sampling
@@ -77,7 +77,7 @@ def main(argv=None) -> None:
     sampler = prompt_sampler(config, data.train)
     scheduled = min(sampler.steps_per_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
     iterations = min(scheduled, config.stop_after or sys.maxsize)
-    with named_when_out_of_memory("loading the models"):
+    with advising_on_memory(config), named_when_out_of_memory("loading the models"):
         models = build_models(
             config, codec, actor, critic, calibration or RAW, optimizer_steps(config, data.train, scheduled)
         )
@@ -102,7 +102,7 @@ def main(argv=None) -> None:
         calibration,
     )
 
-    with checkpoints.reporting_last_good():
+    with checkpoints.reporting_last_good(), advising_on_memory(config):
         done = checkpoints.restore(found, training_state(models, trainer), tracker)
         metrics = run_iterations(trainer, sampler, iterations, tracker, done, checkpoints.on_step_end)
         save(config, models, codec, trainer.calibration, data)

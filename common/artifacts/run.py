@@ -10,7 +10,8 @@ from typing import Any
 from common.artifacts.lock import lock_output
 from common.artifacts.obstacles import check_nothing_in_the_way
 from common.artifacts.tracking import Tracker, quiet_libraries
-from common.checkpoints.manager import Checkpoints, TrainingState
+from common.checkpoints.manager import Checkpoints
+from common.checkpoints.training_state import TrainingState
 from common.data.prepare import PreparedData, agree_on
 from common.errors import UserError
 from common.runtime.distributed import is_main, rank, say

@@ -1,4 +1,4 @@
-"""Whether the result of this very run lies there already, so that the same command need not train it again."""
+"""Whether the output directory holds the result of this very command, which then need not train again."""
 
 from __future__ import annotations
 
@@ -6,53 +6,72 @@ import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from common.config.parser import Config, options
+from common.checkpoints.state import check_format
+from common.config.groups import RunOptions
+from common.config.parser import options
 from common.paths import content_digest
 
 FILE = "logs/finished.json"  # in the output directory
+FORMAT = 1
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".py")
 
 
 class CompletedRun:
-    """The result of a run, by all that it depends on: configuration, data, batches, models that it starts from.
+    """The record of a run that has ended well: all that its result depends on, and the files of the result.
 
     Args:
-        config: has `output_dir` and model names.
-        depends_on: the rest, as JSON.
+        config: names the output directory and the models that the run starts from.
+        depends_on: what else the result depends on, such as configuration and data, as JSON.
     """
 
-    def __init__(self, config: Config, depends_on: dict):
+    def __init__(self, config: RunOptions, depends_on: dict[str, Any]):
         self.output, self.depends_on = Path(config.output_dir), depends_on
-        self.models = {
-            name: getattr(config, name) for name in options(type(config)) if name.endswith("model_name_or_path")
+        self.models: dict[str, str | None] = {
+            name: getattr(config, name) for name, meta in options(type(config)).items() if meta.names_model
         }
 
     def exists(self) -> bool:
-        """Whether the output directory holds this result. Reads the models that it starts from, if it may be so."""
+        """Whether the output directory holds this result. If it may, the models that the run starts from are read."""
+        recorded = self._read()
         try:
-            noted = json.loads((self.output / FILE).read_text(encoding="utf-8"))
             return (
-                isinstance(noted, dict)
-                and all(noted.get(name) == value for name, value in self.depends_on.items())
-                and noted.get("files") == self._files()
-                and noted.get("models") == self._digests()
+                recorded is not None
+                and all(recorded.get(name) == value for name, value in self.depends_on.items())
+                and recorded.get("files") == self._files()
+                and recorded.get("models") == self._digests()
             )
-        except (OSError, ValueError, RecursionError):
+        except OSError:
             return False
 
+    def check_format(self) -> None:
+        """Raise InputError if another version of the project made the record. All ranks may call it."""
+        recorded = self._read()
+        if recorded is not None and "format" in recorded:
+            advice = "use the version that made it, or train again with this one, --resume never"
+            with contextlib.suppress(ValueError):  # a damaged record counts as missing
+                check_format(recorded, FORMAT, self.output / FILE, advice)
+
     def record(self) -> None:
-        """From here on it is there. A disk that refuses costs no more than this note."""
+        """Write the record. If the disk refuses, the same command will train again; that is all."""
         path = self.output / FILE
         new = path.with_suffix(".new")
         with contextlib.suppress(OSError):
-            values = {**self.depends_on, "files": self._files(), "models": self._digests()}
+            values = {"format": FORMAT, **self.depends_on, "files": self._files(), "models": self._digests()}
             new.write_text(json.dumps(values, indent=1), encoding="utf-8")
             os.replace(new, path)
 
     def clear(self) -> None:
-        """From here on it is being made."""
+        """Remove the record: a run begins to write into the output directory."""
         (self.output / FILE).unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            values = json.loads((self.output / FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return values if isinstance(values, dict) else None
 
     def _files(self) -> dict[str, int]:
         """The size of every model file of the result, and of its provenance."""
@@ -67,7 +86,7 @@ class CompletedRun:
 
 
 def _digest(model: Path) -> str:
-    """A hash of a model directory's content; of what is none, such as a hub name, the name."""
+    """A hash of the files of a model directory; for anything else, such as a name on the hub, the name itself."""
     if not model.is_dir():
         return str(model)
     return content_digest(sorted(path for path in model.iterdir() if path.suffix in _MODEL_FILES and path.is_file()))

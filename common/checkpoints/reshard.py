@@ -1,7 +1,7 @@
-"""A ZeRO checkpoint for another number of ranks, through DeepSpeed's universal checkpoints.
+"""A checkpoint loaded by another number of ranks than saved it, through DeepSpeed's universal checkpoints.
 
-What ZeRO has cut into shards is put together, parameter by parameter, only for the moment of loading; every rank then
-takes its share.
+The parts into which ZeRO had divided every parameter are joined, only for the time of loading; every rank then takes
+its own part. What is not divided is loaded as it is.
 """
 
 from __future__ import annotations
@@ -9,30 +9,73 @@ from __future__ import annotations
 import contextlib
 import io
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from common.checkpoints.engine_state import TAG, loading_data_only
+from common.checkpoints.config_changes import in_words
+from common.checkpoints.engine_state import TAG, load_engine, loading_data_only
+from common.checkpoints.loading import naming_checkpoint
+from common.checkpoints.state import rank_file
+from common.checkpoints.store import CheckpointStore
+from common.checkpoints.training_state import TrainingState
 from common.errors import TrainingFailure
-from common.runtime.distributed import gather_objects, rank, world_size
+from common.runtime.distributed import barrier, gather_objects, rank, say, seed_rank, world_size
+from common.training.engine import Engine
+
+
+def load_resharded(
+    path: Path, state: TrainingState, values: Mapping[str, Any], store: CheckpointStore, seed: int
+) -> None:
+    """Load the checkpoint at `path` into the engines and tensors of `state`. All ranks must call it.
+
+    Args:
+        values: state.json of the checkpoint.
+        store: has room for the joined parameters.
+        seed: of the run; random numbers are drawn anew from it, as those of other ranks cannot be continued.
+
+    Raises:
+        TrainingFailure: the disk refused the joined parameters.
+        UserError: the checkpoint is not one of this run's models.
+    """
+    sharded = [name for name, engine in state.engines.items() if engine.zero_optimization()]
+    unsharded = store.scratch()
+    make_universal(path, unsharded, sharded)
+    for name, engine in state.engines.items():
+        if name in sharded:
+            with loading_universal(engine):
+                load_engine(engine, unsharded / name)
+        else:
+            load_engine(engine, path / name)
+    barrier()  # every rank has read
+    store.clean()
+    files = [safe_open(path / rank_file(number), "pt") for number in range(values["world_size"])]
+    with naming_checkpoint(path):
+        state.reshape(lambda name: [file.get_tensor(f"state.{name}") for file in files])
+    seed_rank(seed + values["step"] * world_size())
+    say(
+        f"note: {path} was made by {in_words(values['world_size'])}, and this run has {world_size()}: the same "
+        "batches follow, and numbers that agree but for rounding; dropout, if there is any, is drawn anew"
+    )
 
 
 def make_universal(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Convert the checkpoints of the engines `names` in `source`, divided between the ranks, which all must call it.
+    """Convert the checkpoints of the engines `names` in `source`. The ranks, which all must call it, divide the work.
 
     Args:
-        target: gets NAME/TAG for each; needs room for about twice what the shards take.
+        target: gets NAME/TAG for each engine; needs about twice the bytes of the shards.
 
     Raises:
-        TrainingFailure: the disk refused, on whatever rank.
+        TrainingFailure: the disk refused, on any rank.
     """
     failure = None
     try:
         for name in names[rank() :: world_size()]:
             _convert(source / name / TAG, target / name)
-    except (OSError, RuntimeError) as error:  # RuntimeError: of torch's own writer, where the disk is full
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
         failure = str(error)
     for reported in filter(None, gather_objects(failure)):
         raise TrainingFailure(
@@ -45,7 +88,7 @@ def _convert(source: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     target.mkdir(parents=True)
-    options = Namespace(
+    settings = Namespace(
         input_folder=str(source.absolute()),
         output_folder=TAG,
         num_extract_workers=1,
@@ -54,18 +97,18 @@ def _convert(source: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    # The converter takes the path it writes to for a regular expression: a relative one has nothing special in it.
+    # The converter uses the path that it writes to as a regular expression: a relative one has no special characters.
     with (
         loading_data_only(source),
         contextlib.chdir(target),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        ds_to_universal.main(options)
+        ds_to_universal.main(settings)
 
 
 @contextlib.contextmanager
-def loading_universal(engine):
+def loading_universal(engine: Engine) -> Iterator[None]:
     """Within the context `engine`, at ZeRO 1-3, loads a universal checkpoint.
 
     DeepSpeed leaves some of AdamW's state wrong at stage 3: all groups get rate and decay of the first, and count
@@ -82,5 +125,6 @@ def loading_universal(engine):
         group.update(kept, lr=rate)
     for parameter, state in adamw.state.items():
         if isinstance(state["step"], torch.Tensor):
-            place = parameter.device if adamw.defaults.get("fused") else "cpu"
-            state["step"] = state["step"].to(place, copy=True)
+            # A fused optimizer counts its steps beside the parameter, any other on the CPU.
+            target = parameter.device if adamw.defaults.get("fused") else "cpu"
+            state["step"] = state["step"].to(target, copy=True)

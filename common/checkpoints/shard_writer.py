@@ -8,19 +8,29 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
+
+
+class Writable(Protocol):
+    """The part of a binary file that the writers of shards use."""
+
+    def write(self, data: bytes, /) -> int:
+        """Write all of `data`, any object that holds bytes; returns their number."""
+
+    def flush(self) -> None:
+        """As that of a file."""
 
 
 @dataclass
 class Shards:
-    """What this rank writes into the directory of a checkpoint.
+    """The files that this rank writes into the directory of a checkpoint.
 
-    A disk that refuses is noted and not raised: ranks wait for each other while they save, so none may leave early.
+    An error of the disk is recorded and not raised: ranks wait for each other while they save, so none may leave early.
 
     Attributes:
-        files: size and SHA-256 of each, by its path inside the directory.
-        needed: bytes of all of them, also of those that the disk has refused.
-        refusal: why the first of them could not be written.
+        files: size and SHA-256 of each file, by its path inside the directory.
+        needed: bytes of all files, also of those that the disk refused.
+        refusal: why the first refused file could not be written; None if none was refused.
     """
 
     directory: Path
@@ -28,11 +38,11 @@ class Shards:
     needed: int = 0
     refusal: str | None = None
 
-    def add(self, name: str, write: Callable[[BinaryIO], object]) -> None:
+    def add(self, name: str, write: Callable[[Writable], object]) -> None:
         """Write a file.
 
         Args:
-            write: gets what stands for the file; it has `write` and `flush` and raises nothing.
+            write: is called with the file, whose methods raise nothing when the disk refuses.
         """
         with _Shard(self, self.directory / name) as shard:
             write(shard)
@@ -41,7 +51,7 @@ class Shards:
             self.files[name] = shard.size, shard.digest.hexdigest()
 
     def attempt(self, action: Callable[[], object]) -> None:
-        """Do what the disk may refuse; nothing if it has refused already."""
+        """Run `action`, which the disk may refuse, unless the disk has refused already."""
         if self.refusal is not None:
             return
         try:
@@ -51,39 +61,43 @@ class Shards:
 
 
 class _Shard:
-    """A file that is hashed while it is written. Once the disk has refused, what follows is only counted."""
+    """A file that is hashed while it is written. Once the disk has refused, further bytes are only counted."""
 
     def __init__(self, shards: Shards, path: Path):
         self.size, self.digest = 0, hashlib.sha256()
-        self._shards, self._path, self._file = shards, path, None
+        self._shards, self._path = shards, path
+        self._file: BinaryIO | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> _Shard:
         self._shards.attempt(self._open)
         return self
 
-    def write(self, data) -> int:
+    def write(self, data: bytes, /) -> int:
         size = memoryview(data).nbytes
         self.size += size
-        self._shards.attempt(lambda: self._take(data))
+        self._shards.attempt(lambda: self._append(data))
         return size
 
     def flush(self) -> None:
-        """All is brought to the disk at the end."""
+        """Does nothing: the file is brought to the disk once, when it is complete."""
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None:
-            self._shards.attempt(self._bring_to_disk)
-            with contextlib.suppress(OSError):  # once more what the disk has refused
-                self._file.close()
+            file = self._file
+            self._shards.attempt(lambda: _bring_to_disk(file))
+            with contextlib.suppress(OSError):  # of the bytes that the disk has refused already
+                file.close()
 
     def _open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._path, "wb")
 
-    def _take(self, data) -> None:
-        self._file.write(data)
-        self.digest.update(data)
+    def _append(self, data: bytes) -> None:
+        if self._file is not None:  # it is open, or the disk has refused and nothing is attempted
+            self._file.write(data)
+            self.digest.update(data)
 
-    def _bring_to_disk(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+
+def _bring_to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,14 +1,20 @@
-"""state.json of a checkpoint, and each rank's own tensors beside it: checked before anything is made of them."""
+"""state.json of a checkpoint, and the file of each rank's own tensors beside it: both checked before they are used."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from common.errors import InputError
+
 STATE = "state.json"
-_HOLDS = {
+FORMAT = 1  # of state.json and of the files beside it; raised when older versions could not read them any more
+RANDOM_STATE = "random.cpu"  # a tensor that the file of every rank has
+_FIELDS: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "optimizer_steps": int,
     "world_size": int,
@@ -18,39 +24,49 @@ _HOLDS = {
     "config": dict,
     "batches": dict,
 }
-_TRACKER_HOLDS = {"step": int, "bytes": int, "seconds": (int, float)}
-_MOST_RANKS = 100_000
-RANDOM_STATE = "random.cpu"  # what every rank has
+_TRACKER_FIELDS: dict[str, type | tuple[type, ...]] = {"step": int, "bytes": int, "seconds": (int, float)}
+_MAX_RANKS = 100_000
 
 
 def rank_file(number: int) -> str:
-    """The file of a rank's tensors."""
+    """The name of the file of a rank's tensors."""
     return f"rank{number}.safetensors"
 
 
-def read_state(path: Path) -> dict:
-    """What state.json of a checkpoint holds.
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of state.json of the checkpoint at `path`; fields that this version does not know stay in it.
 
     Raises:
-        ValueError: it is no such file; the message says why.
+        ValueError: the file has other content; the message says what is wrong with it.
+        InputError: the checkpoint has another format than that of this version.
     """
     try:
         values = json.loads((path / STATE).read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    _check_types(values, _HOLDS)
-    _check_types(values["tracker"], _TRACKER_HOLDS)
+    if not isinstance(values, dict):
+        raise ValueError("it is no object")
+    check_format(
+        values, FORMAT, path, "go on with the version that made it, or start anew with this one, --resume never"
+    )
+    _check_types(values, _FIELDS)
+    _check_types(values["tracker"], _TRACKER_FIELDS)
     for name, value in values["batches"].items():
         _check_types({name: value}, {name: int})
-    if not 1 <= values["world_size"] <= _MOST_RANKS:
+    if not 1 <= values["world_size"] <= _MAX_RANKS:
         raise ValueError(f"world_size is {values['world_size']}")
     return values
 
 
 def state_problems(path: Path) -> list[str]:
-    """Why nothing can be made of a checkpoint's state; empty if there is no reason. Reads no tensor."""
+    """What is wrong with state.json and the ranks' files of a checkpoint; empty if nothing is. Reads no tensor.
+
+    Another format is no damage: a run must not pass the checkpoint over, but end where `read_state` raises.
+    """
     try:
         values = read_state(path)
+    except InputError:
+        return []
     except (OSError, ValueError) as error:
         return [f"{STATE} cannot be used: {getattr(error, 'strerror', None) or error}"]
     for number in range(values["world_size"]):
@@ -63,10 +79,30 @@ def state_problems(path: Path) -> list[str]:
     return []
 
 
-def _check_types(values, holds: dict) -> None:
+def check_format(values: Mapping[str, Any], known: int, path: Path, advice: str) -> None:
+    """Compare the field "format" of a file's content with the format that this version reads and writes.
+
+    Args:
+        values: without the field, the file is of a version from before formats had numbers, which counts as 0.
+        path: of the file, for the message.
+        advice: what to do about another format.
+
+    Raises:
+        ValueError: the field is no whole number.
+        InputError: it is another one than `known`; the message names both.
+    """
+    number = values.get("format", 0)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ValueError(f"format is {str(number)[:40]!r}")
+    if number != known:
+        age = "an older" if number < known else "a newer"
+        raise InputError(path, f"it has format {number}, {age} one than format {known} of this version: {advice}")
+
+
+def _check_types(values: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:
     if not isinstance(values, dict):
         raise ValueError("it is no object")
-    for name, kind in holds.items():
+    for name, kind in fields.items():
         if name not in values:
             raise ValueError(f"it has no {name}")
         if not isinstance(values[name], kind) or isinstance(values[name], bool):

@@ -1,9 +1,9 @@
-"""Checkpoints on disk: each is whole, or it does not exist.
+"""Checkpoints on disk: each is complete and undamaged ("whole"), or it does not exist.
 
-All ranks write their shards into a temporary directory, each hashed while it is written and then brought to the disk. A
-manifest lists them; only then does a rename give the directory its name, and a pointer, replaced in one piece, say that
-it is the newest. Older ones are deleted last. So whatever happens at whatever moment, the newest whole checkpoint is
-found again, and a damaged one is recognised.
+All ranks write their files into a temporary directory; each file is hashed while it is written and then brought to the
+disk. A manifest lists them. Only then a rename gives the directory its name, and a pointer, replaced atomically, says
+that it is the newest. Older checkpoints are deleted last. So wherever a save is interrupted, the newest whole
+checkpoint is found again, and a damaged one is recognised.
 
 All methods are called by all ranks together unless they say otherwise; the directory is one that every rank sees.
 """
@@ -31,20 +31,22 @@ _BLOCK = 1 << 20
 
 
 class NotSaved(Exception):
-    """A checkpoint could not be written; what was there before is as it was. Raised on all ranks alike."""
+    """A checkpoint could not be written; earlier ones are as they were. Raised on all ranks alike."""
 
 
 class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        directory: holds a directory step-N for each.
+        directory: holds a directory step-N for each checkpoint.
         keep: how many of the newest stay, once training has gone on from the newest.
-        look: what else is wrong with a checkpoint whose files are as they were written; asked on rank 0.
+        further_problems: what is wrong with a checkpoint whose files are as they were written; called on rank 0.
     """
 
-    def __init__(self, directory: str | Path, keep: int, look: Callable[[Path], list[str]] = lambda path: []):
-        self.directory, self.keep, self.look = Path(directory), keep, look
+    def __init__(
+        self, directory: str | Path, keep: int, further_problems: Callable[[Path], list[str]] = lambda path: []
+    ):
+        self.directory, self.keep, self.further_problems = Path(directory), keep, further_problems
 
     def save(self, step: int, write: Callable[[Shards], None]) -> Path:
         """Publish the files that `write`, called on every rank, adds to this rank's shards.
@@ -54,7 +56,8 @@ class CheckpointStore:
         """
         if is_main():
             self._sweep()
-        # A name of its own: what cannot be removed (NFS keeps what a hung process holds open) is in nobody's way.
+        # A unique name: a directory that cannot be removed (NFS keeps files that a hung process holds open) blocks no
+        # later save.
         partial = self.directory / f"{PARTIAL}-{step}-{gather_objects(uuid.uuid4().hex[:8])[0]}"
         final = self.directory / f"step-{step}"
         shards = Shards(partial)
@@ -64,12 +67,12 @@ class CheckpointStore:
             shards.attempt(lambda: self._publish(written, final))
         self._unless_refused(shards)
         if is_main():
-            # Nothing has been computed from it yet: until `prune` the one before stays too.
+            # Training has not gone on from the new one yet: until `prune` the one before stays too.
             self._retire(final, max(self.keep, 2))
         return final
 
     def newest_whole(self, say: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that is what its manifest says, or None; `say` is told of each that is not.
+        """The newest checkpoint that is whole, or None; `say` is called with a warning about each that is not.
 
         Raises:
             UserError: see `problems`.
@@ -82,49 +85,49 @@ class CheckpointStore:
         return None
 
     def problems(self, path: Path) -> list[str]:
-        """What is wrong with a checkpoint: files missing, of another size or content, or of no use. Empty if it is
-        whole.
+        """What is wrong with a checkpoint: files that are missing, have another size or content, or cannot be used.
+        Empty if it is whole.
 
         Raises:
-            UserError: on all ranks alike, if the disk refuses to read what is there; that tells nothing of the content.
+            UserError: on all ranks alike, if the disk refuses to read a file: its content may be right.
         """
         refused: list[str] = []
         try:
             files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
             expected = sorted((str(name), int(size), str(digest)) for name, (size, digest) in files.items())
-            found = [] if expected else [f"{MANIFEST} lists no files"]
+            problems = [] if expected else [f"{MANIFEST} lists no files"]
         except OSError as error:
-            expected, found = [], _unread(MANIFEST, error, refused)
+            expected, problems = [], _unread(MANIFEST, error, refused)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            expected, found = [], [f"{MANIFEST} cannot be read: {error}"]
+            expected, problems = [], [f"{MANIFEST} cannot be read: {error}"]
         for name, size, digest in expected[rank() :: world_size()]:
-            found += _problem(path / name, name, size, digest, refused)
-        everyone = gather_objects((found, refused))
+            problems += _problem(path / name, name, size, digest, refused)
+        everyone = gather_objects((problems, refused))
         for _, refusals in everyone:
             if refusals:
                 raise UserError(
                     f"checkpoint {path} cannot be read: {refusals[0]}: see to the disk and start again, or "
                     "go on from another, --resume PATH, or anew, --resume never"
                 )
-        problems = sorted({problem for problems, _ in everyone for problem in problems})
-        return problems or gather_objects(self.look(path) if is_main() else [])[0]
+        problems = sorted({problem for of_rank, _ in everyone for problem in of_rank})
+        return problems or gather_objects(self.further_problems(path) if is_main() else [])[0]
 
     def scratch(self) -> Path:
-        """A directory, not made yet, for what lasts no longer than until `clean`, or the next save."""
+        """The path of a directory for temporary files; `clean` and the next save remove it. It does not exist yet."""
         return self.directory / f"{PARTIAL}-scratch"
 
     def prune(self, newest: Path) -> None:
-        """Remove what is more than `keep`: `newest` has proven good."""
+        """Remove checkpoints beyond `keep`: training has gone on well from `newest`."""
         if is_main():
             self._retire(newest, self.keep)
 
     def newest_before(self, step: int) -> Path | None:
-        """The newest checkpoint taken after fewer steps; not read, so that any rank may ask alone."""
+        """The newest checkpoint taken after fewer steps. It is not checked, so one rank may call this alone."""
         paths = [path for path in self.directory.glob("step-*") if -1 < _step(path) < step]
         return max(paths, key=_step, default=None)
 
     def clean(self) -> None:
-        """Remove what an interrupted save has left."""
+        """Remove the files of an interrupted save, and those in `scratch`."""
         if is_main():
             self._sweep()
         barrier()
@@ -139,7 +142,7 @@ class CheckpointStore:
         barrier()
 
     def _by_age(self) -> list[Path]:
-        """Finished checkpoints, that of the pointer first, then the newest; the same list on all ranks."""
+        """Finished checkpoints: first that of the pointer, then from the newest on. The same list on all ranks."""
         paths = (
             {
                 path.name: path
@@ -158,16 +161,16 @@ class CheckpointStore:
         return [self.directory / name for name in names]
 
     def _unless_refused(self, shards: Shards) -> list[Shards]:
-        """Every rank's shards; if the disk refused one of them, nothing is left and all raise."""
+        """The shards of every rank; if the disk refused one, all ranks raise and the files are removed."""
         everyone = gather_objects(shards)
-        refused = next(((number, theirs.refusal) for number, theirs in enumerate(everyone) if theirs.refusal), None)
+        refused = next(((number, other.refusal) for number, other in enumerate(everyone) if other.refusal), None)
         if refused is not None:
             if is_main():
                 shutil.rmtree(shards.directory, ignore_errors=True)
             number, reason = refused
             raise NotSaved(
                 f"no checkpoint could be written to {self.directory}, which takes "
-                f"{sum(theirs.needed for theirs in everyone):,} bytes: {reason} (rank {number}): free space "
+                f"{sum(other.needed for other in everyone):,} bytes: {reason} (rank {number}): free space "
                 "there, or make it writable"
             )
         return everyone
@@ -185,7 +188,7 @@ class CheckpointStore:
         _write_durably(partial / MANIFEST, json.dumps({"files": files}, indent=1))
         for directory in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
             _sync(directory)
-        if final.exists():  # of a run that was told not to resume, or a damaged one
+        if final.exists():  # a damaged one, or one of a run that went on from an earlier checkpoint
             self._put_aside(final)
         os.rename(partial, final)
         _sync(self.directory)
@@ -195,7 +198,8 @@ class CheckpointStore:
         _sync(self.directory)
 
     def _retire(self, newest: Path, keep: int) -> None:
-        """Delete what is too old, and what lies ahead: damaged, or of a run that went on from before."""
+        """Delete checkpoints that are too old, and those of later steps: they are damaged, or of a run that was
+        resumed from an earlier one."""
         steps = sorted(map(_step, self.directory.glob("step-*")))
         older = [step for step in steps if 0 <= step < _step(newest)]
         kept = {_step(newest), *older[max(0, len(older) - keep + 1) :]}
@@ -205,12 +209,12 @@ class CheckpointStore:
         self._sweep()
 
     def _put_aside(self, path: Path) -> None:
-        """What is to be deleted loses its name first, so that no checkpoint is ever half there."""
+        """Rename a checkpoint before it is deleted, so that an interruption leaves no half of one under its name."""
         os.rename(path, path.with_name(f"{PARTIAL}-{path.name}-{uuid.uuid4().hex[:8]}"))
 
     def _sweep(self) -> None:
-        for left in self.directory.glob(f"{PARTIAL}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for partial in self.directory.glob(f"{PARTIAL}-*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _step(path: Path) -> int:
@@ -230,7 +234,7 @@ def _problem(path: Path, name: str, size: int, digest: str, refused: list[str]) 
 
 
 def _unread(name: str, error: OSError, refused: list[str]) -> list[str]:
-    """Why a file was not read: what is wrong with it, or, if it may yet be there and whole, an entry in `refused`."""
+    """The problem of a file that could not be read. If the disk may be at fault, `refused` gets it instead."""
     why = f"{name}: {error.strerror}"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
         return [why]

@@ -1,4 +1,8 @@
-"""What one option may hold: its declaration, and its value read from text or YAML with one clear error."""
+"""One option: its declaration, and its value read from text or YAML with one clear error.
+
+All that the project knows about an option stands in its declaration. Code that needs it (which options may change when
+a run is resumed, which of them DeepSpeed's configuration may not set, ...) asks `common.config.parser.options`.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +12,72 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NewType
+from typing import Any, Literal, NewType
 
 from common.errors import UserError
 from common.paths import as_typed_in_a_shell
 
-PathName = NewType("PathName", str)  # a path; or what looks like one: a hub name, builtin:*, a path and its weight
+# A path, or a text that may be one: a name on the hub, builtin:*, a path with a weight. ~ and variables are expanded.
+PathName = NewType("PathName", str)
+
+
+Affects = Literal["result", "evaluation", "length", "nothing"]
+ANYWHERE = "anywhere"  # in `relieves`: every phase that no option relieves by its name
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known about one field. The range includes `low` and `high`, but not `above` and `below`.
+    """The declaration of one option.
 
-    `name`, `kind`, `path`, `optional`, `default` and `group` are filled in from the dataclass that has the field.
+    Attributes:
+        help: what the option does, for --help.
+        unit: of its value.
+        aliases: other names of the option.
+        choices: the values allowed.
+        ignored: why the option has no effect. It is accepted, mentioned when given, and left out of equality and of
+            saved recipes.
+        quiet: do not mention an ignored option.
+        low, high: the smallest and the largest value allowed.
+        above, below: limits that the value itself may not take.
+        affects: what another value changes, and so whether it may change when a run is resumed.
+            "result": the trained weights; it may not change. "evaluation": figures that are measured beside the
+            training; it may change, but a run with another value has another result. "length": at which step the run
+            stops; the same. "nothing": neither.
+        deepspeed_keys: keys of DeepSpeed's configuration, with dots, that the option decides. --deepspeed_config may
+            not set them.
+        names_model: the value is a model to start from: a directory or a name on the hub.
+        relieves: words of the phases of a run (see `common.runtime.heartbeat.set_phase`) that need less memory with
+            another value; `ANYWHERE` for every other phase. `{prefix}` stands for the prefix of a shared option.
+        advice: how to change the value for that, such as "lower {flag}".
+        name, kind, path, optional, default, group: filled in from the dataclass that has the field.
     """
 
     help: str
     unit: str | None = None
     aliases: tuple[str, ...] = ()
-    choices: tuple | None = None
+    choices: tuple[Any, ...] | None = None
     ignored: str | None = None
     quiet: bool = False
     low: float | None = None
     high: float | None = None
     above: float | None = None
     below: float | None = None
+    affects: Affects = "result"
+    deepspeed_keys: tuple[str, ...] = ()
+    names_model: bool = False
+    relieves: tuple[str, ...] = ()
+    advice: str = ""
     name: str = ""
     kind: type = str
     path: bool = False
     optional: bool = False
     default: Any = None
     group: str = ""
+
+    @property
+    def may_change_on_resume(self) -> bool:
+        """Whether a run may go on from a checkpoint with another value than it was started with."""
+        return self.affects != "result" or self.ignored is not None
 
     def permits(self, value: Any) -> bool:
         """Whether a value of the right type is one of the choices and inside the range."""
@@ -70,27 +109,54 @@ def option(
     *,
     unit: str | None = None,
     aliases: Sequence[str] = (),
-    choices: Sequence | None = None,
+    choices: Sequence[Any] | None = None,
     ignored: str | None = None,
     quiet: bool = False,
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    affects: Affects = "result",
+    deepspeed_keys: Sequence[str] = (),
+    names_model: bool = False,
+    relieves: Sequence[str] = (),
+    advice: str = "",
 ) -> Any:
     """A dataclass field annotated bool, int, float, str, PathName, these `| None`, tuple of texts or dict[str, str].
 
-    `aliases` are other names of the option. `ignored` says why it has no effect: it is accepted, mentioned
-    when given (unless `quiet`), and left out of equality and of saved recipes.
+    The arguments are those of `Option`.
     """
-    choices = choices and tuple(choices)
-    meta = Option(help, unit, tuple(aliases), choices, ignored, quiet, low, high, above, below)
-    value = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
-    return field(**value, compare=ignored is None, metadata={"option": meta})
+    meta = Option(
+        help,
+        unit,
+        tuple(aliases),
+        None if choices is None else tuple(choices),
+        ignored,
+        quiet,
+        low,
+        high,
+        above,
+        below,
+        affects,
+        tuple(deepspeed_keys),
+        names_model,
+        tuple(relieves),
+        advice,
+    )
+    return field_of(meta, default)
+
+
+def field_of(meta: Option, default: Any) -> Any:
+    """The dataclass field of an option."""
+    metadata, compare = {"option": meta}, meta.ignored is None
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, compare=compare, metadata=metadata)
+    return field(default=default, compare=compare, metadata=metadata)
 
 
 def kind_of(annotation: Any) -> dict[str, Any]:
-    """What an annotation says of an option: `tuple[PathName, ...] | None` is a tuple, of paths, and optional."""
+    """`kind`, `path` and `optional` of an option by its annotation: `tuple[PathName, ...] | None` is an optional tuple
+    of paths."""
     members = typing.get_args(annotation)
     optional = types.NoneType in members
     if optional:
@@ -104,7 +170,14 @@ def kind_of(annotation: Any) -> dict[str, Any]:
 
 
 def convert(meta: Option, raw: Any, where: str) -> Any:
-    """The option's value from a YAML value or a text. Raises UserError with `where` and what is allowed."""
+    """The option's value from a YAML value or a text.
+
+    Args:
+        where: names the option in messages: its flag, or a line of a recipe.
+
+    Raises:
+        UserError: the value is not allowed; the message says what is.
+    """
     if meta.optional and (raw is None or str(raw).lower() == "none"):
         return None
     try:
@@ -135,7 +208,7 @@ def convert_words(meta: Option, words: list[str], where: str) -> Any:
 
 
 def joined(first: Any, second: Any) -> Any:
-    """Both values of an option that takes several; raises ValueError for a name=value pair that is there otherwise."""
+    """The values of an option that was given twice and takes several. Raises ValueError if a name has two values."""
     if isinstance(first, tuple):
         return first + second
     if any(first[name] != second[name] for name in first.keys() & second.keys()):
@@ -143,7 +216,7 @@ def joined(first: Any, second: Any) -> Any:
     return first | second
 
 
-def _expanded(value: str | tuple[str, ...], where: str) -> str | tuple[str, ...]:
+def _expanded(value: Any, where: str) -> str | tuple[str, ...]:
     if isinstance(value, tuple):
         return tuple(as_typed_in_a_shell(item, where) for item in value)
     return as_typed_in_a_shell(value, where)

@@ -7,7 +7,6 @@ Nothing here knows what an option means, and nothing here imports torch.
 from __future__ import annotations
 
 import argparse
-import functools
 import inspect
 import re
 import sys
@@ -33,13 +32,13 @@ class Config:
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)  # worth telling the user once
 
     def validate(self) -> None:
-        """Raises UserError for a value out of range; groups add the checks of values against each other."""
+        """Raise UserError for a value out of range; groups add the checks of values against each other."""
         for name, meta in options(type(self)).items():
-            # Paths have been expanded where they were read.
+            # Paths were expanded when they were read.
             convert(replace(meta, path=False), getattr(self, name), f"--{name}")
 
     def only_with(self, requirement: str, met: bool, *names: str) -> None:
-        """Raises UserError when one of `names` is set (is not its default) without what it depends on."""
+        """Raise UserError when one of `names` is set (is not its default) while `requirement` is not met."""
         for name in names:
             if not met and getattr(self, name) != options(type(self))[name].default:
                 raise UserError(f"--{name} works only with {requirement}: add that, or leave --{name} out")
@@ -48,17 +47,32 @@ class Config:
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
-@functools.cache
+_known: dict[type[Config], dict[str, Option]] = {}
+
+
 def options(cls: type[Config]) -> dict[str, Option]:
     """Every option of `cls` by name, in the order of --help: the class's own, then those of its bases."""
-    groups = {name: owner for owner in cls.__mro__ for name in inspect.get_annotations(owner)}
+    if cls not in _known:
+        _known[cls] = _find_options(cls)
+    return _known[cls]
+
+
+def _find_options(cls: type[Config]) -> dict[str, Option]:
+    # Where a class declares an option of one of its bases again, the option stays in the group of the base. A field
+    # without a default, which says only that every step declares the option, makes no group.
+    groups = {
+        name: owner
+        for owner in cls.__mro__
+        for name in inspect.get_annotations(owner)
+        if name in (known := getattr(owner, "__dataclass_fields__", {})) and "option" in known[name].metadata
+    }
     hints = typing.get_type_hints(cls)
     declared = {item.name: item for item in fields(cls) if "option" in item.metadata}
     result = {}
     for name in (name for name in groups if name in declared):
         item = declared[name]
-        default = item.default_factory() if item.default is MISSING else item.default
-        title = inspect.getdoc(groups[name]).splitlines()[0].rstrip(".")
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        title = (inspect.getdoc(groups[name]) or "").partition("\n")[0].rstrip(".")
         result[name] = replace(item.metadata["option"], name=name, default=default, group=title, **kind_of(hints[name]))
     return result
 
@@ -69,12 +83,21 @@ def ignored_options(cls: type[Config]) -> dict[str, str]:
 
 
 def parse(cls: type[ConfigType], argv: Sequence[str] | None = None, prog: str | None = None) -> ConfigType:
-    """The validated config of this command line (None: the program's own arguments).
+    """The validated config of a command line.
 
-    `config.notes` has a line for each option given that has no effect, or twice. Raises UserError; --help exits.
+    Args:
+        argv: the words of the command line; None for those of this process.
+        prog: the name of the program in --help, which prints and exits.
+
+    Returns:
+        The config. Its `notes` have a line for each option that was given twice, or without effect.
+
+    Raises:
+        UserError: an option is unknown, or its value is not allowed.
     """
     recipes, given, notes = _read_command_line(cls, list(sys.argv[1:] if argv is None else argv), prog)
-    known, values = options(cls), {}
+    known = options(cls)
+    values: dict[str, Any] = {}
     for layer in [*(_read_recipe(cls, path) for path in recipes), given]:
         for name, setting in layer.items():
             values[name] = setting.value
@@ -86,7 +109,7 @@ def parse(cls: type[ConfigType], argv: Sequence[str] | None = None, prog: str | 
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes a recipe that `--config` reads back to an equal config; options without effect are left out."""
+    """Write a recipe that `--config` reads back to an equal config; options without effect are left out."""
     values = {name: getattr(config, name) for name, meta in options(type(config)).items() if not meta.ignored}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +134,7 @@ def _add(layer: dict[str, _Setting], name: str, setting: _Setting) -> None:
 
 
 def _add_again(layer: dict[str, _Setting], meta: Option, setting: _Setting, notes: dict[str, str]) -> None:
-    """As `_add`, for the command line: what takes several values gets those of each time that its flag is given."""
+    """As `_add`, for the command line: an option of several values takes those of every time its flag is given."""
     other = layer.get(meta.name)
     if other and meta.kind in (tuple, dict):
         try:
@@ -146,7 +169,8 @@ def _read_recipe(cls: type[Config], path: str) -> dict[str, _Setting]:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: a recipe holds lines of the form 'option: value'")
-    known, layer, seen = _spellings(cls), {}, set()
+    known, seen = _spellings(cls), set()
+    layer: dict[str, _Setting] = {}
     for key_node, value_node in root.value:
         key, place = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
         if key not in known:
@@ -178,7 +202,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Collect(argparse.Action):
-    """Keeps flags and words as written: values are converted at one place, for recipes and flags alike."""
+    """Keeps flags and words as they were written; values of flags and of recipes are converted by the same code."""
 
     def __call__(self, parser, namespace, words, flag=None):
         namespace.given.append((flag.removeprefix("--"), [words] if isinstance(words, str) else words or []))
@@ -192,7 +216,7 @@ def _build_parser(cls: type[Config], prog: str | None) -> _Parser:
         description="Booleans: --flag, --no_flag, --flag true|false. "
         "The command line wins over recipes, recipes over the defaults.",
     )
-    collect = {"action": _Collect, "dest": "given", "default": argparse.SUPPRESS}
+    collect: dict[str, Any] = {"action": _Collect, "dest": "given", "default": argparse.SUPPRESS}
     help = "YAML recipes with lines 'option: value'; of several, the later wins"
     parser.add_argument("--config", nargs="+", metavar="FILE", help=help, **collect)
     sections: dict[str, Any] = {}
@@ -249,7 +273,9 @@ def _read_command_line(
         raise UserError(f"unknown flag --{flag}{_hint(flag, [*known, *negations, 'config'], '--')}")
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]}: every value follows its --flag")
-    recipes, layer, notes = [], {}, {}
+    recipes: list[str] = []
+    layer: dict[str, _Setting] = {}
+    notes: dict[str, str] = {}
     for flag, values in namespace.given:
         where = f"--{flag}"
         if flag == "config":

@@ -72,7 +72,9 @@ class DataOptions(Config):
     eot_token: str = option("<|endoftext|>", "text of the end token that --add_eot_token adds")
     max_rows: int | None = option(None, "rows read from each source at most", low=1)
     max_bad_rows: float = option(0.02, "share of unusable rows above which the run stops", low=0, high=1)
-    data_output_path: PathName = option("output/data", "directory where prepared data is kept for the next run")
+    data_output_path: PathName = option(
+        "output/data", "directory where prepared data is kept for the next run", affects="nothing"
+    )
 
     def validate(self) -> None:
         super().validate()

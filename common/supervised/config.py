@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.config.groups import LoraOptions, RunOptions, SupervisedOptions
+from common.config.groups import OneModelConfig
 from common.config.option import PathName
 from common.data.options import DataOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig(DataOptions, SupervisedOptions, LoraOptions, RunOptions):
+class SupervisedConfig(DataOptions, OneModelConfig):
     """Base of the configuration of a supervised program, which declares the options below with its own defaults."""
 
     if TYPE_CHECKING:
         model_name_or_path: PathName
-        output_dir: PathName
-        learning_rate: float
         eval_iters: int

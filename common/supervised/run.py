@@ -15,7 +15,7 @@ from common.artifacts.model_source import resolve_model
 from common.artifacts.publish import publishing
 from common.artifacts.run import Run, report_done, say_data, start_run
 from common.batching.sampler import MicroBatch, evaluation_batches
-from common.checkpoints.manager import TrainingState
+from common.checkpoints.training_state import TrainingState
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
 from common.errors import named_by
@@ -34,7 +34,7 @@ from common.training.engine import (
     training_engine,
 )
 from common.training.loop import SupervisedLoop
-from common.training.memory import fit_micro_batches, named_when_out_of_memory
+from common.training.memory import advising_on_memory, fit_micro_batches, named_when_out_of_memory
 from common.training.metrics import Metrics
 
 
@@ -62,16 +62,17 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
     """
     inputs = read_inputs(task, config)
     run = start_run(config, inputs.data)
-    with named_when_out_of_memory("loading the model"):
-        engine = build_engine(task, config, inputs, scheduled_steps(config, len(inputs.data.train)))
-    trainer, state = build_trainer(task, config, inputs, engine, run)
-    loop = SupervisedLoop.from_config(config, trainer.batching.sampler, run.tracker)
-    with run.checkpoints.reporting_last_good():
-        done = run.restore(state)
-        metrics = loop.run(trainer.train_step, trainer.evaluate, done, run.checkpoints.on_step_end)
-        # Before the result is written: what fails in the samples must not leave half a result.
-        run.tracker.samples("after", task.samples(engine, inputs.data.eval, inputs.codec))
-        publish(task, config, inputs, engine, metrics)
+    with advising_on_memory(config):
+        with named_when_out_of_memory("loading the model"):
+            engine = build_engine(task, config, inputs, scheduled_steps(config, len(inputs.data.train)))
+        trainer, state = build_trainer(task, config, inputs, engine, run)
+        loop = SupervisedLoop.from_config(config, trainer.batching.sampler, run.tracker)
+        with run.checkpoints.reporting_last_good():
+            done = run.restore(state)
+            metrics = loop.run(trainer.train_step, trainer.evaluate, done, run.checkpoints.on_step_end)
+            # Before the result is written: what fails in the samples must not leave half a result.
+            run.tracker.samples("after", task.samples(engine, inputs.data.eval, inputs.codec))
+            publish(task, config, inputs, engine, metrics)
     report_done(run.tracker, loop.total_steps, metrics, config.output_dir)
     run.checkpoints.discard()
     engine.destroy()

@@ -1,61 +1,69 @@
-"""The DeepSpeed configuration and the engines made from it.
+"""The configuration of DeepSpeed, and the engines made with it.
 
-Every engine runs with `managed_gradient_accumulation` off: a step is any number of `backward` calls followed by
-one `step`. So an optimizer step may hold as many micro-batches as its rows need, and the loss carries its own
-normalisation (see `accumulate`); whether it is made at all, `common.training.atomic_step` decides.
+Every engine runs with `managed_gradient_accumulation` off: an optimizer step is any number of `backward` calls and one
+`step`. So it may have as many micro-batches as its rows need, and the loss carries its own normalisation (see
+`accumulate`). `common.training.atomic_step` decides whether the step is made.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from common.errors import UserError
+from common.config.groups import OneModelConfig, RunOptions, ScheduleOptions, TrainedModelOptions
+from common.config.parser import Config, options
+from common.errors import InputError, named_by
 from common.runtime.distributed import device, on_gpu, world_size
 from common.training.gradients import GradientSize
 from common.training.optim import Untrained, build_optimizer, build_scheduler, parameter_groups, say_shortened_warmup
+
+Engine = Any  # a DeepSpeedEngine; DeepSpeed has no types
+MicroBatch = TypeVar("MicroBatch")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """`auto` is bf16 on a GPU that computes in it, fp16 on another, and fp32 on a CPU.
+    """The number format for --dtype: `auto` is bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU.
 
     Raises:
-        UserError: fp16 without a GPU; DeepSpeed cannot train it there.
+        InputError: fp16 without a GPU, where DeepSpeed cannot train in it.
     """
     if name == "auto":
         if not on_gpu():
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name == "fp16" and not on_gpu():
-        raise UserError("--dtype fp16 needs a GPU; on a CPU use --dtype fp32 or --dtype bf16")
+        raise InputError("fp16", "it needs a GPU; on a CPU use fp32 or bf16")
     return DTYPES[name]
 
 
-def check_engine_options(config) -> None:
-    """Raises UserError if `--dtype` or `--deepspeed_config` cannot be used, before anything is loaded."""
-    resolve_dtype(config.dtype)
+def check_engine_options(config: RunOptions) -> None:
+    """Raise UserError if --dtype or --deepspeed_config cannot be used. Programs call it before they load anything."""
+    with named_by("--dtype"):
+        resolve_dtype(config.dtype)
     if config.deepspeed_config:
-        read_override(config.deepspeed_config)
+        with named_by("--deepspeed_config"):
+            check_override(config.deepspeed_config, type(config))
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What decides how DeepSpeed holds one model.
+    """How DeepSpeed holds one model.
 
     Attributes:
         zero_stage: 0, 1, 2 or 3.
         dtype: of the weights in forward and backward; the optimizer keeps fp32 masters.
-        micro_batch: rows per rank and forward pass, for DeepSpeed's throughput figures only.
-        offload: optimizer state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory.
-        max_grad_norm: gradient clipping by global norm; 0 turns it off.
-        override: path of a JSON file merged over the generated configuration.
+        micro_batch: rows per rank and forward pass; DeepSpeed only reports its throughput by it.
+        offload: keep optimizer state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory.
+        max_grad_norm: clip gradients to this global norm; 0 turns it off.
+        override: path of a JSON file that is merged over the generated configuration.
     """
 
     zero_stage: int
@@ -66,8 +74,8 @@ class EngineSettings:
     override: str | None = None
 
     @classmethod
-    def from_config(cls, config) -> EngineSettings:
-        """Those of a step with one model."""
+    def from_config(cls, config: OneModelConfig) -> EngineSettings:
+        """The settings of a step that trains one model."""
         return cls(
             config.zero_stage,
             resolve_dtype(config.dtype),
@@ -80,7 +88,15 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What decides how one model learns; learning rates per optimizer step, see `common.training.optim`."""
+    """How one model learns.
+
+    Attributes:
+        learning_rate: the highest, of all parameters but those of adapters.
+        lora_learning_rate: the highest, of adapters.
+        weight_decay: AdamW's.
+        scheduler: one of `common.config.groups.SCHEDULES`.
+        warmup_steps, total_steps: optimizer steps.
+    """
 
     learning_rate: float
     lora_learning_rate: float
@@ -90,34 +106,39 @@ class OptimizerSettings:
     total_steps: int
 
     @classmethod
-    def from_config(cls, config, total_steps: int) -> OptimizerSettings:
-        """Those of a step with one model."""
+    def from_config(cls, config: OneModelConfig, total_steps: int) -> OptimizerSettings:
+        """The settings of a step that trains one model; a warm-up that does not fit into the run is reported."""
         say_shortened_warmup(config, total_steps)
+        return cls.for_model(config.trained, config, total_steps)
+
+    @classmethod
+    def for_model(cls, model: TrainedModelOptions, schedule: ScheduleOptions, total_steps: int) -> OptimizerSettings:
+        """The settings of one of the models that a step trains."""
         return cls(
-            config.learning_rate,
-            config.lora_learning_rate,
-            config.weight_decay,
-            config.lr_scheduler_type,
-            config.num_warmup_steps,
+            model.learning_rate,
+            model.lora_learning_rate,
+            model.weight_decay,
+            schedule.lr_scheduler_type,
+            schedule.num_warmup_steps,
             total_steps,
         )
 
 
-def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict:
+def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict[str, Any]:
     """The JSON configuration of one engine, as a dict.
 
-    A frozen model may only be held whole (stage 0) or partitioned (stage 3); stages 1 and 2 partition what a
-    frozen model does not have. fp16 trains at stage 1 at least: DeepSpeed's optimizer for stage 0 takes gradients for
-    scaled that `engine.backward` has not scaled.
+    A frozen model is replicated (stage 0) or partitioned (stage 3); stages 1 and 2 partition optimizer state and
+    gradients, which it does not have. fp16 trains at stage 1 at least: DeepSpeed's optimizer for stage 0 divides
+    gradients by the loss scale, by which `engine.backward` has not multiplied the loss there.
     """
     stage = settings.zero_stage
     if not trainable and stage != 3:
         stage = 0
     if trainable and settings.dtype == torch.float16:
         stage = max(stage, 1)
-    zero: dict = {"stage": stage, "overlap_comm": False}
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
     if stage == 3:
-        # Small parameters stay whole: gathering them costs more than it saves.
+        # Small parameters are not partitioned: gathering them costs more time than it saves memory.
         zero.update(stage3_param_persistence_threshold=10_000, stage3_gather_16bit_weights_on_model_save=True)
     if settings.offload:
         if trainable and stage > 0:
@@ -140,55 +161,50 @@ def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict:
     return merge(config, read_override(settings.override)) if settings.override else config
 
 
-# What the programs decide themselves, and the flag that decides it.
-_DECIDED_BY = {
-    "train_batch_size": "--per_device_train_batch_size",
-    "fp16.enabled": "--dtype",
-    "bf16.enabled": "--dtype",
-    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
-    "gradient_clipping": "--max_grad_norm",
-    "gradient_accumulation_steps": "--gradient_accumulation_steps",
-    "optimizer": "--learning_rate",
-    "managed_gradient_accumulation": "--gradient_accumulation_steps",
-    "scheduler": "--lr_scheduler_type",
-    "zero_optimization.stage": "--zero_stage",
-}
-
-
-def read_override(path: str) -> dict:
-    """The JSON object of `--deepspeed_config`, to be laid over the generated configuration.
+def read_override(path: str) -> dict[str, Any]:
+    """The JSON object in a file that is to be merged over the generated configuration.
 
     Raises:
-        UserError: it cannot be read, or it sets what another flag decides.
+        InputError: the file cannot be read, or holds something else.
     """
     try:
         override = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--deepspeed_config {path}: cannot be read: {error.strerror}") from None
+        raise InputError(path, f"cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--deepspeed_config {path}: is not valid JSON: {error}") from None
+        raise InputError(path, f"is not valid JSON: {error}") from None
     if not isinstance(override, dict):
-        raise UserError(f"--deepspeed_config {path}: must hold one JSON object, {{...}}")
-    for name, value in _flat(override):
-        if name in _DECIDED_BY:
-            raise UserError(
-                f"--deepspeed_config {path}: leave out {name}; {_DECIDED_BY[name]} decides that (in step 3 "
-                "the flags of actor and critic)"
-            )
-        if value == "auto":
-            raise UserError(f'--deepspeed_config {path}: {name} is "auto": write a value, or leave it out')
+        raise InputError(path, "must hold one JSON object, {...}")
     return override
 
 
-def _flat(section: dict, prefix: str = ""):
-    """(dotted name, value) of everything in nested sections, the sections themselves included."""
+def check_override(path: str, config_class: type[Config]) -> None:
+    """Raise InputError if the file cannot be read, or sets a key that an option of the program decides.
+
+    Args:
+        config_class: the options of the program; each declares its `deepspeed_keys`.
+    """
+    deciding: dict[str, list[str]] = {}
+    for name, meta in options(config_class).items():
+        for key in meta.deepspeed_keys:
+            deciding.setdefault(key, []).append(f"--{name}")
+    for key, value in _flat(read_override(path)):
+        if key in deciding:
+            verb = "decides" if len(deciding[key]) == 1 else "decide"
+            raise InputError(path, f"leave out {key}; {' and '.join(deciding[key])} {verb} that")
+        if value == "auto":
+            raise InputError(path, f'{key} is "auto": write a value, or leave it out')
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every entry of nested sections, the sections themselves included."""
     for key, value in section.items():
         yield prefix + key, value
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
 
 
-def merge(base: dict, override: dict) -> dict:
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """`override` laid over `base`, section by section."""
     merged = dict(base)
     for key, value in override.items():
@@ -197,8 +213,11 @@ def merge(base: dict, override: dict) -> dict:
     return merged
 
 
-def training_engine(model: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings):
-    """A DeepSpeed engine that trains the parameters of `model` that require gradients, and watches these."""
+def training_engine(model: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings) -> Engine:
+    """A DeepSpeed engine that trains the parameters of `model` which require gradients.
+
+    It has two attributes of our own: `gradients`, a `GradientSize`, and `untrained`, an `Untrained`.
+    """
     import deepspeed
 
     groups = parameter_groups(model, optimizer.learning_rate, optimizer.weight_decay, optimizer.lora_learning_rate)
@@ -213,8 +232,8 @@ def training_engine(model: nn.Module, settings: EngineSettings, optimizer: Optim
     return engine
 
 
-def frozen_engine(model: nn.Module, settings: EngineSettings):
-    """A DeepSpeed engine for a model that is only read: no gradient, no optimizer; partitioned under ZeRO-3."""
+def frozen_engine(model: nn.Module, settings: EngineSettings) -> Engine:
+    """A DeepSpeed engine for a model that is not trained: no gradients, no optimizer; partitioned under ZeRO-3."""
     import deepspeed
 
     model.requires_grad_(False).eval()
@@ -223,14 +242,16 @@ def frozen_engine(model: nn.Module, settings: EngineSettings):
     return engine
 
 
-def accumulate(engine, micro_batches: Iterable, loss_of: Callable) -> torch.Tensor:
-    """Add the gradients of micro-batches to those of the optimizer step in hand; `engine.step()` makes it.
+def accumulate(
+    engine: Engine, micro_batches: Iterable[MicroBatch], loss_of: Callable[[MicroBatch], torch.Tensor]
+) -> torch.Tensor:
+    """Add the gradients of micro-batches to those of the current optimizer step, which `engine.step()` makes.
 
     Args:
         micro_batches: this rank's micro-batches; every rank must have the same number of them.
-        loss_of: maps a micro-batch to this rank's share of the loss: its sum over tokens or pairs divided by
-            their number in the whole optimizer step, over all ranks and micro-batches. The shares of all ranks
-            and micro-batches then add up to the mean, whatever their sizes.
+        loss_of: maps a micro-batch to this rank's share of the loss, a scalar: its sum over tokens or pairs, divided
+            by their number in the whole optimizer step, over all ranks and micro-batches. So the shares of all ranks
+            and micro-batches add up to the mean, whatever their sizes.
 
     Returns:
         This rank's share of the loss, a scalar without a gradient.
@@ -244,8 +265,8 @@ def accumulate(engine, micro_batches: Iterable, loss_of: Callable) -> torch.Tens
     return total
 
 
-def gradient_norm(engine) -> float | None:
-    """Global gradient norm of the last step made, before clipping; None where DeepSpeed keeps none (fp32, ZeRO 0)."""
+def gradient_norm(engine: Engine) -> float | None:
+    """Global norm of the gradients of the last step, before clipping; None in fp32 at ZeRO 0: DeepSpeed keeps none."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 

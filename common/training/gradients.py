@@ -1,6 +1,8 @@
-"""The gradients between backward and step, wherever DeepSpeed holds them: how large they are, and how to drop them."""
+"""The gradients between backward and step, wherever DeepSpeed keeps them: their size, and how to discard them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +11,13 @@ from common.runtime.distributed import device
 
 
 class GradientSize:
-    """Watches what backward passes give the parameters of a model on this rank, before any reduction over ranks.
+    """Measures the gradients that backward passes compute on this rank, before any reduction over ranks.
 
-    DeepSpeed holds gradients elsewhere at every stage; autograd hands them to each parameter at all of them.
+    Where DeepSpeed keeps gradients differs with the ZeRO stage; autograd calls the hooks of parameters at every stage.
 
     Attributes:
-        squares: sum of their squares, of all micro-batches; not finite if one of them is not.
+        squares: scalar, fp32: the sum of the squared gradients of all micro-batches. It is not finite if one of them
+            is not.
     """
 
     def __init__(self, module: nn.Module):
@@ -27,10 +30,10 @@ class GradientSize:
         self.squares += torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).square()
 
 
-def discard_gradients(engine) -> None:
-    """Forget what an engine has accumulated since its last step.
+def discard_gradients(engine: Any) -> None:
+    """Discard the gradients that a DeepSpeed engine has accumulated since its last step.
 
-    DeepSpeed does that only inside of `step`, where it finds an overflow; this is what it does there.
+    DeepSpeed does this only within `step`, after an overflow; these are the calls that it makes there.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 

@@ -1,20 +1,26 @@
-"""The learning rate of each optimizer step, as a share of the highest. Pure functions; see transformers' schedules of
-the same names, which begin with a step at the rate 0."""
+"""The learning rate of each optimizer step, as a share of the highest. Pure functions.
+
+The schedules are those of transformers, under the same names, but for the first step: there it has the rate 0.
+"""
 
 from __future__ import annotations
 
 import math
 
-SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-_POLYNOMIAL_END = 1e-4  # what is left of the rate after the last step
+_POLYNOMIAL_END = 1e-4  # the share of the highest rate that the step after the last would take
 
 
 def share_of_highest(schedule: str, step: int, warmup: int, total: int) -> float:
-    """What optimizer step `step`, from 0, of a run of `total` multiplies the highest learning rate by.
+    """The factor of the highest learning rate in one optimizer step, above 0 and at most 1.
 
-    The steps of the warm-up take 1/warmup, 2/warmup, ... 1 of it; a warm-up longer than the run takes all
-    of it. Afterwards it falls from 1 towards 0, which the step after the last would take; no step of a run takes 0.
-    `polynomial` is of power 1, and `cosine_with_restarts` has one cycle, so nothing restarts.
+    In the warm-up it rises: 1/warmup, 2/warmup, ... 1. Afterwards it falls from 1 towards 0, which the step after the
+    last would take. `polynomial` has the power 1; `cosine_with_restarts` has one cycle, so nothing restarts.
+
+    Args:
+        schedule: one of `common.config.groups.SCHEDULES`.
+        step: number of the optimizer step, from 0.
+        warmup: optimizer steps of the warm-up; at most `total` of them are made.
+        total: optimizer steps of the run.
     """
     if schedule == "constant":
         return 1.0

@@ -1,4 +1,7 @@
-"""Memory: what fits is measured before training, and what did not fit is said in one line."""
+"""Memory: --auto_micro_batch measures before training what fits; an allocation that fails ends the run in one line.
+
+The line names the phase and the options that relieve it. Which these are, their declarations say (`Option.relieves`).
+"""
 
 from __future__ import annotations
 
@@ -7,40 +10,41 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from common.config.groups import ScheduleOptions
+from common.config.option import ANYWHERE
+from common.config.parser import Config, options
 from common.errors import TrainingFailure
 from common.runtime.distributed import device, memory_available, on_every_rank, on_gpu, rank, say
+from common.training.engine import Engine
 
-# Of what is free: the rest is for fragments, for the optimizer's own buffers, and for other programs.
-USABLE = 0.8
-# Bisecting ends where the answer is known to one part in this.
-_PRECISION = 8
+USABLE = 0.8  # of the free memory; the rest is for fragmentation, buffers of the optimizer, and other programs
+_PRECISION = 8  # the bisection ends when the number of rows is known up to one part in this many
 
-_CUT = "let --auto_micro_batch choose, or lower --max_tokens_per_micro_batch or --per_device_{}_batch_size"
-_HOLD = "add --{0}gradient_checkpointing, raise --{0}zero_stage, or add --offload"
-_HELPS = {  # by words of the phase
-    "generate": "lower --per_device_generation_batch_size, or add --release_inference_cache",
-    "log_probs": _CUT.format("training"),
-    "score": _CUT.format("training"),
-    "actor_update": f"{_CUT.format('training')}, {_HOLD.format('actor_')}",
-    "critic_update": f"{_CUT.format('training')}, {_HOLD.format('critic_')}",
-    "training step": f"{_CUT.format('train')}, {_HOLD.format('')}",
-    "evaluation": "lower --per_device_eval_batch_size, in step 3 --per_device_generation_batch_size",
-}
-_HELPS_ANYWHERE = (
-    "use shorter rows (--max_seq_len, in step 3 --max_prompt_seq_len and --max_answer_seq_len), or hold "
-    "less of the models on each rank: --zero_stage 3 (in step 3 of actor and critic), --offload, LoRA"
-)
+ScheduleType = TypeVar("ScheduleType", bound=ScheduleOptions)
+
+
+class OutOfMemory(TrainingFailure):
+    """An allocation failed.
+
+    Attributes:
+        phase: of the run, in words.
+    """
+
+    def __init__(self, phase: str, size: str):
+        super().__init__(f"out of memory on rank {rank()} in {phase}, which asked for {size} more")
+        self.phase = phase
 
 
 @contextlib.contextmanager
 def named_when_out_of_memory(phase: str) -> Iterator[None]:
-    """Within the context, memory that is refused ends the run in a line with the phase, the size, and what helps.
+    """Within the context an allocation that fails raises OutOfMemory, with the phase and the size.
 
     Raises:
-        TrainingFailure: on the ranks that ran out.
+        OutOfMemory: on the ranks that ran out.
     """
     try:
         yield
@@ -48,61 +52,92 @@ def named_when_out_of_memory(phase: str) -> Iterator[None]:
         size = size_asked(error)
         if size is None:
             raise
-        helps = next((helps for words, helps in _HELPS.items() if words in phase), _HELPS_ANYWHERE)
-        raise TrainingFailure(
-            f"out of memory on rank {rank()} in {phase}, which asked for {size} more: {helps}"
-        ) from None
+        raise OutOfMemory(phase, size) from None
+
+
+@contextlib.contextmanager
+def advising_on_memory(config: Config) -> Iterator[None]:
+    """Within the context the message of an OutOfMemory goes on to say which options of the program help.
+
+    Raises:
+        TrainingFailure: with the longer message.
+    """
+    try:
+        yield
+    except OutOfMemory as failure:
+        raise TrainingFailure(f"{failure}: {memory_advice(type(config), failure.phase)}") from None
+
+
+def memory_advice(config_class: type[Config], phase: str) -> str:
+    """How to change the options that relieve a phase, as in "lower --a or --b, or add --c"."""
+    known = options(config_class)
+    relieving = [name for name, meta in known.items() if any(words in phase for words in meta.relieves)] or [
+        name for name, meta in known.items() if ANYWHERE in meta.relieves
+    ]
+    flags: dict[str, list[str]] = {}
+    for name in relieving:
+        flags.setdefault(known[name].advice, []).append(f"--{name}")
+    *others, last = [advice.format(flag=" or ".join(names)) for advice, names in flags.items()]
+    return f"{', '.join(others)}, or {last}" if others else last
 
 
 def size_asked(error: Exception) -> str | None:
-    """The size of the allocation that failed, in words; None if the error is another one."""
-    found = re.search(r"(?:tried to allocate|unable to allocate) ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
-    if found:
-        return found[1]
+    """The size of the allocation that failed, in words; None if the error has another cause."""
+    size = re.search(r"(?:tried to allocate|unable to allocate) ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
+    if size:
+        return size[1]
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "std::bad_alloc" in str(error)
     return "an unknown amount" if known else None
 
 
 def fit_micro_batches(
-    config, remembered: int | None, engines: Sequence, probe: Callable[[int], None], longest: int, rows: int
-):
-    """The config with --max_tokens_per_micro_batch as --auto_micro_batch finds it; unchanged where that is off.
+    config: ScheduleType,
+    saved_max_tokens: int | None,
+    engines: Sequence[Engine],
+    probe: Callable[[int], None],
+    longest: int,
+    rows: int,
+) -> ScheduleType:
+    """The config with --max_tokens_per_micro_batch as --auto_micro_batch measures it; unchanged where that is off.
 
-    The optimizer's steps keep their rows, so their loss and gradients are the same. Weights, gradients and random
-    state are afterwards what they were. All ranks must call it.
+    Optimizer steps keep their rows, so their loss and gradients are the same. Afterwards weights, gradients and random
+    state are as before. All ranks must call it.
 
     Args:
-        remembered: what an interrupted run found: rounding depends on it, so a resumed one measures nothing.
-        engines: those that train.
-        probe: forward and backward of so many of the longest rows, all of it dropped.
-        longest: tokens of such a row.
-        rows: that one optimizer step has on a rank; more are never needed together.
+        saved_max_tokens: the value that an interrupted run measured. Rounding depends on it, so a resumed run takes it
+            and measures nothing.
+        engines: the engines that train.
+        probe: makes forward and backward passes of this many of the longest rows together, and discards the gradients.
+        longest: tokens of the longest row.
+        rows: of one optimizer step on one rank; a micro-batch has at most these.
     """
     if not config.auto_micro_batch:
         return config
-    if not remembered:
+    max_tokens = saved_max_tokens
+    if not max_tokens:
         free = USABLE * memory_available() - sum(map(optimizer_state_to_come, engines))
         with (
             torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu() else []),
+            advising_on_memory(config),
             named_when_out_of_memory("the probe of --auto_micro_batch"),
         ):
             fitting = most_that_fit(probe, rows, free)
-        remembered = fitting * longest
+        max_tokens = fitting * longest
         say(
             f"--auto_micro_batch: {fitting} of the longest rows fit together, so --max_tokens_per_micro_batch is "
-            f"{remembered}"
+            f"{max_tokens}"
         )
-    return replace(config, auto_micro_batch=False, max_tokens_per_micro_batch=remembered)
+    return replace(config, auto_micro_batch=False, max_tokens_per_micro_batch=max_tokens)
 
 
 def most_that_fit(probe: Callable[[int], None], most: int, free: float) -> int:
-    """The largest number of rows, 1 at least, whose probe takes no more than `free` bytes on any rank.
+    """The largest number of rows, at least 1 and at most `most`, whose probe needs at most `free` bytes on any rank.
 
-    A number is tried only where the growth of the two before it lets every rank expect that it fits: a rank that ran
-    out of memory in the middle of a pass would leave the others waiting for it.
+    A number is tried only if every rank expects it to fit, by the growth between the two largest numbers tried before:
+    a rank that ran out of memory in the middle of a pass would leave the others waiting for it.
     """
     start = _bytes_taken()
-    taken = {0: 0, 1: _peak_of(lambda: probe(1)) - start}  # a single row is tried anyway: without it there is no run
+    taken = {0: 0, 1: _peak_of(lambda: probe(1)) - start}  # one row is tried in any case: the run needs that much
 
     def fits(rows: int) -> bool:
         below, above = sorted(taken)[-2:]
@@ -122,8 +157,8 @@ def most_that_fit(probe: Callable[[int], None], most: int, free: float) -> int:
     return fitting
 
 
-def optimizer_state_to_come(engine) -> int:
-    """Bytes that the first step will take on this device for moments in fp32 which are not there yet."""
+def optimizer_state_to_come(engine: Engine) -> int:
+    """Bytes on this device that the first step will allocate for AdamW's two moments, in fp32."""
     optimizer = engine.basic_optimizer
     return sum(
         2 * 4 * parameter.numel()
@@ -134,12 +169,13 @@ def optimizer_state_to_come(engine) -> int:
 
 
 def _peak_of(work: Callable[[], None]) -> int:
-    """Bytes that this rank holds at most while it works."""
+    """The most bytes that this rank has allocated at any time while `work` runs."""
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # where the kernel refuses, the peak is that since the start: too careful
+    # Reset the peak. If the kernel refuses, it is the peak since the start of the process, which is on the safe side.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     work()
     return memory_status("VmHWM")
@@ -150,6 +186,6 @@ def _bytes_taken() -> int:
 
 
 def memory_status(name: str) -> int:
-    """Bytes that the kernel says this process has of `name`, a line of /proc/self/status such as VmRSS."""
+    """The bytes in line `name` of /proc/self/status, such as VmRSS, the resident memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -1,4 +1,4 @@
-"""Statistics as sums: those of several micro-batches and ranks merge by addition; a mean is taken once."""
+"""Statistics as sums, which are added over micro-batches and ranks; a mean is computed once, at the end."""
 
 from __future__ import annotations
 
@@ -31,19 +31,23 @@ def on_this_rank(tensor: Tensor) -> Tensor:
 def masked_sum(tensor: Tensor, mask: Tensor) -> Tensor:
     """Sum of `tensor` where `mask` (bool, same shape) is true: a float64 scalar without a gradient.
 
-    What lies outside the mask may be anything, NaN included.
+    Values outside the mask may be anything, NaN included.
     """
     return tensor.detach().masked_fill(~mask, 0).sum(dtype=torch.float64)
 
 
 def add_sums(parts: Sequence[Sums], global_sum: GlobalSum = on_this_rank) -> Sums:
-    """Adds statistics of equal names over micro-batches and, in a single reduction, over ranks."""
+    """Add statistics of equal names over micro-batches and, in a single reduction, over ranks.
+
+    Args:
+        parts: of each micro-batch; all have the same names.
+    """
     names = sorted(parts[0])
     totals = global_sum(torch.stack([torch.stack([part[name] for name in names]) for part in parts]).sum(0))
     return dict(zip(names, totals))
 
 
 def means(sums: Sums, count: str) -> dict[str, float]:
-    """Every sum divided by the sum named `count`, which is left out; 0 where nothing was counted."""
+    """Every sum divided by the sum named `count`, which is left out. If that is 0, the means are 0."""
     counted = max(float(sums[count]), 1.0)
     return {name: float(total) / counted for name, total in sums.items() if name != count}

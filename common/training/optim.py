@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
+from common.config.groups import ScheduleOptions
 from common.errors import UserError
 from common.runtime.distributed import on_every_rank, on_gpu, say
 from common.training.learning_rate import share_of_highest
 
-BETAS = (0.9, 0.95)  # the betas of InstructGPT's and DeepSpeed-Chat's training
+BETAS = (0.9, 0.95)  # of AdamW, as in the training of InstructGPT and DeepSpeed-Chat
 
 
 def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, lora_learning_rate: float | None = None
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Split the trainable parameters into AdamW groups.
 
     One-dimensional parameters (biases, norms) are not decayed. LoRA matrices are decayed like any matrix and
@@ -37,18 +41,18 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(groups: list[dict], offload: bool) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], offload: bool) -> torch.optim.Optimizer:
     """AdamW: torch's, fused on a GPU; DeepSpeed's CPU kernel where the optimizer is offloaded from one."""
     if offload and on_gpu():
         return cpu_adam(groups)
     return torch.optim.AdamW(groups, betas=BETAS, fused=on_gpu())
 
 
-def cpu_adam(groups: list[dict]) -> torch.optim.Optimizer:
+def cpu_adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """DeepSpeed's AdamW for CPUs.
 
     Raises:
-        UserError: it is not compiled yet, and there is no compiler.
+        UserError: its kernel is not compiled yet, and no compiler is installed.
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -62,8 +66,8 @@ def cpu_adam(groups: list[dict]) -> torch.optim.Optimizer:
         ) from error
 
 
-def say_shortened_warmup(config, total_steps: int) -> None:
-    """Say where a run is all warm-up, as the default of step 3 has it for little data."""
+def say_shortened_warmup(config: ScheduleOptions, total_steps: int) -> None:
+    """Print a note if the run is shorter than its warm-up, as it is in step 3 by default with little data."""
     if config.num_warmup_steps > total_steps and config.lr_scheduler_type != "constant":
         say(
             f"note: --num_warmup_steps {config.num_warmup_steps} is shortened to the {total_steps} optimizer "
@@ -71,30 +75,29 @@ def say_shortened_warmup(config, total_steps: int) -> None:
         )
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, total_steps: int):
+def build_scheduler(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, total_steps: int) -> LambdaLR:
     """The learning-rate schedule `name` over `total_steps` optimizer steps."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: share_of_highest(name, step, warmup_steps, total_steps)
-    )
+    return LambdaLR(optimizer, lambda step: share_of_highest(name, step, warmup_steps, total_steps))
 
 
 class Untrained:
-    """Tells whether training has left every weight of a model as it was, bit for bit.
+    """Tells whether training has changed no weight of a model, not even by one bit.
 
-    Made before the first step (and before a checkpoint is loaded, as a resumed run begins with the same weights).
+    It must be created before the first step, and before a checkpoint is loaded: a resumed run starts from the same
+    weights.
     """
 
     def __init__(self, model: nn.Module):
         self._model, self._before = model, _checksums(model)
 
     def still(self) -> bool:
-        """The same on all ranks; all must call it."""
+        """Whether no weight has changed on any rank. All ranks must call it."""
         return on_every_rank(_checksums(self._model) == self._before)
 
 
 @torch.no_grad()
 def _checksums(model: nn.Module) -> list[int]:
-    """A sum over the bits of each trainable parameter; under ZeRO-3 over this rank's part of it."""
+    """A checksum of the bits of each trainable parameter; under ZeRO-3 of this rank's part of it."""
     sums = []
     for parameter in model.parameters():
         if parameter.requires_grad:

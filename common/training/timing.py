@@ -14,7 +14,7 @@ from common.training.memory import named_when_out_of_memory
 
 
 class PhaseClock:
-    """Seconds by phase, added up over all times that a phase is entered; phases lie side by side, not in each other.
+    """Seconds by phase, added up over all times that a phase is entered. Phases must not be nested.
 
     Attributes:
         seconds: of each phase since `reset`, in the order in which they were first entered.
@@ -26,7 +26,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """The time within the context belongs to `name`, unless it ends with an exception."""
+        """Add the time within the context to that of `name`, unless the context ends with an exception."""
         set_phase(name)
         start = now()
         with named_when_out_of_memory(name):
@@ -34,8 +34,9 @@ class PhaseClock:
         self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
 
     def reset(self) -> None:
-        """Begin anew."""
-        self.__init__()
+        """Set all times to 0."""
+        self.seconds = {}
+        self._start = now()
 
     def total(self) -> float:
         """Seconds since `reset`, those between the phases included."""
@@ -43,8 +44,10 @@ class PhaseClock:
 
 
 def now() -> float:
-    """Seconds of a clock that never goes back, once all that was given to a GPU is done: kernels run behind, and their
-    time belongs to the phase that launched them."""
+    """Seconds of a monotonic clock, read when the GPU has finished all kernels that were launched.
+
+    Kernels run asynchronously; their time belongs to the phase that launched them.
+    """
     if on_gpu():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -7,11 +7,20 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from common.config.groups import SCHEDULES
+from common.config.parser import Config, options
 from common.errors import UserError
-from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, read_override, resolve_dtype
-from common.training.learning_rate import SCHEDULES
+from common.training.engine import (
+    EngineSettings,
+    OptimizerSettings,
+    check_engine_options,
+    deepspeed_config,
+    resolve_dtype,
+)
 from common.training.optim import Untrained, build_scheduler, parameter_groups
 from step1_sft.config import SFTConfig
+from step2_reward.config import RewardConfig
+from step3_ppo.config import PPOConfig
 
 
 def written(path, content) -> str:
@@ -44,8 +53,35 @@ def test_a_file_is_laid_over_the_generated_configuration_section_by_section(tmp_
 )
 def test_what_a_flag_decides_is_refused_in_the_file(tmp_path, content, said):
     with pytest.raises(UserError, match="--deepspeed_config .*") as error:
-        read_override(written(tmp_path / "ds.json", content))
+        check_engine_options(SFTConfig(deepspeed_config=written(tmp_path / "ds.json", content)))
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("cls", (SFTConfig, RewardConfig, PPOConfig))
+def test_every_step_names_the_flags_that_decide_a_key(tmp_path, cls: type[Config]):
+    keys = [
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "managed_gradient_accumulation",
+        "gradient_clipping",
+        "optimizer",
+        "scheduler",
+        "zero_optimization.stage",
+        "fp16.enabled",
+        "bf16.enabled",
+    ]
+    for key in keys:
+        section, _, name = key.partition(".")
+        path = written(tmp_path / "ds.json", {section: {name: 1} if name else 1})
+        with pytest.raises(UserError, match=f"^--deepspeed_config {path}: leave out {key}; --.* that$") as error:
+            check_engine_options(cls(deepspeed_config=path))
+        named = {word.removeprefix("--") for word in str(error.value).split(";")[1].split() if word.startswith("--")}
+        assert named and named <= set(options(cls))
+    if cls is PPOConfig:
+        path = written(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
+        with pytest.raises(UserError, match="--actor_zero_stage and --critic_zero_stage decide that"):
+            check_engine_options(cls(deepspeed_config=path))
 
 
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from common.artifacts.tracking import Tracker
-from common.checkpoints.completed import FILE
-from common.checkpoints.manager import Checkpoints, TrainingState
-from common.errors import AlreadyComplete
+from common.checkpoints.completed import FILE, FORMAT
+from common.checkpoints.manager import Checkpoints
+from common.checkpoints.training_state import TrainingState
+from common.errors import AlreadyComplete, UserError
 from common.runtime.program import run_program
 from step2_reward.config import RewardConfig
 
@@ -81,11 +82,32 @@ def test_other_data_another_model_and_a_missing_result_are_not_finished(config):
     assert not is_there(config)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "[" * 10_000, json.dumps({"config": {}})])
+@pytest.mark.parametrize("content", ["", "[]", "[" * 10_000, json.dumps({"config": {}}), json.dumps({"format": "new"})])
 def test_a_damaged_note_is_none(config, content):
     finish(config)
     (Path(config.output_dir) / FILE).write_text(content)
     assert not is_there(config)
+
+
+@pytest.mark.parametrize("number, age", [(FORMAT - 1, "older"), (FORMAT + 1, "newer")])
+def test_a_record_of_another_format_is_neither_believed_nor_overwritten(config, number, age):
+    finish(config)
+    record = Path(config.output_dir) / FILE
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"format": number}))
+    said = (
+        f"{record}: it has format {number}, an? {age} one than format {FORMAT} of this version: "
+        "use the version that made it, or train again with this one, --resume never"
+    )
+    with pytest.raises(UserError, match=said):
+        is_there(config)
+    assert not is_there(replace(config, resume="never"))
+
+
+def test_fields_of_the_record_that_are_not_known_are_ignored(config):
+    finish(config)
+    record = Path(config.output_dir) / FILE
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"colour": "blue"}))
+    assert is_there(config)
 
 
 def test_while_another_run_is_in_its_place_it_is_not_there(config, tmp_path):

@@ -7,8 +7,15 @@ import torch
 
 from common.errors import TrainingFailure
 from common.runtime import distributed
-from common.training.memory import fit_micro_batches, most_that_fit, named_when_out_of_memory
+from common.training.memory import (
+    advising_on_memory,
+    fit_micro_batches,
+    memory_advice,
+    most_that_fit,
+    named_when_out_of_memory,
+)
 from step1_sft.config import SFTConfig
+from step3_ppo.config import PPOConfig
 
 MIB = 2**20
 
@@ -55,7 +62,11 @@ def test_a_containers_limit_is_the_memory_there_is(files, tmp_path, monkeypatch)
 
 
 def test_memory_that_is_refused_names_the_phase_the_size_and_what_helps():
-    with pytest.raises(TrainingFailure) as failure, named_when_out_of_memory("critic_update"):
+    with (
+        pytest.raises(TrainingFailure) as failure,
+        advising_on_memory(PPOConfig()),
+        named_when_out_of_memory("critic_update"),
+    ):
         torch.empty(2**50, dtype=torch.uint8)
     line = str(failure.value)
     assert "out of memory on rank 0 in critic_update, which asked for 1125899906842624 bytes more" in line
@@ -69,6 +80,36 @@ def test_memory_that_is_refused_names_the_phase_the_size_and_what_helps():
         "--offload",
     ):
         assert flag in line
+    assert "actor" not in line
+
+
+@pytest.mark.parametrize(
+    "cls, phase, advice",
+    [
+        (PPOConfig, "generate", "add --release_inference_cache, or lower --per_device_generation_batch_size"),
+        (PPOConfig, "the evaluation", "lower --per_device_generation_batch_size"),
+        (SFTConfig, "the evaluation", "lower --per_device_eval_batch_size"),
+        (
+            SFTConfig,
+            "the training step",
+            "lower --per_device_train_batch_size or --max_tokens_per_micro_batch, raise --zero_stage, add --offload or "
+            "--gradient_checkpointing, or let --auto_micro_batch choose",
+        ),
+        (
+            SFTConfig,
+            "loading the model",
+            "lower --max_seq_len, raise --zero_stage, add --offload, or train adapters only with --lora_dim",
+        ),
+        (
+            PPOConfig,
+            "loading the models",
+            "add --offload, lower --max_prompt_seq_len or --max_answer_seq_len, raise --actor_zero_stage or "
+            "--critic_zero_stage, or train adapters only with --actor_lora_dim or --critic_lora_dim",
+        ),
+    ],
+)
+def test_the_options_that_relieve_a_phase_are_advised(cls, phase, advice):
+    assert memory_advice(cls, phase) == advice
 
 
 @pytest.mark.parametrize(
@@ -85,7 +126,7 @@ def test_memory_that_is_refused_names_the_phase_the_size_and_what_helps():
 )
 def test_all_ways_of_being_refused_are_known(error, size):
     with pytest.raises(TrainingFailure, match=f"in generate, which asked for {size} more: .*generation_batch_size"):
-        with named_when_out_of_memory("generate"):
+        with advising_on_memory(PPOConfig()), named_when_out_of_memory("generate"):
             raise error
 
 

@@ -12,7 +12,7 @@ from common.data.builtin import builtin_rows
 from common.data.records import Message, Prompt
 from common.data.templates import get_template
 from common.errors import UserError
-from launch.report import Change, make_report, question_of, render, write_summary
+from launch.report import FORMAT, Change, make_report, question_of, render, write_summary
 from tests.launching import ROOT
 
 QUESTIONS = list(dict.fromkeys(row["prompt"] for row in builtin_rows("courtesy")))[:8]
@@ -109,7 +109,8 @@ def test_of_a_long_question_the_end_is_shown(outputs):
 
 def test_the_summary_is_json_with_the_same_figures(outputs):
     write_summary(report_of(outputs), outputs / "summary.json")
-    assert json.loads((outputs / "summary.json").read_text())["perplexity"] == {"before": 900.0, "after": 1.5}
+    summary = json.loads((outputs / "summary.json").read_text())
+    assert summary["perplexity"] == {"before": 900.0, "after": 1.5} and summary["format"] == FORMAT
 
 
 def test_a_step_that_was_not_finished_is_named(outputs):

@@ -10,10 +10,14 @@ import torch
 from safetensors.torch import save
 
 from common.artifacts.tracking import Tracker
-from common.checkpoints.manager import Checkpoints, TrainingState, _batches, _plain
-from common.config.parser import parse
+from common.checkpoints.config_changes import batches_of_all_ranks, plain_config
+from common.checkpoints.manager import Checkpoints
+from common.checkpoints.state import FORMAT
+from common.checkpoints.training_state import TrainingState
+from common.config.parser import options, parse
 from common.errors import UserError
 from step1_sft.config import SFTConfig
+from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 
 PPO = ("--actor_model_name_or_path", "actor", "--critic_model_name_or_path", "critic")
@@ -27,12 +31,13 @@ def checkpoints(tmp_path, *flags, data=("key",), config_class=SFTConfig):
 def saved(tmp_path, step=7, made=None, **changes):
     made = made or checkpoints(tmp_path)
     state = {
+        "format": FORMAT,
         "step": step,
         "optimizer_steps": step,
         "world_size": 1,
         "data": ["key"],
-        "config": _plain(made.config),
-        "batches": _batches(made.config),
+        "config": plain_config(made.config),
+        "batches": batches_of_all_ranks(made.config),
         "state_dict": {},
         "tracker": {"step": step, "bytes": 0, "seconds": 1.5},
         **changes,
@@ -163,6 +168,52 @@ def test_ppo_goes_on_with_other_evaluations(tmp_path):
     assert other.find() == path
 
 
+@pytest.mark.parametrize("config_class, models", [(SFTConfig, ()), (RewardConfig, ()), (PPOConfig, PPO)])
+def test_every_setting_that_only_looks_may_change(config_class, models, tmp_path):
+    """Intervals of evaluation and logging, batch sizes of evaluations, and what is printed."""
+    path = saved(tmp_path, made=checkpoints(tmp_path, *models, config_class=config_class))
+    known, flags = options(config_class), ["--data_output_path", str(tmp_path / "elsewhere")]
+    for name in (
+        "eval_interval",
+        "eval_iters",
+        "eval_prompts",
+        "per_device_eval_batch_size",
+        "log_interval",
+        "save_interval",
+        "print_answers_interval",
+    ):
+        flags += [f"--{name}", "7"] if name in known else []
+    for name in ("print_loss", "print_answers", "no_enable_tensorboard"):
+        flags += [f"--{name}"] if name.removeprefix("no_") in known else []
+    assert len(flags) >= 12
+    assert checkpoints(tmp_path, *models, *flags, config_class=config_class).find() == path
+
+
+@pytest.mark.parametrize("number, age", [(FORMAT - 1, "older"), (FORMAT + 1, "newer"), (None, "older")])
+def test_a_checkpoint_of_another_format_is_not_passed_over(number, age, tmp_path, capsys):
+    """Neither for the one before, nor for a new start: the training since would be lost."""
+    saved(tmp_path, 7)
+    path = saved(tmp_path, 9)
+    state = json.loads((path / "state.json").read_text()) | {"format": number, "world_size": {"data": 1}}
+    if number is None:
+        del state["format"]
+    replaced(path, "state.json", json.dumps(state).encode())
+    said = (
+        f"{path}: it has format {number or 0}, an? {age} one than format {FORMAT} of this version: "
+        "go on with the version that made it, or start anew with this one, --resume never"
+    )
+    for flags in ((), ("--resume", str(path))):
+        with pytest.raises(UserError, match=said):
+            checkpoints(tmp_path, *flags).find()
+    assert capsys.readouterr().out == ""
+    assert checkpoints(tmp_path, "--resume", "never").find() is None
+
+
+def test_fields_of_the_state_that_are_not_known_are_ignored(tmp_path):
+    path = saved(tmp_path, 7, colour="blue")
+    assert checkpoints(tmp_path).find() == path
+
+
 def test_changes_that_are_meant_are_taken(tmp_path):
     path = saved(tmp_path, data=["other"])
     assert checkpoints(tmp_path, "--learning_rate", "0.5", "--resume_anyway").find() == path
@@ -212,6 +263,8 @@ def with_values(**changes):
         (with_values(world_size=0), "world_size is 0"),
         (with_values(world_size=10**9), "world_size is 1000000000"),
         (with_values(world_size=True), "world_size is 'True'"),
+        (with_values(format="2"), "format is '2'"),
+        (with_values(format=True), "format is 'True'"),
         (with_values(step=-1), "step is -1"),
         (with_values(step=1.5), "step is '1.5'"),
         (with_values(config=[]), r"config is '\[\]'"),

@@ -1,0 +1,89 @@
+"""Which options may differ between a run and its continuation, by their declarations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config.groups import RunOptions
+from common.config.parser import options
+from common.errors import UserError
+from common.runtime.distributed import world_size
+from common.training.engine import read_override
+
+
+def plain_config(config: RunOptions) -> dict[str, Any]:
+    """The configuration as JSON has it, without the options that have no effect."""
+    values = {name: getattr(config, name) for name, meta in options(type(config)).items() if not meta.ignored}
+    if values["deepspeed_config"]:
+        values["deepspeed_config"] = read_override(values["deepspeed_config"])
+    return json.loads(json.dumps(values))
+
+
+def batches_of_all_ranks(config: RunOptions) -> dict[str, int]:
+    """Rows of each batch of the configuration over all ranks, by `Batch.what`."""
+    return {batch.what: batch.rows * world_size() for batch in config.batches()}
+
+
+def config_of_result(config: RunOptions) -> dict[str, Any]:
+    """The part of the configuration on which the result depends; batches are left out, see `batches_of_all_ranks`."""
+    known, flags = options(type(config)), _batch_flags(config)
+    return {
+        name: value
+        for name, value in plain_config(config).items()
+        if known[name].affects != "nothing" and name not in flags
+    }
+
+
+def check_unchanged(config: RunOptions, data: Sequence[str], values: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError if another configuration or other data made the checkpoint, and --resume_anyway is not given.
+
+    Args:
+        data: keys of the prepared data.
+        values: state.json of the checkpoint.
+        path: of the checkpoint.
+    """
+    now, before = plain_config(config), values["config"]
+    may_change = {name for name, meta in options(type(config)).items() if meta.may_change_on_resume}
+    if values["world_size"] != world_size():
+        _check_batches(config, values, path)
+        may_change |= _batch_flags(config)
+    changes = [
+        f"--{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted({*now, *before})
+        if name not in may_change and now.get(name) != before.get(name)
+    ]
+    if values["data"] != list(data) and not changes:
+        changes = ["the data has other rows, or is prepared in another way"]
+    if changes and not config.resume_anyway:
+        raise UserError(
+            f"{path} was made with another configuration: {'; '.join(changes)}: run the same command "
+            "again, add --resume_anyway to go on with the new one, or --resume never to start anew"
+        )
+
+
+def in_words(ranks: int) -> str:
+    """A number of ranks, for a message."""
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
+
+
+def _check_batches(config: RunOptions, values: Mapping[str, Any], path: Path) -> None:
+    """The batch sizes of one rank may change with the number of ranks, those of all ranks together may not."""
+    before, now = values["batches"], batches_of_all_ranks(config)
+    if before.keys() != now.keys():
+        raise UserError(f"{path} is a checkpoint of another step: name one of this step, or --resume never")
+    changed = [batch for batch in config.batches() if now[batch.what] != before[batch.what]]
+    if changed and not config.resume_anyway:
+        had = " and ".join(f"{before[batch.what]} {batch.what}" for batch in changed)
+        has = " and ".join(str(now[batch.what]) for batch in changed)
+        advice = " ".join(batch.flags_for(before[batch.what], world_size()) for batch in changed)
+        raise UserError(
+            f"{path} was made by {in_words(values['world_size'])} with {had}, and this run of "
+            f"{world_size()} has {has}: use {advice}, or --resume never to start anew"
+        )
+
+
+def _batch_flags(config: RunOptions) -> set[str]:
+    return {flag for batch in config.batches() for flag in batch.flags}

@@ -1,0 +1,61 @@
+"""What a run hands over to be saved in a checkpoint, and what it gets back when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from common.training.atomic_step import AtomicStep
+from common.training.engine import Engine
+
+
+class RunLog(Protocol):
+    """The metrics of a run. A checkpoint remembers where they ended, so that a resumed run continues them there.
+
+    `common.artifacts.tracking.Tracker` is one.
+    """
+
+    def begin(self, place: Mapping[str, float] | None = None) -> None:
+        """Start writing: at `place`, which `place` returned for a checkpoint, or anew."""
+
+    def place(self, step: int) -> dict[str, float]:
+        """Where the metrics end after `step`, as numbers for JSON: "step", "bytes" and "seconds"."""
+
+    def lost(self) -> str | None:
+        """Why the output directory cannot be used any more, or None while it can."""
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint holds.
+
+    Attributes:
+        engines: by name; DeepSpeed saves and loads them.
+        tensors: returns this rank's own tensors by name. They are saved, and written in place when a run is resumed.
+        reshape: takes the tensors over from a checkpoint of another number of ranks. Its argument maps the name of a
+            tensor to those of all ranks that saved it.
+        state_dict: returns values for JSON.
+        load_state_dict: is given these values when a run is resumed.
+        last_step_applied: whether the last optimizer step was made. No checkpoint is taken after a step that was
+            skipped, as the weights may be lost.
+    """
+
+    engines: dict[str, Engine]
+    tensors: Callable[[], dict[str, torch.Tensor]] = dict
+    reshape: Callable[[Callable[[str], list[torch.Tensor]]], None] = lambda parts_of: None
+    state_dict: Callable[[], dict[str, Any]] = dict
+    load_state_dict: Callable[[dict[str, Any]], None] = lambda values: None
+    last_step_applied: Callable[[], bool] = lambda: True
+
+    @classmethod
+    def of_one_engine(cls, engine: Engine, step: AtomicStep, **values: Any) -> TrainingState:
+        """The state of a step that trains one model: the engine, the counters of its optimizer steps, and `values`."""
+        return cls(
+            {"model": engine},
+            state_dict=lambda: {**step.state_dict(), **values},
+            load_state_dict=step.load_state_dict,
+            last_step_applied=step.last_step_applied,
+        )

@@ -1,0 +1,103 @@
+"""A new option needs one edit: all that the project does with it follows from its declaration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import yaml
+
+from common.checkpoints.manager import Checkpoints
+from common.checkpoints.training_state import TrainingState
+from common.config.parser import option, options, parse, save_config
+from common.errors import UserError
+from common.training.engine import check_engine_options
+from common.training.memory import memory_advice
+from step1_sft.config import SFTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendedConfig(SFTConfig):
+    """Step 1 with two more options"""
+
+    focus: float = option(
+        1.0,
+        "weight of rare tokens",
+        above=0,
+        deepspeed_keys=("data_efficiency.focus",),
+        relieves=("training step",),
+        advice="lower {flag}",
+    )
+    shout: bool = option(False, "print in capitals", affects="nothing")
+    judge_name_or_path: str | None = option(None, "a model that judges", names_model=True)
+
+
+class NoLog:
+    """Metrics that are written nowhere."""
+
+    def begin(self, place=None) -> None:
+        pass
+
+    def place(self, step: int) -> dict[str, float]:
+        return {"step": step, "bytes": 0, "seconds": 0.0}
+
+    def lost(self) -> None:
+        return None
+
+
+@pytest.fixture
+def config(tmp_path) -> ExtendedConfig:
+    return ExtendedConfig(output_dir=str(tmp_path / "out"), focus=2.0)
+
+
+def test_a_run_may_not_be_resumed_with_another_result_but_with_other_looks(config):
+    first = Checkpoints(config, ["key"])
+    first.restore(first.find(), TrainingState({}), NoLog())
+    first.save(5, 5)
+    path = first.saved[1]
+    with pytest.raises(UserError, match=r"--focus was 2.0, now 3.0"):
+        Checkpoints(replace(config, focus=3.0), ["key"]).find()
+    assert Checkpoints(replace(config, focus=3.0, resume_anyway=True), ["key"]).find() == path
+    assert Checkpoints(replace(config, shout=True), ["key"]).find() == path
+
+
+def test_the_result_of_a_run_is_known_by_it_and_by_the_models_that_it_names(config, tmp_path):
+    def is_complete(config: ExtendedConfig) -> bool:
+        return Checkpoints(config, ["key"])._completed_run().exists()
+
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "model.safetensors").write_bytes(b"weights")
+    config = replace(config, judge_name_or_path=str(judge))
+    (tmp_path / "out/logs").mkdir(parents=True)
+    Checkpoints(config, ["key"]).discard()
+    assert is_complete(config) and is_complete(replace(config, shout=True))
+    assert not is_complete(replace(config, focus=3.0))
+    (judge / "model.safetensors").write_bytes(b"changed")
+    assert not is_complete(config)
+
+
+def test_the_key_of_deepspeeds_configuration_that_it_owns_is_refused_with_its_flag(config, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"data_efficiency": {"focus": 3.0}}))
+    with pytest.raises(UserError, match=r"--deepspeed_config .*ds.json: leave out data_efficiency.focus; --focus dec"):
+        check_engine_options(replace(config, deepspeed_config=str(path)))
+
+
+def test_it_is_advised_where_memory_runs_out():
+    assert "--focus" in memory_advice(ExtendedConfig, "the training step")
+    assert "--focus" not in memory_advice(ExtendedConfig, "the evaluation")
+
+
+def test_it_is_in_the_help_and_in_the_saved_recipe(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse(ExtendedConfig, ["--help"])
+    shown = capsys.readouterr().out
+    assert "--focus X" in shown and "weight of rare tokens [default 1]" in shown
+    assert "Step 1 with two more options:" in shown and options(ExtendedConfig)["seed"].group == "Run"
+    save_config(config, tmp_path / "recipe.yaml")
+    saved = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert saved["focus"] == 2.0 and saved["shout"] is False
+    assert parse(ExtendedConfig, ["--config", str(tmp_path / "recipe.yaml")]) == config
