@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import pytest
 
 from common.runtime.signals import STOPPED
 from tests.distributed.option_inputs import make_inputs
-from tests.distributed.test_resumed_runs import metrics
 from tests.faults.end_cases import TIMEOUT
-from tests.launching import ROOT, environment, free_port
+from tests.launching import ROOT, deepspeed, environment
+from tests.logs import metrics
 
 PROGRAM = ROOT / "tests" / "faults" / "end_cases.py"
-LAUNCHER = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "critical", "--num_gpus", "2"]
 
 
 class Run:
@@ -30,7 +28,7 @@ class Run:
             old.unlink()
         with open(self.said, "w") as said:
             self.outer = subprocess.Popen(
-                [*LAUNCHER, "--master_port", str(free_port()), str(PROGRAM), case, str(self.marks), *words],
+                [*deepspeed(2, "--log_level", "critical"), str(PROGRAM), case, str(self.marks), *words],
                 env=environment(),
                 stdout=said,
                 stderr=said,

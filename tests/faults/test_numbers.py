@@ -10,6 +10,7 @@ from tests.distributed.option_inputs import make_inputs
 from tests.distributed.option_rows import STEPS
 from tests.faults.number_rows import ENGINES, RUNS, SHORT
 from tests.launching import ROOT, launch
+from tests.logs import metrics
 
 PROGRAM = ROOT / "tests" / "faults" / "number_cases.py"
 
@@ -82,18 +83,6 @@ def same_weights(left, right) -> bool:
         for model in models
         for name, tensor in load_file(left / model).items()
     )
-
-
-def metrics(directory) -> list[dict]:
-    lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [
-        {
-            name: value
-            for name, value in json.loads(line).items()
-            if "seconds" not in name and name != "samples_per_second"
-        }
-        for line in lines
-    ]
 
 
 def test_memory_that_runs_out_on_one_rank_ends_the_run_in_a_line(output, inputs):
