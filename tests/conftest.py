@@ -44,6 +44,16 @@ def chat_model(tmp_path_factory, builtin_cache):
     return teach(tmp_path_factory.mktemp("chat") / "sft", builtin_cache)
 
 
+@pytest.fixture(scope="session")
+def option_inputs(tmp_path_factory, builtin_cache) -> Path:
+    """A directory of models and data for short runs of the steps, under the names that `option_rows` uses."""
+    from tests.distributed.option_inputs import make_inputs
+
+    directory = tmp_path_factory.mktemp("inputs")
+    make_inputs(directory, builtin_cache)
+    return directory
+
+
 @pytest.fixture
 def tmpfs(tmp_path):
     """Mounts a file system on a directory, of a size such as `1m`; skips the test without the right to mount."""

@@ -10,7 +10,6 @@ import psutil
 import pytest
 
 from common.runtime.signals import STOPPED
-from tests.distributed.option_inputs import make_inputs
 from tests.faults.end_cases import TIMEOUT
 from tests.launching import ROOT, deepspeed, environment
 from tests.logs import metrics
@@ -82,13 +81,6 @@ def disturb(run: Run, how: str) -> None:
         ranks[1].kill()
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, builtin_cache) -> Path:
-    directory = tmp_path_factory.mktemp("inputs")
-    make_inputs(directory, builtin_cache)
-    return directory
-
-
 LONG = pytest.mark.long
 
 
@@ -122,9 +114,9 @@ LONG = pytest.mark.long
         ),
     ],
 )
-def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, inputs, tmp_path):
+def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, option_inputs, tmp_path):
     command = [
-        word.format(inputs=inputs)
+        word.format(inputs=option_inputs)
         for word in (
             "--data_path {inputs}/pairs.jsonl --data_split 1,1,8 --eval_fraction 0.2 --actor_model_name_or_path "
             "{inputs}/model --critic_model_name_or_path {inputs}/scorer --per_device_generation_batch_size 2 "
