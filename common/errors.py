@@ -12,7 +12,7 @@ class UserError(Exception):
     """Input that cannot be used: a flag, a file, a row, a model directory.
 
     The message is one line that names the flag, file or row and says what to do. Programs print it as
-    ``error: <message>`` and exit with code 2, without a traceback.
+    `error: MESSAGE` and exit with code 2, without a traceback.
     """
 
 
@@ -48,29 +48,29 @@ def named_by(flag: str) -> Iterator[None]:
 
 
 class TrainingFailure(Exception):
-    """Training that must not go on, such as a loss that is not a number.
+    """Training that cannot go on, for example because the loss is not finite.
 
-    The message is one line that says where and what to try. Programs print it and exit with code 1.
+    The message is one line that says where it happened and what to try. Programs print it and exit with code 1.
     """
 
 
 class Diverged(TrainingFailure):
-    """Losses, gradients or weights that are not finite, or a policy that runs away: the weights may be lost.
+    """Losses, gradients or weights that are not finite, or a policy too far from the reference model.
 
-    Where checkpoints are kept the message goes on to name the last good one.
+    The weights may be lost. If there are checkpoints, the program adds the last good one to the message.
     """
 
 
 class AlreadyComplete(Exception):
-    """There is nothing to do: the result is there already. Programs print the message, one line, and exit with 0."""
+    """The result exists already, so there is nothing to do. Programs print the message, one line, and exit with 0."""
 
 
-# Ends the message of a Diverged.
+# The end of the message of every Diverged.
 DIVERGED = "training stopped and nothing was published; lower the learning rate, or look for extreme rows in the data"
 
 
 def reason_of(error: Exception) -> str:
-    """In one line, what a library says that could not load a model or a tokenizer."""
+    """The message of a library that could not load a model or a tokenizer, in one line."""
     said = str(error).strip() or type(error).__name__
     if "trust_remote_code=True" in said:
         return "it comes with code of its own, which runs only with --trust_remote_code"
@@ -79,9 +79,11 @@ def reason_of(error: Exception) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], lead: str = "; ", before: str = "") -> str:
-    """`; did you mean NAME?` for the known name that is most like `word`, or '' if none is like it.
+    """`; did you mean NAME?` for the known name that is most similar to `word`, or '' if none is similar.
 
-    `lead` joins it to the message; `before` goes before the name.
+    Args:
+        lead: joins the hint to the message.
+        before: goes before the name.
     """
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"{lead}did you mean {before}{near[0]}?" if near else ""

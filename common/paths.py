@@ -1,4 +1,4 @@
-"""Paths and hub names, which look alike: `output/sft`, `facebook/opt-1.3b`. What exists locally is never looked up."""
+"""Paths, and names on the Hugging Face hub, which look alike: `output/sft`, `facebook/opt-1.3b`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[^}]*\})")
 
 
 def as_typed_in_a_shell(text: str, where: str) -> str:
-    """A path with `~`, `~user`, `$NAME` and `${NAME}` replaced, which a shell leaves in quotes and after `--flag=`, and
-    which nobody replaces in a recipe.
+    """Replace `~`, `~user`, `$NAME` and `${NAME}` in a path.
+
+    A shell does not replace them within quotes and after `--flag=`, and nothing replaces them in a recipe. A path that
+    exists as it is written stays the same.
 
     Args:
         where: the flag or the line of a recipe, for messages.
 
     Raises:
-        UserError: there is no such user or variable, and no such path either.
+        UserError: there is no such user or environment variable.
     """
 
     def value(match: re.Match) -> str:
@@ -44,7 +46,7 @@ def as_typed_in_a_shell(text: str, where: str) -> str:
 
 
 def may_be_on_hub(name: str) -> bool:
-    """Whether a name that does not exist locally may be one of the hub, and is not rather a mistyped path."""
+    """Whether a name that does not exist locally may be a hub name; otherwise it is a mistyped path."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     owner, slash, _ = name.partition("/")
@@ -58,13 +60,17 @@ def may_be_on_hub(name: str) -> bool:
 
 
 def similar_path(path: Path) -> str:
-    """`; did you mean PATH?` for what lies where `path` is missing and is called much alike, or ''."""
+    """`; did you mean PATH?` for an entry of the same directory with a similar name, or '' if there is none."""
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     return did_you_mean(path.name, beside, before="" if path.parent == Path() else f"{path.parent}/")
 
 
 def content_digest(paths: Iterable[Path]) -> str:
-    """SHA-256, in hex, of what the files hold, one after another; raises OSError for what cannot be read."""
+    """SHA-256 in hex of the contents of the files, concatenated.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as stream:
@@ -108,9 +114,9 @@ def _concerns(path: Path, directory: Path) -> bool:
 
 
 def follow_umask(*paths: Path) -> None:
-    """Give what we have made the rights that any new file or directory has.
+    """Set the permissions that the umask gives to new files and directories.
 
-    Libraries that write weights, and temporary directories, leave what only their owner can read.
+    Temporary directories, and files of libraries that write weights, can be read by their owner only.
     """
     mask = os.umask(0o077)
     os.umask(mask)
@@ -119,14 +125,17 @@ def follow_umask(*paths: Path) -> None:
 
 
 def from_anywhere(name: str) -> str:
-    """A path or name to be written down: a directory's absolute path; a hub name or builtin:* as it is."""
+    """A path or name to be stored: the absolute path of a directory; a hub name or builtin:* as it is."""
     path = Path(name)
     return str(path.absolute()) if path.is_dir() else name
 
 
 def unreachable_hub(error: BaseException, cache: str | None = None) -> str | None:
-    """Why the hub was not reached, and where its files were looked for instead (`cache`; none: where models are kept);
-    None for any other error."""
+    """The reason, in words, if an error means that the hub cannot be reached; None for any other error.
+
+    Args:
+        cache: the directory where the files were searched instead; None: the cache of models.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 

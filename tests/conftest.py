@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,10 +38,39 @@ def builtin_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory, builtin_cache):
-    """Directory of the model that knows `chat_model.ANSWERS`."""
+    """Directory of the model that knows `tests.chat_model.ANSWERS`."""
     from tests.chat_model import teach
 
     return teach(tmp_path_factory.mktemp("chat") / "sft", builtin_cache)
+
+
+@pytest.fixture(scope="session")
+def option_inputs(tmp_path_factory, builtin_cache) -> Path:
+    """A directory of models and data for short runs of the steps, under the names that `option_rows` uses."""
+    from tests.distributed.option_inputs import make_inputs
+
+    directory = tmp_path_factory.mktemp("inputs")
+    make_inputs(directory, builtin_cache)
+    return directory
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """Mounts a file system on a directory, of a size such as `1m`; skips the test without the right to mount."""
+    mounted = []
+
+    def mount(directory: Path, size: str = "1m") -> Path:
+        directory.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(directory)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no right to mount a file system: {done.stderr}")
+        mounted.append(directory)
+        return directory
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,18 @@ def launch(
     script: Path, *args: str, ranks: int = 1, cwd: Path = ROOT, timeout: int = 540, check: bool = True
 ) -> subprocess.CompletedProcess:
     """`deepspeed --num_gpus RANKS script args`; its output is shown when it fails and `check` is set."""
-    launcher = Path(sys.executable).parent / "deepspeed"
-    command = [str(launcher), "-q", "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script), *args]
-    return run(command, cwd=cwd, timeout=timeout, check=check)
+    return run([*deepspeed(ranks, "-q"), str(script), *args], cwd=cwd, timeout=timeout, check=check)
+
+
+def deepspeed(ranks: int, *options: str, port: int | None = 0) -> list[str]:
+    """The launcher's command, up to the program's name.
+
+    Args:
+        port: of the process group; 0: a free one, None: the launcher's own choice.
+    """
+    if port is not None:
+        options = ("--master_port", str(port or free_port()), *options)
+    return [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), *options]
 
 
 def launch_each(
@@ -44,6 +53,14 @@ def run(
             f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
         )
     return done
+
+
+def small_run(directory: Path, output: str = "sft") -> list[str]:
+    """Flags of a step that trains the built-in model on the built-in task, within `directory`."""
+    return [
+        *("--model_name_or_path", "builtin:tiny-opt", "--data_path", "builtin:courtesy"),
+        *("--output_dir", str(directory / output), "--data_output_path", str(directory / "data")),
+    ]
 
 
 def at_length(cases) -> list:
@@ -77,18 +94,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def assert_tensorboard_shows(rows: list[dict], directory: Path) -> None:
-    """The events in a directory are the scalars of the rows of metrics.jsonl, and nothing else."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator(str(directory)).Reload()
-    shown = {(tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
-    logged = {
-        (f"{row['phase']}/{name}", row["step"]): value
-        for row in rows
-        for name, value in row.items()
-        if name not in ("phase", "step", "seconds") and value is not None
-    }
-    assert logged and shown == pytest.approx(logged, rel=1e-6)  # events hold single precision

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from tests.architectures import build_model
 from tests.distributed.variants import EVALUATED_OTHERWISE, RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
 from tests.launching import ROOT, at_length, launch, launch_each
+from tests.logs import metrics
 
 PROGRAM = ROOT / "tests" / "distributed" / "resume_cases.py"
-TIMES = {"seconds", "step_seconds", "samples_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +128,4 @@ def answers(path: Path) -> list[dict]:
     return [
         {name: value for name, value in json.loads(line).items() if not isinstance(value, float)}
         for line in path.read_text().splitlines()
-    ]
-
-
-def metrics(directory: Path) -> list[dict]:
-    lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [
-        {
-            name: value
-            for name, value in json.loads(line).items()
-            if name not in TIMES and not name.startswith("seconds_")
-        }
-        for line in lines
     ]

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import ROOT, assert_tensorboard_shows, environment, run
+from tests.launching import ROOT, environment, run
+from tests.logs import assert_tensorboard_shows
 
 TASK = ["--data_path", "builtin:courtesy", "--max_rows", "800"]
 STOP = ["--enable_test_mode", "--test_stop_step", "2"]

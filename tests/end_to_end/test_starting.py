@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.launching import ROOT, assert_tensorboard_shows, environment, launch
+from tests.launching import ROOT, environment, launch
+from tests.logs import assert_tensorboard_shows
 
 SMALL = [
     "--data_path",

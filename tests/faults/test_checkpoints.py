@@ -13,9 +13,9 @@ import torch
 
 from common.checkpoints.store import PARTIAL
 from tests.faults.checkpoint_cases import DAMAGES, HINDRANCES, INTERVAL, OPTIMIZER, STEPS, WEIGHTS
-from tests.launching import ROOT, environment, launch
+from tests.launching import ROOT, environment, launch, small_run
+from tests.logs import metrics
 
-TIMES = {"seconds", "step_seconds"}
 WHY = {
     "empty": f"{OPTIMIZER} has 0 bytes, not",
     "truncated": f"{WEIGHTS} has 1,000 bytes, not",
@@ -102,65 +102,35 @@ def test_a_disk_that_refuses_a_save_costs_that_save_alone(case, found, output):
 
 
 @pytest.mark.long
-def test_a_full_disk_ends_no_run_before_its_result_is_written(tmp_path):
+def test_a_full_disk_ends_no_run_before_its_result_is_written(tmp_path, tmpfs):
     """Neither metrics nor events nor checkpoints find room; what was saved before is there to go on from."""
-    output = tmp_path / "sft"
-    output.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(output)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no right to mount a file system: {mounted.stderr}")
+    output = tmpfs(tmp_path / "sft", "40m")
     command = [
         sys.executable,
         str(ROOT / "step1_sft" / "main.py"),
-        "--model_name_or_path",
-        "builtin:tiny-opt",
-        "--data_path",
-        "builtin:courtesy",
-        "--max_rows",
-        "200",
-        "--data_split",
-        "8,1,1",
-        "--max_seq_len",
-        "64",
-        "--data_output_path",
-        str(tmp_path / "data"),
-        "--output_dir",
-        str(output),
-        "--log_interval",
-        "1",
-        "--num_train_epochs",
-        "20",
-        "--save_interval",
-        "5",
-        "--eval_interval",
-        "2",
-        "--eval_iters",
-        "1",
+        *small_run(tmp_path),
+        *"--max_rows 200 --data_split 8,1,1 --max_seq_len 64 --log_interval 1 --num_train_epochs 20".split(),
+        *"--save_interval 5 --eval_interval 2 --eval_iters 1".split(),
     ]
-    try:
-        with open(tmp_path / "said", "w+") as file:
-            started = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)
-            while not (output / "checkpoints" / "step-5").is_dir() and started.poll() is None:
-                time.sleep(0.01)
-            while started.poll() is None:
-                fill(output / "ballast")
-            file.seek(0)
-            said = file.read()
-        assert started.returncode == 1, said
-        (error,) = [line for line in said.splitlines() if line.startswith("error:")]
-        assert str(output) in error and "No space left on device" in error and "same command" in error
-        assert "Traceback" not in said and "Logging error" not in said
-        assert "warning: no checkpoint could be written" in said
-        assert said.count(f"warning: {output}/logs/metrics.jsonl cannot be written: No space left on device") == 1
-        (output / "ballast").unlink()
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
-        steps = [record["step"] for record in metrics(output) if record["phase"] == "train"]
-        assert steps == list(range(1, steps[-1] + 1)) and len(steps) > 50
-    finally:
-        subprocess.run(["umount", str(output)], check=True)
+    with open(tmp_path / "said", "w+") as file:
+        started = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)
+        while not (output / "checkpoints" / "step-5").is_dir() and started.poll() is None:
+            time.sleep(0.01)
+        while started.poll() is None:
+            fill(output / "ballast")
+        file.seek(0)
+        said = file.read()
+    assert started.returncode == 1, said
+    (error,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert str(output) in error and "No space left on device" in error and "same command" in error
+    assert "Traceback" not in said and "Logging error" not in said
+    assert "warning: no checkpoint could be written" in said
+    assert said.count(f"warning: {output}/logs/metrics.jsonl cannot be written: No space left on device") == 1
+    (output / "ballast").unlink()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
+    steps = [record["step"] for record in metrics(output) if record["phase"] == "train"]
+    assert steps == list(range(1, steps[-1] + 1)) and len(steps) > 50
 
 
 def fill(ballast: Path) -> None:
@@ -169,15 +139,3 @@ def fill(ballast: Path) -> None:
         while file.write(bytes(4096)):
             pass
     time.sleep(0.001)
-
-
-def metrics(directory: Path) -> list[dict]:
-    lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [
-        {
-            name: value
-            for name, value in json.loads(line).items()
-            if name not in TIMES and not name.startswith("seconds_")
-        }
-        for line in lines
-    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, environment, free_port
+from tests.launching import ROOT, deepspeed, environment, small_run
 
 COMPILERS = re.compile(r"(.*-)?(cc|gcc|g\+\+|c\+\+|cpp|clang|clang\+\+|ninja|nvcc)(-[0-9.]+)?")
 
@@ -28,29 +28,10 @@ def bare(tmp_path) -> dict[str, str]:
 def test_programs_run_without(bare, tmp_path):
     done = subprocess.run(
         [
-            str(Path(sys.executable).parent / "deepspeed"),
-            "-q",
-            "--num_gpus",
-            "2",
-            "--master_port",
-            str(free_port()),
+            *deepspeed(2, "-q"),
             str(ROOT / "step1_sft" / "main.py"),
-            "--model_name_or_path",
-            "builtin:tiny-opt",
-            "--data_path",
-            "builtin:courtesy",
-            "--max_rows",
-            "300",
-            "--enable_test_mode",
-            "--test_stop_step",
-            "2",
-            "--zero_stage",
-            "2",
-            "--offload",
-            "--output_dir",
-            str(tmp_path / "sft"),
-            "--data_output_path",
-            str(tmp_path / "data"),
+            *small_run(tmp_path),
+            *"--max_rows 300 --enable_test_mode --test_stop_step 2 --zero_stage 2 --offload".split(),
         ],
         env=bare,
         capture_output=True,

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,13 +10,11 @@ import psutil
 import pytest
 
 from common.runtime.signals import STOPPED
-from tests.distributed.option_inputs import make_inputs
-from tests.distributed.test_resumed_runs import metrics
 from tests.faults.end_cases import TIMEOUT
-from tests.launching import ROOT, environment, free_port
+from tests.launching import ROOT, deepspeed, environment
+from tests.logs import metrics
 
 PROGRAM = ROOT / "tests" / "faults" / "end_cases.py"
-LAUNCHER = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "critical", "--num_gpus", "2"]
 
 
 class Run:
@@ -30,7 +27,7 @@ class Run:
             old.unlink()
         with open(self.said, "w") as said:
             self.outer = subprocess.Popen(
-                [*LAUNCHER, "--master_port", str(free_port()), str(PROGRAM), case, str(self.marks), *words],
+                [*deepspeed(2, "--log_level", "critical"), str(PROGRAM), case, str(self.marks), *words],
                 env=environment(),
                 stdout=said,
                 stderr=said,
@@ -84,13 +81,6 @@ def disturb(run: Run, how: str) -> None:
         ranks[1].kill()
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, builtin_cache) -> Path:
-    directory = tmp_path_factory.mktemp("inputs")
-    make_inputs(directory, builtin_cache)
-    return directory
-
-
 LONG = pytest.mark.long
 
 
@@ -124,9 +114,9 @@ LONG = pytest.mark.long
         ),
     ],
 )
-def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, inputs, tmp_path):
+def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, option_inputs, tmp_path):
     command = [
-        word.format(inputs=inputs)
+        word.format(inputs=option_inputs)
         for word in (
             "--data_path {inputs}/pairs.jsonl --data_split 1,1,8 --eval_fraction 0.2 --actor_model_name_or_path "
             "{inputs}/model --critic_model_name_or_path {inputs}/scorer --per_device_generation_batch_size 2 "

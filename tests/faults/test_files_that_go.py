@@ -3,45 +3,20 @@
 import json
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from tests.launching import ROOT, environment, free_port
+from tests.launching import ROOT, deepspeed, environment, small_run
 
 
 def test_a_run_goes_on_without_its_logs_and_ends_without_its_output_directory(tmp_path):
     output, said = tmp_path / "sft", tmp_path / "said"
     command = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "-q",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
+        *deepspeed(2, "-q"),
         str(ROOT / "step1_sft" / "main.py"),
-        "--model_name_or_path",
-        "builtin:tiny-opt",
-        "--data_path",
-        "builtin:courtesy",
-        "--max_rows",
-        "400",
-        "--max_seq_len",
-        "64",
-        "--eval_iters",
-        "1",
-        "--per_device_train_batch_size",
-        "4",
-        "--log_interval",
-        "1",
-        "--num_train_epochs",
-        "10000",
-        "--output_dir",
-        str(output),
-        "--data_output_path",
-        str(tmp_path / "data"),
-        "--save_interval",
-        "5",
+        *small_run(tmp_path),
+        *"--max_rows 400 --max_seq_len 64 --eval_iters 1 --per_device_train_batch_size 4".split(),
+        *"--log_interval 1 --num_train_epochs 10000 --save_interval 5".split(),
     ]
     with open(said, "w") as file:
         started = subprocess.Popen(command, env=environment(), stdout=file, stderr=file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import subprocess
@@ -14,9 +13,9 @@ import psutil
 import pytest
 
 from common.checkpoints.store import PARTIAL, POINTER
-from tests.launching import ROOT, environment, free_port, launch, run
+from tests.launching import ROOT, deepspeed, environment, launch, run
+from tests.logs import metrics
 
-TIMES = {"seconds", "step_seconds", "samples_per_second"}
 TASK = ["--data_path", "builtin:courtesy", "--data_split", "3,5,2", "--no_enable_tensorboard", "--log_interval", "1"]
 GONE_WITHIN = 30  # seconds after a kill
 
@@ -48,15 +47,7 @@ class Victim:
         """
         pointer = self.output / "checkpoints" / POINTER
         expected = pointer.read_text().strip() if pointer.is_file() else None
-        command = [
-            str(Path(sys.executable).parent / "deepspeed"),
-            "--num_gpus",
-            "2",
-            "--master_port",
-            str(free_port()),
-            str(self.program),
-            *self.flags,
-        ]
+        command = [*deepspeed(2), str(self.program), *self.flags]
         with open(self.said, "w") as said:
             started = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
         try:
@@ -120,19 +111,6 @@ class Victim:
         resumed = [line.split("/")[-1] for line in lines if line.startswith("resuming from")]
         trained = any("evaluation after 0 of" in line for line in lines)
         assert resumed in ([], [expected]) and not (expected and trained), (expected, lines)
-
-
-def metrics(directory: Path) -> list[dict]:
-    """Everything logged but the times."""
-    lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [
-        {
-            name: value
-            for name, value in json.loads(line).items()
-            if name not in TIMES and not name.startswith("seconds_")
-        }
-        for line in lines
-    ]
 
 
 def kill_often(victim: Victim, kills: int, undisturbed: Path) -> None:

@@ -5,14 +5,13 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.launching import ROOT, environment
+from tests.launching import ROOT, deepspeed, environment, small_run
 
 PROGRAM = ROOT / "step1_sft" / "main.py"
 
@@ -22,32 +21,13 @@ def run(tmp_path):
     """Starts `deepspeed` on two ranks; at the end nothing of it is left."""
     started = []
 
-    def start(output: Path, port: int | None, name: str, *flags: str) -> subprocess.Popen:
+    def start(output: str, port: int | None, name: str, *flags: str) -> subprocess.Popen:
         command = [
-            str(Path(sys.executable).parent / "deepspeed"),
-            "--num_gpus",
-            "2",
-            *(["--master_port", str(port)] if port else []),
+            *deepspeed(2, port=port),
             str(PROGRAM),
-            "--model_name_or_path",
-            "builtin:tiny-opt",
-            "--data_path",
-            "builtin:courtesy",
-            "--max_rows",
-            "400",
-            "--max_seq_len",
-            "64",
-            "--per_device_train_batch_size",
-            "4",
-            "--log_interval",
-            "1",
-            "--no_enable_tensorboard",
-            "--output_dir",
-            str(output),
-            "--eval_iters",
-            "1",
-            "--data_output_path",
-            str(tmp_path / "data"),
+            *small_run(tmp_path, output),
+            *"--max_rows 400 --max_seq_len 64 --per_device_train_batch_size 4 --eval_iters 1".split(),
+            *"--log_interval 1 --no_enable_tensorboard".split(),
             *flags,
         ]
         with open(tmp_path / name, "w") as said:
@@ -73,7 +53,7 @@ def kill(launcher: subprocess.Popen) -> None:
 def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
     output, default, taken = tmp_path / "sft", listening(29500), listening(0)
     port = taken.getsockname()[1]
-    first = run(output, None, "first", "--num_train_epochs", "10000")
+    first = run("sft", None, "first", "--num_train_epochs", "10000")
     metrics = output / "logs" / "metrics.jsonl"
     while not (metrics.is_file() and '"train"' in metrics.read_text()):
         assert first.poll() is None, (tmp_path / "first").read_text()
@@ -85,7 +65,7 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
     ]
 
     signal_ranks(first, signal.SIGSTOP)  # they would only take the time of the others
-    same_directory, same_port = (run(output, None, "same directory"), run(tmp_path / "other", port, "same port"))
+    same_directory, same_port = run("sft", None, "same directory"), run("other", port, "same port")
     for second, name in ((same_directory, "same directory"), (same_port, "same port")):
         assert second.wait(timeout=120) == 2, (tmp_path / name).read_text()
         assert "Traceback" not in (tmp_path / name).read_text()
@@ -103,7 +83,7 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
         assert first.poll() is None, (tmp_path / "first").read_text()
         time.sleep(0.2)
     kill(first)
-    again = run(output, None, "again", "--enable_test_mode", "--test_stop_step", "1", "--resume", "never")
+    again = run("sft", None, "again", "--enable_test_mode", "--test_stop_step", "1", "--resume", "never")
     assert again.wait(timeout=120) == 0, "the dead hold no lock: " + (tmp_path / "again").read_text()
     default.close(), taken.close()
 

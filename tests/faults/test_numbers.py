@@ -6,26 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.option_inputs import make_inputs
 from tests.distributed.option_rows import STEPS
 from tests.faults.number_rows import ENGINES, RUNS, SHORT
 from tests.launching import ROOT, launch
+from tests.logs import metrics
 
 PROGRAM = ROOT / "tests" / "faults" / "number_cases.py"
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory, builtin_cache):
-    directory = tmp_path_factory.mktemp("inputs")
-    make_inputs(directory, builtin_cache)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def output(tmp_path_factory, inputs, request):
+def output(tmp_path_factory, option_inputs, request):
     output = tmp_path_factory.mktemp("numbers")
     extent = "long" if request.config.getoption("--long") else "short"
-    launch(PROGRAM, str(inputs), str(output), extent, ranks=2)
+    launch(PROGRAM, str(option_inputs), str(output), extent, ranks=2)
     return output
 
 
@@ -84,20 +77,8 @@ def same_weights(left, right) -> bool:
     )
 
 
-def metrics(directory) -> list[dict]:
-    lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
-    return [
-        {
-            name: value
-            for name, value in json.loads(line).items()
-            if "seconds" not in name and name != "samples_per_second"
-        }
-        for line in lines
-    ]
-
-
-def test_memory_that_runs_out_on_one_rank_ends_the_run_in_a_line(output, inputs):
-    words = STEPS["sft"].flags.format(inputs=inputs).split()
+def test_memory_that_runs_out_on_one_rank_ends_the_run_in_a_line(output, option_inputs):
+    words = STEPS["sft"].flags.format(inputs=option_inputs).split()
     done = launch(
         ROOT / "tests" / "faults" / "memory_cases.py",
         *words,

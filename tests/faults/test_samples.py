@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.launching import ROOT, environment
+from tests.launching import ROOT, environment, small_run
 
 PROGRAM = """
 import sys
@@ -29,28 +29,9 @@ def test_a_run_whose_samples_fail_has_no_result_and_keeps_its_checkpoints(step, 
             sys.executable,
             "-c",
             PROGRAM.format(root=str(ROOT), step=step, task=task),
-            "--model_name_or_path",
-            "builtin:tiny-opt",
-            "--data_path",
-            "builtin:courtesy",
-            "--max_rows",
-            "300",
-            "--max_seq_len",
-            "64",
-            "--eval_iters",
-            "1",
-            "--per_device_train_batch_size",
-            "4",
-            "--save_interval",
-            "1",
-            "--enable_test_mode",
-            "--test_stop_step",
-            "3",
-            "--no_enable_tensorboard",
-            "--output_dir",
-            str(tmp_path / "out"),
-            "--data_output_path",
-            str(tmp_path / "data"),
+            *small_run(tmp_path, "out"),
+            *"--max_rows 300 --max_seq_len 64 --eval_iters 1 --per_device_train_batch_size 4".split(),
+            *"--save_interval 1 --enable_test_mode --test_stop_step 3 --no_enable_tensorboard".split(),
         ],
         env=environment(),
         cwd=tmp_path,

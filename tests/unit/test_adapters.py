@@ -3,40 +3,12 @@
 import pytest
 
 from common.data.adapters import NAMED, ColumnMap, choose_layout, named_layout
-from common.data.examples import LeftOut, asked, to_records
+from common.data.examples import LeftOut, asked
 from common.data.options import naming_flags
-from common.data.records import Comparison, Demonstration, Message, PlainText, Prompt, user_turns
+from common.data.records import Comparison, Demonstration, PlainText, user_turns
 from common.data.values import BadRow
 from common.errors import UserError
-
-
-def records(row, kind, name="somewhere/data.jsonl", columns=None):
-    names = ColumnMap(columns)
-    names.check({"data.jsonl": row.keys()})
-    names = names.within(row.keys())
-    layout = choose_layout(name, names.columns(row.keys()), kind, "data.jsonl", [row])
-    return to_records(layout, names.rename(row), kind)
-
-
-def record(row, kind, name="somewhere/data.jsonl", columns=None):
-    (only,) = records(row, kind, name, columns)
-    return only
-
-
-def chat(*turns):
-    """Messages of the user and the assistant in turn."""
-    return [{"role": ("user", "assistant")[at % 2], "content": turn} for at, turn in enumerate(turns)]
-
-
-def sharegpt(*turns):
-    """ShareGPT's turns: speaker, text, speaker, text, ..."""
-    return [{"from": speaker, "value": text} for speaker, text in zip(turns[::2], turns[1::2])]
-
-
-def dialogue(*turns, system=""):
-    first = [Message("system", system)] if system else []
-    return Prompt((*first, *(Message(**message) for message in chat(*turns))))
-
+from tests.layout_rows import chat, dialogue, record, records, sharegpt
 
 TRANSCRIPT = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant:"
 TWO_TURNS = dialogue("q1", "a1", "q2")

@@ -7,10 +7,10 @@ import re
 
 import pytest
 import yaml
-from test_config import PROGRAMS, Unchecked, message, read, recipe
 
 from common.config.parser import options, parse
 from step1_sft.config import SFTConfig
+from tests.command_lines import PROGRAMS, Unchecked, message, read, recipe
 
 
 @pytest.mark.parametrize(

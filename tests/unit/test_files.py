@@ -21,6 +21,7 @@ from common.data.blend import SourceSpec
 from common.data.files import MAX_ROW_BYTES, read_rows
 from common.data.reading import ReadReport, read_records
 from common.errors import UserError
+from tests.json_strategies import json_values, texts
 
 ROWS = [{"prompt": f'Question {n}? \u00e9\n"quoted", [a] {{b}}', "response": f"Answer {n}"} for n in range(700)]
 TEXTS = [{"text": f'Line {n}: \u00e9, "quoted"; {{b}}\t|'} for n in range(700)]
@@ -78,14 +79,6 @@ def test_a_json_file_may_hold_lines_and_a_byte_order_mark(tmp_path):
     assert good(path) == ROWS
     path.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(ROWS).encode())
     assert good(path) == ROWS
-
-
-texts = st.text(st.characters(codec="utf-8"))
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | texts,
-    lambda inner: st.lists(inner) | st.dictionaries(texts, inner),
-    max_leaves=5,
-)
 
 
 @settings(max_examples=25, deadline=None)

@@ -18,6 +18,7 @@ from common.data.options import naming_flags
 from common.data.reading import ReadReport, fingerprint, read_records
 from common.data.rows import FileFormat
 from common.errors import UserError
+from tests.json_strategies import json_values, texts
 
 ROWS = [{"prompt": f"Question {n}? \u00e9\n[{{", "response": f"Answer {n}"} for n in range(12)]
 
@@ -203,17 +204,9 @@ def test_rows_under_a_key_do_not_fill_the_memory(tmp_path):
     assert run.stdout.strip() == str(512 * 2**20), run.stderr
 
 
-texts = st.text(st.characters(codec="utf-8"))
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | texts,
-    lambda inner: st.lists(inner) | st.dictionaries(texts, inner),
-    max_leaves=5,
-)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.dictionaries(texts, values, min_size=1, max_size=3), min_size=2, max_size=4),
+    st.lists(st.dictionaries(texts, json_values, min_size=1, max_size=3), min_size=2, max_size=4),
     st.sampled_from([None, 1]),
     st.sampled_from(["", "\n", ",\n"]),
     st.integers(1, 40),

@@ -4,12 +4,12 @@ reasoning, and what a row keeps from training."""
 import json
 
 import pytest
-from test_adapters import chat, dialogue, record, records, sharegpt
 
 from common.data.adapters import choose_layout
 from common.data.examples import LeftOut
 from common.data.records import Comparison, Demonstration, Message, Prompt
 from common.data.values import BadRow
+from tests.layout_rows import chat, dialogue, record, records, sharegpt
 
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
 

@@ -1,5 +1,4 @@
 import os
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -355,20 +354,6 @@ def test_a_prompt_of_several_comparisons_is_rolled_out_once(tmp_path, codec):
     assert len(twice.train) == 2 * len(data.train) and len(twice.eval) == len(data.eval)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of a megabyte."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no right to mount a file system: {mounted.stderr}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def refused(data: DataRequest, codec, reason: str) -> None:
     place = str(data.cache_dir)
     with pytest.raises(UserError) as caught, naming_flags():
@@ -378,7 +363,8 @@ def refused(data: DataRequest, codec, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_for_prepared_data_is_one_line(tmp_path, codec, small_disk):
+def test_a_full_disk_for_prepared_data_is_one_line(tmp_path, codec, tmpfs):
+    small_disk = tmpfs(tmp_path / "disk", "1m")
     rows = write(tmp_path / "d.jsonl", pairs(200))
     (small_disk / "ballast").write_bytes(bytes(2**20 - 2**14))
     refused(replace(request(tmp_path, rows), cache_dir=small_disk / "data"), codec, "No space left on device")

@@ -1,0 +1,36 @@
+"""What a run has logged, read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+def metrics(directory: Path) -> list[dict]:
+    """The rows of logs/metrics.jsonl in a run's output directory, without times and what is computed from them."""
+    lines = (directory / "logs" / "metrics.jsonl").read_text().splitlines()
+    return [
+        {
+            name: value
+            for name, value in json.loads(line).items()
+            if "seconds" not in name and name != "samples_per_second"
+        }
+        for line in lines
+    ]
+
+
+def assert_tensorboard_shows(rows: list[dict], directory: Path) -> None:
+    """The events in a directory are the scalars of the rows of metrics.jsonl, and nothing else."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(directory)).Reload()
+    shown = {(tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
+    logged = {
+        (f"{row['phase']}/{name}", row["step"]): value
+        for row in rows
+        for name, value in row.items()
+        if name not in ("phase", "step", "seconds") and value is not None
+    }
+    assert logged and shown == pytest.approx(logged, rel=1e-6)  # events hold single precision
