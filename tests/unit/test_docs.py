@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 
 from common.config.parser import Config, options
+from step1_sft.config import SFTConfig
+from step2_reward.config import RewardConfig
+from step3_ppo.config import PPOConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 ARCHITECTURE = ROOT / "docs/architecture.md"
 LISTED_PACKAGES = ("common", "step1_sft", "step2_reward", "step3_ppo", "inference", "launch")
-# Options of programs that are not this project's: deepspeed's launcher, pytest, ruff.
-OTHERS_OPTIONS = {"num_gpus", "log_level", "check", "long"}
+# Of programs that are not this project's (deepspeed's launcher, pytest, ruff), and the examples of docs/flags.md.
+OTHER_OPTIONS = {"num_gpus", "log_level", "check", "long", "flag", "no_flag"}
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -77,7 +80,7 @@ def test_the_architecture_lists_every_module():
 
 
 def test_the_documents_name_options_that_exist():
-    known = set(OTHERS_OPTIONS)
+    known = set(OTHER_OPTIONS)
     for path in [*ROOT.glob("step*/*.py"), *ROOT.glob("inference/*.py"), *ROOT.glob("benchmarks/*.py")]:
         importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     for config in subclasses(Config):
@@ -92,6 +95,19 @@ def test_the_documents_name_options_that_exist():
         if name not in known
     }
     assert sorted(unknown) == []
+
+
+def test_what_may_change_on_resume_is_listed():
+    page = prose(ROOT / "docs/interrupted-runs.md")
+    table = page[page.index("## What may change") : page.index("## Another number of ranks")]
+    listed = set(re.findall(r"`--(\w+)`", table))
+    may_change = {
+        name
+        for config in (SFTConfig, RewardConfig, PPOConfig)
+        for name, option in options(config).items()
+        if option.may_change_on_resume and not option.ignored
+    }
+    assert listed == may_change
 
 
 def subclasses(parent: type) -> list[type]:
