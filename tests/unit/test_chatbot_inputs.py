@@ -137,7 +137,9 @@ def test_what_cannot_be_talked_to_gets_one_line(make, said, chat_model, tmp_path
     with pytest.raises(UserError) as raised:
         main(["--path", str(directory)])
     message = str(raised.value)
-    assert said in message and message.startswith(f"--path {directory}: ") and "\n" not in message
+    assert said in message and str(directory) in message and "\n" not in message
+    if make not in (no_tokenizer, broken_provenance):  # these name the file at fault
+        assert message.startswith(f"--path {directory}: ")
     assert not Path(f"{directory}-exploded").exists()
 
 
