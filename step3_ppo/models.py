@@ -1,24 +1,28 @@
-"""The four models of PPO: actor, reference, critic, scorer.
+"""The models of PPO: actor, reference, critic, reward model.
 
-Each has its own engine with its own ZeRO stage; but a LoRA actor is its own reference, and a LoRA critic its own
-scorer, with the adapters off. So with LoRA there are two base models in memory, not four.
+Each has its own engine with its own ZeRO stage. But a LoRA actor with its adapters off is the reference, and a LoRA
+critic with its adapters off is the reward model: with LoRA there are two base models in memory, not four. There is a
+critic only where the advantage estimator needs one, and a reward model only where no other reward is given.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.artifacts.provenance import RAW, Calibration
+from common.artifacts.provenance import RAW
 from common.batching.collate import unmasked
 from common.data.tokenization import Codec
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
 from common.models.lora import adapters_disabled, add_lora
 from common.models.pooling import score_at_last_token
+from common.models.scalar import Scale
 from common.runtime.distributed import say
 from common.training.engine import (
     EngineSettings,
@@ -31,29 +35,35 @@ from common.training.engine import (
 from common.training.optim import say_shortened_warmup
 from step3_ppo.config import PPOConfig
 from step3_ppo.ema import EMA
-from step3_ppo.experience import Rollout
+from step3_ppo.generation.rollout import Rollout
 
 NO_DROPOUT = 0.0  # the ratio of new to old policy must be 1 before the first update
 
 
-@dataclass
+@dataclass(frozen=True)
 class PPOModels:
     """The engines, and the passes over a rollout that do not train.
 
     Attributes:
-        actor, critic: trained.
-        reference: the actor as it was at the start; None where that is the actor with its adapters off.
-        scorer: the frozen reward model; None where that is the critic with its adapters off and the head it kept.
+        actor: trained.
+        critic: trained; None where the advantage estimator needs none.
+        reference: frozen, the actor as it was at the start; None where that is the actor with its adapters off.
+        reward_model: frozen; None where that is the critic with its adapters off and the head it kept, and where the
+            program brings a reward of its own.
         ema: moving average of the actor's weights, if wanted.
         temperature: that responses are sampled at.
     """
 
-    actor: object
-    critic: object
-    scorer: object | None
-    reference: object | None
+    actor: Any
+    critic: Any | None
+    reference: Any | None
+    reward_model: Any | None
     ema: EMA | None
     temperature: float
+
+    def trained(self) -> dict[str, Any]:
+        """The engines that learn, by name."""
+        return {"actor": self.actor} if self.critic is None else {"actor": self.actor, "critic": self.critic}
 
     @torch.no_grad()
     def log_probs_and_entropy(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -78,20 +88,18 @@ class PPOModels:
     @torch.no_grad()
     def scores(self, rollout: Rollout) -> Tensor:
         """(B,) raw scores of the reward model at the last token."""
-        if self.scorer is not None:
-            numbers = self.scorer(**inputs_of(rollout))
-        else:
+        if self.reward_model is not None:
+            numbers = self.reward_model(**inputs_of(rollout))
+        elif self.critic is not None:
             with adapters_disabled(self.critic.module):
                 numbers = self.critic(**inputs_of(rollout), reward=True)
+        else:
+            raise ValueError("there is no reward model: the program brings a reward of its own")
         return score_at_last_token(numbers, rollout.lengths)
-
-    def measure_values_in(self, calibration: Calibration) -> None:
-        """From here on the critic's values are in this scale of the scores."""
-        self.critic.module.calibration = calibration
 
     def destroy(self) -> None:
         """Take DeepSpeed's hooks and buffers off all models."""
-        for engine in (self.actor, self.critic, self.scorer, self.reference):
+        for engine in (self.actor, self.critic, self.reward_model, self.reference):
             if engine is not None:
                 engine.destroy()
 
@@ -115,15 +123,16 @@ def build_models(
     config: PPOConfig,
     codec: Codec,
     actor_source: str,
-    critic_source: str,
-    calibration: Calibration,
+    critic_source: str | None,
+    scale: Scale,
     optimizer_steps: int,
 ) -> PPOModels:
-    """Load the four models and make their engines.
+    """Load the models that the options ask for, up to four, and make their engines.
 
     Args:
-        actor_source, critic_source: directory or hub name of the fine-tuned model and of the reward model.
-        calibration: of the reward model; the critic starts in the scale of the shaped scores.
+        actor_source, critic_source: directory or hub name of the fine-tuned model and of the reward model; the latter
+            is None where neither a critic nor a reward model is wanted.
+        scale: of the shaped scores; the critic's values are in it.
         optimizer_steps: of the whole run, for the learning-rate schedules.
     """
     dtype = resolve_dtype(config.dtype)
@@ -152,9 +161,9 @@ def build_models(
             gradient_checkpointing=trainable and config.actor_gradient_checkpointing,
         )
 
-    def load_critic(settings: EngineSettings, trainable: bool, calibration: Calibration):
+    def load_critic(settings: EngineSettings, trainable: bool, calibration: Scale):
         return load_scalar_model(
-            critic_source,
+            str(critic_source),
             "--critic_model_name_or_path",
             codec,
             dtype=dtype,
@@ -180,29 +189,35 @@ def build_models(
             base_name=actor_source,
             seed=config.seed,
         )
-    critic = load_critic(critic_settings, trainable=True, calibration=calibration)
-    if config.critic_lora_dim:
-        critic.keep_reward_head()
-        add_lora(
-            critic.classifier,
-            dim=config.critic_lora_dim,
-            alpha=config.critic_lora_alpha,
-            dropout=NO_DROPOUT,
-            modules=config.critic_lora_module_name,
-            flag="--critic_lora_module_name",
-            base_name=critic_source,
-            seed=config.seed,
-        )
+    critic = None
+    if config.estimator.needs_critic:
+        critic = load_critic(critic_settings, trainable=True, calibration=scale)
+        if config.critic_lora_dim:
+            critic.keep_reward_head()
+            add_lora(
+                critic.classifier,
+                dim=config.critic_lora_dim,
+                alpha=config.critic_lora_alpha,
+                dropout=NO_DROPOUT,
+                modules=config.critic_lora_module_name,
+                flag="--critic_lora_module_name",
+                base_name=str(critic_source),
+                seed=config.seed,
+            )
     actor_engine = training_engine(
         actor,
         actor_settings,
         optimizer_settings(config.actor_learning_rate, config.actor_lora_learning_rate, config.actor_weight_decay),
     )
-    critic_engine = training_engine(
-        critic,
-        critic_settings,
-        optimizer_settings(config.critic_learning_rate, config.critic_lora_learning_rate, config.critic_weight_decay),
-    )
+    critic_engine = None
+    if critic is not None:
+        critic_engine = training_engine(
+            critic,
+            critic_settings,
+            optimizer_settings(
+                config.critic_learning_rate, config.critic_lora_learning_rate, config.critic_weight_decay
+            ),
+        )
 
     reference = None
     if not config.actor_lora_dim:
@@ -210,14 +225,14 @@ def build_models(
             _frozen_stage(config.actor_zero_stage, config.offload_reference_model), config.offload_reference_model
         )
         reference = frozen_engine(load_actor(settings, trainable=False), settings)
-    scorer = None
-    if not config.critic_lora_dim:
+    reward_model = None
+    if _own_reward_model(config):
         settings = engine_settings(
             _frozen_stage(config.critic_zero_stage, config.offload_reward_model), config.offload_reward_model
         )
-        scorer = frozen_engine(load_critic(settings, trainable=False, calibration=RAW), settings)
+        reward_model = frozen_engine(load_critic(settings, trainable=False, calibration=RAW), settings)
     ema = EMA(actor_engine.module, config.ema_decay) if config.enable_ema else None
-    return PPOModels(actor_engine, critic_engine, scorer, reference, ema, config.temperature)
+    return PPOModels(actor_engine, critic_engine, reference, reward_model, ema, config.temperature)
 
 
 def _say_what_is_shared(config: PPOConfig) -> None:
@@ -233,16 +248,23 @@ def _say_what_is_shared(config: PPOConfig) -> None:
         )
 
 
+def _own_reward_model(config: PPOConfig) -> bool:
+    """Whether the reward model is an engine of its own. A LoRA critic with its adapters off is the reward model."""
+    return not config.own_reward and not (config.estimator.needs_critic and config.critic_lora_dim)
+
+
 def _frozen_stage(trained_stage: int, offload: bool) -> int:
     """A frozen model follows its trained twin; only ZeRO-3 can keep it in CPU memory."""
     return 3 if trained_stage == 3 or offload else 0
 
 
 @contextlib.contextmanager
-def evaluating(models: PPOModels):
-    """Within the context actor and critic are in evaluation mode: no gradient checkpointing."""
-    models.actor.eval(), models.critic.eval()
+def evaluating(models: PPOModels) -> Iterator[None]:
+    """Within the context the trained models are in evaluation mode: no gradient checkpointing."""
+    for engine in models.trained().values():
+        engine.eval()
     try:
         yield
     finally:
-        models.actor.train(), models.critic.train()
+        for engine in models.trained().values():
+            engine.train()

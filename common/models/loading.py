@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from common.artifacts.provenance import RAW, Calibration
+from common.artifacts.provenance import RAW
 from common.data.files import is_data_file
 from common.data.tokenization import Codec
 from common.errors import UserError, reason_of
@@ -22,7 +22,7 @@ from common.models.added_token import start_row
 from common.models.builtin import BUILTIN_MODELS, materialise
 from common.models.checks import check_files, check_finite
 from common.models.completeness import score_labels, surplus
-from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
+from common.models.scalar import ScalarModel, Scale, init_score_head, is_scalar_config
 from common.paths import OUTPUT, announce_lookup, may_be_on_hub, similar_path, unreachable_hub, writing_to
 from common.runtime.distributed import is_main
 
@@ -118,7 +118,7 @@ def load_scalar_model(
     dropout: float | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
-    calibration: Calibration = RAW,
+    calibration: Scale = RAW,
     seed: int = 0,
 ) -> ScalarModel:
     """A model with one number at every position, from a reward model or from a language model with a new head.

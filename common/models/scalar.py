@@ -6,11 +6,20 @@ Pooling (the score of a response is read at its last real token) happens outside
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.artifacts.provenance import RAW, Calibration
+from common.artifacts.provenance import RAW
+
+
+class Scale(Protocol):
+    """What numbers are measured in: a `Calibration`, or one that may still change."""
+
+    def normalise(self, scores: torch.Tensor) -> torch.Tensor:
+        """(scores - mean) / std, of any shape."""
 
 
 class ScoreHead(nn.Linear):
@@ -32,7 +41,7 @@ class ScalarModel(nn.Module):
         calibration: the outputs are normalised by it, to the scale in which rewards and values are used.
     """
 
-    def __init__(self, classifier, calibration: Calibration = RAW):
+    def __init__(self, classifier, calibration: Scale = RAW):
         super().__init__()
         classifier.score.__class__ = ScoreHead  # same parameters and names, another forward
         self.classifier = classifier

@@ -56,7 +56,8 @@ class SlotCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, slots: int, columns: int, dtype: torch.dtype):
         layers = config.get_text_config().num_hidden_layers
-        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+        self.slot_layers = [_SlotLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self.slot_layers))
         self.slots, self.columns, self.dtype = slots, columns, dtype
         self.rows = self.places = torch.empty(0, dtype=torch.long)
         self.width = 0
@@ -68,18 +69,21 @@ class SlotCache(Cache):
 
     def fill(self, prefilled: DynamicCache, source: Tensor, target: Tensor) -> None:
         """Copy rows `source` of a prefill into the slots `target`, both (n,) long."""
-        for layer, other in zip(self.layers, prefilled.layers, strict=True):
+        for layer, other in zip(self.slot_layers, prefilled.layers, strict=True):
+            assert isinstance(other, CacheLayerMixin) and other.keys is not None and other.values is not None
             layer.fill(other.keys, other.values, source, target)
 
     def move(self, source: Tensor, target: Tensor, width: int) -> None:
         """Copy the first `width` columns of the slots `source` onto the slots `target`, both (n,) long."""
-        for layer in self.layers:
+        for layer in self.slot_layers:
             for states in (layer.keys, layer.values):
                 states[target, :, :width] = states[source, :, :width]
 
 
 class _SlotLayer(CacheLayerMixin):
     is_sliding = False
+    keys: Tensor  # (slots, heads, columns, head size)
+    values: Tensor
 
     def __init__(self, cache: SlotCache):
         super().__init__()
@@ -148,7 +152,7 @@ class Decoder:
         self.refill_at = max(1, slots // 8)
 
     @torch.no_grad()
-    def run(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[list[int]]:
+    def run(self, requests: Sequence[Request], progress: Callable[[int], object] | None = None) -> list[list[int]]:
         """The response to each request: its tokens, the end token included; `NO_TOKEN` comes last where it broke off.
         Once this rank is told to stop, what there is by then.
 
@@ -157,12 +161,18 @@ class Decoder:
         """
         responses: list[list[int]] = [[] for _ in requests]
         if requests:
-            self._make_room(max(len(request.prompt) + request.max_new_tokens for request in requests))
+            cache = self._allocate(max(len(request.prompt) + request.max_new_tokens for request in requests))
             with attention_in(self.model, self.cache_dtype):
-                self._write(requests, responses, progress or (lambda finished: None))
+                self._write(requests, responses, cache, progress or (lambda finished: None))
         return responses
 
-    def _write(self, requests: Sequence[Request], responses: list[list[int]], progress: Callable[[int], None]) -> None:
+    def _write(
+        self,
+        requests: Sequence[Request],
+        responses: list[list[int]],
+        cache: SlotCache,
+        progress: Callable[[int], object],
+    ) -> None:
         limits = torch.tensor([request.max_new_tokens for request in requests])
         minima = torch.tensor([request.min_new_tokens for request in requests])
         held_back = bool(minima.any())
@@ -179,13 +189,13 @@ class Decoder:
         while (queue or len(index)) and not stop_requested():
             if queue and (self.slots - len(index) >= self.refill_at or not len(index)):
                 admitted, queue = queue[: self.slots - len(index)], queue[self.slots - len(index) :]
-                self._prefill([requests[request].prompt for request in admitted], first_slot=len(index))
                 prompts = [requests[request].prompt for request in admitted]
+                self._prefill(prompts, len(index), cache)
                 index = torch.cat([index, torch.tensor(admitted)])
                 fed = torch.cat([fed, torch.tensor([prompt[-1] for prompt in prompts])])
                 length = torch.cat([length, torch.tensor([len(prompt) - 1 for prompt in prompts])])
                 written = torch.cat([written, torch.zeros(len(admitted), dtype=torch.long)])
-            logits = self._forward(fed, length)
+            logits = self._forward(fed, length, cache)
             if held_back:
                 logits = without_ends(logits, (written < minima[index]).to(self.device), self.ends.to(self.device))
             fed = sample_tokens(logits, uniform[index.to(self.device), written.to(self.device)], self.sampling).cpu()
@@ -195,15 +205,17 @@ class Decoder:
             going = ~torch.isin(fed, self.ends) & (fed != NO_TOKEN) & (written < limits[index])
             if not going.all():
                 progress(int((~going).sum()))
-                order = self._close_gaps(going, length)
+                order = self._close_gaps(going, length, cache)
                 index, fed, length, written = index[order], fed[order], length[order], written[order]
 
-    def _make_room(self, columns: int) -> None:
+    def _allocate(self, columns: int) -> SlotCache:
+        """A cache of so many columns; the one that there is, if it is large enough."""
         cache = self.cache
         if cache is None or cache.columns < columns or cache.slots < self.slots or cache.dtype != self.cache_dtype:
-            self.cache = SlotCache(self.model.config, self.slots, columns, self.cache_dtype)
+            cache = self.cache = SlotCache(self.model.config, self.slots, columns, self.cache_dtype)
+        return cache
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]], first_slot: int) -> None:
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], first_slot: int, cache: SlotCache) -> None:
         """Cache all but the last token of each prompt, in slots from `first_slot` on. The last one is left to the
         first decoding step, so that no logits of the prompt are needed."""
         for group in prefill_groups([prompt for prompt in dict.fromkeys(prompts) if len(prompt) > 1]):
@@ -218,15 +230,15 @@ class Decoder:
             rows = {prompt: row for row, prompt in enumerate(group)}
             pairs = [(rows[prompt], first_slot + slot) for slot, prompt in enumerate(prompts) if prompt in rows]
             source, target = torch.tensor(pairs, device=self.device).unbind(1)
-            self.cache.fill(prefilled, source, target)
+            cache.fill(prefilled, source, target)
 
-    def _forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
         """(n, V) logits that follow the token fed to each of the first n slots."""
         width = int(lengths.max()) + 1
         places = lengths.to(self.device)
-        self.cache.begin_step(places, width)
+        cache.begin_step(places, width)
         mask = (torch.arange(width, device=self.device) <= places[:, None]).long()
-        return self._call(tokens[:, None], mask, places[:, None], self.cache)[:, -1]
+        return self._call(tokens[:, None], mask, places[:, None], cache)[:, -1]
 
     def _call(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         inputs = {"position_ids": positions.to(self.device)} if self.takes_positions else {}
@@ -239,7 +251,7 @@ class Decoder:
             **inputs,
         ).logits
 
-    def _close_gaps(self, going: Tensor, lengths: Tensor) -> Tensor:
+    def _close_gaps(self, going: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
         """Move the last slots in use into those that have ended; returns which slot is now in each place."""
         count = int(going.sum())
         order = torch.arange(count)
@@ -247,7 +259,7 @@ class Decoder:
         if len(holes):
             movers = going[count:].nonzero().squeeze(1) + count
             order[holes] = movers
-            self.cache.move(movers.to(self.device), holes.to(self.device), int(lengths[movers].max()))
+            cache.move(movers.to(self.device), holes.to(self.device), int(lengths[movers].max()))
         return order
 
 

@@ -49,14 +49,14 @@ class OptimizerOffload:
 
     def storages(self) -> list[UntypedStorage]:
         """Those of all states that are on this rank's device; before the first step there are none."""
-        found = {}
+        storages: dict[int, UntypedStorage] = {}
         for engine in self.engines:
             optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # DeepSpeed's own wraps the real one
             for state in optimizer.state.values():
                 for tensor in state.values():
                     if torch.is_tensor(tensor) and tensor.dim() and tensor.device == device():
-                        found.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
-        return list(found.values())
+                        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
+        return list(storages.values())
 
 
 def _parts(storages: Sequence[UntypedStorage]) -> list[Tensor]:

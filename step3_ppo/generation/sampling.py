@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from step3_ppo.config import PPOConfig
-
 NO_TOKEN = -1  # drawn where the logits are not numbers; it ends a response
 
 
@@ -49,19 +47,6 @@ class Sampling:
         """Lengths drawn by random numbers in [0, 1), of any shape."""
         shortest = max(1, self.min_new_tokens)
         return shortest + (uniform * (self.max_new_tokens - shortest + 1)).long()
-
-    @classmethod
-    def from_config(cls, config: PPOConfig) -> Sampling:
-        """As the options of step 3 say."""
-        return cls(
-            config.temperature,
-            config.top_p,
-            config.top_k,
-            config.min_answer_seq_len,
-            config.max_answer_seq_len,
-            config.draw_answer_lengths,
-            config.answers_per_prompt,
-        )
 
 
 def without_ends(logits: Tensor, rows: Tensor, ends: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm, load_scalar_model
 from step3_ppo import models as ppo_models
 from step3_ppo.config import PPOConfig
-from step3_ppo.experience import Rollout
+from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import build_models
 from tests.architectures import build_model
 
@@ -53,7 +53,13 @@ def models(request, directories, monkeypatch):
 def rollout():
     tokens = torch.randint(10, 300, (2, 8), generator=torch.Generator().manual_seed(1))
     return Rollout(
-        tokens, PROMPTS, RESPONSES, torch.zeros(2, dtype=torch.bool), torch.arange(2), torch.ones(2, dtype=torch.bool)
+        tokens,
+        PROMPTS,
+        RESPONSES,
+        torch.zeros(2, dtype=torch.bool),
+        torch.arange(2),
+        torch.ones(2, dtype=torch.bool),
+        torch.zeros(2, dtype=torch.long),
     )
 
 
@@ -66,6 +72,7 @@ def test_the_critic_starts_as_the_normalised_reward_model(models, rollout):
         rollout.finished,
         rollout.prompt_index,
         rollout.real,
+        rollout.made_by,
     )
     values = models.values(longer)[torch.arange(2), RESPONSES]
     torch.testing.assert_close(values, (models.scores(rollout) - MEAN) / STD)
