@@ -90,6 +90,15 @@ def test_on_any_device_a_selection_is_there_whole_and_the_same(device):
                 assert torch.equal(tensor.cpu(), getattr(expected, field.name))
 
 
+def test_without_a_critic_there_are_neither_values_nor_returns():
+    free = replace(experience(width=9), values=None, returns=None)
+    part = free.to("cpu").select([2, 0])
+    assert part.values is None and part.returns is None
+    assert counted(part, "advantages") == counted(experience(width=9).select([2, 0]), "advantages")
+    with pytest.raises(ValueError, match="values and returns"):
+        replace(free, values=free.advantages)
+
+
 def test_shapes_that_do_not_fit_are_refused_by_name():
     made = experience()
     with pytest.raises(ValueError, match=r"Experience.values has shape \(3, 3\)"):
