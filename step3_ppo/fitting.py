@@ -20,7 +20,7 @@ def fitted_config(
 
     Args:
         longest_prompt: tokens of the longest prompt.
-        remembered: what an interrupted run found; None: measure.
+        remembered: the value that an interrupted run used; None: measure.
     """
     if not config.auto_micro_batch:
         return config

@@ -1,4 +1,4 @@
-"""How hard the reward pulls the actor back to the reference: the coefficient beta of the KL penalty."""
+"""beta, the coefficient of the KL penalty: fixed, or steered towards a target KL."""
 
 from __future__ import annotations
 

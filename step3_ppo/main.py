@@ -60,7 +60,8 @@ def main(
     fitted = fitted_config(
         config, models, max(prompts["length"]), codec.pad_id, checkpoints.saved_value(checkpoint, "max_tokens")
     )
-    reward = reward or TokenRewardModel(models, fitted)
+    if reward is None:
+        reward = TokenRewardModel(models, fitted)
     texts = text_batches(fitted, inputs.texts.train, codec) if inputs.texts else None
     trainer = PPOTrainer(models, reward, fitted, codec, prompts, texts, scale)
     held_out = evaluation_prompts(config, inputs.prompts.eval)

@@ -94,7 +94,7 @@ class PPOModels:
             with adapters_disabled(self.critic.module):
                 numbers = self.critic(**inputs_of(rollout), reward=True)
         else:
-            raise ValueError("there is no reward model: the program brings a reward of its own")
+            raise ValueError("no reward model is loaded: the program brings a reward of its own")
         return score_at_last_token(numbers, rollout.lengths)
 
     def destroy(self) -> None:

@@ -23,7 +23,7 @@ from step3_ppo.generation.generation_mode import generation_mode, whole_model_fi
 from step3_ppo.generation.rollout import Rollout, join_responses, to_rollout
 from step3_ppo.generation.sampling import NO_TOKEN, Sampling, response_limits, sample_tokens, uniforms, without_ends
 
-SECONDS_BEFORE_BAR = 15  # a rollout that takes longer shows how far it is
+SECONDS_BEFORE_BAR = 15  # a rollout that takes longer shows a progress bar
 
 
 class ActorRollouts:

@@ -1,8 +1,9 @@
-"""Continuous batching: as soon as a response ends, its slot goes to the next prompt.
+"""Continuous batching: as soon as a response ends, its slot is given to the next prompt.
 
-So decoding costs what the real tokens cost, not rows times the longest response. A slot is a row of a key-value cache
-that is allocated once; slots stand at different lengths in the same forward pass, told apart by the attention mask and
-the position ids alone, which the decoder-only models of transformers take. Nothing here knows an architecture.
+So the cost of decoding grows with the number of real tokens, not with rows times the longest response. A slot is a row
+of a key-value cache that is allocated once. In one forward pass the slots have different lengths; the attention mask
+and the position ids, which all decoder-only models of transformers take, tell them apart. No architecture is special
+here.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from common.runtime.signals import stop_requested
 from step3_ppo.generation.cache_attention import attention_in, fastest_cache_dtype
 from step3_ppo.generation.sampling import NO_TOKEN, Sampling, sample_tokens, without_ends
 
-PREFILL_TOKENS = 8192  # of one prefill pass, padding included: bounds its memory
-PREFILL_PADDING = 512  # of one prefill pass: about as many tokens take the time that a further pass costs
+PREFILL_TOKENS = 8192  # tokens of one prefill pass at most, padding included: bounds its memory
+PREFILL_PADDING = 512  # padding tokens of one pass at most: they take about as long as one more pass
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be written.
+    """One response to generate.
 
     Attributes:
         prompt: token ids, at least one. Neighbouring requests with equal prompts share one prefill.
         uniform: (max_new_tokens,) in [0, 1): the random number behind each token.
-        min_new_tokens: the end token is impossible before so many.
-        max_new_tokens: the response is cut after so many.
+        min_new_tokens: no end token before so many tokens.
+        max_new_tokens: the response is cut after so many tokens.
     """
 
     prompt: tuple[int, ...]
@@ -63,8 +64,12 @@ class SlotCache(Cache):
         self.width = 0
 
     def begin_step(self, lengths: Tensor, width: int) -> None:
-        """The next pass adds a token to each of the first slots, those of `lengths` (n,) long; `width` is the longest
-        then."""
+        """Prepare for a pass that adds a token to each of the first n slots.
+
+        Args:
+            lengths: (n,) long, tokens that these slots hold before the pass.
+            width: tokens of the longest of them after it.
+        """
         self.rows, self.places, self.width = torch.arange(len(lengths), device=lengths.device), lengths, width
 
     def fill(self, prefilled: DynamicCache, source: Tensor, target: Tensor) -> None:
@@ -91,7 +96,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if not self.is_initialized:
-            # Zeros, because what the mask hides is multiplied by 0, and 0 times what lay in memory may be NaN.
+            # Zeros: masked positions are multiplied by 0, and 0 times uninitialised memory may be NaN.
             self.keys, self.values = (
                 states.new_zeros(
                     self.cache.slots, states.shape[1], self.cache.columns, states.shape[3], dtype=self.cache.dtype
@@ -124,14 +129,14 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class Decoder:
-    """Writes responses with a causal language model whose weights are whole and which is in evaluation mode.
+    """Generates responses with a causal language model whose weights are whole and which is in evaluation mode.
 
     Args:
         model: of transformers; `can_decode` says whether it can be served.
         slots: sequences in one forward pass.
         end_ids: tokens that end a response.
-        cache: one of an earlier decoder to use again, if it is large enough.
-        cache_dtype: of keys and values, if not the one with which the model attends fastest.
+        cache: cache of an earlier decoder, used again if it is large enough.
+        cache_dtype: of keys and values; None: the dtype with which the model's attention is fastest.
     """
 
     def __init__(
@@ -148,13 +153,15 @@ class Decoder:
         self.ends = torch.tensor(end_ids)
         self.device, self.cache_dtype = model.device, cache_dtype or fastest_cache_dtype(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        # A prompt is put in when so many slots are free: prefilling prompts one by one would cost more than it gains.
+        # Prompts are admitted when so many slots are free: prefilling them one by one costs more than it gains.
         self.refill_at = max(1, slots // 8)
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request], progress: Callable[[int], object] | None = None) -> list[list[int]]:
-        """The response to each request: its tokens, the end token included; `NO_TOKEN` comes last where it broke off.
-        Once this rank is told to stop, what there is by then.
+        """The tokens of the response to each request, the end token included.
+
+        A response ends with `NO_TOKEN` where the logits were not finite. When this rank is told to stop, responses are
+        incomplete.
 
         Args:
             progress: called with the number of responses finished since the last call.
@@ -182,9 +189,9 @@ class Decoder:
                 for request in requests
             ]
         ).to(self.device)
-        # Longest prompts first, so that neighbours, in the prefill and in the slots, have little padding.
+        # Longest prompts first: neighbours in the prefill and in the slots then need little padding.
         queue = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt))
-        # Of each slot in use: its request, its next input, how many tokens the cache holds, how many are written.
+        # For each slot in use: its request, its next input token, tokens in its cache, tokens of its response so far.
         index = fed = length = written = torch.empty(0, dtype=torch.long)
         while (queue or len(index)) and not stop_requested():
             if queue and (self.slots - len(index) >= self.refill_at or not len(index)):
@@ -209,15 +216,17 @@ class Decoder:
                 index, fed, length, written = index[order], fed[order], length[order], written[order]
 
     def _allocate(self, columns: int) -> SlotCache:
-        """A cache of so many columns; the one that there is, if it is large enough."""
+        """A cache with at least `columns` columns: the present one if it is large enough, else a new one."""
         cache = self.cache
         if cache is None or cache.columns < columns or cache.slots < self.slots or cache.dtype != self.cache_dtype:
             cache = self.cache = SlotCache(self.model.config, self.slots, columns, self.cache_dtype)
         return cache
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]], first_slot: int, cache: SlotCache) -> None:
-        """Cache all but the last token of each prompt, in slots from `first_slot` on. The last one is left to the
-        first decoding step, so that no logits of the prompt are needed."""
+        """Cache all but the last token of each prompt, in slots from `first_slot` on.
+
+        The first decoding step feeds the last token, so no logits of the prompt are needed.
+        """
         for group in prefill_groups([prompt for prompt in dict.fromkeys(prompts) if len(prompt) > 1]):
             lengths = torch.tensor([len(prompt) - 1 for prompt in group])
             width = int(lengths[0])
@@ -233,7 +242,7 @@ class Decoder:
             cache.fill(prefilled, source, target)
 
     def _forward(self, tokens: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
-        """(n, V) logits that follow the token fed to each of the first n slots."""
+        """(n, V) next-token logits after feeding one token to each of the first n slots."""
         width = int(lengths.max()) + 1
         places = lengths.to(self.device)
         cache.begin_step(places, width)
@@ -252,7 +261,15 @@ class Decoder:
         ).logits
 
     def _close_gaps(self, going: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
-        """Move the last slots in use into those that have ended; returns which slot is now in each place."""
+        """Move the last slots in use into those whose responses have ended.
+
+        Args:
+            going: (n,) bool, slots whose responses go on.
+            lengths: (n,) long, tokens in each slot.
+
+        Returns:
+            (m,) long: for each of the m slots now in use, the slot that its content came from.
+        """
         count = int(going.sum())
         order = torch.arange(count)
         holes = (~going[:count]).nonzero().squeeze(1)
@@ -264,7 +281,7 @@ class Decoder:
 
 
 def prefill_groups(prompts: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Prompts, longest first, in passes of like length: few passes, little padding."""
+    """Group prompts, given longest first, into prefill passes of similar lengths: few passes, little padding."""
     groups: list[list[tuple[int, ...]]] = []
     padding = 0
     for prompt in prompts:
