@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -43,17 +43,15 @@ class Experience:
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.advantages.device)
         rollout = self.rollout.select(rows, real)
         width = rollout.response_mask.shape[1]
-        return self._with(rollout, {name: tensor[rows, :width] for name, tensor in self._aligned().items()})
+        return replace(
+            self, rollout=rollout, **{name: tensor[rows, :width] for name, tensor in self._aligned().items()}
+        )
 
     def to(self, device: torch.device | str) -> Experience:
-        return self._with(
-            self.rollout.to(device), {name: tensor.to(device) for name, tensor in self._aligned().items()}
-        )
+        moved = {name: tensor.to(device) for name, tensor in self._aligned().items()}
+        return replace(self, rollout=self.rollout.to(device), **moved)
 
     def _aligned(self) -> dict[str, Tensor]:
         """The (B, R) tensors by name, without those that a critic-free experience lacks."""
         names = [field.name for field in fields(self) if field.name != "rollout"]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def _with(self, rollout: Rollout, aligned: dict[str, Tensor]) -> Experience:
-        return Experience(**{"values": None, "returns": None, **aligned, "rollout": rollout})  # type: ignore[arg-type]
