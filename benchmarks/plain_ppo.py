@@ -17,12 +17,12 @@ from common.runtime.distributed import device, gather_objects, global_sum
 from common.training.engine import accumulate, gradient_norm
 from common.training.metrics import add_sums, means
 from common.training.timing import PhaseClock
-from step3_ppo.experience import Experience, Rollout
-from step3_ppo.generation.continuous_batching import Request
-from step3_ppo.generation.rollout import joined
+from step3_ppo.experience import Experience
+from step3_ppo.generation.rollout import Rollout, join_responses
 from step3_ppo.generation.sampling import response_limits, uniforms
 from step3_ppo.loss import policy_loss_sum, value_loss_sum
-from step3_ppo.scoring import ModelOutputs, share_rollout
+from step3_ppo.scoring import ModelOutputs
+from step3_ppo.sharing import share_rollout
 from step3_ppo.trainer import PPOTrainer
 
 
@@ -32,12 +32,12 @@ class PlainPPO:
 
     Attributes:
         trainer: the product's; its actor and critic are trained, its rewards and advantages used.
-        reference, scorer: engines of their own, as four models in memory are the standard.
+        reference, reward_model: engines of their own, as four models in memory are the standard.
     """
 
     trainer: PPOTrainer
     reference: object
-    scorer: object
+    reward_model: object
 
     def iteration(self, index: int, prompts: Sequence[MicroBatch], clock: PhaseClock) -> tuple[dict, Rollout]:
         """As `PPOTrainer.iteration`; returns the metrics that can be compared, and the rollout."""
@@ -47,7 +47,7 @@ class PlainPPO:
         models.actor.eval(), models.critic.eval()
         with torch.no_grad():
             with clock.phase("score"):
-                scores = self._over(rollout, lambda part: last_numbers(self.scorer, part))
+                scores = self._over(rollout, lambda part: last_numbers(self.reward_model, part))
                 values = self._over(rollout, lambda part: response_numbers(models.critic, part))
             with clock.phase("log_probs"):
                 old = self._over(rollout, lambda part: self._log_probs(models.actor, part))
@@ -74,14 +74,9 @@ class PlainPPO:
             pad_id=trainer.codec.pad_id,
         )
         width = batch.input_ids.shape[1]
-        requests = [
-            Request(tuple(ids[width - length :].tolist()), *rest)
-            for ids, length, *rest in zip(
-                batch.input_ids, batch.lengths.tolist(), uniform, lengths.tolist(), lengths.tolist()
-            )
-        ]
-        rollout = joined(requests, responses, batch.prompt_index, trainer.codec.end_ids, trainer.codec.pad_id)
-        return rollout.select(range(len(requests)), micro_batch.real)
+        prompts = [ids[width - length :].tolist() for ids, length in zip(batch.input_ids, batch.lengths.tolist())]
+        rollout = join_responses(prompts, responses, batch.prompt_index, trainer.codec.end_ids, trainer.codec.pad_id)
+        return rollout.select(range(len(prompts)), micro_batch.real)
 
     def _over(self, rollout: Rollout, numbers: Callable[[Rollout], Tensor]) -> Tensor:
         """Numbers (B,) or (B, R) of all rows, computed in micro-batches in the order given; on the CPU of every

@@ -30,10 +30,12 @@ from common.runtime.distributed import is_main, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, deepspeed_config, frozen_engine, resolve_dtype
 from common.training.timing import PhaseClock
+from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
-from step3_ppo.experience import Rollout
-from step3_ppo.main import optimizer_steps_per_iteration, prompt_sampler
+from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import build_models
+from step3_ppo.reward import TokenRewardModel
+from step3_ppo.schedule import optimizer_steps_per_iteration, prompt_sampler
 from step3_ppo.trainer import PPOTrainer
 
 COMPARED = ("reward", "kl", "policy_loss", "value_loss", "actor_gradient_norm", "critic_gradient_norm")
@@ -66,13 +68,14 @@ def main(argv=None) -> None:
     start(config.timeout, config.seed)
     prompts = prompt_sampler(config, data).epoch(0)[0]
     fixed = fixed_micro_batches(prompts, config.per_device_generation_batch_size)
-    models = build_models(config, codec, actor, critic, RAW, optimizer_steps_per_iteration(config, len(data)))
-    trainer = PPOTrainer(models, config, codec, data, data, None, RAW)
+    scale = ScoreScale(RAW)
+    models = build_models(config, codec, actor, critic, scale, optimizer_steps_per_iteration(config, len(data)))
+    trainer = PPOTrainer(models, TokenRewardModel(models, config), config, codec, data, None, scale)
     trainer.sampling = LongTail(**asdict(trainer.sampling))
     frozen = {} if config.only == "product" else standard_frozen_models(config, codec, actor, critic)
     own = {
         "plain": [models.actor, models.critic, *frozen.values()],
-        "product": [models.actor, models.critic, models.scorer, models.reference],
+        "product": [models.actor, models.critic, models.reward_model, models.reference],
     }
 
     def plain() -> tuple[dict, Rollout, dict]:
@@ -176,7 +179,7 @@ def standard_frozen_models(config: PPOBenchmark, codec, actor: str, critic: str)
             ds_config=deepspeed_config(of_actor, trainable=False),
         )
     with named_by("--critic_model_name_or_path"):
-        scorer = load_scalar_model(
+        reward_model = load_scalar_model(
             critic,
             codec,
             dtype=dtype,
@@ -184,7 +187,10 @@ def standard_frozen_models(config: PPOBenchmark, codec, actor: str, critic: str)
             seed=config.seed,
             ds_config=deepspeed_config(of_critic, trainable=False),
         )
-    return {"reference": frozen_engine(reference, of_actor), "scorer": frozen_engine(scorer, of_critic)}
+    return {
+        "reference": frozen_engine(reference, of_actor),
+        "reward_model": frozen_engine(reward_model, of_critic),
+    }
 
 
 def weights_mib(engines) -> float:

@@ -1,11 +1,82 @@
-"""Advantages and returns from token rewards and values."""
+"""Advantage estimators: from token rewards to the advantages that the policy loss weighs its tokens by.
+
+`ESTIMATORS` has all of them by name; `--advantage` chooses one. A new one is a function with `@estimator` above it.
+
+The command line reads the names from here before torch is imported, so this module calls tensors' own methods only.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from common.training.metrics import masked_sum
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from step3_ppo.config import PPOConfig
+
+    Estimate = Callable[
+        [Tensor, Tensor | None, Tensor, Tensor, PPOConfig],
+        tuple[Tensor, Tensor | None],
+    ]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An advantage estimator and what it needs.
+
+    Attributes:
+        name: the value of `--advantage`.
+        estimate: the function itself; see `__call__`.
+        needs_critic: whether it reads values; without a critic none is built, trained or saved.
+        fewest_answers: the smallest `--answers_per_prompt` that it is defined for.
+        options: names of the options that it reads; those of the other estimators are refused beside it.
+    """
+
+    name: str
+    estimate: Estimate
+    needs_critic: bool
+    fewest_answers: int = 1
+    options: tuple[str, ...] = ()
+
+    def __call__(
+        self, rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
+    ) -> tuple[Tensor, Tensor | None]:
+        """Advantages, and returns where there is a critic, of all responses of an iteration.
+
+        Args:
+            rewards: (B, R) token rewards in units of the normalised score, 0 outside the mask.
+            values: (B, R) of the critic in the same units; None without a critic.
+            response_mask: (B, R) bool, true on a prefix of each row.
+            groups: (B,) long; responses with equal numbers answer the same prompt.
+            config: the options of step 3.
+
+        Returns:
+            advantages (B, R), 0 outside the mask, not whitened; returns (B, R), the critic's targets, or None.
+        """
+        return self.estimate(rewards, values, response_mask, groups, config)
+
+
+ESTIMATORS: dict[str, Estimator] = {}
+
+
+def register(estimator: Estimator) -> Estimator:
+    """Make an estimator known to `--advantage`.
+
+    Raises:
+        ValueError: another one has its name.
+    """
+    if ESTIMATORS.setdefault(estimator.name, estimator) is not estimator:
+        raise ValueError(f"there is an advantage estimator named {estimator.name} already: choose another name")
+    return estimator
+
+
+def estimator(
+    name: str, *, needs_critic: bool, fewest_answers: int = 1, options: tuple[str, ...] = ()
+) -> Callable[[Estimate], Estimator]:
+    """Decorator that registers a function as an `Estimator`; the arguments are its attributes."""
+    return lambda estimate: register(Estimator(name, estimate, needs_critic, fewest_answers, options))
 
 
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -16,7 +87,7 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     Returns advantages and returns, both (B, R) and 0 outside the mask.
     """
     rewards, values = rewards.masked_fill(~response_mask, 0), values.masked_fill(~response_mask, 0)
-    advantages = torch.zeros_like(rewards)
+    advantages = rewards.new_zeros(rewards.shape)
     advantage = next_value = rewards.new_zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -26,14 +97,34 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     return advantages, advantages + values
 
 
-def whiten(advantages: Tensor, response_mask: Tensor) -> Tensor:
-    """(A - mean) / sqrt(var + 1e-8) over the response tokens; 0 outside the mask.
+def leave_one_out(rewards: Tensor, response_mask: Tensor, groups: Tensor) -> Tensor:
+    """REINFORCE leave-one-out: what a response earned more than the others to its prompt. (arXiv:2402.14740, RLOO)
 
-    advantages (B, R), the whole experience and not a rank's share of it; response_mask (B, R) bool. The variance
-    is the mean square of the deviations, and is taken after the mean so that it loses no digits.
+    With G the sum of a response's token rewards (its score minus beta times its KL) and k responses to its prompt:
+    A = G - (sum of the other responses' G) / (k - 1), the same for each token of the response.
+
+    rewards (B, R); response_mask (B, R) bool; groups (B,) long. Returns (B, R), 0 outside the mask.
+
+    Raises:
+        ValueError: a response is alone in its group.
     """
-    count = response_mask.sum().clamp_min(1)
-    deviations = advantages.double() - masked_sum(advantages, response_mask) / count
-    variance = masked_sum(deviations.square(), response_mask) / count
-    whitened = deviations / (variance + 1e-8).sqrt()
-    return whitened.masked_fill(~response_mask, 0).to(advantages.dtype)
+    totals = rewards.masked_fill(~response_mask, 0).sum(1)
+    _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
+    others = sizes[group] - 1
+    if not others.all():
+        raise ValueError("leave-one-out needs two responses or more to every prompt")
+    # Subtracting the group's mean first keeps the digits where all its rewards are large and alike:
+    # G - (sum - G) / (k - 1) = (G - mean) * k / (k - 1).
+    means = totals.new_zeros(len(sizes)).index_add(0, group, totals) / sizes
+    advantages = (totals - means[group]) * sizes[group] / others
+    return advantages[:, None].expand(rewards.shape).masked_fill(~response_mask, 0)
+
+
+@estimator("gae", needs_critic=True, options=("gamma", "gae_lambda"))
+def _gae(rewards, values, response_mask, groups, config):
+    return gae(rewards, values, response_mask, gamma=config.gamma, lam=config.gae_lambda)
+
+
+@estimator("rloo", needs_critic=False, fewest_answers=2)
+def _rloo(rewards, values, response_mask, groups, config):
+    return leave_one_out(rewards, response_mask, groups), None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from math import ceil
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common.config.groups import (
     MICRO_BATCH_PHASES,
@@ -22,11 +22,17 @@ from common.config.shared import prefixed, same_option, unprefixed
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.options import DataOptions
 from common.errors import UserError, named_by
+from step3_ppo.advantages import ESTIMATORS, Estimator, register
 
 _NO_DROPOUT = "dropout is off in every model of PPO"
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
 KL_ESTIMATORS = ("k1", "k2", "k3")  # see rewards.kl_estimate
 _FIRST_KL_COEF = {"fixed": 0.1, "adaptive": 0.2}  # by --kl_controller
+# Options that mean nothing if no critic is trained. Its ZeRO stage is not one: the reward model has the same.
+_OF_A_CRITIC = (
+    "value_clip_range",
+    *(f"critic_{name}" for name in options(TrainedModelOptions) if name != "zero_stage"),
+)
 _NO_TENSOR_PARALLEL = "every rank generates for its own prompts with the whole model"
 
 
@@ -154,9 +160,16 @@ class UpdateOptions(ScheduleOptions):
     value_clip_range: float = option(
         0.2, "keep new values this close to the old ones", unit="normalised score", above=0
     )
+    advantage: str = option(
+        "gae",
+        "how advantages are estimated; gae needs a critic; rloo has none and compares the answers to one prompt",
+        choices=tuple(ESTIMATORS),
+    )
     gamma: float = option(1.0, "discount per token", low=0, high=1)
     gae_lambda: float = option(0.95, "bias against variance in the advantages (GAE)", low=0, high=1)
-    whiten_advantages: bool = option(True, "bring advantages to mean 0 and variance 1 over all ranks")
+    whiten_advantages: bool = option(
+        True, "bring advantages, of any --advantage, to mean 0 and variance 1 over all ranks"
+    )
     target_kl: float | None = option(
         None, "leave an iteration's updates when the policy has moved this far", unit="nats per token", above=0
     )
@@ -255,6 +268,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
 
     phase: ClassVar[int] = 2
     other_source_flag: ClassVar[str] = "--unsupervised_dataset_name"
+    own_reward: ClassVar[bool] = False  # the program brings a reward of its own, so no reward model scores
 
     actor_model_name_or_path: PathName = option("output/sft", "the fine-tuned model of step 1", names_model=True)
     critic_model_name_or_path: PathName = option(
@@ -314,6 +328,16 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
             )
 
     @property
+    def estimator(self) -> Estimator:
+        """The advantage estimator that --advantage names."""
+        return ESTIMATORS[self.advantage]
+
+    @property
+    def reads_reward_model(self) -> bool:
+        """Whether --critic_model_name_or_path is loaded: to give the scores, or as the critic's start."""
+        return self.estimator.needs_critic or not self.own_reward
+
+    @property
     def kl_limit(self) -> float:
         """--max_kl, or a limit that no policy which still writes text comes near."""
         return 3.0 * self.max_answer_seq_len if self.max_kl is None else self.max_kl
@@ -357,13 +381,35 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
             )
         if self.offload and self.actor.zero_stage == 0 and self.critic.zero_stage == 0:
             raise UserError("--offload needs --actor_zero_stage or --critic_zero_stage 1, 2 or 3")
+        self._check_advantage()
         check_output_dir(
             self.output_dir,
             actor_model_name_or_path=self.actor_model_name_or_path,
             critic_model_name_or_path=self.critic_model_name_or_path,
         )
         self._check_default_exists("actor_model_name_or_path", "step1_sft/main.py")
-        self._check_default_exists("critic_model_name_or_path", "step2_reward/main.py")
+        if self.reads_reward_model:
+            self._check_default_exists("critic_model_name_or_path", "step2_reward/main.py")
+
+    def _check_advantage(self) -> None:
+        estimator = self.estimator
+        if self.answers_per_prompt < estimator.fewest_answers:
+            raise UserError(
+                f"--advantage {self.advantage} compares the answers to one prompt: it needs --answers_per_prompt "
+                f"{estimator.fewest_answers} or more, not {self.answers_per_prompt}"
+            )
+        self.only_with(
+            _one_of([other for other in ESTIMATORS.values() if other.needs_critic]),
+            estimator.needs_critic,
+            *_OF_A_CRITIC,
+        )
+        if self.own_reward:
+            self.only_with("the scores of a reward model", False, "offload_reward_model")
+            if self.score_calibration == "provenance":
+                raise UserError("--score_calibration provenance is that of a reward model, which gives no scores here")
+        for name in dict.fromkeys(name for other in ESTIMATORS.values() for name in other.options):
+            readers = [other for other in ESTIMATORS.values() if name in other.options]
+            self.only_with(_one_of(readers), estimator in readers, name)
 
     def _check_default_exists(self, name: str, program: str) -> None:
         # transformers would look up a default directory that does not exist on the hub.
@@ -372,3 +418,23 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
             raise UserError(
                 f"no model, or none that is finished, at {model}: make it with `deepspeed {program}` or give --{name}"
             )
+
+
+def _one_of(estimators: list[Estimator]) -> str:
+    return f"--advantage {' or '.join(estimator.name for estimator in estimators)}"
+
+
+def config_class(advantages: Estimator | None = None, own_reward: bool = False) -> type[PPOConfig]:
+    """The options of step 3 for a program that brings an advantage estimator or a reward of its own.
+
+    Args:
+        advantages: registered as one more choice of --advantage, and the default there.
+        own_reward: see `PPOConfig.own_reward`.
+    """
+    changed: list[tuple[str, Any, Any]] = [("own_reward", ClassVar[bool], own_reward)]
+    if advantages is not None:
+        register(advantages)
+        help = options(PPOConfig)["advantage"].help
+        changed.append(("advantage", str, option(advantages.name, help, choices=tuple(ESTIMATORS))))
+    names = {"__doc__": PPOConfig.__doc__}
+    return make_dataclass("PPOConfig", changed, bases=(PPOConfig,), namespace=names, frozen=True, kw_only=True)

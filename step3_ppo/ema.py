@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,42 +24,42 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._average = [_held(parameter).float().clone() for parameter in self._parameters]
+        self._parameters: list[Any] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._average = [_local(parameter).float().clone() for parameter in self._parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights as they are now."""
         for parameter, average in zip(self._parameters, self._average):
-            average.lerp_(_held(parameter).float(), 1 - self.decay)
+            average.lerp_(_local(parameter).float(), 1 - self.decay)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """This rank's share of the average, fp32; what is written into it counts."""
+        """This rank's part of the average, fp32; writing into these tensors changes the average."""
         return {f"ema.{number}": average for number, average in enumerate(self._average)}
 
     def reshape(self, parts_of: Callable[[str], list[torch.Tensor]]) -> None:
-        """Go on with the average of a run on another number of ranks.
+        """Take over the average of a run on another number of ranks.
 
         Args:
-            parts_of: from a name in `tensors` to what each of those ranks held, in their order.
+            parts_of: maps a name in `tensors` to the parts of those ranks, in their order.
         """
         for (name, average), parameter in zip(self.tensors().items(), self._parameters):
             parts = parts_of(name)
             if hasattr(parameter, "ds_tensor"):
-                # The last shards are filled up to the length of all; what they are filled with is never read.
-                mine = torch.cat(parts)[rank() * len(average) :][: len(average)]
-                average[: len(mine)].copy_(mine)
+                # Shards have equal lengths, so the last ones are padded; the padding is never read.
+                own = torch.cat(parts)[rank() * len(average) :][: len(average)]
+                average[: len(own)].copy_(own)
             else:
                 average.copy_(parts[0])
 
     @contextlib.contextmanager
-    def swapped_in(self):
+    def swapped_in(self) -> Iterator[None]:
         """Within the context the module's weights are the average; afterwards they are exactly what they were."""
         for parameter in self._parameters:
             # ZeRO-3 keeps small parameters whole as well; dropping that copy leaves the shard as the only truth.
             if hasattr(parameter, "ds_tensor") and parameter.numel() == parameter.ds_numel:
                 parameter.partition()
-        kept = [_held(parameter).clone() for parameter in self._parameters]
+        kept = [_local(parameter).clone() for parameter in self._parameters]
         try:
             self._write(self._average)
             yield
@@ -68,9 +69,9 @@ class EMA:
     @torch.no_grad()
     def _write(self, values: list[torch.Tensor]) -> None:
         for parameter, value in zip(self._parameters, values):
-            _held(parameter).copy_(value)
+            _local(parameter).copy_(value)
 
 
-def _held(parameter: nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter: all of it, or its shard under ZeRO-3."""
+def _local(parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's part of a parameter: all of it, or its shard under ZeRO-3."""
     return getattr(parameter, "ds_tensor", parameter).detach()

@@ -1,8 +1,10 @@
-"""How hard the reward pulls the actor back to the reference: the coefficient beta of the KL penalty."""
+"""beta, the coefficient of the KL penalty: fixed, or steered towards a target KL."""
 
 from __future__ import annotations
 
 import math
+
+from step3_ppo.config import PPOConfig
 
 
 class FixedKL:
@@ -41,3 +43,10 @@ class AdaptiveKL(FixedKL):
             raise ValueError("the KL to the reference is not a number: some log-probabilities are broken")
         error = max(-0.2, min(0.2, kl / self.target - 1))
         self.beta *= 1 + error * min(responses / self.horizon, 1.0)
+
+
+def kl_controller(config: PPOConfig) -> FixedKL:
+    """The controller that --kl_controller names."""
+    if config.kl_controller == "adaptive":
+        return AdaptiveKL(config.first_kl_coef, config.kl_target, config.kl_horizon)
+    return FixedKL(config.first_kl_coef)

@@ -1,4 +1,4 @@
-"""One optimizer step of the actor and one of the critic, on the same answers."""
+"""One optimizer step of the actor and, where there is one, of the critic, on the same responses."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from common.training.atomic_step import AtomicStep
 from common.training.metrics import Sums, add_sums
 from common.training.timing import PhaseClock
 from step3_ppo.config import PPOConfig
-from step3_ppo.experience import Experience, Rollout
+from step3_ppo.experience import Experience
+from step3_ppo.generation.rollout import Rollout
 from step3_ppo.loss import kl_loss_sum, policy_loss_sum, value_loss_sum
 from step3_ppo.models import PPOModels, inputs_of, response_values
 
 
 class Learner:
-    """Makes the steps of the update.
+    """Makes the optimizer steps of the update.
 
     Args:
-        models: actor and critic are trained.
+        models: its actor and critic are trained.
         clock: gets the phases actor_update and critic_update.
     """
 
     def __init__(self, models: PPOModels, config: PPOConfig, clock: PhaseClock):
         self.models, self.config, self.clock = models, config, clock
-        self.step = AtomicStep({"actor": models.actor, "critic": models.critic}, config.max_skipped_steps)
+        self.step = AtomicStep(models.trained(), config.max_skipped_steps)
 
     def learn(self, batches: Sequence[Experience], texts: Sequence[TokenBatch], kl_coef: float) -> Sums | None:
-        """A step of both engines; returns sums over all its tokens, or None where it was skipped.
+        """A step of all trained engines; returns sums over all its tokens, or None where it was skipped.
 
         Args:
             batches: this rank's micro-batches.
-            texts: plain text to mix into the actor's.
+            texts: micro-batches of plain text, whose loss is added to the actor's.
             kl_coef: weight of the KL where it is in the loss.
         """
         sums = self._accumulate(batches, texts, kl_coef)
@@ -48,18 +49,21 @@ class Learner:
             self.models.actor.step()
             if self.models.ema is not None:
                 self.models.ema.update()
-        with self.clock.phase("critic_update"):
-            self.models.critic.step()
+        if self.models.critic is not None:
+            with self.clock.phase("critic_update"):
+                self.models.critic.step()
         return {name: total for parts in sums if parts for name, total in add_sums(parts, global_sum).items()}
 
     def probe(self, rows: int, prompt: int, pad_id: int) -> None:
-        """What `learn` does before its steps, for rows of `prompt` tokens and the longest answer; all is dropped."""
-        answer = self.config.max_answer_seq_len
+        """What `learn` does before its steps, for `rows` rows of `prompt` tokens and the longest response; the
+        gradients are discarded."""
+        response = self.config.max_answer_seq_len
         each = lambda number: torch.full((rows,), number)
-        rollout = Rollout(
-            torch.full((rows, prompt + answer), pad_id), each(prompt), each(answer), each(True), each(0), each(True)
-        )
-        experience = Experience(rollout, *torch.zeros(5, rows, answer)).to(device())
+        tokens = torch.full((rows, prompt + response), pad_id)
+        rollout = Rollout(tokens, each(prompt), each(response), each(True), each(0), each(True), each(0))
+        zeros = torch.zeros(rows, response)
+        of_critic = None if self.models.critic is None else zeros
+        experience = Experience(rollout, zeros, zeros, of_critic, zeros, of_critic).to(device())
         text = TokenBatch(rollout.tokens, rollout.attention_mask, rollout.attention_mask.bool(), rollout.lengths)
         self._accumulate([experience], [text.to(device())] if self.config.unsupervised_dataset_name else [], 1.0)
         self.step.discard()
@@ -67,9 +71,11 @@ class Learner:
     def _accumulate(
         self, batches: Sequence[Experience], texts: Sequence[TokenBatch], kl_coef: float
     ) -> list[list[Sums]]:
-        """Gradients in both engines; returns the micro-batches' sums for the policy, the text and the value loss."""
-        tokens = global_sum(sum(batch.response_mask.sum() for batch in batches))
-        policy, text, value = sums = [[], [], []]
+        """Gradients in all trained engines; returns the micro-batches' sums of the policy, text and value loss."""
+        tokens = global_sum(torch.stack([batch.response_mask.sum() for batch in batches]).sum())
+        policy: list[Sums] = []
+        text: list[Sums] = []
+        value: list[Sums] = []
 
         def share(loss_sum: Callable, total: Tensor, parts: list[Sums], weight: float = 1.0) -> Callable:
             def loss_of(batch: Experience | TokenBatch) -> Tensor:
@@ -84,13 +90,14 @@ class Learner:
                 "actor", "policy loss", batches, share(partial(self._policy_loss, kl_coef), tokens, policy)
             )
             if texts:
-                text_tokens = global_sum(sum(batch.loss_mask[:, 1:].sum() for batch in texts))
+                text_tokens = global_sum(torch.stack([batch.loss_mask[:, 1:].sum() for batch in texts]).sum())
                 self.step.accumulate(
                     "actor", "text loss", texts, share(self._text_loss, text_tokens, text, self.config.unsup_coef)
                 )
-        with self.clock.phase("critic_update"):
-            self.step.accumulate("critic", "value loss", batches, share(self._value_loss, tokens, value))
-        return sums
+        if self.models.critic is not None:
+            with self.clock.phase("critic_update"):
+                self.step.accumulate("critic", "value loss", batches, share(self._value_loss, tokens, value))
+        return [policy, text, value]
 
     def _policy_loss(self, kl_coef: float, batch: Experience) -> tuple[Tensor, Sums]:
         rollout = batch.rollout
@@ -112,6 +119,7 @@ class Learner:
         return loss, sums
 
     def _value_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
+        assert batch.values is not None and batch.returns is not None  # the critic's experience has both
         return value_loss_sum(
             response_values(self.models.critic, batch.rollout),
             batch.values,

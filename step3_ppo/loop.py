@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
 
+from datasets import Dataset
+
 from common.artifacts.tracking import Tracker
 from common.batching.sampler import MicroBatch, StepSampler
 from common.runtime import heartbeat
@@ -14,72 +16,76 @@ from common.runtime.terminal import escape_controls
 from common.training.loop import describe
 from common.training.memory import named_when_out_of_memory
 from step3_ppo.config import PPOConfig
-from step3_ppo.scoring import RolloutAbandoned
+from step3_ppo.evaluation import evaluate, sample_rows
+from step3_ppo.metrics import Metrics
+from step3_ppo.sharing import RolloutAbandoned
 from step3_ppo.trainer import PPOTrainer
 
-SHOWN = ("reward", "kl", "response_length", "eos_fraction")
+SHOWN_METRICS = ("reward", "kl", "response_length", "eos_fraction")
 PRINTED_ANSWERS = 3
 
 
 def run_iterations(
     trainer: PPOTrainer,
+    held_out: Dataset,
     sampler: StepSampler,
     iterations: int,
     tracker: Tracker,
-    done: int = 0,
-    after_iteration: Callable[[int, int], None] = lambda step, optimizer_steps: None,
-) -> dict[str, float]:
+    iterations_done: int = 0,
+    on_iteration_end: Callable[[int, int], None] = lambda iterations, optimizer_steps: None,
+) -> Metrics:
     """Evaluate, then run all iterations, with evaluations between them and after the last; returns its metrics.
 
     Args:
+        held_out: prompts to evaluate on.
         sampler: one of its steps is the prompts of one iteration.
         iterations: how many, over as many epochs as that takes.
-        done: iterations that an interrupted run has made already.
-        after_iteration: called with the iterations and the optimizer steps made so far, but not after the last; to
-            save, or to end a run that was told to stop. Called also where a rollout was abandoned for that. The
-            evaluation after that iteration comes later, and so again where a run is resumed.
+        iterations_done: how many of them an interrupted run has done already.
+        on_iteration_end: called with the numbers of iterations and of optimizer steps done so far, but not after the
+            last iteration; it saves checkpoints, and ends a run that was told to stop. It is also called where a
+            rollout was abandoned because of that. The evaluation after an iteration follows this call, so a resumed
+            run repeats it.
     """
     mark_training_started()
     prompts = chain.from_iterable(sampler.epoch(epoch) for epoch in count())
-    made = done
     try:
-        with tracker.progress(iterations, "ppo", done) as bar:
-            for micro_batches in islice(prompts, done, iterations):
-                if evaluation_is_due(trainer.config, made):
-                    evaluate(trainer, made, iterations, tracker)
-                train(trainer, made, micro_batches, tracker, bar)
-                made += 1
-                if made < iterations:
-                    after_iteration(made, trainer.optimizer_steps_made)
-        return evaluate(trainer, iterations, iterations, tracker)
+        with tracker.progress(iterations, "ppo", iterations_done) as bar:
+            for micro_batches in islice(prompts, iterations_done, iterations):
+                if evaluation_is_due(trainer.config, iterations_done):
+                    record_evaluation(trainer, held_out, iterations_done, iterations, tracker)
+                run_iteration(trainer, iterations_done, micro_batches, tracker, bar)
+                iterations_done += 1
+                if iterations_done < iterations:
+                    on_iteration_end(iterations_done, trainer.optimizer_steps_made)
+        return record_evaluation(trainer, held_out, iterations, iterations, tracker)
     except RolloutAbandoned:
-        after_iteration(made, trainer.optimizer_steps_made)
+        on_iteration_end(iterations_done, trainer.optimizer_steps_made)
         raise
 
 
-def evaluation_is_due(config: PPOConfig, made: int) -> bool:
+def evaluation_is_due(config: PPOConfig, iterations_done: int) -> bool:
     """Whether to evaluate after so many iterations, besides the last."""
-    return not made or (config.eval_interval > 0 and made % config.eval_interval == 0)
+    return not iterations_done or (config.eval_interval > 0 and iterations_done % config.eval_interval == 0)
 
 
-def train(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], tracker: Tracker, bar) -> None:
-    """One iteration, checked and shown."""
+def run_iteration(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], tracker: Tracker, bar) -> None:
+    """One iteration, logged and shown."""
     config, step = trainer.config, index + 1
     heartbeat.set_phase("training")
-    training = trainer.iteration(index, micro_batches)
-    bar.set_postfix({name: f"{training[name]:.4g}" for name in SHOWN}, refresh=False)
+    metrics = trainer.iteration(index, micro_batches)
+    bar.set_postfix({name: f"{metrics[name]:.4g}" for name in SHOWN_METRICS}, refresh=False)
     bar.update()
     if step % config.log_interval == 0:
-        tracker.log("train", step, training)
+        tracker.log("train", step, metrics)
     if config.print_answers and step % config.print_answers_interval == 0:
         print_answers(trainer)
 
 
-def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) -> dict[str, float]:
+def record_evaluation(trainer: PPOTrainer, held_out: Dataset, step: int, iterations: int, tracker: Tracker) -> Metrics:
     """Answer held-out prompts; log the metrics and write the answers to samples/. Nothing where none are held out."""
     heartbeat.set_phase("evaluation")
     with named_when_out_of_memory("the evaluation"):
-        metrics, rows = trainer.evaluate()
+        metrics, rows = evaluate(trainer, held_out)
     if not rows:
         return {}
     tracker.log("eval", step, metrics)
@@ -89,7 +95,9 @@ def evaluate(trainer: PPOTrainer, step: int, iterations: int, tracker: Tracker) 
 
 
 def print_answers(trainer: PPOTrainer) -> None:
-    """Show a few of the answers of the iteration just made."""
-    for row in trainer.latest_samples(PRINTED_ANSWERS):
+    """Show a few of the answers of the last iteration."""
+    if trainer.latest is None:
+        return
+    for row in sample_rows(*trainer.latest, trainer.codec, trainer.prompts, PRINTED_ANSWERS):
         say(f"--- reward {row['reward']:.3f}, kl {row['kl']:.3f}")
         say(escape_controls(f"{row['prompt'].strip()}\n>>> {row['response'].strip()}"))

@@ -43,12 +43,12 @@ def kl_loss_sum(
     """Sum over the mask of rho * k, k an estimate of KL(pi || pi_ref), with the gradient of the KL itself.
 
     All (B, R); log_probs alone carries a gradient; response_mask bool; rho = pi / pi_old. With d = log pi - log pi_ref
-    the gradient is that of sum(rho * d * grad log pi), rho and d held: its expectation over tokens of pi_old is, at
-    every position, the exact gradient of KL(pi || pi_ref). Whatever the estimator: it is what differentiating rho * k3
-    through rho and d comes to, and rho * d^2 / 2 through d (k2); rho * k1 through both has rho * grad log pi besides,
-    whose expectation is 0, and which is left out as mere noise. The estimators of `kl_estimate` give the value.
-    Differentiated without rho, k1 would pull nowhere, and k3 as KL(pi_ref || pi) does. What a token does to the KL of
-    later ones is in no loss: that takes the reward. Source: arXiv:2510.01555, sec. 4-5.
+    the gradient is that of sum(rho * d * grad log pi), rho and d held fixed. Its expectation over tokens of pi_old is,
+    at every position, the exact gradient of KL(pi || pi_ref). The gradient is the same for all estimators, which only
+    give the value: it is that of rho * k3 through rho and d, and that of rho * k2 through d. The gradient of rho * k1
+    through both has one more term, rho * grad log pi; its expectation is 0, so it is left out as noise. Without rho the
+    gradient of k1 would have the expectation 0, and that of k3 would be the gradient of KL(pi_ref || pi). The effect of
+    a token on the KL of later tokens is not in this loss, only in the reward. Source: arXiv:2510.01555, sec. 4-5.
 
     Returns the loss (a scalar) and the sum `kl_loss`.
     """

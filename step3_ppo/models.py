@@ -1,25 +1,29 @@
-"""The four models of PPO: actor, reference, critic, scorer.
+"""The models of PPO: actor, reference, critic, reward model.
 
-Each has its own engine with its own ZeRO stage; but a LoRA actor is its own reference, and a LoRA critic its own
-scorer, with the adapters off. So with LoRA there are two base models in memory, not four.
+Each has its own engine with its own ZeRO stage. But a LoRA actor with its adapters off is the reference, and a LoRA
+critic with its adapters off is the reward model: with LoRA there are two base models in memory, not four. There is a
+critic only where the advantage estimator needs one, and a reward model only where no other reward is given.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.batching.collate import unmasked
+from common.config.groups import TrainedModelOptions
 from common.data.tokenization import Codec
 from common.errors import named_by
-from common.models.calibration import RAW, Calibration
+from common.models.calibration import RAW
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
 from common.models.lora import adapters_disabled, add_lora
-from common.models.scalar import score_at_last_token
+from common.models.scalar import ScalarModel, Scale, score_at_last_token
 from common.runtime.distributed import say
 from common.training.engine import (
     EngineSettings,
@@ -32,29 +36,35 @@ from common.training.engine import (
 from common.training.optim import say_shortened_warmup
 from step3_ppo.config import PPOConfig
 from step3_ppo.ema import EMA
-from step3_ppo.experience import Rollout
+from step3_ppo.generation.rollout import Rollout
 
 NO_DROPOUT = 0.0  # the ratio of new to old policy must be 1 before the first update
 
 
-@dataclass
+@dataclass(frozen=True)
 class PPOModels:
     """The engines, and the passes over a rollout that do not train.
 
     Attributes:
-        actor, critic: trained.
-        reference: the actor as it was at the start; None where that is the actor with its adapters off.
-        scorer: the frozen reward model; None where that is the critic with its adapters off and the head it kept.
+        actor: trained.
+        critic: trained; None where the advantage estimator needs none.
+        reference: frozen, the actor as it was at the start; None where that is the actor with its adapters off.
+        reward_model: frozen; None where that is the critic with its adapters off and the head it kept, and where the
+            program brings a reward of its own.
         ema: moving average of the actor's weights, if wanted.
         temperature: that responses are sampled at.
     """
 
-    actor: object
-    critic: object
-    scorer: object | None
-    reference: object | None
+    actor: Any
+    critic: Any | None
+    reference: Any | None
+    reward_model: Any | None
     ema: EMA | None
     temperature: float
+
+    def trained(self) -> dict[str, Any]:
+        """The engines that learn, by name."""
+        return {"actor": self.actor} if self.critic is None else {"actor": self.actor, "critic": self.critic}
 
     @torch.no_grad()
     def log_probs_and_entropy(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -79,20 +89,18 @@ class PPOModels:
     @torch.no_grad()
     def scores(self, rollout: Rollout) -> Tensor:
         """(B,) raw scores of the reward model at the last token."""
-        if self.scorer is not None:
-            numbers = self.scorer(**inputs_of(rollout))
-        else:
+        if self.reward_model is not None:
+            numbers = self.reward_model(**inputs_of(rollout))
+        elif self.critic is not None:
             with adapters_disabled(self.critic.module):
                 numbers = self.critic(**inputs_of(rollout), reward=True)
+        else:
+            raise ValueError("no reward model is loaded: the program brings a reward of its own")
         return score_at_last_token(numbers, rollout.lengths)
-
-    def measure_values_in(self, calibration: Calibration) -> None:
-        """From here on the critic's values are in this scale of the scores."""
-        self.critic.module.calibration = calibration
 
     def destroy(self) -> None:
         """Take DeepSpeed's hooks and buffers off all models."""
-        for engine in (self.actor, self.critic, self.scorer, self.reference):
+        for engine in (self.actor, self.critic, self.reward_model, self.reference):
             if engine is not None:
                 engine.destroy()
 
@@ -116,122 +124,115 @@ def build_models(
     config: PPOConfig,
     codec: Codec,
     actor_source: str,
-    critic_source: str,
-    calibration: Calibration,
+    critic_source: str | None,
+    scale: Scale,
     optimizer_steps: int,
 ) -> PPOModels:
-    """Load the four models and make their engines.
+    """Load the models that the options ask for, up to four, and make their engines.
 
     Args:
-        actor_source, critic_source: directory or hub name of the fine-tuned model and of the reward model.
-        calibration: of the reward model; the critic starts in the scale of the shaped scores.
+        actor_source, critic_source: directory or hub name of the fine-tuned model and of the reward model; the latter
+            is None where neither a critic nor a reward model is wanted.
+        scale: of the shaped scores; the critic's values are in it.
         optimizer_steps: of the whole run, for the learning-rate schedules.
     """
-    dtype = resolve_dtype(config.dtype)
     say_shortened_warmup(config, optimizer_steps)
     _say_what_is_shared(config)
 
-    def engine_settings(stage: int, offload: bool) -> EngineSettings:
+    def settings_of(stage: int, offload: bool) -> EngineSettings:
         return EngineSettings(
-            stage, dtype, config.per_device_training_batch_size, offload, config.max_grad_norm, config.deepspeed_config
+            stage,
+            resolve_dtype(config.dtype),
+            config.per_device_training_batch_size,
+            offload,
+            config.max_grad_norm,
+            config.deepspeed_config,
         )
 
-    def optimizer_settings(learning_rate: float, lora_learning_rate: float, decay: float) -> OptimizerSettings:
-        return OptimizerSettings(
-            learning_rate, lora_learning_rate, decay, config.lr_scheduler_type, config.num_warmup_steps, optimizer_steps
-        )
-
-    def load_actor(settings: EngineSettings, trainable: bool):
+    def load_actor(settings: EngineSettings, trainable: bool) -> nn.Module:
         with named_by("--actor_model_name_or_path"):
-            return load_causal_lm(
-                actor_source,
-                codec,
-                dtype=dtype,
-                dropout=NO_DROPOUT,
-                ds_config=deepspeed_config(settings, trainable),
-                trust_remote_code=config.trust_remote_code,
-                gradient_checkpointing=trainable and config.actor_gradient_checkpointing,
-            )
+            loading = _loading(config, config.actor, settings, trainable)
+            return load_causal_lm(actor_source, codec, **loading)
 
-    def load_critic(settings: EngineSettings, trainable: bool, calibration: Calibration):
+    def load_critic(settings: EngineSettings, trainable: bool, calibration: Scale) -> ScalarModel:
         with named_by("--critic_model_name_or_path"):
-            return load_scalar_model(
-                critic_source,
-                codec,
-                dtype=dtype,
-                dropout=NO_DROPOUT,
-                ds_config=deepspeed_config(settings, trainable),
-                trust_remote_code=config.trust_remote_code,
-                gradient_checkpointing=trainable and config.critic_gradient_checkpointing,
-                calibration=calibration,
-                seed=config.seed,
-            )
+            loading = _loading(config, config.critic, settings, trainable)
+            return load_scalar_model(str(critic_source), codec, calibration=calibration, seed=config.seed, **loading)
 
-    actor_settings = engine_settings(config.actor_zero_stage, config.offload)
-    critic_settings = engine_settings(config.critic_zero_stage, config.offload)
+    def trained(model: nn.Module, options: TrainedModelOptions, settings: EngineSettings) -> Any:
+        return training_engine(model, settings, OptimizerSettings.for_model(options, config, optimizer_steps))
+
+    actor_settings = settings_of(config.actor.zero_stage, config.offload)
     actor = load_actor(actor_settings, trainable=True)
-    if config.actor_lora_dim:
+    if config.actor.lora_dim:
         with named_by("--actor_lora_module_name"):
-            add_lora(
-                actor,
-                dim=config.actor_lora_dim,
-                alpha=config.actor_lora_alpha,
-                dropout=NO_DROPOUT,
-                modules=config.actor_lora_module_name,
-                base_name=actor_source,
-                seed=config.seed,
-            )
-    critic = load_critic(critic_settings, trainable=True, calibration=calibration)
-    if config.critic_lora_dim:
-        critic.keep_reward_head()
-        with named_by("--critic_lora_module_name"):
-            add_lora(
-                critic.classifier,
-                dim=config.critic_lora_dim,
-                alpha=config.critic_lora_alpha,
-                dropout=NO_DROPOUT,
-                modules=config.critic_lora_module_name,
-                base_name=critic_source,
-                seed=config.seed,
-            )
-    actor_engine = training_engine(
-        actor,
-        actor_settings,
-        optimizer_settings(config.actor_learning_rate, config.actor_lora_learning_rate, config.actor_weight_decay),
-    )
-    critic_engine = training_engine(
-        critic,
-        critic_settings,
-        optimizer_settings(config.critic_learning_rate, config.critic_lora_learning_rate, config.critic_weight_decay),
-    )
+            _add_adapters(actor, config.actor, actor_source, config.seed)
+    critic = None
+    critic_settings = settings_of(config.critic.zero_stage, config.offload)
+    if config.estimator.needs_critic:
+        critic = load_critic(critic_settings, trainable=True, calibration=scale)
+        if config.critic.lora_dim:
+            critic.keep_reward_head()
+            with named_by("--critic_lora_module_name"):
+                _add_adapters(critic.classifier, config.critic, str(critic_source), config.seed)
+    actor_engine = trained(actor, config.actor, actor_settings)
+    critic_engine = None if critic is None else trained(critic, config.critic, critic_settings)
 
     reference = None
-    if not config.actor_lora_dim:
-        settings = engine_settings(
-            _frozen_stage(config.actor_zero_stage, config.offload_reference_model), config.offload_reference_model
-        )
+    if not config.actor.lora_dim:
+        stage = _frozen_stage(config.actor.zero_stage, config.offload_reference_model)
+        settings = settings_of(stage, config.offload_reference_model)
         reference = frozen_engine(load_actor(settings, trainable=False), settings)
-    scorer = None
-    if not config.critic_lora_dim:
-        settings = engine_settings(
-            _frozen_stage(config.critic_zero_stage, config.offload_reward_model), config.offload_reward_model
-        )
-        scorer = frozen_engine(load_critic(settings, trainable=False, calibration=RAW), settings)
+    reward_model = None
+    if _own_reward_model(config):
+        stage = _frozen_stage(config.critic.zero_stage, config.offload_reward_model)
+        settings = settings_of(stage, config.offload_reward_model)
+        reward_model = frozen_engine(load_critic(settings, trainable=False, calibration=RAW), settings)
     ema = EMA(actor_engine.module, config.ema_decay) if config.enable_ema else None
-    return PPOModels(actor_engine, critic_engine, scorer, reference, ema, config.temperature)
+    return PPOModels(actor_engine, critic_engine, reference, reward_model, ema, config.temperature)
+
+
+def _loading(
+    config: PPOConfig, options: TrainedModelOptions, settings: EngineSettings, trainable: bool
+) -> dict[str, Any]:
+    """How a model is loaded: the arguments that `load_causal_lm` and `load_scalar_model` share."""
+    return {
+        "dtype": settings.dtype,
+        "dropout": NO_DROPOUT,
+        "ds_config": deepspeed_config(settings, trainable),
+        "trust_remote_code": config.trust_remote_code,
+        "gradient_checkpointing": trainable and options.gradient_checkpointing,
+    }
+
+
+def _add_adapters(model: nn.Module, options: TrainedModelOptions, source: str, seed: int) -> None:
+    add_lora(
+        model,
+        dim=options.lora_dim,
+        alpha=options.lora_alpha,
+        dropout=NO_DROPOUT,
+        modules=options.lora_module_name,
+        base_name=source,
+        seed=seed,
+    )
 
 
 def _say_what_is_shared(config: PPOConfig) -> None:
-    if config.actor_lora_dim and config.offload_reference_model:
+    if config.actor.lora_dim and config.offload_reference_model:
         say(
             "note: --offload_reference_model has nothing to move: with --actor_lora_dim the reference is the actor "
             "with its adapters off"
         )
-    if config.critic_lora_dim and config.offload_reward_model:
+    if config.critic.lora_dim and config.offload_reward_model:
         say(
             "note: --offload_reward_model has nothing to move: with --critic_lora_dim the reward model is the critic "
             "with its adapters off"
         )
+
+
+def _own_reward_model(config: PPOConfig) -> bool:
+    """Whether the reward model is an engine of its own. A LoRA critic with its adapters off is the reward model."""
+    return not config.own_reward and not (config.estimator.needs_critic and config.critic.lora_dim)
 
 
 def _frozen_stage(trained_stage: int, offload: bool) -> int:
@@ -240,10 +241,12 @@ def _frozen_stage(trained_stage: int, offload: bool) -> int:
 
 
 @contextlib.contextmanager
-def evaluating(models: PPOModels):
-    """Within the context actor and critic are in evaluation mode: no gradient checkpointing."""
-    models.actor.eval(), models.critic.eval()
+def evaluating(models: PPOModels) -> Iterator[None]:
+    """Within the context the trained models are in evaluation mode: no gradient checkpointing."""
+    for engine in models.trained().values():
+        engine.eval()
     try:
         yield
     finally:
-        models.actor.train(), models.critic.train()
+        for engine in models.trained().values():
+            engine.train()

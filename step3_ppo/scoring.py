@@ -1,89 +1,79 @@
-"""What the four models say of a rollout, the passes divided between ranks and the results shared by all."""
+"""What the models and the reward say of a rollout, before the update."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from common.batching.sampler import evaluation_batches, token_budget_batches
-from common.runtime.distributed import device, gather_objects, rank, world_size
 from common.training.timing import PhaseClock
-from step3_ppo.experience import Rollout
+from step3_ppo.calibration import ScoreScale
+from step3_ppo.config import PPOConfig
+from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import PPOModels, evaluating
+from step3_ppo.reward import Reward, RewardInputs
+from step3_ppo.sharing import compute_on_all_ranks
 
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """Read off the models before the update; row b belongs to row b of the rollout. On the CPU of every rank."""
+    """Row b belongs to row b of the rollout. On the CPU of every rank."""
 
     old_log_probs: Tensor  # (B, R) nats, of the actor
     ref_log_probs: Tensor  # (B, R) nats, of the reference
     entropy: Tensor  # (B, R) nats, of the actor's next-token distribution
-    values: Tensor  # (B, R) normalised score units
-    scores: Tensor  # (B,) raw scores of the reward model
+    values: Tensor | None  # (B, R) normalised score units, of the critic; None without one
+    scores: Tensor  # (B,) raw scores of the reward
 
     def response_kl(self) -> Tensor:
         """(B,) log-ratio of actor to reference summed over each response: the k1 estimate of its KL, in nats."""
         return (self.old_log_probs - self.ref_log_probs).sum(1)
 
 
-class RolloutAbandoned(Exception):
-    """A rank was told to stop during the rollout; raised on all ranks alike. No weight has changed."""
-
-
-def share_rollout(mine: Rollout | None) -> Rollout:
-    """All ranks' responses on every rank, without fillers, in the order of their prompts in the data set.
-
-    The result does not depend on how the prompts were dealt to ranks and batches.
-
-    Raises:
-        RolloutAbandoned: a rank gave None.
-    """
-    parts = gather_objects(mine and mine.to("cpu"))
-    if None in parts:
-        raise RolloutAbandoned
-    rollout = Rollout.concat(parts)
-    real = rollout.real.nonzero().squeeze(1)
-    return rollout.select(real[rollout.prompt_index[real].argsort(stable=True)])
-
-
 @torch.no_grad()
 def score_rollout(
-    models: PPOModels, rollout: Rollout, clock: PhaseClock, rows_per_batch: int, max_tokens: int = 0
+    models: PPOModels, reward: Reward, inputs: RewardInputs, clock: PhaseClock, config: PPOConfig
 ) -> ModelOutputs:
-    """Run actor, reference, critic and reward model over a shared rollout.
+    """Run actor, reference, critic and reward over a shared rollout. All ranks must call it together.
 
     Args:
-        rollout: B responses, the same on every rank.
-        clock: gets the phases log_probs (actor and reference) and score (critic and reward model).
-        rows_per_batch: rows of one forward pass.
-        max_tokens: if not 0, its padded tokens, of any number of rows.
+        clock: gets the phases log_probs (actor and reference) and score (critic and reward).
+
+    Raises:
+        ValueError: the reward did not give one score per response.
     """
-    lengths = rollout.lengths.tolist()
-    batches = (
-        token_budget_batches(lengths, max_tokens, world_size(), rank())
-        if max_tokens
-        else evaluation_batches(lengths, rows_per_batch, world_size(), rank())
-    )
-    mine = []
-    with evaluating(models):
-        for batch in batches:
-            part = rollout.select(batch.indices).to(device())
-            with clock.phase("log_probs"):
-                log_probs, entropy = models.log_probs_and_entropy(part)
-                reference = models.reference_log_probs(part)
+
+    def passes(part: Rollout) -> dict[str, Tensor]:
+        with clock.phase("log_probs"):
+            log_probs, entropy = models.log_probs_and_entropy(part)
+            outputs = {
+                "old_log_probs": log_probs,
+                "ref_log_probs": models.reference_log_probs(part),
+                "entropy": entropy,
+            }
+        if models.critic is not None:
             with clock.phase("score"):
-                results = ModelOutputs(log_probs, reference, entropy, models.values(part), models.scores(part))
-            mine.append((batch, [getattr(results, field.name).float().cpu() for field in fields(ModelOutputs)]))
-    whole = [torch.zeros(rollout.response_mask.shape) for _ in range(4)] + [torch.zeros(len(rollout.tokens))]
-    for batch, tensors in (item for items in gather_objects(mine) for item in items):
-        rows = torch.tensor(batch.indices)[torch.tensor(batch.real)]
-        for target, tensor in zip(whole, tensors):
-            kept = tensor[torch.tensor(batch.real)]
-            if target.dim() == 1:
-                target[rows] = kept
-            else:
-                target[rows, : kept.shape[1]] = kept
-    return ModelOutputs(*whole)
+                outputs["values"] = models.values(part)
+        return outputs
+
+    with evaluating(models):
+        outputs = compute_on_all_ranks(inputs.rollout, passes, config)
+    with clock.phase("score"):
+        scores = reward(inputs)
+    if scores.shape != (len(inputs.rollout.tokens),):
+        raise ValueError(
+            f"the reward gave a tensor of shape {tuple(scores.shape)} for {len(inputs.rollout.tokens)} responses: it "
+            "must give one number for each"
+        )
+    return ModelOutputs(
+        outputs["old_log_probs"], outputs["ref_log_probs"], outputs["entropy"], outputs.get("values"), scores
+    )
+
+
+def to_scale(outputs: ModelOutputs, scale: ScoreScale) -> ModelOutputs:
+    """The outputs of an iteration in the scale, which is measured on them where it is not known yet."""
+    if scale.known:
+        return outputs
+    scale.measure(outputs.scores)
+    return outputs if outputs.values is None else replace(outputs, values=scale.normalise(outputs.values))

@@ -20,10 +20,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from common.data.tokenization import Codec
 from common.errors import ModelError, UserError, reason_of
 from common.models.added_token import start_row
-from common.models.calibration import RAW, Calibration
+from common.models.calibration import RAW
 from common.models.checks import check_finite
 from common.models.completeness import score_labels, surplus
-from common.models.scalar import ScalarModel, init_score_head, is_scalar_config
+from common.models.scalar import ScalarModel, Scale, init_score_head, is_scalar_config
 from common.paths import unreachable_hub
 from common.runtime.distributed import is_main
 
@@ -63,7 +63,7 @@ def load_scalar_model(
     dropout: float | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
-    calibration: Calibration = RAW,
+    calibration: Scale = RAW,
     seed: int = 0,
 ) -> ScalarModel:
     """A model with one number at every position, from a reward model or from a language model with a new head.

@@ -6,14 +6,21 @@ sequence-classification model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
-from common.models.calibration import RAW, Calibration
+from common.models.calibration import RAW
+
+
+class Scale(Protocol):
+    """What numbers are measured in: a `Calibration`, or one that may still change."""
+
+    def normalise(self, scores: torch.Tensor) -> torch.Tensor:
+        """(scores - mean) / std, of any shape."""
 
 
 class ScoreHead(nn.Linear):
@@ -38,7 +45,7 @@ class ScalarModel(nn.Module):
     reward_weight: torch.Tensor
     reward_bias: torch.Tensor | None
 
-    def __init__(self, classifier: Any, calibration: Calibration = RAW):
+    def __init__(self, classifier: Any, calibration: Scale = RAW):
         super().__init__()
         classifier.score.__class__ = ScoreHead  # same parameters and names, another forward
         self.classifier: Any = classifier

@@ -1,7 +1,7 @@
-"""Attention in the number format of the key-value cache, which may be wider than the model's.
+"""Attention in the dtype of the key-value cache, which may be wider than the model's.
 
-For one query at a time a CPU attends several times slower in bf16 than in fp32. With keys and values kept in fp32
-nothing but the query is converted at each step.
+On a CPU, attention of one query at a time is several times slower in bf16 than in fp32. With keys and values kept in
+fp32, only the query is converted at each step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
 
 
 def fastest_cache_dtype(model) -> torch.dtype:
-    """That of the model; on a CPU fp32, where the model's attention can be replaced."""
+    """The model's dtype; fp32 for bf16 models on a CPU whose attention can be replaced."""
     slow = model.device.type == "cpu" and model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa"
     return torch.float32 if slow and _can_be_replaced(model) else model.dtype
 

@@ -1,5 +1,4 @@
-"""The actor as a generator and back: whole weights, adapters folded in, no hooks; then training goes on as if nothing
-had been."""
+"""Switch the actor to fast generation and back: whole weights, LoRA folded in, no ZeRO-3 hooks."""
 
 from __future__ import annotations
 
@@ -11,16 +10,16 @@ from torch import nn
 from common.models.lora import folded_adapters, folding_takes
 from common.runtime.distributed import memory_available, on_every_rank
 
-GATHERING_TAKES = 2  # times the weights: what is gathered is held once more while it is put in order
+GATHERING_TAKES = 2  # times the size of the weights: DeepSpeed copies what it gathers
 
 
 @contextlib.contextmanager
 def generation_mode(engine) -> Iterator[nn.Module]:
-    """Within the context the engine's module decodes fast on this rank alone; all ranks enter and leave together.
+    """Within the context each rank runs the engine's module by itself; all ranks must enter and leave together.
 
-    Under ZeRO-3 every parameter is gathered once, and DeepSpeed's hooks, which would partition it again after each
-    forward pass, are off. LoRA adapters are folded into the base weights. On leaving, every weight is bit for bit what
-    it was. Evaluation mode keeps dropout and gradient checkpointing away.
+    Under ZeRO-3 all parameters are gathered once, and DeepSpeed's hooks, which would partition them again after each
+    forward pass, are removed. LoRA adapters are folded into the base weights. The module is in evaluation mode, without
+    dropout and gradient checkpointing. On leaving, all weights are bit for bit what they were.
     """
     module = engine.module
     engine.eval()
@@ -32,8 +31,7 @@ def generation_mode(engine) -> Iterator[nn.Module]:
 
 
 def whole_model_fits(engine) -> bool:
-    """Whether each rank can hold all of the engine's weights, and those with adapters folded in, besides what it holds
-    now; the same answer on all."""
+    """Whether each rank has memory for all of the engine's weights, gathered and folded; the same on all ranks."""
     if not engine.zero_optimization_partition_weights():
         return True
     weights = sum(parameter.ds_numel * parameter.element_size() for parameter in engine.module.parameters())
@@ -51,17 +49,18 @@ def _whole_weights(engine) -> Iterator[None]:
     for parameter in parameters:
         parameter.ds_active_sub_modules.clear()
     offload = engine.optimizer.parameter_offload
-    on_the_whole = offload.module._forward_pre_hooks
+    root_hooks = offload.module._forward_pre_hooks
     with deepspeed.zero.GatheredParameters(parameters):
         for hooks in (offload.forward_hooks, offload.backward_hooks):
             while hooks:
                 hooks.pop().remove()
-        # That of the whole module is in no list. It compares the ranks, and a rank without prompts has no forward pass.
-        begins = on_the_whole.pop(offload.fwd_pre_hook.id)
+        # The root module's hook is in neither list. It synchronises the ranks, but a rank without prompts runs no
+        # forward pass.
+        root_hook = root_hooks.pop(offload.fwd_pre_hook.id)
         try:
             yield
         finally:
-            # This also has DeepSpeed record anew in which order the modules are used.
+            # This also makes DeepSpeed record the order of the modules anew.
             offload._register_deepspeed_module(offload.module)
-            on_the_whole[offload.fwd_pre_hook.id] = begins
-            on_the_whole.move_to_end(offload.fwd_pre_hook.id, last=False)
+            root_hooks[offload.fwd_pre_hook.id] = root_hook
+            root_hooks.move_to_end(offload.fwd_pre_hook.id, last=False)

@@ -1,4 +1,4 @@
-"""Optimizer states in the CPU's memory while a rollout has use for the GPU's."""
+"""Optimizer states in CPU memory during a rollout, which needs the GPU's memory."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor, UntypedStorage
 
 from common.runtime.distributed import device
 
-_PART = 2**28  # bytes; torch rounds what it page-locks up to a power of two
+_PART = 2**28  # bytes; torch rounds page-locked allocations up to a power of two
 
 
 class OptimizerOffload:
-    """Moves Adam's moments, 8 bytes for each weight that learns, away and back; at any ZeRO stage.
+    """Moves Adam's moments, 8 bytes for each trained weight, to CPU memory and back; at any ZeRO stage.
 
-    DeepSpeed's `engine.offload_states` does the like at stages 1 and 2, and at 3 for its own Adam alone. Here a tensor
-    keeps its storage, which is only empty meanwhile: so every view of it that DeepSpeed has kept is right again after.
+    DeepSpeed's `engine.offload_states` does this at stages 1 and 2, and at stage 3 for its own Adam only. Here every
+    tensor keeps its storage object, which is emptied and refilled. So all views that DeepSpeed holds stay valid.
 
     Args:
-        engines: those whose optimizer states go.
+        engines: the engines whose optimizer states are moved.
     """
 
     def __init__(self, engines: Sequence):
         self.engines = engines
-        self.copies: list[Tensor] = []  # kept, since page-locked memory takes long to get
+        self.copies: list[Tensor] = []  # kept, since allocating page-locked memory is slow
 
     @contextlib.contextmanager
     def offloaded(self) -> Iterator[None]:
-        """Within the context the states hold nothing; after it they are bit for bit what they were."""
+        """Within the context the states are empty; afterwards they are bit for bit what they were."""
         storages = self.storages()
         sizes, parts = [storage.nbytes() for storage in storages], _parts(storages)
         if list(map(len, parts)) != list(map(len, self.copies)):
@@ -48,19 +48,19 @@ class OptimizerOffload:
                 part.copy_(copy)
 
     def storages(self) -> list[UntypedStorage]:
-        """Those of all states that are on this rank's device; before the first step there are none."""
-        found = {}
+        """The storages of all optimizer states on this rank's device; before the first step there are none."""
+        storages: dict[int, UntypedStorage] = {}
         for engine in self.engines:
             optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # DeepSpeed's own wraps the real one
             for state in optimizer.state.values():
                 for tensor in state.values():
                     if torch.is_tensor(tensor) and tensor.dim() and tensor.device == device():
-                        found.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
-        return list(found.values())
+                        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
+        return list(storages.values())
 
 
 def _parts(storages: Sequence[UntypedStorage]) -> list[Tensor]:
-    """All bytes, as tensors over them of up to `_PART` each."""
+    """All bytes of the storages, as views of up to `_PART` bytes each."""
     return [
         part
         for storage in storages

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from step3_ppo.config import PPOConfig
-
-NO_TOKEN = -1  # drawn where the logits are not numbers; it ends a response
+NO_TOKEN = -1  # stands for a token where the logits are not finite; it ends a response
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Sampling:
         top_k: keep the most probable k tokens; 0 keeps all.
         min_new_tokens: no end token is possible before so many tokens.
         max_new_tokens: a response that has not ended by then is cut.
-        draw_lengths: every response gets a length of its own, drawn evenly from these two limits, and has exactly that.
+        draw_lengths: each response has exactly a length drawn uniformly between these two limits.
         samples_per_prompt: responses to each prompt.
     """
 
@@ -46,32 +44,19 @@ class Sampling:
         return self.top_p < 1.0 or self.top_k > 0 or self.min_new_tokens > 0 or self.draw_lengths
 
     def lengths_at(self, uniform: Tensor) -> Tensor:
-        """Lengths drawn by random numbers in [0, 1), of any shape."""
+        """Lengths drawn with uniform numbers in [0, 1), of any shape."""
         shortest = max(1, self.min_new_tokens)
         return shortest + (uniform * (self.max_new_tokens - shortest + 1)).long()
 
-    @classmethod
-    def from_config(cls, config: PPOConfig) -> Sampling:
-        """As the options of step 3 say."""
-        return cls(
-            config.temperature,
-            config.top_p,
-            config.top_k,
-            config.min_answer_seq_len,
-            config.max_answer_seq_len,
-            config.draw_answer_lengths,
-            config.answers_per_prompt,
-        )
-
 
 def without_ends(logits: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    """Logits (B, V) by which none of the tokens `ends` (E,) is drawn in `rows` (B,) bool."""
+    """Logits (B, V) with those of the tokens `ends` (E,) at minus infinity in `rows` (B,) bool."""
     held_back = logits[:, ends].masked_fill(rows[:, None], -torch.inf)
     return logits.index_copy(1, ends, held_back)
 
 
 def uniforms(seed: int, iteration: int, prompt_index: Tensor, positions: int, sample: int = 0) -> Tensor:
-    """The uniform numbers that decide each response.
+    """The uniform numbers that each response is drawn with.
 
     Args:
         prompt_index: (B,) row of each prompt in its data set.
@@ -85,9 +70,9 @@ def uniforms(seed: int, iteration: int, prompt_index: Tensor, positions: int, sa
 
 
 def response_limits(seed: int, iteration: int, prompt_index: Tensor, sampling: Sampling, sample: int = 0) -> Tensor:
-    """(B, 2) long: the fewest and the most tokens that each response may have; one number where lengths are drawn.
+    """(B, 2) long: the fewest and the most tokens of each response; equal where lengths are drawn.
 
-    Their random numbers have streams of their own, beside those of `uniforms`.
+    Lengths are drawn from random streams of their own, independent of those of `uniforms`.
     """
     limits = torch.tensor([[sampling.min_new_tokens, sampling.max_new_tokens]]).repeat(len(prompt_index), 1)
     if sampling.draw_lengths:

@@ -25,10 +25,10 @@ from common.models.loading import load_causal_lm
 from common.runtime.distributed import is_main, on_every_rank, rank, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
+from step3_ppo.generation.actor_rollouts import ActorRollouts
 from step3_ppo.generation.optimizer_offload import OptimizerOffload
-from step3_ppo.generation.rollout import ActorRollouts
 from step3_ppo.generation.sampling import Sampling
-from step3_ppo.scoring import share_rollout
+from step3_ppo.sharing import share_rollout
 from tests.architectures import build_model
 from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
 from tests.distributed.shared_models import shared_models

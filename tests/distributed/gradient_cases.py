@@ -27,10 +27,13 @@ from common.runtime.distributed import is_main, rank, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from common.training.optim import BETAS
+from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
-from step3_ppo.experience import Experience, Rollout
-from step3_ppo.main import text_batches
+from step3_ppo.experience import Experience
+from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import PPOModels
+from step3_ppo.reward import TokenRewardModel
+from step3_ppo.schedule import text_batches
 from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
 from tests.distributed.variants import DEEPSPEED, VARIANTS, VARIANTS_AT_LENGTH, Tokens
@@ -133,7 +136,8 @@ def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> li
         actor(model, codec, stage, *held), critic(model, codec, stage, *held), None, None, None, temperature=0.9
     )
     texts = text_batches(config, rows(["input_ids"]), codec)
-    PPOTrainer(models, config, codec, None, None, texts, RAW).update(experience(), 0)
+    reward = TokenRewardModel(models, config)
+    PPOTrainer(models, reward, config, codec, None, texts, ScoreScale(RAW)).update(experience(), 0)
     return [models.actor, models.critic]
 
 
@@ -201,6 +205,7 @@ def experience() -> Experience:
         torch.ones(ROWS, dtype=torch.bool),
         torch.arange(ROWS),
         torch.ones(ROWS, dtype=torch.bool),
+        torch.zeros(ROWS, dtype=torch.long),
     )
     return Experience(
         rollout,

@@ -10,8 +10,10 @@ from common.models.loading import load_scalar_model
 from common.models.scalar import score_at_last_token
 from common.runtime.distributed import on_every_rank, world_size
 from common.training.engine import EngineSettings, deepspeed_config, frozen_engine
+from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
 from step3_ppo.models import build_models, evaluating, inputs_of
+from step3_ppo.reward import TokenRewardModel
 from step3_ppo.trainer import PPOTrainer
 from tests.distributed.gradient_cases import ROWS, experience
 from tests.distributed.variants import DEEPSPEED
@@ -48,7 +50,7 @@ def shared_models(model: str, codec, stage: int) -> dict:
         ),
         settings,
     )
-    trainer = PPOTrainer(models, config, codec, None, None, None, RAW)
+    trainer = PPOTrainer(models, TokenRewardModel(models, config), config, codec, None, None, ScoreScale(RAW))
     rollout = experience().rollout
     with torch.no_grad():
         expected = score_at_last_token(own(**inputs_of(rollout)), rollout.lengths)
@@ -70,5 +72,5 @@ def shared_models(model: str, codec, stage: int) -> dict:
         "scores": expected.tolist(),
         "found": found,
         "names": names,
-        "shared": models.scorer is None and models.reference is None,
+        "shared": models.reward_model is None and models.reference is None,
     }

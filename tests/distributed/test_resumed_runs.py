@@ -68,6 +68,14 @@ def same_weights(whole: Path, resumed: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
+def test_without_a_critic_none_is_saved_or_measured(output, ranks):
+    run = output / str(ranks) / "broken" / "ppo-zero2-rloo"
+    assert (run / "actor" / "provenance.json").exists() and not (run / "critic").exists()
+    trained = [record for record in metrics(run) if record["phase"] == "train"]
+    assert trained and not {"explained_variance", "value_loss", "critic_learning_rate"} & {*trained[-1]}
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
 def test_another_configuration_is_refused_unless_it_is_meant(output, ranks):
     said = (output / f"{ranks}.said").read_text()
     (refused,) = [line for line in said.splitlines() if line.startswith("refused: ")]

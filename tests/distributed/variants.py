@@ -86,6 +86,7 @@ RESUMED = {
             "--enable_ema",
         ),
     ),
+    "ppo-zero2-rloo": ("ppo", ("--advantage", "rloo", "--answers_per_prompt", "2", "--score_calibration", "rollout")),
 }
 
 # Name: step, flags; then those that are added when it is resumed, which only change its evaluations.

@@ -51,7 +51,7 @@ def main() -> None:
 
 def ppo(marks: Path, where: str, flags: list[str]) -> None:
     from step3_ppo import main, trainer
-    from step3_ppo.generation import continuous_batching, rollout
+    from step3_ppo.generation import actor_rollouts, continuous_batching
 
     now = ""  # where it is
 
@@ -75,10 +75,10 @@ def ppo(marks: Path, where: str, flags: list[str]) -> None:
             time.sleep(0.05)
         return whole_update(self, experience, index)
 
-    sample_tokens, whole_rollout = continuous_batching.sample_tokens, rollout.ActorRollouts.roll_out
+    sample_tokens, whole_rollout = continuous_batching.sample_tokens, actor_rollouts.ActorRollouts.roll_out
     whole_update = trainer.PPOTrainer.update
-    continuous_batching.sample_tokens = rollout.sample_tokens = sample_slowly
-    rollout.ActorRollouts.roll_out, trainer.PPOTrainer.update = roll_out, update
+    continuous_batching.sample_tokens = actor_rollouts.sample_tokens = sample_slowly
+    actor_rollouts.ActorRollouts.roll_out, trainer.PPOTrainer.update = roll_out, update
     main.main(flags)
 
 

@@ -26,11 +26,13 @@ from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
+from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
 from step3_ppo.ema import EMA
 from step3_ppo.main import main as step3
-from step3_ppo.main import text_batches
 from step3_ppo.models import PPOModels
+from step3_ppo.reward import TokenRewardModel
+from step3_ppo.schedule import text_batches
 from step3_ppo.trainer import PPOTrainer
 from tests.distributed.gradient_cases import ROWS, experience, one_step, rows, with_lora
 from tests.distributed.option_rows import STEPS
@@ -119,7 +121,7 @@ def ppo(model: str, codec, *held):
     actor, critic = build(load_causal_lm, model, codec, *held), build(load_scalar_model, model, codec, *held)
     models = PPOModels(actor, critic, None, None, EMA(actor.module, 0.5), temperature=0.9)
     texts = next(text_batches(config, rows(["input_ids"]), codec))
-    trainer = PPOTrainer(models, config, codec, None, None, None, RAW)
+    trainer = PPOTrainer(models, TokenRewardModel(models, config), config, codec, None, None, ScoreScale(RAW))
 
     def take(number: int) -> None:
         trainer.texts = iter([turned(texts, number)])

@@ -12,12 +12,13 @@ from transformers import FalconConfig, FalconForCausalLM
 from common.batching.collate import PromptBatch
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm
-from step3_ppo.generation import rollout as rollout_module
+from step3_ppo.generation import actor_rollouts
+from step3_ppo.generation.actor_rollouts import ActorRollouts, generate
 from step3_ppo.generation.cache_attention import fastest_cache_dtype
 from step3_ppo.generation.continuous_batching import Decoder, Request, can_decode
-from step3_ppo.generation.rollout import ActorRollouts, generate, to_rollout
+from step3_ppo.generation.rollout import to_rollout
 from step3_ppo.generation.sampling import Sampling, filtered_probabilities, response_limits, sample_tokens, uniforms
-from step3_ppo.scoring import RolloutAbandoned, share_rollout
+from step3_ppo.sharing import RolloutAbandoned, share_rollout
 from tests.architectures import CONFIGS, build_model
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=12)
@@ -225,7 +226,7 @@ def test_fillers_are_not_answered(actor):
 def test_a_rank_that_is_told_to_stop_abandons_its_rollout_on_all_ranks(actor, monkeypatch):
     engine, codec = actor
     rollouts = ActorRollouts(engine, slots=2, seed=5, end_ids=codec.end_ids, pad_id=codec.pad_id)
-    monkeypatch.setattr(rollout_module, "stop_requested", lambda: "SIGTERM")
+    monkeypatch.setattr(actor_rollouts, "stop_requested", lambda: "SIGTERM")
     rollout = rollouts.roll_out(prompts(range(3), codec.pad_id), SAMPLED, iteration=1)
     assert rollout is None
     with pytest.raises(RolloutAbandoned):
@@ -263,8 +264,8 @@ def test_each_of_several_end_tokens_ends_a_response_and_is_held_back(actor, way)
 
 
 def test_a_long_rollout_shows_how_far_it_is(actor, monkeypatch, capsys):
-    monkeypatch.setattr(rollout_module, "SECONDS_BEFORE_BAR", 0)
-    monkeypatch.setattr(rollout_module, "tqdm", partial(rollout_module.tqdm, mininterval=0, miniters=1))
+    monkeypatch.setattr(actor_rollouts, "SECONDS_BEFORE_BAR", 0)
+    monkeypatch.setattr(actor_rollouts, "tqdm", partial(actor_rollouts.tqdm, mininterval=0, miniters=1))
     fast = ActorRollouts(actor[0], slots=4, seed=5, end_ids=actor[1].end_ids, pad_id=actor[1].pad_id)
     plain = copy.copy(fast)
     plain._why_plain = lambda longest: "a test asks for it"

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from common.models.logprobs import length_mask
-from step3_ppo.advantages import whiten
+from step3_ppo.whitening import whiten
 
 
 def sample(rows=12, width=9, offset=0.0, scale=1.0):

@@ -3,7 +3,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from step3_ppo.experience import Experience, Rollout
+from step3_ppo.experience import Experience
+from step3_ppo.generation.rollout import Rollout
 
 PROMPTS = [[5, 6, 7], [8], [5, 6]]
 ANSWERS = [[9, 2], [3, 4, 3, 2], [9]]
@@ -20,6 +21,7 @@ def rollout(rows=(0, 1, 2), real=None, width=0):
         finished=torch.tensor([ANSWERS[row][-1] == PAD for row in rows]),
         prompt_index=torch.tensor([10 + row for row in rows]),
         real=torch.tensor(real if real is not None else [True] * len(rows)),
+        made_by=torch.tensor([row % 2 for row in rows]),
     )
 
 
@@ -70,7 +72,7 @@ def test_concat_of_selections_keeps_every_row_as_it_was(parts):
     whole = rollout(real=[True, True, False])
     joined = Rollout.concat([whole.select(rows) for rows in parts])
     expected = whole.select([row for rows in parts for row in rows])
-    for name in ("attention_mask", "response_mask", "finished", "prompt_index", "real"):
+    for name in ("attention_mask", "response_mask", "finished", "prompt_index", "real", "made_by"):
         assert torch.equal(getattr(joined, name), getattr(expected, name))
     attended = joined.attention_mask.bool()
     assert torch.equal(joined.tokens[attended], expected.tokens[attended])
@@ -86,6 +88,15 @@ def test_on_any_device_a_selection_is_there_whole_and_the_same(device):
                 tensor = getattr(found, field.name)
                 assert tensor.device.type == device
                 assert torch.equal(tensor.cpu(), getattr(expected, field.name))
+
+
+def test_without_a_critic_there_are_neither_values_nor_returns():
+    free = replace(experience(width=9), values=None, returns=None)
+    part = free.to("cpu").select([2, 0])
+    assert part.values is None and part.returns is None
+    assert counted(part, "advantages") == counted(experience(width=9).select([2, 0]), "advantages")
+    with pytest.raises(ValueError, match="values and returns"):
+        replace(free, values=free.advantages)
 
 
 def test_shapes_that_do_not_fit_are_refused_by_name():

@@ -10,7 +10,7 @@ from common.models.calibration import Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from step3_ppo import models as ppo_models
 from step3_ppo.config import PPOConfig
-from step3_ppo.experience import Rollout
+from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import build_models
 from tests.architectures import build_model
 
@@ -53,7 +53,13 @@ def models(request, directories, monkeypatch):
 def rollout():
     tokens = torch.randint(10, 300, (2, 8), generator=torch.Generator().manual_seed(1))
     return Rollout(
-        tokens, PROMPTS, RESPONSES, torch.zeros(2, dtype=torch.bool), torch.arange(2), torch.ones(2, dtype=torch.bool)
+        tokens,
+        PROMPTS,
+        RESPONSES,
+        torch.zeros(2, dtype=torch.bool),
+        torch.arange(2),
+        torch.ones(2, dtype=torch.bool),
+        torch.zeros(2, dtype=torch.long),
     )
 
 
@@ -66,6 +72,7 @@ def test_the_critic_starts_as_the_normalised_reward_model(models, rollout):
         rollout.finished,
         rollout.prompt_index,
         rollout.real,
+        rollout.made_by,
     )
     values = models.values(longer)[torch.arange(2), RESPONSES]
     torch.testing.assert_close(values, (models.scores(rollout) - MEAN) / STD)
@@ -94,3 +101,17 @@ def test_log_probs_are_those_of_the_policy_that_is_sampled_from(models, rollout,
                 at = prompt + token
                 expected = (logits[row, at - 1] / TEMPERATURE).log_softmax(-1)[rollout.tokens[row, at]]
                 torch.testing.assert_close(found[row, token], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_critic_the_reward_model_is_an_engine_of_its_own(directories, monkeypatch, rollout):
+    actor, reward, codec = directories
+    for name in ("training_engine", "frozen_engine"):
+        monkeypatch.setattr(ppo_models, name, WholeEngine)
+    config = PPOConfig(advantage="rloo", answers_per_prompt=2, dtype="fp32", actor_zero_stage=0, actor_lora_dim=2)
+    models = build_models(config, codec, actor, reward, Calibration(MEAN, STD), optimizer_steps=10)
+    assert models.critic is None and list(models.trained()) == ["actor"]
+    plain = load_scalar_model(reward, "--model", codec, dtype=torch.float32, dropout=0.0).eval()
+    with torch.no_grad():
+        numbers = plain(rollout.tokens)
+    expected = numbers[torch.arange(2), rollout.lengths - 1]
+    torch.testing.assert_close(models.scores(rollout), expected, rtol=0, atol=1e-6)

@@ -6,7 +6,8 @@ from datasets import Dataset
 
 from common.batching.sampler import StepSampler
 from step3_ppo.config import PPOConfig
-from step3_ppo.main import evaluated, optimizer_steps, prompt_sampler
+from step3_ppo.evaluation import evaluation_prompts
+from step3_ppo.schedule import optimizer_steps, prompt_sampler
 
 
 @pytest.mark.parametrize("prompts", [3, 16, 17, 40, 41])
@@ -43,4 +44,4 @@ def test_the_schedule_has_as_many_steps_as_the_run(monkeypatch, prompts, iterati
 @pytest.mark.parametrize("asked, rows", [(0, []), (1, [0]), (3, [0, 3, 6]), (10, [*range(10)]), (99, [*range(10)])])
 def test_the_prompts_of_an_evaluation_are_from_all_over(asked, rows):
     held_out = Dataset.from_dict({"row": list(range(10))})
-    assert list(evaluated(PPOConfig(eval_prompts=asked), held_out)["row"]) == rows
+    assert list(evaluation_prompts(PPOConfig(eval_prompts=asked), held_out)["row"]) == rows

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from common.errors import UserError
 from common.models.builtin import materialise
 from common.models.calibration import RAW, Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
+from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
-from step3_ppo.experience import Rollout
+from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import PPOModels
-from step3_ppo.scoring import ModelOutputs
+from step3_ppo.reward import TokenRewardModel
+from step3_ppo.scoring import ModelOutputs, to_scale
 from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
 
@@ -151,9 +154,11 @@ def trainer(reward_model, base) -> PPOTrainer:
     """One that is to take the scale from its first rollout."""
     directory, codec = reward_model
     actor = load_causal_lm(str(base), codec, dtype=torch.float32)
-    critic = load_scalar_model(str(directory), codec, dtype=torch.float32)
+    scale = ScoreScale(None)
+    critic = load_scalar_model(str(directory), codec, dtype=torch.float32, calibration=scale)
     models = PPOModels(WholeEngine(actor), WholeEngine(critic), None, None, None, 1.0)
-    return PPOTrainer(models, config(missing_eos_penalty=0.0), codec, None, None, None, None)
+    options = config(missing_eos_penalty=0.0)
+    return PPOTrainer(models, TokenRewardModel(models, options), options, codec, None, None, scale)
 
 
 def assessed(scores) -> tuple[Rollout, ModelOutputs]:
@@ -165,6 +170,7 @@ def assessed(scores) -> tuple[Rollout, ModelOutputs]:
         torch.ones(rows, dtype=torch.bool),
         torch.arange(rows),
         torch.ones(rows, dtype=torch.bool),
+        torch.zeros(rows, dtype=torch.long),
     )
     return rollout, ModelOutputs(*torch.zeros(3, rows, 2), torch.full((rows, 2), 200.0), scores)
 
@@ -172,41 +178,46 @@ def assessed(scores) -> tuple[Rollout, ModelOutputs]:
 def test_large_scores_are_brought_to_their_own_mean_and_spread(trainer):
     rollout, outputs = assessed(SCORES)
     assert trainer.rewards(rollout, outputs)[0].scores.tolist() == [5.0] * 4  # nothing to learn from
-    calibrated = trainer.calibrate(outputs)
-    shaped, rewards = trainer.rewards(rollout, calibrated)
+    outputs = to_scale(outputs, trainer.scale)
+    shaped, rewards = trainer.rewards(rollout, outputs)
     expected = (SCORES - SCORES.mean()) / SCORES.std(correction=0)
     torch.testing.assert_close(shaped.scores, expected)
     torch.testing.assert_close(rewards[:, -1], expected)
     assert not shaped.sums["clipped"]
-    torch.testing.assert_close(calibrated.values, torch.zeros(4, 2))  # the critic's values, in the same scale
+    torch.testing.assert_close(outputs.values, torch.zeros(4, 2))  # the critic's values, in the same scale
 
 
 def test_the_evaluation_before_the_first_iteration_counts_too(trainer):
-    trainer.first_scores.append(SCORES[:3])
-    trainer.calibrate(assessed(SCORES[3:])[1])
-    assert trainer.calibration == Calibration.of(SCORES)
+    trainer.scale.observe(SCORES[:3])
+    to_scale(assessed(SCORES[3:])[1], trainer.scale)
+    assert trainer.scale.calibration == Calibration.of(SCORES)
 
 
 def test_the_critic_goes_on_in_the_scale_that_was_measured(trainer):
     inputs = {"input_ids": torch.arange(10, 18)[None]}
     with torch.no_grad():
         raw = trainer.models.critic.module.eval()(**inputs)
-        trainer.calibrate(assessed(SCORES)[1])
+        to_scale(assessed(SCORES)[1], trainer.scale)
         torch.testing.assert_close(
             trainer.models.critic.module(**inputs), (raw - SCORES.mean()) / SCORES.std(correction=0)
         )
 
 
-def test_a_resumed_run_has_the_very_scale(trainer):
-    trainer.calibrate(assessed(SCORES + 1 / 3)[1])
+def test_a_resumed_run_has_the_very_scale(trainer, reward_model):
+    to_scale(assessed(SCORES + 1 / 3)[1], trainer.scale)
     state = json.loads(json.dumps(trainer.state_dict()))
-    other = PPOTrainer(trainer.models, trainer.config, trainer.codec, None, None, None, None)
-    trainer.models.measure_values_in(RAW)
+    scale = ScoreScale(None)
+    critic = load_scalar_model(str(reward_model[0]), "--model", trainer.codec, dtype=torch.float32, calibration=scale)
+    models = replace(trainer.models, critic=WholeEngine(critic))
+    other = PPOTrainer(models, trainer.reward, trainer.config, trainer.codec, None, None, scale)
     other.load_state_dict(state)
-    assert other.calibration == trainer.calibration == trainer.models.critic.module.calibration
+    assert other.scale.calibration == trainer.scale.calibration
+    raw = torch.tensor([1.0, 200.0])
+    assert torch.equal(critic.calibration.normalise(raw), trainer.models.critic.module.calibration.normalise(raw))
+    assert not torch.equal(critic.calibration.normalise(raw), raw)
 
 
 @pytest.mark.parametrize("scores", [torch.full((4,), 3.0), torch.tensor([3.0])])
 def test_scores_that_do_not_vary_give_no_scale(trainer, scores):
     with pytest.raises(UserError, match="--score_calibration none"):
-        trainer.calibrate(assessed(scores)[1])
+        to_scale(assessed(scores)[1], trainer.scale)

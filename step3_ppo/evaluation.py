@@ -1,0 +1,62 @@
+"""Answers to held-out prompts: what the actor is like before, between and after the iterations."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from datasets import Dataset
+
+from common.batching.sampler import evaluation_batches
+from common.data.tokenization import Codec
+from common.runtime.distributed import rank, world_size
+from step3_ppo.config import PPOConfig
+from step3_ppo.generation.rollout import Rollout
+from step3_ppo.metrics import Metrics, rollout_metrics
+from step3_ppo.reward import RewardInputs
+from step3_ppo.scoring import ModelOutputs
+from step3_ppo.trainer import EVALUATION, PPOTrainer
+
+
+def evaluation_prompts(config: PPOConfig, held_out: Dataset) -> Dataset:
+    """--eval_prompts of the held-out prompts, from all over: sources, and their test data, lie one after another."""
+    rows = min(config.eval_prompts, len(held_out))
+    return held_out.select([number * len(held_out) // rows for number in range(rows)])
+
+
+@torch.no_grad()
+def evaluate(trainer: PPOTrainer, prompts: Dataset) -> tuple[Metrics, list[dict]]:
+    """Sample answers to held-out prompts, with the same random numbers every time.
+
+    Returns:
+        Mean metrics, and a row for every prompt: see `sample_rows`. Both are empty where there are no prompts.
+    """
+    if not len(prompts):
+        return {}, []
+    rows_per_batch = min(trainer.config.per_device_generation_batch_size, ceil(len(prompts) / world_size()))
+    batches = evaluation_batches(prompts["length"][:], rows_per_batch, world_size(), rank())
+    rollout = trainer.roll_out(prompts, batches, EVALUATION)
+    outputs = trainer.score(prompts, rollout, EVALUATION)
+    shaped, _ = trainer.rewards(rollout, outputs)
+    metrics = rollout_metrics(rollout, shaped, outputs)
+    if not trainer.scale.known:  # it is measured in the first iteration, with these scores
+        trainer.scale.observe(outputs.scores)
+        del metrics["shaped_score"], metrics["score_clip_fraction"]
+    return metrics, sample_rows(rollout, outputs, trainer.codec, prompts, len(rollout.tokens))
+
+
+def sample_rows(rollout: Rollout, outputs: ModelOutputs, codec: Codec, dataset: Dataset, rows: int) -> list[dict]:
+    """The first `rows` responses, each with prompt, response, reward, kl, finished."""
+    rows = min(rows, len(rollout.tokens))
+    texts = RewardInputs(rollout, codec, dataset).select(range(rows))
+    columns = (texts.prompts, texts.responses, outputs.scores, outputs.response_kl(), rollout.finished)
+    return [
+        {
+            "prompt": prompt,
+            "response": response,
+            "reward": float(reward),
+            "kl": float(kl),
+            "finished": bool(finished),
+        }
+        for prompt, response, reward, kl, finished in zip(*columns)
+    ]

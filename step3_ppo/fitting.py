@@ -1,0 +1,36 @@
+"""Micro-batches as large as memory allows, for --auto_micro_batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from common.training.memory import fit_micro_batches
+from common.training.timing import PhaseClock
+from step3_ppo.config import PPOConfig
+from step3_ppo.learner import Learner
+from step3_ppo.models import PPOModels
+
+
+def fitted_config(
+    config: PPOConfig, models: PPOModels, longest_prompt: int, pad_id: int, remembered: int | None
+) -> PPOConfig:
+    """The config with --max_tokens_per_micro_batch as --auto_micro_batch finds it; unchanged where that is off.
+
+    All ranks must call it.
+
+    Args:
+        longest_prompt: tokens of the longest prompt.
+        remembered: the value that an interrupted run used; None: measure.
+    """
+    if not config.auto_micro_batch:
+        return config
+    fitted = fit_micro_batches(
+        config,
+        remembered,
+        list(models.trained().values()),
+        lambda rows: Learner(models, config, PhaseClock()).probe(rows, longest_prompt, pad_id),
+        longest_prompt + config.max_answer_seq_len,
+        config.per_device_training_batch_size * config.gradient_accumulation_steps,
+    )
+    # What fits was measured beside no keys and values.
+    return replace(fitted, release_inference_cache=True)

@@ -1,0 +1,24 @@
+"""Limits on KL and reward beyond which training stops."""
+
+from __future__ import annotations
+
+import torch
+
+from common.errors import Diverged
+from step3_ppo.config import PPOConfig
+from step3_ppo.scoring import ModelOutputs
+
+
+def check_limits(config: PPOConfig, outputs: ModelOutputs, when: str) -> None:
+    """Raises Diverged on all ranks alike, before the update, if KL or reward has left the limits that are set."""
+    for what, mean, flag, limit, exceeded in (
+        ("KL to the reference", outputs.response_kl().mean(), "max_kl", config.kl_limit, torch.gt),
+        ("reward", outputs.scores.mean(), "max_reward", config.max_reward, torch.gt),
+        ("reward", outputs.scores.mean(), "min_reward", config.min_reward, torch.lt),
+    ):
+        if limit is not None and exceeded(mean, limit):
+            raise Diverged(
+                f"the mean {what} of the answers of {when} is {float(mean):.4g}, beyond "
+                f"--{flag} {limit:g}: training stopped before it learnt from them; raise --kl_coef, "
+                "lower --actor_learning_rate, or set another limit"
+            )

@@ -1,0 +1,93 @@
+"""Where the scores of responses come from: the `Reward` protocol, and the reward model that reads the actor's ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from common.data.tokenization import Codec
+from step3_ppo.config import PPOConfig
+from step3_ppo.generation.rollout import Rollout
+from step3_ppo.models import PPOModels, evaluating
+from step3_ppo.sharing import compute_on_all_ranks
+
+_PREPARED = ("prompt_ids", "length")  # columns that preparation makes; all others are the user's
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """All that a reward may read: B responses of an iteration or an evaluation, the same on every rank.
+
+    Attributes:
+        rollout: the ids of prompts and responses, whether a response ended by itself, and the rank that generated it.
+        codec: tokenizer and end tokens of the actor.
+        dataset: the prepared data that the prompts are rows of.
+    """
+
+    rollout: Rollout
+    codec: Codec
+    dataset: Dataset
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The prompts as text, as the actor's template renders them, without special tokens."""
+        return [
+            str(self.codec.tokenizer.decode(tokens[:length], skip_special_tokens=True))
+            for tokens, length in zip(self.rollout.tokens.tolist(), self.rollout.prompt_lengths.tolist())
+        ]
+
+    @cached_property
+    def response_ids(self) -> list[list[int]]:
+        """The ids of each response, its end token included."""
+        ends = zip(self.rollout.prompt_lengths.tolist(), self.rollout.lengths.tolist())
+        return [tokens[start:end] for tokens, (start, end) in zip(self.rollout.tokens.tolist(), ends)]
+
+    @cached_property
+    def responses(self) -> list[str]:
+        """The responses as text, without special tokens."""
+        return [self.codec.decode_response(ids) for ids in self.response_ids]
+
+    @cached_property
+    def columns(self) -> dict[str, list]:
+        """The other columns of the data, one entry for each response."""
+        rows = self.dataset[self.rollout.prompt_index.tolist()]
+        return {name: list(rows[name]) for name in self.dataset.column_names if name not in _PREPARED}
+
+    def select(self, rows: Sequence[int]) -> RewardInputs:
+        """The inputs of these responses alone, in this order."""
+        return RewardInputs(self.rollout.select(rows), self.codec, self.dataset)
+
+
+class Reward(Protocol):
+    """Scores responses. `main(reward=...)` takes one in the place of the reward model."""
+
+    def __call__(self, inputs: RewardInputs) -> Tensor:
+        """Raw scores (B,) float32 on the CPU, one for each response, finite; PPO normalises and clips them itself.
+
+        All ranks call it together with the same inputs, and each must return the same scores. What is cheap may be
+        computed by every rank for itself. What is not is divided: by `compute_on_all_ranks`, or by
+        `inputs.rollout.made_by`, each rank scoring the responses that it generated, and gathered. Runs are resumed
+        exactly only where equal inputs get equal scores.
+        """
+
+
+class TokenRewardModel:
+    """The reward model of step 2, which reads the ids of the actor's tokenizer.
+
+    It is a frozen engine of its own, or the LoRA critic with its adapters off: see `PPOModels.scores`.
+    """
+
+    def __init__(self, models: PPOModels, config: PPOConfig):
+        self.models, self.config = models, config
+
+    @torch.no_grad()
+    def __call__(self, inputs: RewardInputs) -> Tensor:
+        with evaluating(self.models):
+            score = lambda part: {"scores": self.models.scores(part)}
+            return compute_on_all_ranks(inputs.rollout, score, self.config)["scores"]

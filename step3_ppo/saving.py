@@ -1,0 +1,58 @@
+"""What a run keeps: its checkpoints, and the models that it publishes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from common.artifacts.export import export_model
+from common.artifacts.publish import publishing
+from common.checkpoints.manager import TrainingState
+from common.runtime.distributed import is_main
+from step3_ppo.config import PPOConfig
+from step3_ppo.inputs import RunInputs
+from step3_ppo.models import PPOModels
+from step3_ppo.trainer import PPOTrainer
+
+
+def training_state(models: PPOModels, trainer: PPOTrainer) -> TrainingState:
+    """All that must be as it was for a resumed run to go on exactly."""
+    average: dict[str, Any] = (
+        {"tensors": models.ema.tensors, "reshape": models.ema.reshape} if models.ema is not None else {}
+    )
+    return TrainingState(
+        models.trained(),
+        **average,
+        state_dict=trainer.state_dict,
+        load_state_dict=trainer.load_state_dict,
+        last_step_applied=trainer.learner.step.last_step_applied,
+    )
+
+
+def model_parts(config: PPOConfig) -> list[str]:
+    """The directories of the result's models."""
+    return ["actor", *(["critic"] if config.estimator.needs_critic else []), *(["ema"] if config.enable_ema else [])]
+
+
+def save(config: PPOConfig, models: PPOModels, inputs: RunInputs) -> None:
+    """actor/ and, where there is one, critic/ and ema/, each a directory that transformers loads."""
+    output, codec, scale = Path(config.output_dir), inputs.codec, inputs.scale.current
+    with publishing(
+        config,
+        codec,
+        models.trained(),
+        step="ppo",
+        base=config.actor_model_name_or_path,
+        data=inputs.prompts,
+        parts=model_parts(config),
+        score_mean=scale.mean,
+        score_std=scale.std,
+    ):
+        if models.critic is None and is_main():  # one that an earlier run left is not of this run
+            shutil.rmtree(output / "critic", ignore_errors=True)
+        for name, engine in models.trained().items():
+            export_model(engine, codec, output / name, output / "adapter" / name)
+        if models.ema is not None:
+            with models.ema.swapped_in():
+                export_model(models.actor, codec, output / "ema")

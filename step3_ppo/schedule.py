@@ -1,0 +1,76 @@
+"""How many iterations and optimizer steps a run has, and which prompts and texts they take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import chain, count, islice
+from math import ceil
+
+from datasets import Dataset
+
+from common.batching.collate import TokenBatch, collate_texts
+from common.batching.sampler import StepSampler
+from common.data.tokenization import Codec
+from common.runtime.distributed import rank, say, world_size
+from step3_ppo.config import PPOConfig
+
+
+def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
+    """An iteration's prompts; enough of them for one whole optimizer step, however the recipe's batches divide."""
+    rollout_batches = config.rollout_batches_per_iteration
+    if rollout_batches > config.generation_batches:
+        say(
+            f"note: one optimizer step takes {config.per_device_training_batch_size} x "
+            f"{config.gradient_accumulation_steps} answers per rank, so each iteration makes {rollout_batches} rollout "
+            f"batches of {config.per_device_generation_batch_size}, not {config.generation_batches}"
+        )
+    return StepSampler(
+        prompts["length"],
+        rows_per_micro_batch=config.per_device_generation_batch_size,
+        micro_batches_per_step=rollout_batches,
+        world_size=world_size(),
+        rank=rank(),
+        seed=config.seed,
+    )
+
+
+def scheduled_iterations(config: PPOConfig, sampler: StepSampler) -> int:
+    """The iterations that the learning rates are scheduled for; a test mode may stop before."""
+    return min(sampler.steps_per_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
+
+
+def optimizer_steps(config: PPOConfig, prompts: Dataset, iterations: int) -> int:
+    """How often each engine steps in so many iterations.
+
+    One iteration of an epoch, and not always its last, has what is left of the prompts, and so perhaps fewer steps.
+    """
+    rows = config.per_device_generation_batch_size * config.rollout_batches_per_iteration * world_size()
+    on_one_rank = StepSampler(
+        prompts["length"], rows_per_micro_batch=rows, micro_batches_per_step=1, world_size=1, rank=0, seed=config.seed
+    )
+    steps = chain.from_iterable(map(on_one_rank.epoch, count()))
+    return sum(optimizer_steps_per_iteration(config, sum(batch.real)) for (batch,) in islice(steps, iterations))
+
+
+def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
+    """How often each engine steps in an iteration that no target_kl cuts short."""
+    rows = config.per_device_generation_batch_size * config.rollout_batches_per_iteration * world_size()
+    per_step = config.per_device_training_batch_size * config.gradient_accumulation_steps * world_size()
+    return config.ppo_epochs * ceil(min(rows, prompts) * config.answers_per_prompt / per_step)
+
+
+def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[list[TokenBatch]]:
+    """Endless plain text: for every optimizer step as many rows as it has answers."""
+    sampler = StepSampler(
+        texts["length"],
+        rows_per_micro_batch=config.per_device_training_batch_size,
+        micro_batches_per_step=config.gradient_accumulation_steps,
+        world_size=world_size(),
+        rank=rank(),
+        seed=config.seed,
+        max_tokens=config.max_tokens_per_micro_batch,
+    )
+    for epoch in count():
+        for micro_batches in sampler.epoch(epoch):
+            yield [collate_texts(texts, micro_batch, codec.pad_id) for micro_batch in micro_batches]

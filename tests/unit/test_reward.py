@@ -1,0 +1,98 @@
+"""What a reward sees of the responses, and that its scores are all that the trainer takes from it."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from common.data.tokenization import load_tokenizer, make_codec
+from common.models.builtin import materialise
+from common.models.calibration import RAW
+from common.models.loading import load_causal_lm
+from step3_ppo.calibration import ScoreScale
+from step3_ppo.config import PPOConfig
+from step3_ppo.generation.rollout import Rollout
+from step3_ppo.models import PPOModels
+from step3_ppo.reward import RewardInputs
+from step3_ppo.trainer import PPOTrainer
+
+PROMPTS = [" up", " the contrary of up", " a frog"]
+RESPONSES = [" down", " left and right", " jumps", " sleeps"]
+ROWS = [2, 0, 0, 1]  # of the data, of each response
+
+
+class WholeEngine(torch.nn.Module):
+    """An engine as it is on one rank at ZeRO 0, without a process group."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments, **inputs):
+        return self.module(*arguments, **inputs)
+
+
+@pytest.fixture(scope="module")
+def model(builtin_cache):
+    source = str(materialise("builtin:tiny-opt", builtin_cache))
+    codec = make_codec(load_tokenizer(source), "human_assistant")
+    return load_causal_lm(source, "--model", codec, dtype=torch.float32), codec
+
+
+@pytest.fixture
+def inputs(model) -> RewardInputs:
+    codec = model[1]
+    ids = lambda text: codec.tokenizer(text, add_special_tokens=False)["input_ids"]
+    dataset = Dataset.from_dict(
+        {"prompt_ids": list(map(ids, PROMPTS)), "length": [1, 2, 3], "answer": ["down", None, "water"]}
+    )
+    prompts = [ids(PROMPTS[row]) for row in ROWS]
+    responses = [[*ids(text), codec.end_id] for text in RESPONSES]
+    rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
+    rollout = Rollout(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=codec.pad_id),
+        torch.tensor(list(map(len, prompts))),
+        torch.tensor(list(map(len, responses))),
+        torch.ones(4, dtype=torch.bool),
+        torch.tensor(ROWS),
+        torch.ones(4, dtype=torch.bool),
+        torch.tensor([0, 1, 1, 0]),
+    )
+    return RewardInputs(rollout, codec, dataset)
+
+
+def test_a_reward_sees_texts_ids_columns_and_ranks(inputs):
+    assert inputs.prompts == [PROMPTS[row] for row in ROWS]
+    assert inputs.responses == [text.strip() for text in RESPONSES] or inputs.responses == RESPONSES
+    assert [ids[-1] for ids in inputs.response_ids] == [inputs.codec.end_id] * 4
+    assert inputs.columns == {"answer": ["water", "down", "down", None]}
+    part = inputs.select([3, 1])
+    assert part.responses == [inputs.responses[3], inputs.responses[1]]
+    assert part.columns == {"answer": [None, "down"]} and part.rollout.made_by.tolist() == [0, 1]
+
+
+def trainer_with(reward, model) -> PPOTrainer:
+    actor = WholeEngine(model[0])
+    models = PPOModels(actor, None, actor, None, None, 1.0)
+    config = PPOConfig(advantage="rloo", answers_per_prompt=2, per_device_training_batch_size=2)
+    return PPOTrainer(models, reward, config, model[1], None, None, ScoreScale(RAW))
+
+
+def test_a_function_is_a_reward_and_an_experience_without_critic_has_no_values(inputs, model):
+    def length(inputs: RewardInputs) -> torch.Tensor:
+        return torch.tensor([float(len(text)) for text in inputs.responses])
+
+    trainer = trainer_with(length, model)
+    outputs = trainer.score(inputs.dataset, inputs.rollout, 0)
+    assert outputs.scores.tolist() == [len(text) for text in inputs.responses]
+    assert outputs.values is None
+    rollout = inputs.rollout.select([1, 2])  # both of one prompt
+    outputs = trainer.score(inputs.dataset, rollout, 0)
+    experience = trainer.advantages(rollout, outputs, trainer.rewards(rollout, outputs)[1])
+    assert experience.values is None and experience.returns is None
+    assert experience.to("cpu").select([1, 0]).values is None
+
+
+def test_a_reward_that_gives_another_number_of_scores_is_named(inputs, model):
+    trainer = trainer_with(lambda inputs: torch.zeros(3), model)
+    with pytest.raises(ValueError, match="4 responses"):
+        trainer.score(inputs.dataset, inputs.rollout, 0)
