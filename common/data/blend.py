@@ -29,7 +29,7 @@ class SourceSpec:
     form: FileFormat = FileFormat()
 
     def copies(self, key: str) -> int:
-        """How often the rows of the dialogue with this key (`openings.Key.text`) are taken.
+        """How often the rows of the dialogue with this key (`openings.SplitKey.text`) are taken.
 
         A hash of the key decides about the fraction, so a dialogue's rows stay or go together, and a
         greater weight keeps all that a smaller one kept.

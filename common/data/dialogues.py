@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from common.data.records import Answer, Message, Prompt, Role
-from common.data.values import BadRow, as_text, clean_answer, clean_text, own_indentation
+from common.data.records import Message, Prompt, Response, Role
+from common.data.values import BadRow, as_text, clean_response, clean_text, own_indentation
 
 _ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 _SPEAKERS: dict[str, Role] = {  # by the names that public sets use, in any case
@@ -112,7 +112,7 @@ def _message(item: Any, column: str) -> Message:
             del more[key]
         elif key in more:
             more[key] = text
-    text = (clean_answer if role == "assistant" else clean_text)(content, column)
+    text = (clean_response if role == "assistant" else clean_text)(content, column)
     trained = not any(_is_no(item.get(key)) for key in _TRAINED)
     return Message(role, text, as_json(more, column) if more else "", trained)
 
@@ -198,7 +198,7 @@ def questions(value: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def answer_of(messages: Sequence[Message]) -> Answer:
+def response_of(messages: Sequence[Message]) -> Response:
     """Messages as an answer: their text alone where there is one message that has nothing else."""
     if len(messages) == 1 and not messages[0].more:
         return messages[0].content
@@ -227,12 +227,12 @@ def joined(messages: Sequence[Message]) -> list[Message]:
 
 def make_prompt(messages: Sequence[Message], column: str, system: str = "", tools: str = "") -> Prompt:
     """The prompt made of ``messages``: a system message first, if any, and turns as `joined` makes them, with the
-    user's kept one by one in `asked`. Raises BadRow if it does not end with the turn of the user or of a tool."""
+    user's kept one by one in `user_messages`. Raises BadRow unless it ends with a turn of the user or of a tool."""
     turns = joined([Message("system", system), *messages])
-    asked = tuple(message.content for message in messages if message.role == "user" and message.content)
-    if not turns or not asked or turns[-1].role not in ("user", "tool"):
+    user_messages = tuple(message.content for message in messages if message.role == "user" and message.content)
+    if not turns or not user_messages or turns[-1].role not in ("user", "tool"):
         empty = not any(message.content for message in messages)
         raise BadRow(f"'{column}' is empty" if empty else f"'{column}': no user's turn before the answer")
     if any(turn.role == "system" for turn in turns[1:]):
         raise BadRow(f"'{column}' has a system message after the first turn")
-    return Prompt(tuple(turns), asked, tools)
+    return Prompt(tuple(turns), user_messages, tools)

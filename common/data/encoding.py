@@ -11,7 +11,7 @@ from datasets import Features, Value
 from common.data.errors import TemplateError
 from common.data.preparation_report import PreparationReport
 from common.data.reading import SourcedRecord
-from common.data.records import Answer, Comparison, Demonstration, PlainText, Prompt, Record, turns_of
+from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record, Response, turns_of
 from common.data.templates import marks
 from common.data.tokenization import Codec
 from common.errors import UserError
@@ -116,7 +116,7 @@ def _characters(record: Record) -> int:
     return sum(len(turn.content) + len(turn.more) for turn in turns)
 
 
-def _answers(record: Record) -> dict[str, Answer]:
+def _answers(record: Record) -> dict[str, Response]:
     """The answers of a record by their names."""
     if isinstance(record, Comparison):
         return {"chosen": record.chosen, "rejected": record.rejected}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.data.errors import NothingToTrainOnError, TooLongError
 from common.data.hints import HOLD_OUT_MORE, TEXT_HAS_TEMPLATE, USE_COLUMN
-from common.data.reading import Counts, ReadReport
+from common.data.read_report import Counts, ReadReport
 from common.errors import UserError
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "st
 @dataclass(frozen=True)
 class Part:
     """``label``: what messages and rows' places call it; ``name``: within its source; ``split``: 'train', 'test' or
-    'tested', test data for another kind of record, whose prompts are not to be trained on; ``rows``: gives them, and
+    'excluded', test data for another kind of record, whose prompts are not to be trained on; ``rows``: gives them, and
     calls what it is given with each thing worth saying; ``digest``: a hash of its content."""
 
     label: str

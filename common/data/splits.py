@@ -34,7 +34,7 @@ _FOR = {"comparison": "comparisons", "demonstration": "demonstrations", "prompt"
 
 @dataclass
 class Choice:
-    """``splits``: part name -> 'train', 'test' or 'tested', in the order of the names; ``left_out``: the names of
+    """``splits``: part name -> 'train', 'test' or 'excluded', in the order of the names; ``left_out``: the names of
     those that belong to no split; ``notes``: what is worth saying."""
 
     splits: dict[str, str]
@@ -61,7 +61,7 @@ def choose_splits(names: Sequence[str], kind: str | None) -> Choice:
         )
         for name in others:
             if split == "test":
-                splits[name] = "tested"
+                splits[name] = "excluded"
             else:
                 del splits[name]
     return choice

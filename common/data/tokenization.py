@@ -12,7 +12,7 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrained
 
 from common.data.chat_template import control_tokens
 from common.data.errors import NoEndTokenError
-from common.data.records import Answer, Prompt
+from common.data.records import Prompt, Response
 from common.data.templates import CHAT, Piece, Template, get_template
 from common.data.trial import try_template, try_tokenizer
 from common.errors import UserError, reason_of
@@ -180,10 +180,10 @@ class Codec:
         start = self._start if ids[: len(self._start)] == self._start else []
         return start + ids[len(ids) - max(max_tokens - len(start), 0) :]
 
-    def encode_response(self, answer: Answer, prompt: Prompt | None = None) -> list[int]:
+    def encode_response(self, response: Response, prompt: Prompt | None = None) -> list[int]:
         """Ids of an answer as it follows the cue, and the end token. A chat template may write it otherwise for
         another prompt; None stands for a plain question."""
-        ids = self._ids(self.template.response_pieces(answer, prompt), continues=True)
+        ids = self._ids(self.template.response_pieces(response, prompt), continues=True)
         return ids if ids[-1:] == [self.end_id] else [*ids, self.end_id]
 
     def encode_text(self, text: str) -> list[int]:

@@ -43,14 +43,14 @@ def clean_text(value: Any, column: str) -> str:
     return as_text(value, column).strip()
 
 
-def clean_answer(value: Any, column: str) -> str:
+def clean_response(value: Any, column: str) -> str:
     """`as_text` without blank lines before it, white space behind it, and one space before its first word, by which
     some sets set an answer off from the cue. Indentation stays: it belongs to code."""
     return own_indentation(as_text(value, column))
 
 
 def own_indentation(text: str) -> str:
-    """What `clean_answer` leaves of a text."""
+    """What `clean_response` leaves of a text."""
     first = len(text) - len(text.lstrip())
     text = text[text.rfind("\n", 0, first) + 1 :].rstrip()
     return text[1:] if text[:1] == " " and text[1:2].strip() else text

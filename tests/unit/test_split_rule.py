@@ -14,7 +14,7 @@ from common.artifacts.publish import data_request, publishing
 from common.artifacts.split_rule import check_split_rule, key_rule, known_openings
 from common.config.parser import parse
 from common.data.prepare import prepare
-from common.data.split import beginnings
+from common.data.split import prefix_hashes
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.builtin import materialise
@@ -23,7 +23,7 @@ from inference.prompts import held_out_prompts
 from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
 
-HELLO = beginnings(["Hello"])
+HELLO = prefix_hashes(["Hello"])
 
 
 @pytest.fixture(scope="module")
