@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data import openings
@@ -65,6 +65,7 @@ def test_the_bare_opening_keeps_itself_as_its_key():
     assert key.dialogue not in all_keys(["Hello", "q1"])  # a dialogue held out does not take it along
 
 
+@settings(deadline=None)
 @given(DIALOGUES, st.randoms(use_true_random=False))
 def test_order_repetition_and_beginnings_of_dialogues_do_not_matter(dialogues, chance: random.Random):
     again = dialogues + [turns[: chance.randint(1, len(turns))] for turns in dialogues] + dialogues[:3]
@@ -72,6 +73,7 @@ def test_order_repetition_and_beginnings_of_dialogues_do_not_matter(dialogues, c
     assert rule(again) == rule(dialogues)
 
 
+@settings(deadline=None)
 @given(DIALOGUES)
 def test_the_key_is_a_beginning_that_every_continuation_shares(dialogues):
     chosen = rule(dialogues)
@@ -83,6 +85,7 @@ def test_the_key_is_a_beginning_that_every_continuation_shares(dialogues):
             assert continued == key
 
 
+@settings(deadline=None)
 @given(DIALOGUES)
 def test_dialogues_are_counted_as_a_list_of_them_would(dialogues):
     folded = {tuple(prefix_hashes(turns)) for turns in dialogues}
