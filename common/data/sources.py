@@ -83,7 +83,7 @@ def local_source(spec: SourceSpec, kind: str | None = None) -> Source | None:
     except FileNotFoundError:
         pass
     except OSError as error:  # a name that is too long, a directory on the way that cannot be entered
-        raise SourceError(spec.name[:200], f"cannot be read: {error.strerror}") from None
+        raise SourceError(spec.name, f"cannot be read: {error.strerror}") from None
     if path.is_file():
         inside = members(path, spec.name)
         if inside:
