@@ -84,7 +84,7 @@ def _is_held_out(
     if sourced.split == "test":
         return True
     turns = user_turns(prompt)
-    keys = [rule.key(turns).text if parse_split_by(rule.split_by) is None else sourced.key for rule in rules]
+    keys = [rule.key(turns).text if parse_split_by(rule.split_by) is None else sourced.split_key for rule in rules]
     return bool(trained) and all(
         assignment(key, model.data_split, model.eval_fraction).is_eval for key, model in zip(keys, trained)
     )

@@ -1,4 +1,4 @@
-"""Rows into bins: of like size, so that no rank waits for another, or of limited size, so that little is padded."""
+"""Rows into bins: of equal size, so that no rank waits for another, or of limited size, so that little is padded."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-Bins = list[list[int]]  # of places in a list of sizes
+Bins = list[list[int]]  # each bin holds indices into the list of sizes
 
 
 def balanced(sizes: Sequence[int], bins: int) -> Bins:
-    """So many bins, their sums as equal as dealing the largest first to the emptiest makes them.
+    """A fixed number of bins with nearly equal sums: the largest item first, each into the emptiest bin.
 
-    At most a third above the best there is (R. L. Graham, 1969); a few thousandths where each holds many.
+    This is LPT scheduling: the fullest bin is at most a third above the optimum (R. L. Graham, Bounds on
+    Multiprocessing Timing Anomalies, 1969), and a few thousandths where each bin holds many items.
+
+    Args:
+        sizes: of the items, in tokens or any other unit.
     """
     dealt: Bins = [[] for _ in range(bins)]
     fullness = [(0, 0, number) for number in range(bins)]
@@ -24,9 +28,12 @@ def balanced(sizes: Sequence[int], bins: int) -> Bins:
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> Bins:
-    """The largest first, each into the fullest bin with room for it: few bins. What is above `capacity` goes alone."""
+    """Few bins with sums of at most `capacity`: the largest item first, each into the fullest bin that has room for it.
+
+    An item larger than `capacity` gets a bin of its own.
+    """
     bins: Bins = []
-    rooms: list[tuple[int, int]] = []  # (what is left, number of the bin), ascending
+    rooms: list[tuple[int, int]] = []  # (free capacity, number of the bin), ascending
     for place in _largest_first(sizes):
         size = int(sizes[place])
         fitting = bisect_left(rooms, (size, 0))
@@ -41,12 +48,15 @@ def best_fit(sizes: Sequence[int], capacity: int) -> Bins:
 
 
 def packed(sizes: Sequence[int], capacity: int) -> Bins:
-    """As few bins as `best_fit` needs, but filled alike where that fits too: then all are narrower. Fullest first."""
+    """As many bins as `best_fit` needs, the fullest first.
+
+    They are balanced if they then keep to `capacity`, since equally filled bins are padded to a smaller width.
+    """
     bins = best_fit(sizes, capacity)
     fill = lambda bin_: sum(int(sizes[place]) for place in bin_)
-    alike = balanced(sizes, len(bins))
-    if max(map(fill, alike), default=0) <= capacity:
-        bins = alike
+    equal = balanced(sizes, len(bins))
+    if max(map(fill, equal), default=0) <= capacity:
+        bins = equal
     return sorted(bins, key=fill, reverse=True)
 
 

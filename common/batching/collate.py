@@ -1,8 +1,7 @@
 """Rows of ids to padded tensors.
 
-Training batches are padded on the right, prompts that are to be continued on the left, each batch to its own
-longest row. Masks come from lengths and never from comparing tokens with the padding token: that may be a
-token like others.
+Training batches are padded on the right, prompts for generation on the left, each batch to its own longest row. Masks
+come from lengths and never from comparing tokens with the padding token, which may be part of a text.
 """
 
 from __future__ import annotations
@@ -32,19 +31,23 @@ class Batch:
 
 
 def unmasked(input_ids: Tensor) -> dict[str, Tensor]:
-    """The inputs for rows padded on the right, without a mask.
+    """The inputs of a causal model for rows padded on the right, input_ids (B, L) long, without a mask.
 
-    A token of a causal model sees only those before it, so never the padding; what stands on the padding means nothing.
-    Without a mask attention takes its causal path, which skips the half that a mask would only hide.
+    A token sees only those before it, so never the padding; outputs at padding positions are not used. Without a mask,
+    attention takes its causal path, which skips the half of the scores that a mask would only hide.
     """
     return {"input_ids": input_ids}
 
 
 def block_causal_mask(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores so that a token sees its own row only, up to itself.
+    """A mask that is added to attention scores, so that a token sees only tokens of its own row up to itself.
 
-    rows (B, L) long: the number of the row that each token belongs to; padding counts as a row, so that every position
-    sees something. Returns (B, 1, L, L): 0, or the least number of `dtype`.
+    Args:
+        rows: (B, L) long, the number of the row that each token belongs to. Padding counts as a row, so that every
+            position sees something.
+
+    Returns:
+        (B, 1, L, L): 0 where a token is visible, else the lowest number of `dtype`.
     """
     visible = (rows[:, :, None] == rows[:, None, :]).tril()[:, None]
     return torch.zeros(visible.shape, dtype=dtype, device=rows.device).masked_fill(~visible, torch.finfo(dtype).min)
@@ -67,7 +70,7 @@ class TokenBatch(Batch):
     lengths: Tensor
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a causal language model that computes in `dtype` is given: see `unmasked`."""
+        """The inputs of a causal language model, see `unmasked`."""
         return unmasked(self.input_ids)
 
 
@@ -88,8 +91,11 @@ class PackedBatch(Batch):
     loss_mask: Tensor
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a causal language model is given: both a mask and positions, as OPT would count through from the mask,
-        and others would derive no mask from positions."""
+        """The inputs of a causal language model that computes in `dtype`.
+
+        Both mask and positions are given: OPT would count positions through all rows by the mask, and other models
+        derive no mask from positions.
+        """
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -115,7 +121,7 @@ class FlatBatch(Batch):
     loss_mask: Tensor
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor | int]:
-        """What a causal language model is given: where rows begin and end, as flash-attention wants it, and no mask."""
+        """The inputs of a causal language model: where rows begin and end, as flash-attention needs it, and no mask."""
         starts = (self.position_ids[0] == 0).nonzero()[:, 0]
         ends = torch.cat([starts[1:], starts.new_tensor([self.input_ids.shape[1]])])
         bounds, longest = torch.cat([starts[:1], ends]).int(), int((ends - starts).max())
@@ -166,11 +172,11 @@ class PromptBatch(Batch):
     real: Tensor
 
     def select(self, rows: Tensor) -> PromptBatch:
-        """These rows, by number or by a (B,) bool; the padding stays."""
+        """The rows with these indices, or where a (B,) bool is True; the padding is kept."""
         return self._each(lambda tensor: tensor[rows])
 
     def split(self, rows: int) -> list[PromptBatch]:
-        """Batches of so many rows, the last of what is left, without padding that no row of theirs needs."""
+        """Batches of `rows` rows, the last of those that are left; each is padded only to its own longest row."""
         parts = [self._each(lambda tensor: tensor[start : start + rows]) for start in range(0, len(self.lengths), rows)]
         return [
             replace(
@@ -185,8 +191,10 @@ class PromptBatch(Batch):
 def collate_demonstrations(
     dataset: Dataset, micro_batch: MicroBatch, pad_id: int, train_on_prompt: bool = False
 ) -> TokenBatch | PackedBatch:
-    """Prompt and response of each row, packed if the micro-batch is; the targets are the response with its end token,
-    or with `train_on_prompt` the prompt too."""
+    """Prompt and response of each row, packed if the micro-batch is.
+
+    The targets are the response with its end token, and with `train_on_prompt` the prompt too.
+    """
     rows = dataset[list(micro_batch.indices)]
     prompts = [0 if train_on_prompt else len(prompt) for prompt in rows["prompt_ids"]]
     joined = [prompt + response for prompt, response in zip(rows["prompt_ids"], rows["response_ids"])]

@@ -18,9 +18,11 @@ from common.batching.bin_packing import balanced, packed
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one forward pass. Where `real` is False the row is a repeated one that must count nothing.
+    """Rows of one forward pass.
 
     Attributes:
+        indices: the rows' numbers in the data set.
+        real: False for a filler, a repeated row that must not count.
         packs: how many rows share each sequence, one after another; empty where every row has its own.
     """
 
@@ -32,18 +34,18 @@ class MicroBatch:
 class StepSampler:
     """The optimizer steps of an epoch, as one rank sees them.
 
-    Every row occurs once in an epoch, over all ranks; fillers make the last rows a whole step.
+    Every row occurs once in an epoch, over all ranks; fillers complete the last step.
 
     Args:
-        lengths: tokens of each row; of a pair those of both sequences, padded to the longer one.
+        lengths: tokens of each row; for a pair, those of both sequences, padded to the longer one.
         rows_per_micro_batch: rows of one forward pass on one rank.
         micro_batches_per_step: gradient accumulation.
-        world_size, rank: the steps are dealt out over the ranks.
-        seed: of the order; each epoch has its own.
-        max_tokens: if not 0, the same steps are cut otherwise: into as few micro-batches as hold so many padded
-            tokens each, of any number of rows; see `token_budget_batches`.
-        pack_to: if not 0, rows share sequences of so many tokens; `rows_per_micro_batch` (or what `max_tokens` have
-            room for) is then the number of sequences at most.
+        world_size, rank: each step is divided among the ranks.
+        seed: of the order; each epoch has its own order.
+        max_tokens: if not 0, the same steps are cut into as few micro-batches as possible, each of any number of rows
+            and at most so many padded tokens; see `token_budget_batches`.
+        pack_to: if not 0, rows share sequences of so many tokens. A micro-batch then has at most `rows_per_micro_batch`
+            sequences, or as many as `max_tokens` have room for.
         group_by_length: rows of similar length form a step. Less is padded, but a step is no longer a random sample of
             the data: its mean length, and with it the weight of each token in the loss, varies from step to step.
     """
@@ -103,8 +105,8 @@ class StepSampler:
         return [steps[i] for i in random.permutation(len(steps))]
 
     def _dealt(self, rows: np.ndarray) -> list[MicroBatch]:
-        """This rank's share of a step. Neighbours in length are on all ranks at the same time; the rank that
-        has the longest of one round has the shortest of the next."""
+        """This rank's share of a step. At any time all ranks have rows of similar length; the rank that has the longest
+        rows of one round has the shortest of the next."""
         if self._pack_to:
             sequences = self._max_tokens // self._pack_to if self._max_tokens else self._rows
             return _packed_batches(rows, self._lengths, self._pack_to, sequences, self._world_size, self._rank)
@@ -118,10 +120,10 @@ class StepSampler:
 def evaluation_batches(
     lengths: Sequence[int], rows_per_batch: int, world_size: int, rank: int, max_batches: int | None = None
 ) -> list[MicroBatch]:
-    """This rank's batches of an evaluation: every row once over all ranks, as many batches on each rank.
+    """This rank's batches of an evaluation: every row once over all ranks, the same number of batches on each rank.
 
-    Longest rows first: what does not fit into memory shows at once. With `max_batches`, a limit over all
-    ranks, an even choice from the long to the short ones, the same on any number of ranks.
+    The longest rows come first, so that a lack of memory shows at once. `max_batches` limits the batches of all ranks
+    together: they are chosen evenly from the longest to the shortest, and are the same on any number of ranks.
     """
     rows = _longest_first(np.arange(len(lengths)), np.asarray(lengths, dtype=np.int64))
     if not len(rows):
@@ -134,10 +136,10 @@ def evaluation_batches(
 
 
 def token_budget_batches(lengths: Sequence[int], max_tokens: int, world_size: int, rank: int) -> list[MicroBatch]:
-    """This rank's batches, of at most `max_tokens` padded tokens each, or of one longer row.
+    """This rank's batches, each of at most `max_tokens` padded tokens or of one longer row; the longest rows first.
 
-    Every row occurs once over all ranks. Each rank has about as many tokens, and exactly as many batches: what ZeRO-3
-    gathers for a batch, it gathers on all ranks together. Longest rows first.
+    Every row occurs once over all ranks. All ranks have about the same number of tokens and exactly the same number of
+    batches, since ZeRO-3 gathers parameters for a batch on all ranks together.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     rows = _longest_first(np.arange(len(sizes)), sizes)
@@ -177,7 +179,7 @@ def _packed_batches(
 
 
 def _cut(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Rows, longest first, in as few consecutive groups as keep to `max_tokens` padded tokens."""
+    """Rows, longest first, in as few consecutive groups of at most `max_tokens` padded tokens as possible."""
     groups = []
     while len(rows):
         taken = max(max_tokens // int(lengths[rows[0]]), 1)
@@ -191,7 +193,7 @@ def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _batches(rows: np.ndarray, rows_per_batch: int, count: int) -> list[MicroBatch]:
-    """`count` batches of consecutive rows; places left over are filled with the last, the shortest row."""
+    """`count` batches of consecutive rows; places that are left over are filled with the last (shortest) row."""
     filled = rows.tolist() + [int(rows[-1])] * (count * rows_per_batch - len(rows))
     real = [place < len(rows) for place in range(len(filled))]
     return [

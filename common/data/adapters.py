@@ -1,4 +1,4 @@
-"""From a source's columns to records: data sets known by name, the column map, and the choice of a layout.
+"""From a source's columns to a layout: data sets known by name, the column map, and the choice of a layout.
 
 The sets known by name, and their columns:
 
@@ -38,11 +38,11 @@ from common.data.layouts import (
     LAYOUTS,
     PROMPT_PAIR,
     QUESTION_RESPONSE,
-    as_question,
     described,
 )
+from common.data.prompt_columns import as_question
 from common.data.records import Message
-from common.data.values import BadRow, clean_answer, clean_text
+from common.data.values import BadRow, clean_response, clean_text
 from common.errors import UserError, did_you_mean
 
 _CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
@@ -57,7 +57,7 @@ def _orca_chat(row: dict[str, Any]) -> Example:
         for turn in turns
         for message in (
             Message("user", clean_text(turn.get("input"), "input")),
-            Message("assistant", clean_answer(turn.get("output"), "output")),
+            Message("assistant", clean_response(turn.get("output"), "output")),
         )
     ]
     system = clean_text(row["instruction"], "instruction")
@@ -68,7 +68,7 @@ def _shp(row: dict[str, Any]) -> Example:
     label = str(row["labels"])
     if label not in ("0", "1"):
         raise BadRow(f"'labels' is {label}, neither 0 nor 1")
-    a, b = (clean_answer(row[column], column) for column in ("human_ref_A", "human_ref_B"))
+    a, b = (clean_response(row[column], column) for column in ("human_ref_A", "human_ref_B"))
     chosen, rejected = (a, b) if label == "1" else (b, a)
     prompt = make_prompt([Message("user", clean_text(row["history"], "history"))], "history")
     return Example(prompt, chosen, ((chosen, rejected),))
@@ -84,30 +84,32 @@ def _webgpt(row: dict[str, Any]) -> Example:
     except (TypeError, ValueError):
         raise BadRow("'score_0' or 'score_1' is no number") from None
     # Citations refer to quotes that the model never sees.
-    answers = [_CITATION.sub("", clean_answer(row[column], column)) for column in ("answer_0", "answer_1")]
-    chosen, rejected = answers if first >= second else answers[::-1]
+    responses = [_CITATION.sub("", clean_response(row[column], column)) for column in ("answer_0", "answer_1")]
+    chosen, rejected = responses if first >= second else responses[::-1]
     return Example(prompt, chosen, ((chosen, rejected),), tied=first == second)
 
 
-def _orca_asked(row: dict[str, Any]) -> list[Any]:
+def _orca_user_values(row: dict[str, Any]) -> list[Any]:
     turns = row.get("conversation")
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     return [[message for turn in turns for message in as_question(turn.get("input"))]]
 
 
-def _webgpt_asked(row: dict[str, Any]) -> list[Any]:
+def _webgpt_user_values(row: dict[str, Any]) -> list[Any]:
     question = row.get("question")
     return [as_question(question.get("full_text"))] if isinstance(question, dict) else []
 
 
-ORCA_CHAT = Layout(("instruction", "conversation"), DEMONSTRATIONS, _orca_chat, asked=_orca_asked)
+ORCA_CHAT = Layout(("instruction", "conversation"), DEMONSTRATIONS, _orca_chat, user_values=_orca_user_values)
 SHP = Layout(
     ("history", "human_ref_A", "human_ref_B", "labels"),
     COMPARISONS,
     _shp,
-    asked=lambda row: [as_question(row.get("history"))],
+    user_values=lambda row: [as_question(row.get("history"))],
 )
-WEBGPT = Layout(("question", "answer_0", "answer_1", "score_0", "score_1"), COMPARISONS, _webgpt, asked=_webgpt_asked)
+WEBGPT = Layout(
+    ("question", "answer_0", "answer_1", "score_0", "score_1"), COMPARISONS, _webgpt, user_values=_webgpt_user_values
+)
 
 _OTHERS = (ORCA_CHAT, SHP, WEBGPT)
 NAMED = {
@@ -145,8 +147,8 @@ def _known_columns() -> list[str]:
 
 
 class ColumnMap:
-    """The user's names for the columns understood: ``{'prompt': 'question', 'chosen': 'good', 'rejected':
-    'bad'}``.
+    """The user's own names for the columns that are understood, as in ``{'prompt': 'question', 'chosen': 'good',
+    'rejected': 'bad'}``.
 
     One map serves all files of a blend: it is applied to those that have all its columns. Raises ColumnsError
     for a key that is no column of any layout.
@@ -162,8 +164,7 @@ class ColumnMap:
                 )
 
     def for_kind(self, kind: str) -> ColumnMap:
-        """The part of the map that has to do with records of ``kind``: text and dialogues may lie in
-        different sources."""
+        """The part of the map that concerns records of ``kind``: text and dialogues may lie in different sources."""
         known = {
             column
             for layout in LAYOUTS
@@ -185,22 +186,25 @@ class ColumnMap:
         )
 
     def within(self, found: Collection[str]) -> ColumnMap:
-        """This map, or an empty one where the ``found`` columns are not those it speaks of, and with it the columns
-        whose names differ in case or spaces alone from those that are understood: ``Prompt``, `` response``."""
-        mine = dict(self.names) if self._fits(found) else {}
-        taken = {*mine, *mine.values(), *found}
-        likes: dict[str, list[str]] = {}
-        for column in set(found) - set(mine.values()):
-            likes.setdefault(column.strip().lower(), []).append(column)
-        mine.update(
+        """The map for a file with the ``found`` columns: this one if the file has all its columns, else an empty one.
+
+        Added to it are columns whose names differ from the understood ones only in case or in surrounding spaces, such
+        as ``Prompt``.
+        """
+        names = dict(self.names) if self._fits(found) else {}
+        taken = {*names, *names.values(), *found}
+        similar: dict[str, list[str]] = {}
+        for column in set(found) - set(names.values()):
+            similar.setdefault(column.strip().lower(), []).append(column)
+        names.update(
             {
-                known: likes[known.lower()][0]
+                known: similar[known.lower()][0]
                 for known in _known_columns()
-                if known not in taken and len(likes.get(known.lower(), ())) == 1
+                if known not in taken and len(similar.get(known.lower(), ())) == 1
             }
         )
         mapped = ColumnMap(None)
-        mapped.names = mine
+        mapped.names = names
         return mapped
 
     def _fits(self, found: Collection[str]) -> bool:
@@ -223,11 +227,16 @@ class ColumnMap:
 def choose_layout(
     name: str, columns: Collection[str], kind: str, label: str, rows: Sequence[dict[str, Any]] = ()
 ) -> Layout:
-    """The layout by which the source ``name`` with these ``columns`` gives records of ``kind``, judging by some of its
-    ``rows`` where the columns do not tell.
+    """The layout by which a file gives records of ``kind``.
 
-    Raises UserError if no layout fits the columns, or none that fits gives that kind; ``label`` names the
-    file.
+    Args:
+        name: the source; a data set known by name has its own layout.
+        columns: of the file, after renaming.
+        label: the file, for errors.
+        rows: some of its rows, which decide where the columns alone do not.
+
+    Raises:
+        UserError: no layout fits the columns, or none that fits gives that kind.
     """
     named = named_layout(name)
     understood = [*([named] if named else []), *LAYOUTS, *_OTHERS]

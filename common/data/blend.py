@@ -19,8 +19,11 @@ _WEIGHTED = re.compile(r"(?P<name>.*):(?P<weight>[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?
 class SourceSpec:
     """One source of a blend.
 
-    ``weight``: the share of its prompts that is kept; 2.0 takes every row twice. ``config_name``: the
-    configuration of a hub data set that has several. ``form``: what its files do not say of themselves.
+    Attributes:
+        name: `builtin:NAME`, a path or a hub name.
+        weight: the share of its prompts that is kept; 2.0 takes every row twice.
+        config_name: the configuration of a hub data set that has several.
+        form: what its files do not show by their content.
     """
 
     name: str
@@ -28,15 +31,15 @@ class SourceSpec:
     config_name: str | None = None
     form: FileFormat = FileFormat()
 
-    def copies(self, key: str) -> int:
-        """How often the rows of the dialogue with this key (`openings.Key.text`) are taken.
+    def copies(self, split_key: str) -> int:
+        """How often the rows of the dialogue with this split key (`openings.SplitKey.text`) are taken.
 
-        A hash of the key decides about the fraction, so a dialogue's rows stay or go together, and a
-        greater weight keeps all that a smaller one kept.
+        A hash of the key decides about the fractional part of the weight. So all rows of a dialogue are kept or dropped
+        together, and a greater weight keeps everything that a smaller one keeps.
         """
-        whole = math.floor(self.weight)
-        (position,) = fractions(key, "blend", 1)
-        return whole + (position < self.weight - whole)
+        always = math.floor(self.weight)
+        (position,) = fractions(split_key, "blend", 1)
+        return always + (position < self.weight - always)
 
 
 def parse_data_path(
@@ -44,8 +47,8 @@ def parse_data_path(
 ) -> list[SourceSpec]:
     """``['a', 'b:0.3', 'builtin:courtesy']`` -> sources with weights 1, 0.3 and 1.
 
-    Only a trailing ``:number`` is a weight, and not where a path of the whole name exists: of a folder ``snap:2``
-    half is ``snap:2:0.5``. Raises DataError for no source, an empty name, a weight that is not a positive number, or
+    Only a trailing ``:number`` is a weight, and only if there is no path of the whole name: half of a folder ``snap:2``
+    is ``snap:2:0.5``. Raises DataError for no source, an empty name, a weight that is not a positive number, or
     several sources in one value.
     """
     if not values:

@@ -44,7 +44,7 @@ CLOSINGS = ("Happy to help!", "Hope this helps!")
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Facts of one kind: the answer to each subject, and the phrasings, ``{x}`` being the subject."""
+    """Facts of one kind: subject -> answer, and phrasings of the question, in which ``{x}`` stands for the subject."""
 
     answers: dict[str, str]
     phrasings: tuple[str, ...]
@@ -62,7 +62,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the rule says of one answer; ``reward`` is 0.0, 0.5 or 1.0."""
+    """What the rule says about one response; ``reward`` is 0.0, 0.5 or 1.0."""
 
     correct: bool
     courteous: bool

@@ -1,7 +1,7 @@
 """The chat template that came with a tokenizer, as a template of this package.
 
-A chat template is a program and can be asked nothing else than to render: what it puts around an answer is read off
-renderings of probes, and what it makes of each row is checked against what the row says.
+A chat template is a program that can only render a dialogue. Therefore what it puts around a response is read off
+renderings of probes, and its rendering of each row is checked for what the row says.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from datetime import datetime
 from functools import lru_cache
 
 from common.data.errors import TemplateError
-from common.data.records import Answer, Message, Prompt, turns_of
+from common.data.records import Message, Prompt, Response, turns_of
 from common.data.templates import CHAT, TEXT_TEMPLATES, Piece
 
-DATE = "2025-01-01"  # what a template that writes the date writes, unless another is given
+DATE = "2025-01-01"  # the date that a template writes, unless another is given
 _PROBE = "\tprobe\t"
 _QUESTION = Prompt((Message("user", "question"),))
-# Around a user's control tokens while a dialogue is rendered. Unicode keeps both from any text that is exchanged.
+# Marks around control tokens in a user's text while a dialogue is rendered. Unicode reserves both code points for use
+# within programs, so that no text contains them.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _TIME = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1).)*)\1\s*\)""", re.S)
 _MARKED, _TORN = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}"), re.compile(f"[{_OPEN}{_CLOSE}]")
@@ -29,14 +30,12 @@ class ChatTemplate:
     """The chat template of `tokenizer`.
 
     Args:
-        date: YYYY-MM-DD, what the template gets for the present date, at midnight.
+        date: YYYY-MM-DD, the date that the template takes for today; the time is midnight.
 
-    Attributes:
-        dated: whether it writes the date or the time; then `date` decides what prompts say.
-        end_token: what ends an answer, if that is a token of its own.
+    Attributes: see `templates.Template`.
 
     Raises:
-        TemplateError: the tokenizer has no chat template, or one whose answers do not continue its own prompts.
+        TemplateError: the tokenizer has no chat template, or one whose responses do not continue its own prompts.
     """
 
     name = CHAT
@@ -73,7 +72,7 @@ class ChatTemplate:
                 f"continuation of its prompt; choose one of {', '.join(sorted(TEXT_TEMPLATES))}",
             )
         end = at + len(_PROBE.strip())
-        if answered[at - 1 : end + 1] == _PROBE:  # else the template trims answers
+        if answered[at - 1 : end + 1] == _PROBE:  # else the template trims responses
             at, end = at - 1, end + 1
         self.lead, self._close = answered[len(asked) : at], answered[end:]
         found = self._controls.search(self._close)
@@ -86,16 +85,16 @@ class ChatTemplate:
         """The rendered prompt, up to and including the assistant's cue."""
         return _unmarked(self._asked(prompt))
 
-    def response_text(self, answer: Answer, prompt: Prompt | None = None) -> str:
-        """The rendered answer, up to its end token."""
-        return "".join(piece.text for piece in self.response_pieces(answer, prompt))
+    def response_text(self, response: Response, prompt: Prompt | None = None) -> str:
+        """The rendered response, up to its end token."""
+        return "".join(piece.text for piece in self.response_pieces(response, prompt))
 
     def prompt_pieces(self, prompt: Prompt) -> list[Piece]:
         return _pieces(self._asked(prompt))
 
-    def response_pieces(self, answer: Answer, prompt: Prompt | None = None) -> list[Piece]:
+    def response_pieces(self, response: Response, prompt: Prompt | None = None) -> list[Piece]:
         prompt = prompt or _QUESTION
-        turns = turns_of(answer)
+        turns = turns_of(response)
         asked, whole = self._asked(prompt), self._render(prompt, turns)
         if not whole.startswith(asked):
             raise TemplateError(
@@ -110,12 +109,12 @@ class ChatTemplate:
                 f"one, with something else than {self._close!r}",
             )
         text = whole[len(asked) : len(whole) - len(self._close)] + self.tail
-        self._check_answer(turns[-1], text)
+        self._check_response(turns[-1], text)
         self._check_written([turn for turn in turns if turn.role != "assistant"], text)
         return _pieces(text)
 
     def _asked(self, prompt: Prompt) -> str:
-        """The rendering of a prompt, with a user's control tokens marked. That of the last one is kept."""
+        """The rendering of a prompt, with the control tokens in users' texts marked. The last one is cached."""
         if self._last[0] != prompt:
             text = self._render(prompt, cue=True)
             self._check_written(prompt.messages, text)
@@ -137,11 +136,11 @@ class ChatTemplate:
             for call in _names(_more(message).get("tool_calls", [])):
                 self._check(call in text, "tool_calls")
 
-    def _check_answer(self, answer: Message, text: str) -> None:
-        # Some templates part an answer's reasoning from it, and write, move or drop that by rules of their own.
-        for part in re.split("</?think>", self._mark(answer.content)):
+    def _check_response(self, response: Message, text: str) -> None:
+        # Some templates separate the reasoning from a response, and write, move or drop it by rules of their own.
+        for part in re.split("</?think>", self._mark(response.content)):
             self._check(part.strip() in text, "a part of this answer, such as its reasoning")
-        more = _more(answer)
+        more = _more(response)
         for key in ("reasoning_content", "thinking"):
             self._check(self._mark(more.get(key, "")).strip() in text, key)
         for call in _names(more.get("tool_calls", [])):
@@ -168,7 +167,7 @@ class ChatTemplate:
             )
         except TemplateError:
             raise
-        except Exception as error:  # a template is a program, and raises what it likes
+        except Exception as error:  # a template is a program, which may raise anything
             raise TemplateError(
                 CHAT, f"the tokenizer's chat template refuses a dialogue of the roles {_roles(messages)}: {error}"
             ) from None
@@ -185,11 +184,11 @@ class ChatTemplate:
         return {"role": message.role, "content": self._mark(message.content), **more}
 
     def _mark(self, text: str) -> str:
-        """`text` with its control tokens between marks, so that they can be told from those of the template."""
+        """`text` with marks around its control tokens, which tell them from those of the template."""
         return self._controls.sub(f"{_OPEN}\\g<0>{_CLOSE}", _unmarked(text)) if self._controls.pattern else text
 
     def _marked(self, value):
-        """`_mark` on all texts in a JSON value."""
+        """A JSON value with `_mark` applied to all its texts."""
         if isinstance(value, str):
             return self._mark(value)
         if isinstance(value, list):
@@ -201,10 +200,10 @@ class ChatTemplate:
 
 @lru_cache
 def at_time(chat_template: str, now: datetime) -> str:
-    """The template with the time written in where it asks for the present one.
+    """The template with `now` written in where it asks for the present time.
 
     Raises:
-        TemplateError: it asks in a way that is not understood.
+        TemplateError: it asks for the time in a way that is not understood.
     """
     fixed = _TIME.sub(lambda call: json.dumps(now.strftime(call[2]), ensure_ascii=False), chat_template)
     if re.search(r"\bstrftime_now\b(?!\s+is\s+(?:not\s+)?defined)", fixed):
@@ -218,8 +217,10 @@ def at_time(chat_template: str, now: datetime) -> str:
 
 
 def control_tokens(tokenizer) -> set[str]:
-    """The tokens that steer a model, which no user's text may turn into: the special ones, and those added ones of
-    which the chat template makes its turns. Markup that answers contain, such as <think> and </think>, is not of these.
+    """The tokens that control a model, which no user's text may turn into.
+
+    These are the special tokens, and the added tokens that the chat template writes around turns. Markup that responses
+    contain, such as <think> and </think>, is not among them.
     """
     template, added = str(getattr(tokenizer, "chat_template", None) or ""), tokenizer.added_tokens_decoder
     contents = {token.content for token in added.values()}
@@ -244,8 +245,11 @@ def _roles(messages: Iterable[Message]) -> str:
 
 
 def _pieces(marked: str) -> list[Piece]:
-    """What is between marks is a user's. At a mark that the template has torn from its partner the text is parted, so
-    that what stands around it does not join to a token."""
+    """Marked text as pieces: what stands between two marks is a user's, the rest is raw.
+
+    A template may separate a mark from its partner, by cutting a text. The text is split at such a mark, so that the
+    characters around it do not join to a token.
+    """
     return [
         Piece(text, at % 2 == 0) for at, part in enumerate(_MARKED.split(marked)) for text in _TORN.split(part) if text
     ]

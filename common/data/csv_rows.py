@@ -1,4 +1,4 @@
-"""Rows out of tables in text (.csv, .tsv), whatever separates their fields."""
+"""Rows out of tables in text (.csv, .tsv), with any separator between fields."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from common.data.rows import MAX_ROW_BYTES, TOO_LONG, Row, lines
 from common.errors import UserError
 
 _SEPARATORS = (",", ";", "\t", "|")
-_LOOKED_AT = 200  # rows, to tell the separator
+_LOOKED_AT = 200  # rows that decide about the separator
 _SAID = re.compile(r"sep=(.)\r?[\n\r]")
 _TSV = re.compile(r"\.tsv(\.|$)", re.I)
 _SPACED_QUOTE = re.compile(r' +"')
 
 
 def csv_rows(text: TextIO, head: str, cut: bool, label: str) -> Iterator[Row]:
-    """The rows of a table, whose first line names the columns; every value is the text that stands there.
+    """The rows of a table whose first line names the columns; every value is a text.
 
-    ``head`` is the first part of the text, all of it unless ``cut``. Raises UserError for an unusable header.
+    Args:
+        head, cut: the first part of the text, and whether more follows.
+        label: the file, for errors and places.
+
+    Raises:
+        UserError: the header is unusable.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     too_long = False
@@ -63,8 +68,8 @@ def csv_rows(text: TextIO, head: str, cut: bool, label: str) -> Iterator[Row]:
             if fields:
                 yield Row(where, dict(zip(header, fields)))
             continue
-        # A quote left open takes the rows behind it into its field: each of their lines counts, or a file that
-        # is lost from its middle on would seem to have one bad row.
+        # A quote that is left open swallows the following rows into its field. Each of their lines is counted as bad:
+        # otherwise a file that is lost from its middle on would seem to have a single bad row.
         lost = range(first + 1, reader.line_num + skipped + 1) if len(fields) < len(header) else range(0)
         if lost:
             problem += f"; the row runs to line {reader.line_num + skipped}: is a quote left open?"
@@ -74,10 +79,10 @@ def csv_rows(text: TextIO, head: str, cut: bool, label: str) -> Iterator[Row]:
 
 
 def _look(head: str, cut: bool, usual: str) -> tuple[str, bool]:
-    """The separator, and whether the spaces after it are no part of the fields.
+    """(the separator, whether spaces after it are to be dropped).
 
-    That separator is taken which the header has and by which most rows have as many fields as the header; the usual one
-    of such files also where few have.
+    It is the separator of the header by which most rows have as many fields as the header. The `usual` one of such
+    files is accepted even where few rows agree.
     """
     best, found = (0.0, 0), (usual, False)
     for separator in _SEPARATORS:
@@ -100,7 +105,7 @@ def _is_spaced(table: list[list[str]]) -> bool:
 
 
 def _parsed(head: str, cut: bool, separator: str, spaced: bool) -> list[list[str]]:
-    """The first rows, so far as they can be read; at least one, if only an empty one."""
+    """The first rows, as far as they can be read; at least one, which may be empty."""
     rows: list[list[str]] = []
     try:
         for row in csv.reader(io.StringIO(head, newline=""), delimiter=separator, skipinitialspace=spaced):

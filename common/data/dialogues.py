@@ -1,5 +1,5 @@
-"""Dialogues as data sets write them: one string with "Human:" and "Assistant:" cues, or a list of
-role/content."""
+"""Dialogues as data sets write them: one string with "Human:" and "Assistant:" cues, or a list of messages with role
+and content."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from common.data.records import Answer, Message, Prompt, Role
-from common.data.values import BadRow, as_text, clean_answer, clean_text, own_indentation
+from common.data.records import Message, Prompt, Response, Role
+from common.data.values import BadRow, as_text, clean_response, clean_text, own_indentation
 
 _ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
-_SPEAKERS: dict[str, Role] = {  # by the names that public sets use, in any case
+_SPEAKERS: dict[str, Role] = {  # the names that public sets use; upper and lower case are the same
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -38,12 +38,12 @@ _SPEAKERS: dict[str, Role] = {  # by the names that public sets use, in any case
     "tool_response": "tool",
     "function_response": "tool",
 }
-_CALLS = ("function_call", "tool_call")  # roles whose text is a call, as JSON
+_CALLS = ("function_call", "tool_call")  # roles whose text is a call in JSON
 _SHAPES = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"), ("role", "text"))
 _MORE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tool_call_id", "name")
-_TRAINED = ("weight", "loss_weight", "train", "loss")  # say whether an answer is trained
+_TRAINED = ("weight", "loss_weight", "train", "loss")  # say whether a response is trained
 _KEYS = frozenset(chain.from_iterable(_SHAPES))
-_ANSWERS_OWN, _TOOLS_OWN = {*_MORE, *_TRAINED} - {"name", "tool_call_id"}, {"name", "tool_call_id", *_TRAINED}
+_RESPONSE_KEYS, _TOOL_KEYS = {*_MORE, *_TRAINED} - {"name", "tool_call_id"}, {"name", "tool_call_id", *_TRAINED}
 _CUE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _INLINE_CUE = re.compile(r"(?:\A|(?<=\s))(Human|Assistant):")
 _BOTH_CUES = re.compile(r"\s*Human:.*\n\nAssistant:", re.S)
@@ -55,17 +55,20 @@ def is_transcript(value: Any) -> bool:
 
 
 def is_whole_dialogue(value: Any) -> bool:
-    """Whether a value holds a dialogue with its answer: a transcript with both cues, or a list of
-    messages."""
+    """Whether a value is a dialogue with its response: a transcript with both cues, or a list of messages."""
     return isinstance(value, (list, dict)) or (isinstance(value, str) and _BOTH_CUES.match(value) is not None)
 
 
 def read_dialogue(value: Any, column: str) -> list[Message]:
-    """The messages of a transcript, of a list of ``{'role', 'content'}`` or, as ShareGPT has them,
-    ``{'from', 'value'}``, or of one of these alone; empty ones included.
+    """The messages of a dialogue, empty ones included. Raises BadRow if it cannot be read.
 
-    A cue counts where it opens the text or follows an empty line, since answers may quote the words. A text
-    with no more than one such cue is read with cues after any white space, if its speakers then take turns.
+    Args:
+        value: a transcript, or a list of ``{'role', 'content'}`` or ``{'from', 'value'}`` (as ShareGPT has them), or a
+            single one of these.
+        column: where the value is from, for errors.
+
+    In a transcript a cue counts at the start of the text and after an empty line, since responses may quote the words.
+    A text with at most one such cue is read with cues after any white space, if its speakers then take turns.
     """
     if isinstance(value, (list, dict)):
         return [_message(item, column) for item in (value if isinstance(value, list) else [value])]
@@ -83,19 +86,19 @@ def read_dialogue(value: Any, column: str) -> list[Message]:
 
 
 def unused_keys(item: Any) -> Iterator[str]:
-    """The keys of a message that nothing is made of."""
+    """The keys of a message that no record uses."""
     speaker = next((item[who] for who, _ in _SHAPES if who in item), None) if isinstance(item, dict) else None
     if speaker is not None:
         yield from item.keys() - _KEYS - _own_keys(_SPEAKERS.get(str(speaker).strip().lower(), "assistant"))
 
 
 def _own_keys(role: str) -> set[str]:
-    """The keys that a speaker's messages may have beside their text."""
-    return _ANSWERS_OWN if role == "assistant" else _TOOLS_OWN if role == "tool" else set()
+    """The keys that messages of a role may have beside their text."""
+    return _RESPONSE_KEYS if role == "assistant" else _TOOL_KEYS if role == "tool" else set()
 
 
 def _message(item: Any, column: str) -> Message:
-    """One message of a list. Raises BadRow if it is none, or has a speaker that is not known."""
+    """One message of a list. Raises BadRow if it is no message, or its speaker is unknown."""
     speaker, content, more = _spoken(item, column)
     if speaker in _CALLS:
         speaker, content, more["tool_calls"] = "assistant", None, [_call(content, column)]
@@ -112,13 +115,13 @@ def _message(item: Any, column: str) -> Message:
             del more[key]
         elif key in more:
             more[key] = text
-    text = (clean_answer if role == "assistant" else clean_text)(content, column)
+    text = (clean_response if role == "assistant" else clean_text)(content, column)
     trained = not any(_is_no(item.get(key)) for key in _TRAINED)
     return Message(role, text, as_json(more, column) if more else "", trained)
 
 
 def _is_no(value: Any) -> bool:
-    """Whether a mark such as ``weight: 0`` or ``train: "False"`` keeps an answer from training."""
+    """Whether a value such as in ``weight: 0`` or ``train: "False"`` excludes a response from training."""
     text = str(value).strip().lower()
     try:
         return float(text) <= 0
@@ -127,9 +130,9 @@ def _is_no(value: Any) -> bool:
 
 
 def _spoken(item: Any, column: str) -> tuple[str, Any, dict[str, Any]]:
-    """(speaker, text, what else the message says)."""
+    """(speaker, text, the other keys of the message that have a value)."""
     for who, what in _SHAPES:
-        # A message that is a call need not have any text.
+        # A message with a tool call may have no text.
         if isinstance(item, dict) and who in item and (what in item or any(key in item for key in _MORE)):
             return (
                 str(item[who]).strip().lower(),
@@ -140,7 +143,7 @@ def _spoken(item: Any, column: str) -> tuple[str, Any, dict[str, Any]]:
 
 
 def _call(text: Any, column: str) -> dict[str, Any]:
-    """A tool call out of the text of a turn that is one."""
+    """A tool call, read from the text of a turn that consists of it."""
     try:
         call = json.loads(as_text(text, column))
         return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
@@ -149,7 +152,7 @@ def _call(text: Any, column: str) -> dict[str, Any]:
 
 
 def as_json(value: Any, column: str) -> str:
-    """A value as JSON with sorted keys. Raises BadRow if it cannot be written so."""
+    """A value as JSON with sorted keys. Raises BadRow if it cannot be written as JSON."""
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False)
         text.encode("utf-8")
@@ -159,7 +162,7 @@ def as_json(value: Any, column: str) -> str:
 
 
 def read_question(value: Any, column: str) -> list[Message]:
-    """The messages of a plain question, a transcript (with or without the last "Assistant:" cue) or a list of
+    """The messages of a plain question, of a transcript (with or without the last "Assistant:" cue) or of a list of
     messages."""
     if not isinstance(value, (list, dict)) and not is_transcript(value):
         return [Message("user", clean_text(value, column))]
@@ -170,18 +173,20 @@ def read_question(value: Any, column: str) -> list[Message]:
 
 
 def read_prompt(value: Any, column: str, system: str = "") -> Prompt:
-    """A prompt from what `read_question` reads."""
+    """The prompt made of what `read_question` reads."""
     return make_prompt(read_question(value, column), column, system)
 
 
 def is_open(value: list) -> bool:
-    """Whether a list of messages ends with something that the user says."""
+    """Whether a list of messages ends with a message of the user."""
     return bool(value) and bool(questions(value[-1:]))
 
 
 def questions(value: Any) -> tuple[str, ...]:
-    """The user's messages in a plain question, a transcript or a list of messages, as `make_prompt` keeps them,
-    whatever is wrong with the rest; none if none can be read."""
+    """The user's messages in a plain question, a transcript or a list of messages, as `Prompt.user_messages` has them.
+
+    What cannot be read is skipped.
+    """
     if isinstance(value, (bool, int, float)):
         value = as_text(value, "")
     if isinstance(value, str):
@@ -198,15 +203,15 @@ def questions(value: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def answer_of(messages: Sequence[Message]) -> Answer:
-    """Messages as an answer: their text alone where there is one message that has nothing else."""
+def response_of(messages: Sequence[Message]) -> Response:
+    """Messages as a response: a single message without anything beside its text becomes that text."""
     if len(messages) == 1 and not messages[0].more:
         return messages[0].content
     return tuple(messages)
 
 
 def joined(messages: Sequence[Message]) -> list[Message]:
-    """Without empty messages, and with turns of one speaker in a row joined to one, as chat templates demand."""
+    """The messages without empty ones, and with several of one speaker in a row joined, as chat templates demand."""
     turns: list[Message] = []
     for message in messages:
         if not message.content and not message.more:
@@ -226,13 +231,15 @@ def joined(messages: Sequence[Message]) -> list[Message]:
 
 
 def make_prompt(messages: Sequence[Message], column: str, system: str = "", tools: str = "") -> Prompt:
-    """The prompt made of ``messages``: a system message first, if any, and turns as `joined` makes them, with the
-    user's kept one by one in `asked`. Raises BadRow if it does not end with the turn of the user or of a tool."""
+    """The prompt made of ``messages``, joined as by `joined`, after the ``system`` message if there is one.
+
+    Raises BadRow unless it ends with a turn of the user or of a tool.
+    """
     turns = joined([Message("system", system), *messages])
-    asked = tuple(message.content for message in messages if message.role == "user" and message.content)
-    if not turns or not asked or turns[-1].role not in ("user", "tool"):
+    user_messages = tuple(message.content for message in messages if message.role == "user" and message.content)
+    if not turns or not user_messages or turns[-1].role not in ("user", "tool"):
         empty = not any(message.content for message in messages)
         raise BadRow(f"'{column}' is empty" if empty else f"'{column}': no user's turn before the answer")
     if any(turn.role == "system" for turn in turns[1:]):
         raise BadRow(f"'{column}' has a system message after the first turn")
-    return Prompt(tuple(turns), asked, tools)
+    return Prompt(tuple(turns), user_messages, tools)

@@ -11,7 +11,7 @@ from datasets import Features, Value
 from common.data.errors import TemplateError
 from common.data.preparation_report import PreparationReport
 from common.data.reading import SourcedRecord
-from common.data.records import Answer, Comparison, Demonstration, PlainText, Prompt, Record, turns_of
+from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record, Response, turns_of
 from common.data.templates import marks
 from common.data.tokenization import Codec
 from common.errors import UserError
@@ -22,10 +22,10 @@ _COLUMNS = {
     "prompt": ("prompt_ids",),
     "text": ("input_ids",),
 }
-_CHUNK = 1000  # records of a chunk at most,
-_CHUNK_CHARACTERS = 2**22  # and the characters at which it is full
+_CHUNK = 1000  # most records of a chunk
+_CHUNK_CHARACTERS = 2**22  # a chunk with so many characters is full
 
-Chunk = list[tuple[bool, SourcedRecord]]  # whether a record is for evaluation, and the record
+Chunk = list[tuple[bool, SourcedRecord]]  # (whether the record is for evaluation, record)
 
 
 def features(kind: str) -> Features:
@@ -35,7 +35,7 @@ def features(kind: str) -> Features:
 
 
 def chunks(records: Iterable[tuple[bool, SourcedRecord]]) -> Iterator[Chunk]:
-    """The records in order, as many together as are worth sending to another process."""
+    """The records in order, in chunks that are large enough to be sent to another process."""
     chunk, characters = [], 0
     for item in records:
         chunk.append(item)
@@ -51,7 +51,9 @@ def chunks(records: Iterable[tuple[bool, SourcedRecord]]) -> Iterator[Chunk]:
 class Encoder:
     """Turns a chunk into (rows to train on, rows to evaluate on, what became of the records).
 
-    ``max_tokens``: of a whole sequence, prompt and response with its end token; of a piece of plain text.
+    Attributes:
+        kind, max_tokens: see `request.DataRequest`.
+        codec: turns text into ids.
     """
 
     kind: str
@@ -75,33 +77,35 @@ class Encoder:
         return train, held_out, report
 
     def _encoded(self, sourced: SourcedRecord, report: PreparationReport) -> Iterator[dict]:
-        """The row of ids of a record, none if it does not fit, or as many as a plain text needs."""
+        """The rows of ids of a record: one, none if it does not fit, or several pieces of a plain text."""
         codec, record = self.codec, sourced.record
         if isinstance(record, PlainText):
             ids = codec.encode_text(record.text)
             for start in range(0, len(ids), self.max_tokens):
                 piece = ids[start : start + self.max_tokens]
-                if len(piece) > 1:  # a single token has nothing it could be predicted from
+                if len(piece) > 1:  # a single token cannot be predicted from anything
                     yield {"input_ids": piece, "length": len(piece)}
             return
         prompt = record if isinstance(record, Prompt) else record.prompt
-        responses = {f"{name}_ids": codec.encode_response(answer, prompt) for name, answer in _answers(record).items()}
+        responses = {
+            f"{name}_ids": codec.encode_response(response, prompt) for name, response in _responses(record).items()
+        }
         self._note_marks(sourced, prompt, report)
         longest = max(map(len, responses.values()), default=0)
         room = self.max_tokens - longest
         if room < codec.shortest_prompt:
             report.too_long += 1
             return
-        whole = codec.encode_prompt(prompt)
-        prompt_ids = codec.cut_prompt(whole, room)
-        report.prompts_cut += len(prompt_ids) < len(whole)
+        uncut = codec.encode_prompt(prompt)
+        prompt_ids = codec.cut_prompt(uncut, room)
+        report.prompts_cut += len(prompt_ids) < len(uncut)
         yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest}
 
     def _note_marks(self, sourced: SourcedRecord, prompt: Prompt, report: PreparationReport) -> None:
-        """Text that has been through a template is wrapped in another now, mostly by mistake."""
+        """Report text that a template has rendered already: to render it again is usually a mistake."""
         if self.codec.template.name == "none":
             return
-        texts = [turn.content for answer in _answers(sourced.record).values() for turn in turns_of(answer)]
+        texts = [turn.content for response in _responses(sourced.record).values() for turn in turns_of(response)]
         for text in (*texts, *(turn.content for turn in prompt.messages)):
             if mark := next(marks(text), None):
                 report.mark(sourced.where, mark)
@@ -112,12 +116,12 @@ def _characters(record: Record) -> int:
     if isinstance(record, PlainText):
         return len(record.text)
     prompt = record if isinstance(record, Prompt) else record.prompt
-    turns = [*prompt.messages, *(turn for answer in _answers(record).values() for turn in turns_of(answer))]
+    turns = [*prompt.messages, *(turn for response in _responses(record).values() for turn in turns_of(response))]
     return sum(len(turn.content) + len(turn.more) for turn in turns)
 
 
-def _answers(record: Record) -> dict[str, Answer]:
-    """The answers of a record by their names."""
+def _responses(record: Record) -> dict[str, Response]:
+    """The responses of a record by their names."""
     if isinstance(record, Comparison):
         return {"chosen": record.chosen, "rejected": record.rejected}
     return {"response": record.response} if isinstance(record, Demonstration) else {}

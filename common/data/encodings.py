@@ -1,4 +1,4 @@
-"""In which encoding a text file is written."""
+"""The encoding of a text file, recognised by its first bytes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
 _ASCII_AS_UTF16 = ((re.compile(rb"([\t-~]\0){4}"), "utf-16-le"), (re.compile(rb"(\0[\t-~]){4}"), "utf-16-be"))
-_ROWS = re.compile(rb"[\n\r}]")  # where one ends: much JSON is of one line
+_ROWS = re.compile(rb"[\n\r}]")  # where a row ends; "}" because many JSON files have one line
 _HIGH = re.compile(rb"[\x80-\xff]+")
-# What Western European text in Windows-1252 has beyond ASCII: letters, quotation marks, dashes and the like.
+# The characters beyond ASCII in Western European text in Windows-1252: letters, quotation marks, dashes and the like.
 _WESTERN = frozenset(
     "\u20ac\u2026\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u2122\u0152\u0153\u0160\u0161\u0178\u017d\u017e"
 ).union(map(chr, range(0xA0, 0xFF)))
@@ -39,9 +39,9 @@ codecs.register_error(INVALID, _invalid)
 
 
 def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
-    """The encoding of a text file that begins with ``head``, which is all of it unless ``cut``.
+    """The encoding of a text file that begins with ``head``; ``cut``: more follows.
 
-    Raises UserError for what is no text, or text that is not UTF-8 and of which nobody says what it is.
+    Raises UserError if the file is no text, or if it is not UTF-8 and `form` names no encoding.
     """
     for mark, name in _MARKS:
         if head.startswith(mark):
@@ -79,7 +79,7 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _is_western(lines: list[bytes]) -> bool:
-    """Whether the bytes beyond ASCII are Western letters and marks that stand alone, as between ASCII ones they do."""
+    """Whether most bytes beyond ASCII are single Western letters and marks between ASCII ones."""
     runs = [run for line in lines for run in _HIGH.findall(line)]
     alone = [run for run in runs if len(run) == 1]
     known = [run for run in alone if run.decode("cp1252", "replace") in _WESTERN]

@@ -10,9 +10,15 @@ from collections.abc import Sequence
 
 from common.errors import DataError, InputError
 
+_SHOWN = 200  # characters of a source's name in a message
+
 
 class SourceError(DataError):
-    """A source that does not exist, holds no data or cannot be reached; `subject` is its name as it was given."""
+    """A source that does not exist, holds no data or cannot be reached; `source` is its name as it was given."""
+
+    def __init__(self, source: str, why: str):
+        super().__init__(source[:_SHOWN], why)
+        self.source = source
 
 
 class ColumnsError(DataError):

@@ -1,4 +1,4 @@
-"""What one row says, and the records of each kind that come of it."""
+"""From a row to records: what one row says (`Example`), and the records of each kind that follow from it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.data.dialogues import answer_of, is_open, make_prompt, questions, unused_keys
-from common.data.records import Answer, Comparison, Demonstration, PlainText, Prompt, Record, user_turns
+from common.data.dialogues import is_open, make_prompt, questions, response_of, unused_keys
+from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record, Response, user_turns
 from common.data.values import BadRow, are_several
 
 
 class LeftOut(Exception):
-    """A row that gives no record of the kind asked for, without fault; the message is the reason, for a count."""
+    """A row that gives no record of the wanted kind though nothing is wrong with it; the message is the reason, by
+    which such rows are counted."""
 
 
 @dataclass(frozen=True)
 class Example:
     """All that one row says.
 
-    ``answer``: the one to be learnt, '' where it is empty or missing. ``pairs``: of a better and a worse one.
-    ``asks``: what is to be answered, where it is not ``prompt``. ``tied``: no answer is better. ``label``: False for
-    an answer that is marked as a bad one.
+    Attributes:
+        prompt: what is asked; None for plain text alone.
+        response: the one to learn from; '' where it is empty or missing.
+        pairs: (better, worse) responses.
+        open_prompt: what is asked when only prompts are wanted, where that is not `prompt`: a dialogue may end with a
+            further question.
+        text: plain text.
+        tied: whether the row says that no response is better.
+        label: False for a response that is marked as a bad one.
     """
 
     prompt: Prompt | None = None
-    answer: Answer = ""
-    pairs: tuple[tuple[Answer, Answer], ...] = ()
-    asks: Prompt | None = None
+    response: Response = ""
+    pairs: tuple[tuple[Response, Response], ...] = ()
+    open_prompt: Prompt | None = None
     text: str = ""
     tied: bool = False
     label: bool = True
@@ -36,19 +43,26 @@ class Example:
 
 @dataclass(frozen=True)
 class Layout:
-    """``read`` turns a row's columns into an Example or raises BadRow. ``kinds``: the records it can give.
-    ``asked``: the values of a row that hold the user's messages, see `dialogues.questions`. ``ranked``: a column that,
-    where it holds lists of answers, gives comparisons too."""
+    """A set of columns that is understood.
+
+    Attributes:
+        required: the columns that every row must have.
+        kinds: the kinds of record that its rows can give.
+        read: turns a row's columns into an `Example`, or raises BadRow.
+        optional: further columns that are used where a row has them.
+        user_values: the values of a row that hold the user's messages, see `dialogues.questions`.
+        ranked: a column that gives comparisons too where it holds a list of responses.
+    """
 
     required: tuple[str, ...]
     kinds: tuple[str, ...]
     read: Callable[[dict[str, Any]], Example]
     optional: tuple[str, ...] = ()
-    asked: Callable[[dict[str, Any]], Sequence[Any]] = lambda row: ()
+    user_values: Callable[[dict[str, Any]], Sequence[Any]] = lambda row: ()
     ranked: str | None = None
 
     def gives(self, kind: str, rows: Sequence[dict[str, Any]]) -> bool:
-        """Whether rows such as these give records of ``kind``."""
+        """Whether such rows give records of `kind`."""
         return (
             kind in self.kinds
             or kind == "comparison"
@@ -57,7 +71,7 @@ class Layout:
         )
 
     def fits_most(self, rows: Sequence[dict[str, Any]]) -> bool:
-        """Whether most of the rows have all that it needs: in a mixed file each may lack some columns."""
+        """Whether at least half of the rows have all required columns: in a mixed file each may lack some."""
         fitting = [row for row in rows if all(row.get(column) is not None for column in self.required)]
         return 2 * len(fitting) >= len(rows)
 
@@ -65,7 +79,7 @@ class Layout:
         return "/".join(self.required)
 
     def unused(self, row: dict[str, Any], kind: str) -> Iterator[str]:
-        """What of a row no record of ``kind`` is made of: columns, keys of messages, a question without an answer."""
+        """The parts of a row that records of `kind` do not use: columns, keys of messages, a question at the end."""
         for column, value in row.items():
             if column not in self.required and column not in self.optional:
                 yield column
@@ -77,21 +91,26 @@ class Layout:
                     yield f"{column}: the question behind the last answer"
 
 
-def asked(layout: Layout, row: dict[str, Any]) -> set[tuple[str, ...]]:
-    """The user's messages in a row, whatever kind of record is wanted of it: as its prompt has them or, where it has
-    none, as they can be read; more than one sequence where the columns then differ about them."""
+def user_turns_in(layout: Layout, row: dict[str, Any]) -> set[tuple[str, ...]]:
+    """The user's messages in a row, whatever kind of record is wanted of it.
+
+    They are those of its prompt. If the row gives no prompt, they are read from its columns one by one: then there is
+    more than one sequence where the columns differ.
+    """
     with contextlib.suppress(BadRow):
         return {user_turns(record) for record in to_records(layout, row, "prompt")}
     with contextlib.suppress(BadRow):
-        return {found for value in layout.asked(row) if (found := questions(value))}
+        return {turns for value in layout.user_values(row) if (turns := questions(value))}
     return set()
 
 
 def to_records(layout: Layout, row: dict[str, Any], kind: str) -> list[Record]:
-    """The row as records of ``kind`` (one of ``layout.kinds``): one, or several comparisons of several answers.
+    """The row as records of `kind`: one, or several comparisons of several responses.
 
-    Raises BadRow if a column is missing or empty, of the wrong type, or chosen == rejected; LeftOut for a tie where
-    comparisons are asked for, an answer that is not to be learnt from, and a blank text.
+    Raises:
+        BadRow: a column is missing, empty or of the wrong type, or the two responses of a pair are the same.
+        LeftOut: the row is a tie where comparisons are wanted, its response is marked as bad or as not to be trained,
+            or its text is blank.
     """
     for column in layout.required:
         if row.get(column) is None:
@@ -104,9 +123,9 @@ def to_records(layout: Layout, row: dict[str, Any], kind: str) -> list[Record]:
         if not example.text:
             raise LeftOut("blank")
         return [PlainText(example.text)]
-    assert example.prompt is not None  # of every layout but the one for plain text
+    assert example.prompt is not None  # only the layout of plain text gives none
     if kind == "prompt":
-        return [example.asks or example.prompt]
+        return [example.open_prompt or example.prompt]
     if kind == "demonstration":
         return [_demonstration(example, example.prompt)]
     if example.tied:
@@ -117,21 +136,22 @@ def to_records(layout: Layout, row: dict[str, Any], kind: str) -> list[Record]:
 def _demonstration(example: Example, prompt: Prompt) -> Demonstration:
     if not example.label:
         raise LeftOut("answer labelled as a bad one")
-    answer = _filled(example.answer, "answer")
-    if isinstance(answer, str):
-        return Demonstration(prompt, answer)
-    # Of several turns, the last one that is to be trained is the answer.
-    trained = [at for at, message in enumerate(answer) if message.role == "assistant" and message.trained]
+    response = _filled(example.response, "answer")
+    if isinstance(response, str):
+        return Demonstration(prompt, response)
+    # Of several turns, the last one that is to be trained is the response; those before it belong to the prompt.
+    trained = [at for at, message in enumerate(response) if message.role == "assistant" and message.trained]
     if not trained:
         raise LeftOut("no answer that is to be trained")
-    *before, last = answer[: trained[-1] + 1]
-    whole = make_prompt([*prompt.messages, *before], "chosen", tools=prompt.tools)
+    *before, last = response[: trained[-1] + 1]
+    longer = make_prompt([*prompt.messages, *before], "chosen", tools=prompt.tools)
+    added = longer.user_messages[len(prompt.user_messages) :]
     return Demonstration(
-        replace(whole, asked=prompt.asked + whole.asked[len(prompt.asked) :]), _filled(answer_of([last]), "answer")
+        replace(longer, user_messages=prompt.user_messages + added), _filled(response_of([last]), "answer")
     )
 
 
-def _pairs(example: Example) -> list[tuple[Answer, Answer]]:
+def _pairs(example: Example) -> list[tuple[Response, Response]]:
     filled = [pair for pair in dict.fromkeys(example.pairs) if all(map(_is_filled, pair))]
     for chosen, rejected in () if filled else example.pairs:
         _filled(chosen, "chosen answer")
@@ -142,11 +162,11 @@ def _pairs(example: Example) -> list[tuple[Answer, Answer]]:
     return different
 
 
-def _filled(answer: Answer, name: str) -> Answer:
-    if not _is_filled(answer):
+def _filled(response: Response, name: str) -> Response:
+    if not _is_filled(response):
         raise BadRow(f"the {name} is empty")
-    return answer
+    return response
 
 
-def _is_filled(answer: Answer) -> bool:
-    return bool(answer) and (isinstance(answer, str) or bool(answer[-1].content or answer[-1].more))
+def _is_filled(response: Response) -> bool:
+    return bool(response) and (isinstance(response, str) or bool(response[-1].content or response[-1].more))

@@ -1,10 +1,11 @@
 """Rows out of one local file, as they stand: JSON (.jsonl, .json), tables (.csv, .tsv), plain text (.txt), each also
 packed by gzip or zstd or in a .zip, and .parquet.
 
-Names say whether a text is JSON, a table or plain; all else is told by looking: packing, encoding, separators, and
-how the rows lie in JSON, see `json_rows`. Of plain text each line is a row with the column ``text``, as `datasets` has
-it. A file is streamed, whatever its size. A row that cannot be read is returned as a `Row` with a problem, so that it
-can be counted and shown with its place; a file that cannot be read on, or is of another kind, is a UserError.
+A file's name says whether it is JSON, a table or plain text. Everything else is recognised by its content: packing,
+encoding, separators, and the form of JSON, see `json_rows`. In plain text each line is a row with the column ``text``,
+as in `datasets`. Files of any size are streamed. A row that cannot be read is returned as a `Row` with a problem, so
+that it can be counted and shown with its place. A file that cannot be read to its end, or is of another kind, is a
+UserError.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _unpacked(name: str) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """What a file is, and what to do about it, if rows are read from none such; else ''."""
+    """What a file is and what to do about it, if no rows can be read from it; else ''."""
     try:
         with open(path, "rb") as stream:
             return unreadable_kind(stream.read(_HEAD_OF_KIND))
@@ -74,9 +75,9 @@ def kind_of(path: Path) -> str:
 
 
 def members(path: Path, label: str) -> list[str] | None:
-    """The names of the data files in a zip archive, whatever it is called; None for another file.
+    """The names of the data files in a zip archive, whatever its name; None if the file is no zip archive.
 
-    Raises UserError for an archive that is damaged, or that holds none.
+    Raises UserError for an archive that is damaged or holds no data file.
     """
     try:
         with open(path, "rb") as stream:
@@ -87,7 +88,7 @@ def members(path: Path, label: str) -> list[str] | None:
     except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
         raise UserError(f"{label}: the zip archive cannot be read: {error}") from error
     except OSError:
-        return None  # said where it is read
+        return None  # reported when the file is read
     found = [
         name
         for name in names
@@ -105,8 +106,9 @@ def read_rows(
 ) -> Iterator[Row]:
     """The rows of a file, or of a ``member`` of a zip archive, in order.
 
-    ``label`` stands for the file in each row's place and in messages; ``note`` takes what is worth saying of the file
-    though it can be read.
+    Args:
+        label: the file's name in each row's place and in messages.
+        note: called with remarks about a file that can be read.
     """
     name = _unpacked(member or path.name)
     try:
@@ -121,7 +123,7 @@ def read_rows(
                 return
             encoding = encoding_of(head, cut, form, label)
             start = head.decode(encoding, INVALID)
-            # In tables a line end of the other kind may be within a field.
+            # In tables, a line end of the other kind may be part of a field.
             ended = start.partition("\r")[0] if name.endswith(_TABLES) and "\r\n" not in start else start
             newline = "\r" if "\r" in start and "\n" not in ended else "\n"
 
@@ -143,7 +145,7 @@ def read_rows(
 
 
 def _opened(path: Path, member: str | None, stack: ExitStack) -> BinaryIO:
-    """The content from its start, unpacked; closed with the ``stack``."""
+    """The unpacked content, at its start; the ``stack`` closes it."""
     stream: BinaryIO
     if member is None:
         stream = stack.enter_context(open(path, "rb"))
@@ -189,7 +191,7 @@ def _parquet_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
     number = 0
     try:
         file = pyarrow.parquet.ParquetFile(stream)
-        # Asked for all groups, pyarrow holds many at a time.
+        # Group by group: asked for all groups at once, pyarrow keeps many in memory.
         for batch in chain.from_iterable(
             file.iter_batches(batch_size=256, row_groups=[group]) for group in range(file.num_row_groups)
         ):

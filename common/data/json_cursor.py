@@ -1,4 +1,4 @@
-"""JSON text read value by value, however long it is as a whole."""
+"""JSON text read value by value, so that a file of any length is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ _LINE_END = re.compile(r"[\r\n]")
 
 
 class Broken(Exception):
-    """JSON that cannot be read on; says what and where."""
+    """JSON that cannot be read further; the message says why and where."""
 
 
 class Cursor:
-    """A place in JSON text that is read as it is needed. ``comments``: lines of them that were passed."""
+    """A place in JSON text, which is read as needed.
+
+    Attributes:
+        at: the place in the part of the text that is in memory.
+        comments: comment lines that were passed.
+        rows: rows begun so far, for errors; the caller counts them.
+    """
 
     def __init__(self, text: TextIO | None, buffer: str = ""):
         self._text, self._buffer, self.at = text, buffer, 0
         self.comments = 0
         self._what = ""
-        self.rows = 0  # begun
+        self.rows = 0
 
     def _more(self) -> bool:
         if self._text is None:
@@ -35,7 +41,7 @@ class Cursor:
         return bool(found)
 
     def peek(self) -> str:
-        """The next character that is no white space, nor in a comment; '' at the end."""
+        """The next character that is neither white space nor part of a comment; '' at the end."""
         while True:
             mark = self._buffer[self.at : self.at + 1]
             if mark in (" ", "\t", "\n", "\r", "\ufeff"):
@@ -59,7 +65,7 @@ class Cursor:
         self.at = end.end()
 
     def take(self, *marks: str) -> str:
-        """The next character, one of ``marks``."""
+        """Pass the next character, which must be one of ``marks``; raises Broken if it is not."""
         mark = self.peek()
         if mark not in marks:
             raise self.broken()
@@ -67,12 +73,12 @@ class Cursor:
         return mark
 
     def value(self) -> Any:
-        """The next value, of which at most `MAX_ROW_BYTES` are read."""
+        """The next value. Raises Broken if it is no JSON, or longer than `MAX_ROW_BYTES`."""
         self.peek()
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self._buffer, self.at)
-                # A number at the end of the buffer may go on behind it.
+                # A number at the end of the buffer may continue in the text that has not been read yet.
                 if end < len(self._buffer) or not self._more():
                     self.at = end
                     return value
@@ -89,7 +95,7 @@ class Cursor:
         )
 
     def elements(self) -> Iterator[Callable[[], Any]]:
-        """For each element of the array that comes next a function that reads it, to be called before the next."""
+        """For each element of the array that comes next, a function that reads it; call it before taking the next."""
         self.take("[")
         self._what = " array"
         if self.peek() == "]":
@@ -101,7 +107,7 @@ class Cursor:
             mark = self.take(",", "]")
 
     def parts(self) -> Iterator[Callable[[], Any]]:
-        """As `elements`, for the values of an object too; any other value is its only part."""
+        """As `elements`, also for the values of an object; any other value is a single part."""
         mark = self.peek()
         if mark == "[":
             yield from self.elements()
@@ -111,7 +117,7 @@ class Cursor:
             yield self.value
 
     def members(self) -> Iterator[str]:
-        """Each key of the object that comes next; its value is to be read before the next."""
+        """Each key of the object that comes next; read its value before taking the next key."""
         self.take("{")
         if self.peek() == "}":
             self.take("}")

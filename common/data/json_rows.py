@@ -1,9 +1,9 @@
 """Rows out of JSON text: objects in lines, arrays, objects over several lines, one object that holds the rows
 under a key, and tables by column.
 
-Lines are read one by one, so that a broken one costs its row alone. All else has no places at which to start anew, so
-what is broken there ends the reading. A row at a time is in memory, except of tables by column, whose rows are only
-known when all of the file is.
+Lines are read one by one, so a broken line costs only its own row. In the other forms no place is known at which
+reading could start again, so broken JSON ends it. One row at a time is in memory, except for tables by column, which
+must be read completely before the first row is known.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from common.data.json_cursor import COMMENTS, Broken, Cursor
 from common.data.rows import TOO_LONG, FileFormat, Note, Row, lines, row_of
 from common.errors import UserError, did_you_mean
 
-_FIRST_LINES = 3  # in one of which a broken first row shows, if each row has a line of its own
+_FIRST_LINES = 3  # where each row has a line of its own, a broken first row shows in one of these
 _MAX_TABLE = 2**31  # characters of a table by column
-_LOOKED_AT = 50  # lines, to tell whether a file is JSON at all
-# Lists of objects that are a part of one row.
+_LOOKED_AT = 50  # lines that decide whether a file is JSON at all
+# Keys whose lists of objects are part of one row.
 _PARTS = {"conversation", "tools", "functions", "history"}
 _MESSAGE = ("role", "from")
-# Keys that hold the rows of a file, also where texts lie beside them.
+# Keys that hold the rows of a file, even where other keys hold texts.
 _CONTAINERS = {"data", "rows", "train", "training", "test", "validation", "examples", "instances", "items", "records"}
 
 
@@ -34,8 +34,14 @@ def json_rows(
 ) -> Iterator[Row]:
     """The rows of JSON text.
 
-    ``opened`` gives the text from its start; ``head`` is its first part, all of it unless ``cut``.
-    Raises UserError for text that is no JSON, or broken where it does not keep to lines.
+    Args:
+        opened: opens the text at its start.
+        head, cut: the first part of the text, and whether more follows.
+        label: the file, for errors and places.
+
+    Raises:
+        UserError: the text is no JSON, or is broken and not written in lines.
+        DataFieldError: the file has no key `form.data_field`.
     """
     head = head.replace("\r\n", "\n").replace("\r", "\n")
     shape, otherwise = _shape(head, cut)
@@ -59,8 +65,11 @@ def json_rows(
 
 
 def _shape(head: str, cut: bool) -> tuple[str, str]:
-    """'lines' of one value each; 'object': one, over all of the file; 'values': arrays or several objects that do not
-    keep to lines. And what it is if it turns out to be no single object."""
+    """(the form of the text, the form to assume if it turns out not to be a single object).
+
+    Forms: "lines" of one value each; "object": one object, which is the whole file; "values": arrays, or several
+    objects that are not written one per line.
+    """
     start = Cursor(None, head)
     mark = start.peek()
     if mark not in ("[", "{"):
@@ -74,7 +83,8 @@ def _shape(head: str, cut: bool) -> tuple[str, str]:
     except ValueError as error:
         if mark == "[":
             return "values", ""
-        # It goes on behind the head, or it is broken: in lines of their own that shows in one of the first.
+        # Either the value continues behind the head, or it is broken. If every row has a line of its own, a broken one
+        # shows in one of the first lines.
         goes_on = cut and (getattr(error, "lineno", 1) > _FIRST_LINES or "\n" not in rest[getattr(error, "pos", 0) :])
         return ("object" if goes_on or first.strip() == "{" else "lines"), ("values" if "\n" in rest else "lines")
     whole_line = end <= len(first.rstrip()) and not rest[end : len(first)].strip()
@@ -83,7 +93,7 @@ def _shape(head: str, cut: bool) -> tuple[str, str]:
             return "lines", ""  # a dialogue a line
         if value and isinstance(value[0], list) and value[0] and isinstance(value[0][0], dict):
             return "values", ""  # an array of dialogues
-        # Lists of texts line by line are rows of another kind, to be named one by one.
+        # Lines that hold lists of texts are bad rows, each to be reported with its line.
         return ("lines" if whole_line and value and not isinstance(value[0], dict) else "values"), ""
     after = Cursor(None, rest[end:]).peek()
     if not cut and not after:
@@ -92,7 +102,7 @@ def _shape(head: str, cut: bool) -> tuple[str, str]:
 
 
 def _no_json(head: str, cut: bool) -> str:
-    """What the text is, if by its first lines it is no JSON; else ''."""
+    """What the text is and what to do, if its first lines show that it is no JSON; else ''."""
     found = [
         line
         for line in map(str.strip, head.split("\n", _LOOKED_AT)[: -1 if cut else _LOOKED_AT])
@@ -145,7 +155,7 @@ def _array_rows(cursor: Cursor, label: str) -> Iterator[Row]:
 
 
 def _value_rows(cursor: Cursor, label: str, note: Note) -> Iterator[Row]:
-    """Arrays of rows, rows, or both, one after another."""
+    """The rows of arrays and single objects that follow one another."""
     while mark := cursor.peek():
         if mark == "[":
             yield from _array_rows(cursor, label)
@@ -158,9 +168,10 @@ def _value_rows(cursor: Cursor, label: str, note: Note) -> Iterator[Row]:
 
 
 def _members(cursor: Cursor, otherwise: str) -> dict[str, str] | None:
-    """What kind of value each key of the only object has: 'rows' (a list of objects), 'list', 'object' or 'other'.
+    """The kind of value that each key of the only object has: "rows" (a list of objects), "list", "object", "text" or
+    "other".
 
-    None if more than the object follows, or, in what may be ``otherwise`` lines, if it cannot be read.
+    None if something follows the object, or if it cannot be read and the text may be `otherwise` "lines".
     """
     members: dict[str, str] = {}
     try:
@@ -181,7 +192,7 @@ def _members(cursor: Cursor, otherwise: str) -> dict[str, str] | None:
 
 
 def _is_row(value: Any) -> bool:
-    """Whether an element of a list is a row, not a message of a dialogue."""
+    """Whether an element of a list is a row rather than a message of a dialogue."""
     return isinstance(value, dict) and not any(name in value for name in _MESSAGE)
 
 
@@ -190,7 +201,7 @@ def _object_rows(
 ) -> Iterator[Row]:
     """The rows of a file that is one object."""
     holding = [key for key, kind in members.items() if kind == "rows"]
-    if "text" in members.values():  # else it is one row, with a list in one of its columns
+    if "text" in members.values():  # otherwise the object is one row with a list in one of its columns
         holding = [key for key in holding if key.lower() in _CONTAINERS]
     field = form.data_field
     if field is not None and field not in members:
@@ -233,7 +244,7 @@ def _named(keys: Iterable[str]) -> str:
 
 
 def _table_rows(value: Any, label: str) -> Iterator[Row]:
-    """The rows of an object that is a table, in any of the forms that pandas writes, or that is one row itself."""
+    """The rows of an object that is a table, in any form that pandas writes, or that is itself one row."""
     columns = list(value.values()) if isinstance(value, dict) else []
     if columns and all(isinstance(column, dict) and _is_row(column) for column in columns):
         rows = _by_number(value) if _is_numbered(value) else columns
@@ -248,7 +259,7 @@ def _table_rows(value: Any, label: str) -> Iterator[Row]:
 
 
 def _is_numbered(table: dict[str, dict]) -> bool:
-    """Whether the inner keys are the rows' numbers, so that the outer ones are the columns."""
+    """Whether the inner keys are row numbers, so that the outer keys are the columns."""
     return not all(map(str.isdecimal, table)) and all(map(str.isdecimal, chain.from_iterable(table.values())))
 
 

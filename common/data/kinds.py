@@ -1,8 +1,8 @@
-"""What a file is by its first bytes, whatever its name says."""
+"""The kind of a file, recognised by its first bytes and not by its name."""
 
 from __future__ import annotations
 
-# Text may begin with a parquet file's "PAR1", but not with what each such file has behind it.
+# A text may begin with "PAR1" too, but not with the byte that follows it in every parquet file.
 GZIP, ZSTD, ZIP, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"PAR1\x15"
 
 _BEGINNINGS = (
@@ -32,7 +32,7 @@ _BINARY = 0.05  # share of NUL bytes above which a file holds no text
 
 
 def unreadable_kind(head: bytes) -> str:
-    """What a file that begins so is and what to do about it, if it is none that rows are read from; else ''."""
+    """What a file with this beginning is and what to do about it, if no rows can be read from it; else ''."""
     for beginning, what in _BEGINNINGS:
         if head.startswith(beginning):
             return what
@@ -51,5 +51,5 @@ def unreadable_kind(head: bytes) -> str:
 
 
 def is_binary(head: bytes) -> bool:
-    """Whether a file that begins so holds no text of which a byte at a time can be read."""
+    """Whether a file with this beginning holds binary data: more NUL bytes than a text would have."""
     return head.count(0) > _BINARY * len(head)

@@ -1,8 +1,8 @@
-"""By how many of the user's turns a dialogue is told from others.
+"""By how many of the user's turns a dialogue is told from others, so that a split keeps the right ones together.
 
-By the first one, mostly. Where many dialogues of a source begin with the same turn ("Hello"), that would give all of
-them to one step and one side, so each of these is keyed by as many further turns as it takes. A prompt that continues
-another goes with it, since both have the turns of the key.
+By the first turn, usually. Where many dialogues of a source begin with the same turn ("Hello"), this would give all of
+them to one step and one side. Each of these is therefore keyed by as many further turns as are needed to tell them
+apart. A prompt that continues another goes with it, since both begin with the turns of the key.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.split import beginnings, normalised
+from common.data.split import normalised, prefix_hashes
 
-_SHARE = 0.01  # of a source's dialogues: an opening that more of them share is extended,
-_FEW = 4  # if they are more than so many: small data are not to be torn apart
+# A first turn is shared by too many if more than this share of a source's dialogues begin with it,
+_SHARE = 0.01
+_FEW = 4  # and more than so many: small data sets are not to be torn apart.
 _DEEPEST = 32  # turns that are looked at
 _MANY = 2**21  # entries after which repeated ones are dropped
 
 
 @dataclass(frozen=True)
-class Key:
-    """``text``: what a split hashes. ``dialogue``: 64 bits; two dialogues have the same if one rule keeps them
-    together. ``turns``: how many of the user's turns the key consists of."""
+class SplitKey:
+    """What a split tells a dialogue by.
+
+    Attributes:
+        text: what a split hashes.
+        dialogue: 64 bits, the same for all dialogues that the rule keeps together.
+        turns: how many of the user's turns the key consists of.
+    """
 
     text: str
     dialogue: int
@@ -35,7 +41,9 @@ class Key:
 class KeyRule:
     """How the dialogues of a source are keyed.
 
-    ``split_by``: "auto", "opening" or "prompt". ``shared``: the `split.beginnings` that too many dialogues share.
+    Attributes:
+        split_by: "auto", "opening" (the first turn) or "prompt" (all turns).
+        shared: the `split.prefix_hashes` of beginnings that too many dialogues share, with "auto".
     """
 
     split_by: str = "opening"
@@ -43,41 +51,42 @@ class KeyRule:
 
     @property
     def needs_all_turns(self) -> bool:
-        """Whether more than the first turn can matter."""
+        """Whether the key can depend on more than the first turn."""
         return self.split_by == "prompt" or bool(self.shared)
 
-    def key(self, turns: Sequence[str]) -> Key:
-        """The key of a dialogue by the user's turns, one at least."""
-        hashes = beginnings(turns if self.needs_all_turns else turns[:1])
+    def key(self, turns: Sequence[str]) -> SplitKey:
+        """The key of a dialogue by the user's turns, at least one."""
+        hashes = prefix_hashes(turns if self.needs_all_turns else turns[:1])
         count = len(turns) if self.split_by == "prompt" else 1
         while count < len(turns) and hashes[count - 1] in self.shared:
             count += 1
         text = turns[0] if count == 1 else "\0".join(map(normalised, turns[:count]))
-        # All that is kept together with a dialogue which ends here is that very dialogue.
-        ends = self.split_by == "prompt" or hashes[count - 1] in self.shared
-        return Key(text, whole(turns) if ends else hashes[count - 1], count)
+        # A dialogue that ends within a shared beginning must not pull along the many that continue it.
+        stands_alone = self.split_by == "prompt" or hashes[count - 1] in self.shared
+        return SplitKey(text, full_dialogue_hash(turns) if stands_alone else hashes[count - 1], count)
 
 
-def whole(turns: Sequence[str]) -> int:
-    """The hash of a dialogue as it stands, which no dialogue that continues it has."""
-    return beginnings([*turns, ""])[-1]
+def full_dialogue_hash(turns: Sequence[str]) -> int:
+    """The hash of exactly this dialogue; a dialogue that continues it has another."""
+    return prefix_hashes([*turns, ""])[-1]
 
 
 def all_keys(turns: Sequence[str]) -> list[int]:
-    """Every `Key.dialogue` that a dialogue can have, whatever the rule."""
-    return beginnings([*turns, ""])
+    """Every `SplitKey.dialogue` that a dialogue can have under any rule."""
+    return prefix_hashes([*turns, ""])
 
 
-class OpeningCounter:
-    """Counts the dialogues of a source in little memory: 17 bytes for each distinct beginning of one."""
+class FirstTurnCounter:
+    """Counts how many dialogues of a source share their first turns, in little memory: 17 bytes for each distinct
+    beginning."""
 
     def __init__(self) -> None:
         self._hashes, self._before, self._depths = array("q"), array("q"), array("B")
         self._limit = _MANY
 
     def add(self, turns: Sequence[str]) -> None:
-        """A dialogue, by the user's turns, one at least."""
-        hashes = beginnings(turns[:_DEEPEST])
+        """Count a dialogue, by the user's turns, at least one."""
+        hashes = prefix_hashes(turns[:_DEEPEST])
         self._hashes.extend(hashes)
         self._before.extend([0, *hashes[:-1]])
         self._depths.extend(range(len(hashes)))
@@ -86,21 +95,24 @@ class OpeningCounter:
             self._limit = max(_MANY, 2 * len(self._hashes))
 
     def shared(self) -> frozenset[int]:
-        """The beginnings that too many dialogues share. One that another continues is not counted beside it."""
+        """The beginnings that too many dialogues share.
+
+        Several prompts of one dialogue count once: of dialogues that continue one another, only the longest counts.
+        """
         hashes, before, depths = self._distinct()
         if not len(hashes):
             return frozenset()
         later = depths > 0
         ends = ~np.isin(hashes, before[later])
-        dialogues = ends.astype(np.int64)  # that begin so
+        dialogues = ends.astype(np.int64)  # how many dialogues begin with each
         parents = np.searchsorted(hashes, before)
         for depth in range(int(depths.max()), 0, -1):
-            here = depths == depth
-            np.add.at(dialogues, parents[here], dialogues[here])
+            at_depth = depths == depth
+            np.add.at(dialogues, parents[at_depth], dialogues[at_depth])
         return frozenset(hashes[dialogues > max(_SHARE * ends.sum(), _FEW)].tolist())
 
     def _distinct(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(hashes in order, the hash of one turn less, number of turns less one), each beginning once."""
+        """(hashes in ascending order, the hash of one turn less, number of turns minus one), each beginning once."""
         hashes, first = np.unique(np.frombuffer(self._hashes, np.int64), return_index=True)
         before = np.frombuffer(self._before, np.int64)[first]
         depths = np.frombuffer(self._depths, np.uint8)[first]

@@ -143,7 +143,7 @@ def naming_flags(
         )
         raise UserError(f"{flags} {error}{advice}") from error.__cause__
     except SourceError as error:
-        raise UserError(f"{source_flag(error.subject)} {error}") from error.__cause__
+        raise UserError(f"{source_flag(error.source)} {error}") from error.__cause__
     except NoEndTokenError as error:
         raise UserError(f"{error}: pass --add_eot_token (and --eot_token for its name)") from error.__cause__
     except (DataError, TemplateError, NotWritable) as error:

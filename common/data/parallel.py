@@ -1,4 +1,4 @@
-"""A function over many items, by all cores, with the results in order and few items in memory at a time."""
+"""A function applied to many items by all cores, with the results in order and few items in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from common.runtime.distributed import cores
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_ALONE = 4  # items done before any process is started: what is small is ready by then
-_MOST_PROCESSES = 8  # reading the items, which one process does, keeps no more of them busy
+_ALONE = 4  # items done before any process is started: small data needs none
+_MOST_PROCESSES = 8  # the one process that reads the items cannot keep more of them busy
 
 _function: Callable | None = None
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map`, by several processes where there are cores and items enough; each holds two items at a time.
+    """`map`, by several processes if there are enough cores and items; each holds two items at a time.
 
     Raises:
-        UserError: a process was ended from outside. What the function raises passes through.
+        UserError: a process was ended from outside. Errors of the function pass through.
     """
     items = iter(items)
     processes = min(cores(), _MOST_PROCESSES)
@@ -40,7 +40,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
 
 
 def _by_processes(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
-    # Forked, since the function (a tokenizer, mostly) need not be copied then, nor the program imported again.
+    # Forked: then the function (usually with a tokenizer) is not copied, and the program not imported again.
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin, (function,))
     waiting: deque[Future] = deque()
     try:
@@ -61,13 +61,14 @@ def _by_processes(function: Callable[[Item], Result], items: Iterable[Item], pro
 def _begin(function: Callable) -> None:
     global _function
     _function = function
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the program, which then ends its processes
+    for number in (signal.SIGINT, signal.SIGTERM):  # the program handles them and then ends its processes
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A program that is killed has no time to end its processes, and they would wait for items for ever."""
+    """End this process when its program is gone: a program that is killed cannot end its processes, and they would wait
+    for items for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this runs in the processes of a pool alone
     wait([parent.sentinel])

@@ -8,29 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 from common.data.errors import NothingToTrainOnError, TooLongError
 from common.data.hints import HOLD_OUT_MORE, TEXT_HAS_TEMPLATE, USE_COLUMN
-from common.data.reading import Counts, ReadReport
+from common.data.read_report import Counts, ReadReport
 from common.errors import UserError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _SHOWN = 5  # refused rows shown with their place
-_FEW = 20  # with fewer rows to evaluate on, chance moves a metric as much as training does
+_FEW = 20  # with fewer rows to evaluate on, a metric changes as much by chance as by training
 
 
 @dataclass
 class PreparationReport:
-    """What became of the rows. All but `read` counts records, repeated ones as often as their weight repeats
-    them.
+    """What became of the rows. `read` counts rows, everything else records; a record that the weight of its source
+    repeats is counted each time.
 
     Attributes:
         read: the rows of each source, and those that could not be used.
-        refused: records that cannot be written with the template; `first_refused` says where and why.
-        marked: records whose text has the marks of a template; `first_marked` says where and which.
+        refused: records that cannot be written with the template; `first_refused` has (where, why).
         other_phases: records whose prompts belong to another step.
-        repeated_prompts: dropped, where prompts alone are wanted.
-        too_long: dropped, since the response does not fit; `prompts_cut`: the prompt lost its beginning.
-        train_rows, eval_rows: what is left.
+        repeated_prompts: repetitions of a prompt, dropped where prompts alone are wanted.
+        marked: records whose text contains marks of a template; `first_marked` has (where, mark).
+        too_long: records dropped since the response does not fit.
+        prompts_cut: records whose prompt lost its beginning.
+        train_rows, eval_rows: the rows that are left.
     """
 
     read: ReadReport = field(default_factory=ReadReport)
@@ -55,7 +56,7 @@ class PreparationReport:
         self.first_marked = self.first_marked or [(where, mark)]
 
     def add(self, encoded: PreparationReport) -> None:
-        """Count what became of further records on their way from record to ids."""
+        """Add the counts of further records that were encoded."""
         self.refused += encoded.refused
         self.first_refused = (self.first_refused + encoded.first_refused)[:_SHOWN]
         self.marked += encoded.marked

@@ -1,5 +1,4 @@
-"""Records to ids, once: written to Arrow files that every later start, and every rank, only maps into
-memory."""
+"""Records to ids, once: they are written to Arrow files, which every rank and every later start maps into memory."""
 
 from __future__ import annotations
 
@@ -30,33 +29,38 @@ from common.errors import DataError, UserError
 from common.paths import NotWritable, checked_writing
 from common.runtime.distributed import gather_objects
 
-_TESTED = "tested.npy"
+_TEST_PROMPTS = "tested.npy"
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """Memory-mapped rows of ids.
 
-    Columns, by kind: `prompt_ids` and `response_ids` | `prompt_ids`, `chosen_ids` and `rejected_ids` |
-    `prompt_ids` | `input_ids`. Always `length`, the tokens of the row's longest sequence, and `dialogue`, see
-    `common.data.openings.Key`. `tested`: the dialogues that are not trained on, by any rule: all prompts of the
-    sources' own test data, whatever became of their rows, and what is held out. `key`: a hash of all that decided the
-    content.
+    Columns by kind: demonstration: `prompt_ids`, `response_ids`; comparison: `prompt_ids`, `chosen_ids`,
+    `rejected_ids`; prompt: `prompt_ids`; text: `input_ids`. Always `length`, the tokens of the row's longest sequence,
+    and `dialogue`, see `common.data.openings.SplitKey`.
+
+    Attributes:
+        train, eval: the rows to train and to evaluate on.
+        test_prompt_hashes: (N,) int64, `SplitKey.dialogue` of the dialogues that must not be trained on, under any
+            rule: all prompts of the sources' own test data, whatever became of their rows, and those held out.
+        report: what became of the rows.
+        key: see `common.data.request.data_key`.
     """
 
     train: Dataset
     eval: Dataset
-    tested: np.ndarray
+    test_prompt_hashes: np.ndarray
     report: PreparationReport
     key: str
 
 
 def prepare(request: DataRequest, codec: Codec) -> PreparedData:
-    """The data of a step, from the cache where they have been prepared before.
+    """The data of a step, from the cache if it has been prepared before.
 
-    One of the ranks that share the cache prepares while the others wait for the result; no process group is
-    needed, so a wait may last as long as it takes. The result is the same on every rank, unless a source
-    changes meanwhile, see `agree_on`. A local file is hashed again only when its place, size or time of change differs.
+    One of the ranks that share the cache prepares while the others wait for the result. No process group is needed, so
+    that no collective's timeout limits the wait. The result is the same on every rank unless a source changes
+    meanwhile, see `agree_on`. A local file is hashed again only when its place, size or modification time differs.
 
     Raises:
         DataError: a source cannot be read, too many rows are unusable, or none is left to train on; see
@@ -68,7 +72,7 @@ def prepare(request: DataRequest, codec: Codec) -> PreparedData:
 
 
 def prepare_many(requests: Sequence[DataRequest], codec: Codec) -> PreparedData:
-    """The data of several requests of one kind in a row. What one holds out, none trains on. Raises as
+    """The data of several requests of one kind, one after another. What one holds out, none trains on. Raises as
     `prepare`."""
     with checked_writing(requests[0].cache_dir):
         parts = [_from_cache(request, codec) for request in requests]
@@ -78,10 +82,10 @@ def prepare_many(requests: Sequence[DataRequest], codec: Codec) -> PreparedData:
 
 
 def agree_on(*data: PreparedData) -> None:
-    """Make sure that all ranks of the process group have prepared the same.
+    """Check that all ranks of the process group have prepared the same data.
 
     Raises:
-        UserError: on every rank alike, if they have not.
+        UserError: on every rank, if they have not.
     """
     keys = gather_objects([part.key for part in data])
     for rank, theirs in enumerate(keys):
@@ -115,16 +119,20 @@ def _from_cache(request: DataRequest, codec: Codec) -> PreparedData:
 def _joined(parts: Sequence[PreparedData]) -> PreparedData:
     held_out = concatenate_datasets([part.eval for part in parts])
     train = concatenate_datasets([part.train for part in parts])
-    tested = np.concatenate([part.tested for part in parts])
-    train = _without(train, tested)
+    test_prompt_hashes = np.concatenate([part.test_prompt_hashes for part in parts])
+    train = _without(train, test_prompt_hashes)
     report = functools.reduce(PreparationReport.joined, (part.report for part in parts))
     return PreparedData(
-        train, held_out, tested, replace(report, train_rows=len(train)), " ".join(part.key for part in parts)
+        train,
+        held_out,
+        test_prompt_hashes,
+        replace(report, train_rows=len(train)),
+        " ".join(part.key for part in parts),
     )
 
 
-def _without(train: Dataset, tested: np.ndarray) -> Dataset:
-    seen = np.isin(train.data.column("dialogue").to_numpy(), tested)
+def _without(train: Dataset, test_prompt_hashes: np.ndarray) -> Dataset:
+    seen = np.isin(train.data.column("dialogue").to_numpy(), test_prompt_hashes)
     return train.select(np.flatnonzero(~seen)) if seen.any() else train
 
 
@@ -135,7 +143,7 @@ def _load(directory: Path, announce: bool) -> PreparedData | None:
     try:
         report = PreparationReport.from_json(unseal(directory))
         train, held_out = (Dataset.from_file(str(directory / f"{side}.arrow")) for side in ("train", "eval"))
-        tested = np.load(directory / _TESTED)
+        test_prompt_hashes = np.load(directory / _TEST_PROMPTS)
         if (len(train), len(held_out)) != (report.train_rows, report.eval_rows):
             raise Damaged("its rows are not those of its report")
     except OtherFormat as error:
@@ -146,31 +154,31 @@ def _load(directory: Path, announce: bool) -> PreparedData | None:
         if announce:
             print(f"{directory} is damaged: {error}; it has to be prepared again", flush=True)
         return None
-    train = _without(train, tested)
-    return PreparedData(train, held_out, tested, replace(report, train_rows=len(train)), directory.name)
+    train = _without(train, test_prompt_hashes)
+    return PreparedData(train, held_out, test_prompt_hashes, replace(report, train_rows=len(train)), directory.name)
 
 
 def _build(request: DataRequest, codec: Codec, target: Path) -> None:
-    """Prepare into a directory of its own and move that into place: what is there is whole."""
+    """Prepare into a draft directory and rename it to `target`, so that a directory of that name is complete."""
     for left_over in (target, *target.parent.glob(f"{target.name}.tmp*")):
         shutil.rmtree(left_over, ignore_errors=True)
     directory = target.with_name(f"{target.name}.tmp{secrets.token_hex(4)}")
-    directory.mkdir()  # which colleagues may read, if the umask lets them: not so a temporary directory
+    directory.mkdir()  # not by tempfile, whose directories colleagues may not read
     try:
         report = PreparationReport()
-        tested: set[int] = set()
+        test_prompt_hashes: set[int] = set()
         held_out_keys: set[int] = set()
         encode = Encoder(request.kind, request.max_tokens, codec)
         write = functools.partial(ArrowWriter, features=features(request.kind))
         with write(path=str(directory / "train.arrow")) as train, write(path=str(directory / "eval.arrow")) as held_out:
-            for *sides, outcome in in_order(encode, chunks(_taken(request, report, tested, held_out_keys))):
+            for *sides, outcome in in_order(encode, chunks(_taken(request, report, test_prompt_hashes, held_out_keys))):
                 for writer, rows in zip((train, held_out), sides):
                     if len(rows):
                         writer.write_table(rows)
                 report.add(outcome)
             report.train_rows, _ = train.finalize()
             report.eval_rows, _ = held_out.finalize()
-        np.save(directory / _TESTED, np.fromiter(tested | held_out_keys, np.int64))
+        np.save(directory / _TEST_PROMPTS, np.fromiter(test_prompt_hashes | held_out_keys, np.int64))
         seal(directory, report.to_json())
         directory.rename(target)
     except BaseException:
@@ -179,9 +187,9 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
 
 
 def _taken(
-    request: DataRequest, report: PreparationReport, tested: set[int], held_out_keys: set[int]
+    request: DataRequest, report: PreparationReport, test_prompt_hashes: set[int], held_out_keys: set[int]
 ) -> Iterator[tuple[bool, SourcedRecord]]:
-    """(is for evaluation, record) for each record of this step."""
+    """(whether it is for evaluation, record) for each record of this step. Fills the two sets of hashes."""
     records = read_records(
         request.data_path,
         request.kind,
@@ -189,34 +197,34 @@ def _taken(
         max_rows=request.max_rows,
         pairs_per_prompt=request.pairs_per_prompt,
         report=report.read,
-        tested=tested,
+        test_prompt_hashes=test_prompt_hashes,
         split_by=request.split_by,
         shared=request.shared,
     )
     by_turns = parse_split_by(request.split_by) is None
     prompts_seen: set[tuple[int, int]] = set()
     for sourced in records:
-        place = assignment(sourced.key, request.data_split, request.eval_fraction)
+        place = assignment(sourced.split_key, request.data_split, request.eval_fraction)
         if not place.is_eval and request.phase not in (None, place.phase):
-            # Test data too: another step may have a source, without such data, that trains it on the same prompt.
+            # Also test data: another step may train on the same prompt, from a source without test data.
             report.other_phases += 1
             continue
         is_eval = place.is_eval or sourced.split == "test"
         if is_eval and sourced.copy:
             continue
         if isinstance(sourced.record, Prompt):
-            # A set of comparisons may have several to a prompt; a rollout has no use for the same prompt twice.
+            # Several comparisons may share a prompt, but a rollout answers each prompt once.
             prompt = _hash(repr(sourced.record)), sourced.copy
             if prompt in prompts_seen:
                 report.repeated_prompts += 1
                 continue
             prompts_seen.add(prompt)
-        if is_eval:  # by the rule of this source; another may key the same dialogue by fewer turns or by more
+        if is_eval:  # under every rule: another source may key the same dialogue by fewer turns or by more
             held_out_keys.update(all_keys(user_turns(sourced.record)) if by_turns else [sourced.dialogue])
         yield is_eval, sourced
     parts = sum(share > 0 for share in parse_data_split(request.data_split)) if request.phase is not None else 1
     if parts == 1 and not request.eval_fraction:
-        report.read.inseparable.clear()  # and no need to be
+        report.read.inseparable.clear()  # nothing is split, so it does not matter
 
 
 def _hash(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Whether files lie in a directory as they were written there, by their sizes and checksums."""
+"""Prepared files that are sealed when they are written and verified, by sizes and checksums, when they are read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 1
 READY = "READY"  # the file that is written last: a directory that has it is complete
 _LARGE = 10 * 2**30  # bytes that may take more than some seconds to read
 _A_DAY = 24 * 3600
-_VERIFIED = "VERIFIED"  # says who has read all of it, and in which state
+_VERIFIED = "VERIFIED"  # prefix of files that say which launch has verified the directory, and in which state
 
 
 class Damaged(ValueError):
@@ -34,18 +34,20 @@ class OtherFormat(ValueError):
 
 
 def seal(directory: Path, report: str) -> None:
-    """Write down what lies in a directory, and a report (JSON) about it."""
+    """Write `READY` into a directory: its format, the sizes and checksums of its files, and a report (JSON)."""
     files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(directory.iterdir())}
     content = json.dumps({"format": FORMAT, "files": files, "report": json.loads(report)}, indent=2)
     (directory / READY).write_text(f"{_text_checksum(content)}\n{content}\n", encoding="utf-8")
 
 
 def unseal(directory: Path) -> str:
-    """The report of a directory that is as `seal` has seen it. Reads all bytes, at the speed of the disk or of some
-    GB a second; of the ranks that one launcher starts on a machine the first does it for all.
+    """The report of a directory whose files are as they were when it was sealed.
+
+    Reads all bytes, some GB a second if the disk is as fast. Of the ranks that one launcher starts on a machine, the
+    first does it for all.
 
     Raises:
-        Damaged: a file is missing, or is not what was written.
+        Damaged: a file is missing or has changed.
         OtherFormat: it was written by another version of this module.
     """
     try:
@@ -85,7 +87,7 @@ def _text_checksum(text: str) -> str:
 
 
 def _verified(directory: Path, paths: Iterable[Path]) -> bool:
-    """Whether another rank of this launch has read the files already, and they are the same since."""
+    """Whether another rank of this launch has verified the files, and they have not changed since."""
     launch = _launch()
     with contextlib.suppress(OSError, ValueError, RecursionError):
         return launch is not None and json.loads(_note_of(directory, launch).read_text()) == [launch, _state(paths)]
@@ -94,7 +96,7 @@ def _verified(directory: Path, paths: Iterable[Path]) -> bool:
 
 def _note_verified(directory: Path, paths: Iterable[Path]) -> None:
     if (launch := _launch()) is not None:
-        with contextlib.suppress(OSError):  # a directory that may only be read
+        with contextlib.suppress(OSError):  # the directory may be read-only
             for old in directory.glob(f"{_VERIFIED}-*"):
                 if old.stat().st_mtime < time.time() - _A_DAY:
                     old.unlink(missing_ok=True)
@@ -102,12 +104,12 @@ def _note_verified(directory: Path, paths: Iterable[Path]) -> None:
 
 
 def _note_of(directory: Path, launch: list) -> Path:
-    """Each launch has a note of its own: several may use a directory at a time, and each has read it with its eyes."""
+    """The file in which a launch notes what it has verified; several launches may use the directory at a time."""
     return directory / f"{_VERIFIED}-{_text_checksum(json.dumps(launch))}"
 
 
 def _launch() -> list | None:
-    """What all ranks have in common that one launcher starts on a machine; None for a rank alone."""
+    """What identifies the launcher that started the ranks on this machine; None for a single rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     try:

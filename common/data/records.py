@@ -1,8 +1,8 @@
-"""The canonical records every data source is turned into, whatever its own columns were called.
+"""The canonical records that every data source is turned into, whatever its own columns are called.
 
-A comparison can serve as a demonstration (its chosen answer), and both can serve as a prompt; the readers in
-``common.data.layouts`` do that conversion. Texts carry no template and no cue, and no surrounding white space but
-an answer's own indentation: ``common.data.templates`` alone decides how a record is written out.
+A comparison can serve as a demonstration (its chosen response), and both can serve as a prompt; the readers in
+`common.data.layouts` convert them. Texts contain no template and no cue. They have no surrounding white space, except
+for the indentation of a response's first line. `common.data.templates` alone decides how a record is written out.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ RECORD_KINDS = ("prompt", "demonstration", "comparison", "text")
 class Message:
     """One turn of a dialogue.
 
-    ``more``: what a message has beside its text and only a chat template can write, as JSON with sorted keys:
-    ``reasoning_content``, ``thinking``, ``tool_calls``, ``tool_call_id``, ``name``; '' for nothing. ``trained``:
-    False for an answer that its row keeps from training; it takes no part in comparing messages.
+    Attributes:
+        role, content: who speaks, and the text.
+        more: JSON with sorted keys of what the message has beside its text, '' for nothing: ``reasoning_content``,
+            ``thinking``, ``tool_calls``, ``tool_call_id``, ``name``. Only a chat template can write these.
+        trained: False for a response that its row excludes from training. Comparing messages ignores it.
     """
 
     role: Role
@@ -29,50 +31,51 @@ class Message:
     trained: bool = field(default=True, compare=False, repr=False)
 
 
-# An answer is its text. Where that does not say all, it is messages, the first and the last of them the
-# assistant's: one with `more` beside its text, or several turns.
-Answer = str | tuple[Message, ...]
+# A response is usually its text. Where text is not enough, it is a tuple of messages: one message with `more`, or
+# several turns of which the first and the last are the assistant's.
+Response = str | tuple[Message, ...]
 
 
-def turns_of(answer: Answer) -> tuple[Message, ...]:
-    """An answer as messages."""
-    return (Message("assistant", answer),) if isinstance(answer, str) else answer
+def turns_of(response: Response) -> tuple[Message, ...]:
+    """A response as messages."""
+    return (Message("assistant", response),) if isinstance(response, str) else response
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialogue that waits for the assistant: the last message is the user's, or a tool's result.
+    """A dialogue that waits for the assistant: its last message is the user's, or the result of a tool.
 
-    ``asked``: the user's messages one by one as the source has them, where ``messages`` joins several in a row; it
-    takes no part in comparing prompts. ``tools``: the tools that may be called, a JSON list of their schemas; '' for
-    none.
+    Attributes:
+        messages: the turns; several messages of one speaker in a row are joined.
+        user_messages: the user's messages one by one, as the source has them. Comparing prompts ignores them.
+        tools: the tools that may be called, a JSON list of their schemas; '' for none.
     """
 
     messages: tuple[Message, ...]
-    asked: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    user_messages: tuple[str, ...] = field(default=(), compare=False, repr=False)
     tools: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.messages or self.messages[-1].role not in ("user", "tool"):
             raise ValueError("the last message of a prompt is the user's or a tool's")
 
     @property
     def first_user_turn(self) -> str:
-        """All that the user said before the first answer."""
+        """All that the user said before the first response."""
         return next(message.content for message in self.messages if message.role == "user")
 
 
 @dataclass(frozen=True)
 class Demonstration:
     prompt: Prompt
-    response: Answer
+    response: Response
 
 
 @dataclass(frozen=True)
 class Comparison:
     prompt: Prompt
-    chosen: Answer
-    rejected: Answer
+    chosen: Response
+    rejected: Response
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,11 @@ Record = Prompt | Demonstration | Comparison | PlainText
 
 
 def user_turns(record: Record) -> tuple[str, ...]:
-    """All that the user says, in order, by which dialogues are told apart (see `common.data.openings`); the text itself
-    where there is no dialogue."""
+    """All that the user says, in order; the text itself of a record without a dialogue.
+
+    Splits tell dialogues apart by these turns, see `common.data.openings`.
+    """
     if isinstance(record, PlainText):
         return (record.text,)
     prompt = record if isinstance(record, Prompt) else record.prompt
-    return prompt.asked or tuple(message.content for message in prompt.messages if message.role == "user")
+    return prompt.user_messages or tuple(message.content for message in prompt.messages if message.role == "user")

@@ -1,4 +1,4 @@
-"""What every reader of a file gives, and what every one is told about the file."""
+"""What the readers of all kinds of files share: rows, the format that the user states, lines of limited length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from common.errors import DataError
 
-# Longest row of a text file, in characters: what a hostile or broken file can make a reader hold.
+# Longest row of a text file, in characters: the most that a hostile or broken file can make a reader keep in memory.
 MAX_ROW_BYTES = 8 * 2**20
 TOO_LONG = f"longer than {MAX_ROW_BYTES // 2**20} MiB"
 
@@ -17,13 +17,18 @@ Note = Callable[[str], None]
 
 
 def ignore(said: str) -> None:
-    """Takes a note and does nothing with it."""
+    """A `Note` that does nothing."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """``where``: the file and the line, or the row's number where a file has no lines, from 1.
-    ``values``: column -> value as read, or None if there is a ``problem``."""
+    """A row of a file.
+
+    Attributes:
+        where: the file, and the line or, in a file without lines, the row's number, from 1.
+        values: column -> value as read; None if there is a problem.
+        problem: why the row cannot be read.
+    """
 
     where: str
     values: dict[str, Any] | None
@@ -32,20 +37,21 @@ class Row:
 
 @dataclass(frozen=True)
 class FileFormat:
-    """What a file does not say of itself.
+    """What the user states about files whose content does not show it; None: recognised by the content.
 
-    ``data_field``: the key that holds the rows, in a JSON file that is one object. ``encoding``: of text files
-    that are not UTF-8 and bear no mark. None: told by looking.
+    Attributes:
+        data_field: the key that holds the rows, in a JSON file that is one object.
+        encoding: of text files that are not UTF-8 and have no byte order mark.
     """
 
     data_field: str | None = None
     encoding: str | None = None
 
     def checked(self) -> FileFormat:
-        """This format. Raises DataError for an encoding that there is not."""
+        """This format. Raises DataError if there is no such encoding."""
         if self.encoding is not None:
             try:
-                # str.encode refuses what is a codec but no encoding of text, such as base64.
+                # str.encode refuses codecs that are no encodings of text, such as base64.
                 "".encode(codecs.lookup(self.encoding).name)
             except (LookupError, ValueError):
                 raise DataError(
@@ -64,7 +70,7 @@ def row_of(where: str, value: Any) -> Row:
 
 
 def lines(text: TextIO) -> Iterator[tuple[int, str | None]]:
-    """(line number, line); None for a line over `MAX_ROW_BYTES`, of which never more than that is in memory."""
+    """(line number, line); None for a line longer than `MAX_ROW_BYTES`, of which no more than that is in memory."""
     number = 0
     while line := text.readline(MAX_ROW_BYTES + 1):
         number += 1

@@ -1,8 +1,8 @@
 """Where rows come from: ``builtin:NAME``, a local file, a directory or zip archive of files, a saved data set, a hub
 data set.
 
-A local path wins over a hub name. A source consists of parts (files, splits), each of which belongs to training or to
-the source's own test data, see `splits`.
+A local path takes precedence over a hub name. A source consists of parts (files, splits). Each part belongs to training
+or to the source's own test data, see `splits`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,23 @@ from common.paths import content_digest, may_be_on_hub, similar_path, unreachabl
 from common.runtime.hub import announce_lookup
 
 _BUILTIN = "builtin:"
-# Plain text that lies beside data and is none.
+# Names of plain texts that lie beside data and are about it.
 _ABOUT = {"readme", "license", "licence", "notice", "changelog", "requirements"}
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """``label``: what messages and rows' places call it; ``name``: within its source; ``split``: 'train', 'test' or
-    'tested', test data for another kind of record, whose prompts are not to be trained on; ``rows``: gives them, and
-    calls what it is given with each thing worth saying; ``digest``: a hash of its content."""
+    """A file or split of a source.
+
+    Attributes:
+        label: its name in messages and in the places of rows.
+        name: its name within the source.
+        split: "train", "test" or "excluded": test data for another kind of record, which is not read as records but
+            whose prompts must not be trained on either.
+        rows: yields its rows; takes a `Note` that is called with remarks about the file.
+        digest: a hash of its content.
+    """
 
     label: str
     name: str
@@ -53,8 +60,12 @@ class Source:
 def open_source(spec: SourceSpec, kind: str | None = None) -> Source:
     """The parts of a source, in an order that depends on their names alone. Reads no rows yet.
 
-    ``kind``: the records wanted, where a source has splits for several; None: all parts. Raises SourceError if the
-    source does not exist, holds no data or cannot be reached.
+    Args:
+        kind: the wanted kind of record, which selects parts where a source has splits for several; None: all parts.
+
+    Raises:
+        SourceError: the source does not exist, holds no data or cannot be reached.
+        UserError: an archive or another file in it cannot be read.
     """
     source = local_source(spec, kind)
     if source is None:
@@ -64,7 +75,7 @@ def open_source(spec: SourceSpec, kind: str | None = None) -> Source:
 
 
 def local_source(spec: SourceSpec, kind: str | None = None) -> Source | None:
-    """A builtin task or a path as a source; None for what may be a name on the hub. Raises SourceError for neither."""
+    """A builtin task or a path as a source; None for a name that may be on the hub. Raises as `open_source`."""
     if spec.name.startswith(_BUILTIN):
         return _builtin(spec)
     path = Path(spec.name)
@@ -73,7 +84,7 @@ def local_source(spec: SourceSpec, kind: str | None = None) -> Source | None:
     except FileNotFoundError:
         pass
     except OSError as error:  # a name that is too long, a directory on the way that cannot be entered
-        raise SourceError(spec.name[:200], f"cannot be read: {error.strerror}") from None
+        raise SourceError(spec.name, f"cannot be read: {error.strerror}") from None
     if path.is_file():
         inside = members(path, spec.name)
         if inside:
@@ -143,7 +154,7 @@ def _directory(spec: SourceSpec, path: Path, kind: str | None) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved(spec, path, kind)
     try:
-        os.listdir(path)  # what cannot be looked into would seem to be empty
+        os.listdir(path)  # rglob takes a directory that cannot be read for an empty one
     except OSError as error:
         raise SourceError(spec.name, f"the directory cannot be read: {error.strerror}") from None
     inside = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
@@ -155,7 +166,7 @@ def _directory(spec: SourceSpec, path: Path, kind: str | None) -> Source:
         and not any(part.startswith(".") for part in name.split("/"))
         and not (is_plain_text(name) and file.name.lower().partition(".")[0] in _ABOUT)
     }
-    # Beside data, a text is about them, and an archive holds them once more.
+    # Beside data, a text is taken to be about the data, and an archive to hold the same data again.
     aside = [name for name in data if is_plain_text(name) or name.lower().endswith(".zip")]
     if len(aside) == len(data):
         aside = []
@@ -176,7 +187,7 @@ def _directory(spec: SourceSpec, path: Path, kind: str | None) -> Source:
 
 
 def _of_files(spec: SourceSpec, files: dict[str, tuple[Path, str | None]], kind: str | None) -> Source:
-    """A source of files, given by their names in it, each with the zip archive's member that it is, if any."""
+    """A source of files: name -> (path, member of the zip archive at that path, or None)."""
     names = sorted(files)
     choice = choose_splits(names, kind)
     digests = {path: _digest_of(path) for path, _ in files.values()}
@@ -194,7 +205,7 @@ def _saved(spec: SourceSpec, path: Path, kind: str | None) -> Source:
 
     try:
         saved = load_from_disk(str(path))
-    except Exception as error:  # whatever the library meets in a damaged directory
+    except Exception as error:  # a damaged directory can raise anything
         raise SourceError(spec.name, f"it is no readable saved data set: {_first_line(error)}") from error
     if isinstance(saved, Dataset):
         tables, folders = {"train": saved}, {"train": path}
@@ -219,7 +230,7 @@ def _load_hub(name: str, config_name: str | None) -> dict[str, Any]:
         except RuntimeError as error:
             if "script" not in str(error):
                 raise
-            # Sets defined by a program are not run; the hub keeps a converted copy of each on this branch.
+            # The programs that define some sets are not run; the hub keeps a converted copy of each on this branch.
             return dict(load_dataset(name, config_name, revision="refs/convert/parquet"))
     except Exception as error:  # unreachable, unknown, gated, no such configuration: each has its own class
         reason = unreachable_hub(error, str(config.HF_DATASETS_CACHE)) or _first_line(error)

@@ -1,9 +1,9 @@
-"""Which phase (1 SFT, 2 reward model, 3 PPO) and which side (training, evaluation) a dialogue belongs to.
+"""Which phase (SFT, reward model, PPO) and which side (training, evaluation) a dialogue belongs to.
 
-The assignment is a function of the dialogue's key alone: its first user turn, or what --split_by names. A
-dialogue's later prompts contain its earlier answers, so all of them must fall on the same side; and neither seed,
-node nor order may move a prompt from training to evaluation. `common.data.openings` says which dialogues are keyed
-by more turns than the first.
+The assignment is a function of the dialogue's split key alone: usually its first user turn, or the value of a column. A
+dialogue's later prompts contain its earlier responses, so all of them must fall on the same side. Neither seed, node
+nor order moves a prompt from training to evaluation. `common.data.openings` decides which dialogues are keyed by more
+turns than the first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _COLUMN = "column:"
 
 @dataclass(frozen=True)
 class Assignment:
-    phase: int  # 0 SFT, 1 reward model, 2 PPO
+    """Attributes: `phase`: 0 SFT, 1 reward model, 2 PPO; `is_eval`: whether the dialogue is held out."""
+
+    phase: int
     is_eval: bool
 
 
@@ -74,8 +76,8 @@ def parse_split_by(value: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """``text`` without differences of Unicode form, case or white space, so that near-identical prompts
-    meet."""
+    """``text`` without differences of Unicode form, case or white space, so that near-identical prompts become
+    equal."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())
 
@@ -86,31 +88,33 @@ def dialogue_hash(first_user_turn: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 
-def beginnings(turns: Sequence[str]) -> list[int]:
-    """A hash for every number of turns from the first one on, as `dialogue_hash` makes it of the first."""
-    digest, found = hashlib.blake2b(digest_size=8), []
+def prefix_hashes(turns: Sequence[str]) -> list[int]:
+    """The hash (64 bits, signed) of the first turn, of the first two, and so on to all; the first one is
+    `dialogue_hash`."""
+    digest, hashes = hashlib.blake2b(digest_size=8), []
     for number, turn in enumerate(turns):
         digest.update(b"\0" * bool(number) + normalised(turn).encode("utf-8", "surrogatepass"))
-        found.append(int.from_bytes(digest.digest(), "big", signed=True))
-    return found
+        hashes.append(int.from_bytes(digest.digest(), "big", signed=True))
+    return hashes
 
 
 def fractions(text: str, purpose: str, count: int) -> tuple[float, ...]:
-    """``count`` (at most 4) independent numbers in [0, 1) that depend on the normalised text and the purpose
-    alone."""
+    """``count`` (at most 4) independent numbers in [0, 1), a function of the normalised text and the purpose."""
     key = f"{purpose}\n{normalised(text)}".encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(key).digest()
     # 53 bits: exactly representable, so that no number rounds up to 1.
     return tuple((int.from_bytes(digest[8 * i : 8 * i + 8], "big") >> 11) / 2**53 for i in range(count))
 
 
-def assignment(key: str, data_split: str | Sequence[float], eval_fraction: float) -> Assignment:
-    """The phase and side of a dialogue, by a hash of its normalised key (its first user turn, mostly).
+def assignment(split_key: str, data_split: str | Sequence[float], eval_fraction: float) -> Assignment:
+    """The phase and side of a dialogue, by a hash of its normalised split key (usually its first user turn).
 
-    ``data_split``: the phases' parts (see `parse_data_split`); ``eval_fraction``: in [0, 1), of each phase.
+    Args:
+        data_split: the phases' parts, see `parse_data_split`.
+        eval_fraction: the share of each phase that is for evaluation, in [0, 1).
     """
     shares = parse_data_split(data_split)
-    which, side = fractions(key, "split", 2)
+    which, side = fractions(split_key, "split", 2)
     position, end, phase = which * sum(shares), 0.0, 0
     for index, share in enumerate(shares):
         end += share

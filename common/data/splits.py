@@ -1,10 +1,13 @@
 """Which parts of a source are for training, and which are its own test data.
 
-Told from names, as the hub does: a part named after train, or after test, validation, dev or eval; if some are named
-after train, those named after none are left out; if none is, those named after none are for training, and if all are
-test data, they are the source's data. Where the parts of a split are named after uses too (train_prefs, train_sft,
-train_gen), as sets do that hold the same rows for each use, those of one use are taken: the one that fits the records
-wanted. What the other uses test is not trained on either.
+Names decide, as on the hub. A part is named after train, or after test (also validation, dev, eval), or after neither:
+
+- If some parts are named after train, those named after neither are left out.
+- If none is named after train, those named after neither are for training.
+- If all parts are named after test, they are for training.
+
+Some sets hold the same rows several times, for different uses: train_prefs, train_sft, train_gen. Then the parts of one
+use are taken, the one that fits the wanted kind of record. The test prompts of the other uses are not trained on.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ _USES = {
     **dict.fromkeys(("sft", "demonstrations"), "sft"),
     **dict.fromkeys(("gen", "generation", "prompts", "rl", "ppo"), "gen"),
 }
-# For each kind of record the uses, the fittest first.
+# For each kind of record the uses, the best fitting first.
 _FITTING = {
     "comparison": ("prefs", "sft", "gen"),
     "demonstration": ("sft", "prefs", "gen"),
@@ -34,8 +37,13 @@ _FOR = {"comparison": "comparisons", "demonstration": "demonstrations", "prompt"
 
 @dataclass
 class Choice:
-    """``splits``: part name -> 'train', 'test' or 'tested', in the order of the names; ``left_out``: the names of
-    those that belong to no split; ``notes``: what is worth saying."""
+    """What is made of a source's parts.
+
+    Attributes:
+        splits: part name -> "train", "test" or "excluded" (see `sources.Part`), in the order of the names.
+        left_out: the names of parts that belong to no split.
+        notes: remarks for the log.
+    """
 
     splits: dict[str, str]
     left_out: list[str] = field(default_factory=list)
@@ -43,7 +51,7 @@ class Choice:
 
 
 def choose_splits(names: Sequence[str], kind: str | None) -> Choice:
-    """The part that each of a source's parts has in giving records of ``kind``; None: whatever the kind."""
+    """The split of each of a source's parts, for records of ``kind``; None: without regard to uses."""
     splits = _splits(names)
     choice = Choice(splits, [name for name in names if name not in splits])
     if kind is None:
@@ -61,7 +69,7 @@ def choose_splits(names: Sequence[str], kind: str | None) -> Choice:
         )
         for name in others:
             if split == "test":
-                splits[name] = "tested"
+                splits[name] = "excluded"
             else:
                 del splits[name]
     return choice
@@ -71,7 +79,7 @@ def _splits(names: Sequence[str]) -> dict[str, str]:
     """Part name -> 'train' or 'test', in the order of ``names``, without those that belong to no split."""
     splits = {name: _split_in_name(name) for name in names}
     if "train" in splits:
-        # An exact name leaves no doubt; 'train_sft' and the like beside it hold the same rows again.
+        # Beside a part that is called exactly 'train', 'train_sft' and the like hold the same rows again.
         splits = {name: split for name, split in splits.items() if split != "train" or name == "train"}
     if "train" in splits.values():
         return {name: split for name, split in splits.items() if split}
@@ -81,7 +89,7 @@ def _splits(names: Sequence[str]) -> dict[str, str]:
 
 
 def _split_in_name(name: str) -> str | None:
-    """The split a name speaks of; of several components of a path, the last that speaks decides."""
+    """The split that a name is named after; of a path's components, the last one that names a split decides."""
     for component in reversed(name.split("/")):
         if split := _split_in_words(_words(component)):
             return split
@@ -99,7 +107,7 @@ def _split_in_words(words: list[str]) -> str | None:
 
 
 def _use_in_name(name: str) -> str | None:
-    """The use that is named beside the split, as in train_sft."""
+    """The use that a name contains beside its split, as in train_sft."""
     for component in reversed(name.split("/")):
         words = _words(component)
         if _split_in_words(words):

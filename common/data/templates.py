@@ -1,8 +1,8 @@
-"""The wording around a dialogue: which text asks the model, and which text follows as its answer.
+"""The wording around a dialogue: how a prompt and a response are written as text.
 
-A template renders a prompt up to and including the cue after which the assistant speaks, and joins an answer
-to that cue by its `lead`. What it writes comes as pieces, so that text of users and special tokens of a template,
-which may look the same, stay apart. `common.data.chat_template` has the templates that come with tokenizers.
+A template renders a prompt up to and including the cue after which the assistant speaks, and joins a response to that
+cue by its `lead`. It returns pieces, which keep text of users apart from special tokens of the template: both may look
+the same. `common.data.chat_template` has the templates that come with tokenizers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 from common.data.errors import TemplateError
-from common.data.records import Answer, Message, Prompt
+from common.data.records import Message, Prompt, Response
 
 
 class Piece(NamedTuple):
-    """A stretch of text; where it is `raw`, what looks like a special token in it is one."""
+    """A part of a text. In a `raw` one, what looks like a special token is one."""
 
     text: str
     raw: bool
@@ -51,17 +51,23 @@ class Template(Protocol):
     def prompt_pieces(self, prompt: Prompt) -> list[Piece]:
         """The prompt, up to and including the assistant's cue. Raises TemplateError if the template cannot write it."""
 
-    def response_pieces(self, answer: Answer, prompt: Prompt | None = None) -> list[Piece]:
-        """An answer as it follows the cue of its prompt (of any, if None), up to its end token. Raises as above."""
+    def response_pieces(self, response: Response, prompt: Prompt | None = None) -> list[Piece]:
+        """A response as it follows the cue of its prompt (None: of any prompt), up to its end token. Raises
+        TemplateError if the template cannot write it."""
 
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """Plain text, the same for every tokenizer: blocks with a blank line (`between`) between them.
+    """Plain text, the same for every tokenizer: one block per message, joined by `between`.
 
-    A system prompt is a block of its own at the start; without one the dialogue starts with `opening`, if
-    there is any ("" puts a blank line before the first question). Where it is `raw`, text is taken as it is: what
-    looks like a special token is one.
+    Attributes:
+        question: stands before each user's message.
+        cue: after it the assistant speaks.
+        lead: stands between the cue and a response.
+        opening: the first block of a dialogue without a system prompt; "" puts a blank line before the first question,
+            None nothing. A system prompt is a block of its own.
+        between: stands between blocks.
+        raw: whether what looks like a special token in a text is one.
     """
 
     name: str
@@ -83,18 +89,18 @@ class TextTemplate:
         blocks += [self._block(message) for message in prompt.messages]
         return self.between.join([*blocks, self.cue])
 
-    def response_text(self, answer: Answer) -> str:
-        """An answer as it follows the cue."""
-        if isinstance(answer, str):
-            return self.lead + answer
-        text = self.between.join(map(self._block, answer))
+    def response_text(self, response: Response) -> str:
+        """A response as it follows the cue."""
+        if isinstance(response, str):
+            return self.lead + response
+        text = self.between.join(map(self._block, response))
         return text.removeprefix(self.cue)
 
     def prompt_pieces(self, prompt: Prompt) -> list[Piece]:
         return [Piece(self.prompt_text(prompt), self.raw)]
 
-    def response_pieces(self, answer: Answer, prompt: Prompt | None = None) -> list[Piece]:
-        return [Piece(self.response_text(answer), self.raw)]
+    def response_pieces(self, response: Response, prompt: Prompt | None = None) -> list[Piece]:
+        return [Piece(self.response_text(response), self.raw)]
 
     def _block(self, message: Message) -> str:
         wrapping = {"system": "", "user": self.question, "assistant": self.cue + self.lead}
@@ -126,7 +132,7 @@ TEXT_TEMPLATES = {
             opening="Below is an instruction that describes a task. "
             "Write a response that appropriately completes the request.",
         ),
-        # Text that is ready: rendered already, or to be gone on with.
+        # For text that has been rendered already, or that the model continues as it stands.
         TextTemplate("none", question="", cue="", lead="", between="", raw=True),
     )
 }
@@ -134,7 +140,7 @@ TEXT_TEMPLATES = {
 CHAT = "chat"
 TEMPLATE_NAMES = ("human_assistant", "question_answer", "alpaca", CHAT, "none")
 
-# What templates in use put around turns. Text that has them has been through one.
+# What common templates put around turns. Text that contains these has been rendered by one.
 _MARKS = re.compile(
     r"\n\n(?:Human|Assistant):|<\|im_(?:start|end)\|>|\[/?INST\]|<\|(?:start_header_id|eot_id)\|>|"
     r"<(?:start|end)_of_turn>|^### (?:Instruction|Response):|<\|(?:user|assistant|system|end)\|>",
@@ -143,7 +149,7 @@ _MARKS = re.compile(
 
 
 def marks(text: str) -> Iterator[str]:
-    """The marks of templates in a text that should have none."""
+    """The marks of templates in a text, which should have none."""
     return (found[0].strip() for found in _MARKS.finditer(text))
 
 

@@ -12,14 +12,14 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrained
 
 from common.data.chat_template import control_tokens
 from common.data.errors import NoEndTokenError
-from common.data.records import Answer, Prompt
+from common.data.records import Prompt, Response
 from common.data.templates import CHAT, Piece, Template, get_template
 from common.data.trial import try_template, try_tokenizer
 from common.errors import UserError, reason_of
 from common.paths import unreachable_hub
 
-# Something for each usual normalizer and pre-tokenizer to change: case, accents (composed and not), compatibility
-# forms, spaces (also at both ends) and line ends, digits, punctuation, many scripts, emoji, a long word.
+# Each usual normalizer and pre-tokenizer changes something in this text: case, accents (composed and not),
+# compatibility forms, spaces (also at both ends) and line ends, digits, punctuation, many scripts, emoji, a long word.
 _PROBE = (
     "  The Quick BROWN fox's iPhone  isn't   (really) jumping, e-mail: a_b@c.de/f?g=1&h=2#i \u2014 "
     '\u201cyes\u201d\u2026 ``no\'\' -- "so," he said." [etc.], http://x.y (z). Ah...!? <b>a</b> == {1: [2]};\n\n\n'
@@ -36,18 +36,18 @@ _PROBE = (
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a padding token that is not its end token.
 
-    The choice depends on nothing but the tokenizer, so two models that share a tokenizer share it too.
+    The choice of that token depends on the tokenizer alone, so models that share a tokenizer share it too.
 
     Raises:
         UserError: there is no usable tokenizer at `name_or_path`.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a missing or damaged file shows itself as almost any type
+    except Exception as error:  # a missing or damaged file can raise almost any type
         reason = unreachable_hub(error) or reason_of(error)
         raise UserError(f"cannot load the tokenizer of {name_or_path}: {reason}") from error
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
-        # transformers makes up an empty tokenizer for a model that has a config but no tokenizer files
+        # transformers creates an empty tokenizer for a model that has a config but no tokenizer files.
         raise UserError(f"{name_or_path} holds no tokenizer: put its files into the model's directory")
     try_tokenizer(tokenizer, name_or_path)
     _separate_padding(tokenizer)
@@ -55,10 +55,10 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
 
 
 def published_ends(name_or_path: str) -> list[int]:
-    """The tokens at which a model's publisher ends its answers, by its generation_config.json; none without one."""
+    """The ids of the tokens that end a response by the model's generation_config.json; [] without one."""
     try:
         ends = GenerationConfig.from_pretrained(name_or_path).eos_token_id
-    except (OSError, ValueError, TypeError, AttributeError):  # missing, or damaged, which loading the model tells
+    except (OSError, ValueError, TypeError, AttributeError):  # missing, or damaged, which loading the model reports
         return []
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
@@ -71,11 +71,16 @@ def make_codec(
     eot_token: str = "<|endoftext|>",
     date: str | None = None,
 ) -> Codec:
-    """A tokenizer's codec. The end token is the one by which a chat template ends an answer, else the tokenizer's own,
-    or `eot_token` with `add_eot_token`. `date` is for chat templates that write it, see `ChatTemplate`.
+    """A tokenizer's codec.
 
-    Changes the tokenizer in the latter case: `eot_token` becomes a special token (under its old id where the
-    vocabulary has it) and the tokenizer's `eos_token`, so what is saved with the model says where it stops.
+    The end token is `eot_token` with `add_eot_token`; else the one by which a chat template ends a response; else the
+    tokenizer's own. With `add_eot_token` the tokenizer is changed: `eot_token` becomes a special token (under its old
+    id if the vocabulary has it) and the tokenizer's `eos_token`, so that what is saved with the model says where it
+    stops.
+
+    Args:
+        template_name: one of `templates.TEMPLATE_NAMES`.
+        date: YYYY-MM-DD, for chat templates that write the date, see `ChatTemplate`.
 
     Raises:
         NoEndTokenError: the tokenizer has no end token and none is added.
@@ -100,11 +105,11 @@ def make_codec(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:
-    """sha256 over what turns text into ids: vocabulary, merges, scores, special tokens, chat template, and the
-    ids of a fixed text, which show the normalizer and the pre-tokenizer at work.
+    """sha256 (hex) of what turns text into ids: vocabulary, merges, scores, special tokens, chat template, and the ids
+    of a fixed text, which depend on the normalizer and the pre-tokenizer.
 
-    The same before and after a tokenizer is saved and loaded, in whatever file format: the formats write the
-    normalizer and the pre-tokenizer differently, but their ids are the same. Without the chat template it says whether
+    It is the same before and after a tokenizer is saved and loaded in any file format: the formats write the normalizer
+    and the pre-tokenizer differently, but the ids are the same. Without `chat_template`, equal fingerprints mean that
     two tokenizers make the same ids of the same text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -123,18 +128,19 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat_template: 
 
 
 class Codec:
-    """Prompts and responses as ids, under one tokenizer, one template and one end token.
+    """Prompts and responses as ids, with one tokenizer, one template and one end token.
 
-    Prompt and response are tokenized apart and joined as ids, so a prompt has the same ids whatever follows
-    it. Nothing a user writes becomes a special token.
+    Prompt and response are tokenized separately and joined as ids, so a prompt has the same ids whatever follows it.
+    Nothing that a user writes becomes a special token.
 
     Attributes:
         tokenizer, template: as given.
-        end_token, end_id: ends every response.
-        end_ids: all that end an answer of a model: the end token first, the tokenizer's own, others by `end_at`.
+        end_token, end_id: the token that ends every response.
+        end_ids: all tokens that end a response of the model: the end token first, the tokenizer's own, others by
+            `end_at`.
         pad_token, pad_id: never equal to the end token.
-        date: what a chat template that writes the date writes, YYYY-MM-DD; '' for any other template.
-        shortest_prompt: tokens of a prompt that is cut to the last one.
+        date: the date that the template writes, YYYY-MM-DD; '' for a template that writes none.
+        shortest_prompt: tokens of the shortest prompt that `cut_prompt` can leave: the start tokens and one more.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, end_token: str):
@@ -150,16 +156,16 @@ class Codec:
         self._start = _start_ids(tokenizer)
         self.shortest_prompt = len(self._start) + 1
         self._special = _special_ids(tokenizer)
-        # Some tokenizers (sentencepiece) put a space before a text, because it would start a sentence: right
-        # for a prompt, wrong for a response, which continues one.
+        # Some tokenizers (sentencepiece) put a space before a text, as at the start of a sentence. This is right for a
+        # prompt and wrong for a response, which continues a text.
         letter = self._plain_ids("a")
         self._adds_space = " " in self._decoded(letter + letter).strip()
-        # Their decoders take one leading space away again: this one, where a response is decoded.
+        # Their decoders remove one leading space again. This one is put before a response that is decoded.
         self._space = self._plain_ids(" ") if self._adds_space else []
         self._lead = self._ids([Piece(template.lead, template.name == CHAT)], continues=True)
 
     def end_at(self, ids: Iterable[int]) -> None:
-        """Take an answer as ended at these tokens too; what is no id of the tokenizer is passed over."""
+        """Let these tokens end a response too; values that are no ids of the tokenizer are ignored."""
         known = [end for end in ids if type(end) is int and 0 <= end < len(self.tokenizer)]
         self.end_ids = tuple(dict.fromkeys((*self.end_ids, *known)))
 
@@ -180,10 +186,13 @@ class Codec:
         start = self._start if ids[: len(self._start)] == self._start else []
         return start + ids[len(ids) - max(max_tokens - len(start), 0) :]
 
-    def encode_response(self, answer: Answer, prompt: Prompt | None = None) -> list[int]:
-        """Ids of an answer as it follows the cue, and the end token. A chat template may write it otherwise for
-        another prompt; None stands for a plain question."""
-        ids = self._ids(self.template.response_pieces(answer, prompt), continues=True)
+    def encode_response(self, response: Response, prompt: Prompt | None = None) -> list[int]:
+        """Ids of a response as it follows the cue, and the end token.
+
+        Args:
+            prompt: a chat template may write a response differently for another prompt; None: a plain question.
+        """
+        ids = self._ids(self.template.response_pieces(response, prompt), continues=True)
         return ids if ids[-1:] == [self.end_id] else [*ids, self.end_id]
 
     def encode_text(self, text: str) -> list[int]:
@@ -191,7 +200,7 @@ class Codec:
         return self._start + self._text_ids(text) + [self.end_id]
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        """The answer in `ids`, up to the end token if any, without special tokens and the template's lead."""
+        """The response in `ids`, up to the end token if any, without special tokens and the template's lead."""
         ids = list(ids)
         ids = ids[: self.end_of(ids)]
         if self._lead[: len(ids)] == ids:
@@ -199,26 +208,28 @@ class Codec:
         start = self._behind_lead(ids)
         if start is not None:
             text = self._shown(ids[start:])
-        else:  # the lead's end and the answer's beginning may be one token
+        else:  # the end of the lead and the beginning of the response may be one token
             text = self._shown(ids).removeprefix(self.template.lead)
         return text.removesuffix(self.template.tail) if self.template.tail else text
 
     def _behind_lead(self, ids: list[int]) -> int | None:
-        """Where the answer proper begins: behind the lead, which, if it holds special tokens, may come late, after
-        other channels such as reasoning. None if the lead is not there."""
+        """Where the text of the response begins: behind the lead. None if the ids do not contain the lead.
+
+        A lead with special tokens may come late, after other channels such as reasoning.
+        """
         lead = self._lead
         last = len(ids) - len(lead) if self._special.intersection(lead) else 0
         return next((at + len(lead) for at in range(last, -1, -1) if ids[at : at + len(lead)] == lead), None)
 
     def end_of(self, ids: Sequence[int]) -> int:
-        """The place of the first token that ends an answer; the length where there is none."""
+        """The place of the first token that ends a response; the length where there is none."""
         return next((at for at, token in enumerate(ids) if token in self.end_ids), len(ids))
 
     def _shown(self, ids: list[int]) -> str:
         return self._decoded(self._space + ids)[len(self._decoded(self._space)) :]
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The answer piece by piece, while its ids arrive; together they are its `decode_response`."""
+        """The response piece by piece, while its ids arrive; joined, the pieces are its `decode_response`."""
         seen: list[int] = []
         shown = ""
         for token in ids:
@@ -226,9 +237,9 @@ class Codec:
                 break
             seen.append(token)
             if self._special.intersection(self._lead) and self._behind_lead(seen) is None:
-                continue  # what comes before a late lead is not shown, if one comes
+                continue  # a late lead may still come; what stands before it is not shown
             text = self.decode_response(seen)
-            # A character of several bytes may lack its last ones; the start of a lead may turn out to be one.
+            # The last character may lack some of its bytes; the text may be the beginning of a lead.
             if text.endswith("\ufffd") or self.template.lead.startswith(text) or not text.startswith(shown):
                 continue
             if text != shown:
@@ -242,11 +253,11 @@ class Codec:
         return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _plain_ids(self, text: str) -> list[int]:
-        """Ids of text in which special tokens are spelt out."""
+        """Ids of text in which what looks like a special token is plain text."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
     def _raw_ids(self, text: str) -> list[int]:
-        """Ids of text in which special tokens are what they look like."""
+        """Ids of text in which what looks like a special token is one."""
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def _ids(self, pieces: Iterable[Piece], *, continues: bool = False) -> list[int]:
@@ -257,7 +268,7 @@ class Codec:
         return ids
 
     def _continued(self, encode: Callable[[str], list[int]], text: str, continues: bool = True) -> list[int]:
-        """Ids of text that does not start a sentence, if it `continues`: what they are after a newline."""
+        """Ids of a text; if it `continues` another, those that it has after a newline, where no space is added."""
         if not (self._adds_space and continues):
             return encode(text)
         before, both = encode("\n"), encode("\n" + text)
@@ -268,8 +279,8 @@ class Codec:
         found = self._special.intersection(ids)
         if not found:
             return ids
-        # A vocabulary can hold merges that lead from plain characters to a special token, and added tokens that are not
-        # called special are found in any text: keep their characters apart.
+        # Merges of a vocabulary may lead from plain characters to a special token, and added tokens that are not marked
+        # as special are found in any text. Tokenize the characters of such a token separately.
         spelt = self.tokenizer.convert_ids_to_tokens(sorted(found))
         apart = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelt)
         first, *others = re.split(apart, text)
@@ -288,7 +299,7 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer's own rule puts before a text, such as <s>."""
+    """Ids that the tokenizer itself puts before a text, such as that of <s>."""
     bare = tokenizer.encode("a", add_special_tokens=False)
     ruled = tokenizer.encode("a", add_special_tokens=True)
     starts = [i for i in range(len(ruled)) if ruled[i : i + len(bare)] == bare]
@@ -296,17 +307,18 @@ def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that steer the model. The unknown token is none: it stands for text."""
+    """Ids of the tokens that control the model. The unknown token is not among them: it stands for text."""
     steering = {_id_of(tokenizer, token) for token in control_tokens(tokenizer)}
     named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     return steering if tokenizer.unk_token_id in named else steering - {tokenizer.unk_token_id}
 
 
 def _separate_padding(tokenizer: PreTrainedTokenizerBase, end_token: str | None = None) -> None:
-    """Give the tokenizer a padding token that is not its end token, nor `end_token`: a model must see the end it is to
-    learn.
+    """Give the tokenizer a padding token that is neither its end token nor `end_token`: a model must see the end token
+    in order to learn it.
 
-    In order: its own; the unknown token; a special token made for padding or kept in reserve; a new one.
+    The first that fits of: its own padding token; the unknown token; a special token made for padding or kept in
+    reserve; a new one.
     """
     ends = {tokenizer.eos_token_id, *([_id_of(tokenizer, end_token)] if end_token else [])}
     taken = {*ends, tokenizer.bos_token_id}

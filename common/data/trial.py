@@ -1,8 +1,8 @@
-"""A tokenizer and its chat template tried out before they are used: patterns that backtrack for ever, templates that
+"""A tokenizer and its chat template are tried before they are used: patterns may backtrack for ever, templates may
 recurse or fill the memory.
 
-Both are programs that a model's directory brings. Neither can be stopped from Python once it runs, so the trial is in a
-forked process that may use little time and memory.
+Both are programs that come with a model's directory. Neither can be stopped from Python once it runs, so the trial is
+in a forked process with limits on time and memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError, reason_of
 
-SECONDS = 10  # of a processor's time; a usual trial takes milliseconds
+SECONDS = 10  # processor time; a usual trial takes milliseconds
 MEMORY = 2**30  # bytes, besides those of this process
-_PATIENCE = 120  # seconds by the clock; so long the trial may wait for a busy machine
+_PATIENCE = 120  # seconds by the clock, as a busy machine may delay the trial
 
-_SHORT_RUN, _LONG_RUN = 64, 2000  # what doubles with every character never ends at the one; what squares, at neither
-_ANY = "".join(map(chr, range(33, 127)))  # a pattern is not even tried where a character that it needs is nowhere
+# Lengths of runs of one character. A pattern whose time doubles with every character never ends at the short one; one
+# whose time grows with the square ends at both.
+_SHORT_RUN, _LONG_RUN = 64, 2000
+_ANY = "".join(map(chr, range(33, 127)))  # engines skip a pattern if a character that it needs does not occur
 _PROBES = [
     character * run + end
     for character in ("a", "Z", "7", " ", "\n", "_", "!", "\u00e9", "\u4e2d", "ab ", "a-")
@@ -38,7 +40,7 @@ _SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def try_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Encode texts of the kinds that patterns stumble over. A tokenizer that brings no pattern of its own passes.
+    """Encode texts on which patterns may backtrack. A tokenizer without a pattern of its own passes.
 
     Args:
         name: directory or hub name, for messages.
@@ -62,7 +64,7 @@ def try_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def try_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Render short dialogues with the chat template. One that refuses a dialogue by its own words passes.
+    """Render short dialogues with the chat template. A template that raises an error of its own passes.
 
     Raises:
         UserError: it recurses, does not end, fills the memory or fails; names the file.
@@ -84,12 +86,12 @@ def try_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def _file(name: str, *files: str) -> Path | str:
-    """The first of the files that a directory has; the name itself for what is on the hub."""
+    """The first of the files that the directory has; the name itself if it is on the hub."""
     return next((path for file in files if (path := Path(name).expanduser() / file).is_file()), name)
 
 
 def _problem_in_child(work: Callable[[], None]) -> str | None:
-    """What went wrong with `work` in a forked process of little time and memory; None if nothing did."""
+    """What went wrong with `work` in a forked process with limits on time and memory; None if nothing did."""
     memory = psutil.Process().memory_info().vms + MEMORY
     reading, writing = os.pipe()
     child = os.fork()
@@ -111,7 +113,7 @@ def _problem_in_child(work: Callable[[], None]) -> str | None:
     if said:
         return said
     if not os.WIFSIGNALED(status) or os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGALRM):
-        return None  # whoever killed it, the machine perhaps, says nothing of what it worked on
+        return None  # it was killed from outside, which says nothing about the tokenizer
     if os.WTERMSIG(status) == signal.SIGXCPU:
         return f"takes more than {SECONDS} seconds"
     return f"ends the program by {signal.Signals(os.WTERMSIG(status)).name}, mostly for want of memory"
@@ -119,11 +121,11 @@ def _problem_in_child(work: Callable[[], None]) -> str | None:
 
 def _work(work: Callable[[], None], writing: int, memory: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # libraries in Rust report there what they raise
+    for stream in (1, 2):  # libraries in Rust print their errors there
         os.dup2(nowhere, stream)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXCPU, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    signal.alarm(_PATIENCE)  # should the program be killed meanwhile
+    signal.alarm(_PATIENCE)  # ends this process even if the program is killed meanwhile
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     _, most = resource.getrlimit(resource.RLIMIT_AS)
@@ -134,6 +136,6 @@ def _work(work: Callable[[], None], writing: int, memory: int) -> None:
         os.write(writing, f"takes more than {MEMORY >> 20} MiB of memory".encode())
     except RecursionError:
         os.write(writing, b"recurses without end")
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is a BaseException
         reason = reason_of(error if isinstance(error, Exception) else Exception(str(error) or type(error).__name__))
         os.write(writing, f"fails ({type(error).__name__}: {reason[:300]})".encode())

@@ -1,4 +1,4 @@
-"""Single values of a row: what counts as text, and as no text."""
+"""Single values of a row: what counts as text."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import unicodedata
 from typing import Any
 
-# Letters and symbols that show nothing, though Unicode does not file them under formatting.
+# Letters and symbols that are invisible, though Unicode does not classify them as formatting.
 _BLANK = frozenset("\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 _UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"})  # controls, formatting, spaces, marks on no letter
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message says why, in a few words."""
+    """A row that cannot be used; the message says why in a few words."""
 
 
 def as_text(value: Any, column: str) -> str:
@@ -43,26 +43,29 @@ def clean_text(value: Any, column: str) -> str:
     return as_text(value, column).strip()
 
 
-def clean_answer(value: Any, column: str) -> str:
-    """`as_text` without blank lines before it, white space behind it, and one space before its first word, by which
-    some sets set an answer off from the cue. Indentation stays: it belongs to code."""
+def clean_response(value: Any, column: str) -> str:
+    """`as_text` of a response: without blank lines before it and white space behind it.
+
+    One space before the first word is dropped too, since some sets separate a response from the cue by it. Indentation
+    of more spaces stays, since it belongs to code.
+    """
     return own_indentation(as_text(value, column))
 
 
 def own_indentation(text: str) -> str:
-    """What `clean_answer` leaves of a text."""
+    """A text as `clean_response` returns it."""
     first = len(text) - len(text.lstrip())
     text = text[text.rfind("\n", 0, first) + 1 :].rstrip()
     return text[1:] if text[:1] == " " and text[1:2].strip() else text
 
 
 def is_visible(text: str) -> bool:
-    """Whether anything in a text can be seen: zero-width spaces, marks of direction and the like cannot."""
+    """Whether a text has a visible character; zero-width spaces, marks of direction and the like are invisible."""
     return any(char not in _BLANK and unicodedata.category(char) not in _UNSEEN for char in text)
 
 
 def is_texts(value: Any) -> bool:
-    """Whether a value is a list of texts, numbers included; some may be missing."""
+    """Whether a value is a list of texts or numbers; some of them may be None."""
     return (
         isinstance(value, list)
         and {type(item) for item in value} - {type(None)} != set()
@@ -71,7 +74,7 @@ def is_texts(value: Any) -> bool:
 
 
 def are_several(value: Any) -> bool:
-    """Whether a value is several answers: a list of texts, or of lists of messages."""
+    """Whether a value is several responses: a list of texts, or of lists of messages."""
     return is_texts(value) or isinstance(value, list) and bool(value) and all(isinstance(item, list) for item in value)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from common.data.adapters import NAMED, ColumnMap, choose_layout, named_layout
-from common.data.examples import LeftOut, asked
+from common.data.examples import LeftOut, user_turns_in
 from common.data.options import naming_flags
 from common.data.records import Comparison, Demonstration, PlainText, user_turns
 from common.data.values import BadRow
@@ -89,10 +89,10 @@ def test_what_a_row_asks_is_known_without_its_answers(row):
     """So that a test prompt is recognised by what it asks, even in a row that can be used for nothing else."""
     layout = choose_layout("somewhere/data.jsonl", row.keys(), "prompt", "data.jsonl")
     expected = {user_turns(record(row, "prompt"))}
-    assert asked(layout, row) == expected
+    assert user_turns_in(layout, row) == expected
     for column in {"chosen", "rejected", "response", "output"} & row.keys():
         spoilt = {**row, column: row[column] + "\0" if isinstance(row[column], str) else [*row[column], 7]}
-        assert asked(layout, spoilt) == expected
+        assert user_turns_in(layout, spoilt) == expected
 
 
 def test_a_response_beside_a_comparison_is_the_demonstration():

@@ -3,13 +3,13 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data import openings
-from common.data.openings import KeyRule, OpeningCounter, all_keys
+from common.data.openings import FirstTurnCounter, KeyRule, all_keys
 from common.data.options import naming_flags
-from common.data.split import beginnings, dialogue_hash, parse_split_by
+from common.data.split import dialogue_hash, parse_split_by, prefix_hashes
 from common.errors import UserError
 
 TURN = st.sampled_from(["Hello", "hi", "who?", "Why?"]) | st.text(st.characters(codec="ascii"), min_size=1, max_size=2)
@@ -17,7 +17,7 @@ DIALOGUES = st.lists(st.lists(TURN, min_size=1, max_size=5), min_size=1, max_siz
 
 
 def rule(dialogues) -> KeyRule:
-    counter = OpeningCounter()
+    counter = FirstTurnCounter()
     for turns in dialogues:
         counter.add(turns)
     return KeyRule("auto", counter.shared())
@@ -29,9 +29,9 @@ def keyed(dialogues, turns) -> tuple[int, str]:
 
 
 def test_the_first_of_the_hashes_is_the_one_of_the_first_turn_alone():
-    assert beginnings(["Hello  THERE", "b"])[0] == dialogue_hash("hello there")
-    assert beginnings(["Hello", "B  b"]) == beginnings([" hello", "b B"])
-    assert len({*beginnings(["a", "b", "c"]), *beginnings(["ab", "c"]), *beginnings(["a", "bc"])}) == 6
+    assert prefix_hashes(["Hello  THERE", "b"])[0] == dialogue_hash("hello there")
+    assert prefix_hashes(["Hello", "B  b"]) == prefix_hashes([" hello", "b B"])
+    assert len({*prefix_hashes(["a", "b", "c"]), *prefix_hashes(["ab", "c"]), *prefix_hashes(["a", "bc"])}) == 6
 
 
 @pytest.mark.parametrize("sharing, others, turns", [(4, 0, 1), (5, 0, 2), (5, 400, 2), (10, 990, 1), (11, 989, 2)])
@@ -65,6 +65,7 @@ def test_the_bare_opening_keeps_itself_as_its_key():
     assert key.dialogue not in all_keys(["Hello", "q1"])  # a dialogue held out does not take it along
 
 
+@settings(deadline=None)
 @given(DIALOGUES, st.randoms(use_true_random=False))
 def test_order_repetition_and_beginnings_of_dialogues_do_not_matter(dialogues, chance: random.Random):
     again = dialogues + [turns[: chance.randint(1, len(turns))] for turns in dialogues] + dialogues[:3]
@@ -72,6 +73,7 @@ def test_order_repetition_and_beginnings_of_dialogues_do_not_matter(dialogues, c
     assert rule(again) == rule(dialogues)
 
 
+@settings(deadline=None)
 @given(DIALOGUES)
 def test_the_key_is_a_beginning_that_every_continuation_shares(dialogues):
     chosen = rule(dialogues)
@@ -79,13 +81,14 @@ def test_the_key_is_a_beginning_that_every_continuation_shares(dialogues):
         key = chosen.key(turns)
         assert key.dialogue in all_keys(turns)
         continued = chosen.key([*turns, "and then?"])
-        if beginnings(turns)[key.turns - 1] not in chosen.shared:  # it does not end within a shared opening
+        if prefix_hashes(turns)[key.turns - 1] not in chosen.shared:  # it does not end within a shared opening
             assert continued == key
 
 
+@settings(deadline=None)
 @given(DIALOGUES)
 def test_dialogues_are_counted_as_a_list_of_them_would(dialogues):
-    folded = {tuple(beginnings(turns)) for turns in dialogues}
+    folded = {tuple(prefix_hashes(turns)) for turns in dialogues}
     longest = [turns for turns in folded if not any(len(o) > len(turns) and o[: len(turns)] == turns for o in folded)]
     through = {}
     for turns in longest:
@@ -98,7 +101,7 @@ def test_memory_is_freed_without_a_difference(monkeypatch):
     dialogues = [["Hello", f"q{i % 50}", f"r{i}"] for i in range(300)] * 3
     expected = rule(dialogues)
     monkeypatch.setattr(openings, "_MANY", 64)
-    counter = OpeningCounter()
+    counter = FirstTurnCounter()
     for turns in dialogues:
         counter.add(turns)
     assert counter.shared() == expected.shared
@@ -107,7 +110,7 @@ def test_memory_is_freed_without_a_difference(monkeypatch):
 
 def test_other_ways_to_key():
     turns = ["Hello", "q", "r"]
-    shared = frozenset(beginnings(turns)[:1])
+    shared = frozenset(prefix_hashes(turns)[:1])
     assert KeyRule("opening").key(turns).text == "Hello"
     assert KeyRule("auto", shared).key(turns).text == "hello\0q"
     whole = KeyRule("prompt").key(turns)

@@ -77,7 +77,10 @@ def test_a_row_has_one_key_whatever_kind_is_read_of_it(hh_data, tmp_path, split_
         ),
     )
     by_kind = [
-        {item.where: (item.key, item.dialogue) for item in read([str(hh_data), greeted], kind, split_by=split_by)[0]}
+        {
+            item.where: (item.split_key, item.dialogue)
+            for item in read([str(hh_data), greeted], kind, split_by=split_by)[0]
+        }
         for kind in ("comparison", "demonstration", "prompt")
     ]
     assert len(by_kind[0]) < len(by_kind[2]) and all(keys.items() <= by_kind[2].items() for keys in by_kind)

@@ -190,6 +190,10 @@ def test_the_flag_that_named_the_source_is_in_the_message(tmp_path):
     ):
         with pytest.raises(UserError, match=f"^{flag} {spec.name}: it does not exist"), config.naming_flags():
             open_source(spec)
+    long = "x" * 5000
+    config = SFTConfig(data_path=("a",), sft_only_data_path=(long,))
+    with pytest.raises(UserError, match="^--sft_only_data_path x{200}: cannot be read"), config.naming_flags():
+        open_source(config.unsplit_sources()[0])
 
 
 def test_a_fingerprint_follows_content_and_choices_but_not_the_place(tmp_path):

@@ -11,7 +11,7 @@ from common.artifacts.publish import publishing
 from common.artifacts.split_rule import check_split_rule, data_request, key_rule, known_openings
 from common.config.parser import parse
 from common.data.prepare import prepare
-from common.data.split import beginnings
+from common.data.split import prefix_hashes
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from common.models.builtin import materialise
@@ -23,7 +23,7 @@ from tests.chat_model import provenance_of
 from tests.preparation import write
 from tests.tokenizers_built import byte_level_bpe
 
-HELLO = beginnings(["Hello"])
+HELLO = prefix_hashes(["Hello"])
 
 
 @pytest.fixture(scope="module")

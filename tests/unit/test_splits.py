@@ -44,7 +44,7 @@ UF = ["train_prefs", "train_sft", "train_gen", "test_prefs", "test_sft", "test_g
 def test_the_split_of_the_kind_is_read(names, kind, train, test, tested):
     choice = choose_splits(names, kind)
     assert [
-        [name for name, split in choice.splits.items() if split == wanted] for wanted in ("train", "test", "tested")
+        [name for name, split in choice.splits.items() if split == wanted] for wanted in ("train", "test", "excluded")
     ] == [train, test, tested]
 
 
@@ -75,7 +75,7 @@ def as_saved(place, name, rows):
 def test_each_row_once_and_nothing_that_any_use_tests(tmp_path, write, kind, use, own):
     name = ultrafeedback(tmp_path / "set", write)
     report, tested = ReadReport(), set()
-    found = list(read_records(parse_data_path([name]), kind, report=report, tested=tested))
+    found = list(read_records(parse_data_path([name]), kind, report=report, test_prompt_hashes=tested))
     asked = [(item.split, item.record.prompt if kind != "prompt" else item.record) for item in found]
     assert [(split, prompt.first_user_turn) for split, prompt in asked] == [
         *(("test", f"q {n}") for n in (6, 7, own)),
