@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers.utils import is_flash_attn_2_available
 
-from common.batching.collate import collate_demonstrations
+from common.batching.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations
 from common.batching.sampler import MicroBatch
 from common.models.attention import attends_by
 from common.models.logprobs import response_log_probs
@@ -64,8 +64,8 @@ def keeps_rows_apart(engine, width: int, way: Packing) -> bool:
     rows = Dataset.from_dict({"prompt_ids": [row[:1] for row in ids], "response_ids": [row[1:] for row in ids]})
 
     def log_probs(micro_batch: MicroBatch, lengths: list[int]) -> torch.Tensor:
-        batch = collate_demonstrations(rows, micro_batch, pad_id=0).to(device())
-        if micro_batch.packs and way is Packing.FLAT:
+        batch: TokenBatch | PackedBatch | FlatBatch = collate_demonstrations(rows, micro_batch, pad_id=0).to(device())
+        if isinstance(batch, PackedBatch) and way is Packing.FLAT:
             batch = batch.flat()
         responses = torch.tensor(lengths, device=device()) - 1
         return response_log_probs(engine, batch.inputs(causal_lm.dtype), torch.ones_like(responses), responses)

@@ -84,7 +84,7 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
     @torch.no_grad()
-    def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> list[dict[str, str]]:
+    def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> list[dict[str, Any]]:
         """Greedy responses to the first distinct held-out prompts, beside the demonstrations."""
         return greedy_samples(engine, held_out, codec)
 
@@ -92,8 +92,8 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
 @torch.no_grad()
 def greedy_samples(
     engine: Any, held_out: Dataset, codec: Codec, rows: int = 8, max_new_tokens: int = 64
-) -> list[dict[str, str]]:
-    """Greedy answers to the first distinct held-out prompts beside the demonstrations. All ranks must call it."""
+) -> list[dict[str, Any]]:
+    """Greedy responses to the first distinct held-out prompts beside the demonstrations. All ranks must call it."""
     chosen = held_out.select(first_distinct(held_out, rows))
     if not len(chosen):
         return []
@@ -117,10 +117,10 @@ def greedy_samples(
     return [
         {
             "prompt": codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
-            "response": codec.decode_response(answer),
+            "response": codec.decode_response(response),
             "demonstration": codec.decode_response(row["response_ids"]),
         }
-        for row, answer in zip(chosen, tokens[:, width:].tolist())
+        for row, response in zip(chosen, tokens[:, width:].tolist())
     ]
 
 

@@ -16,7 +16,7 @@ from common.data.prepare import PreparedData, prepare
 from common.data.tokenization import Codec
 from common.errors import UserError
 from common.models.loading import gives_scores, load_scalar_model
-from common.models.scalar import score_at_last_token
+from common.models.scalar import ScalarModel, score_at_last_token
 from common.runtime.distributed import device
 from common.supervised.task import SupervisedTask
 from common.training.metrics import Metrics, Sums, means
@@ -50,6 +50,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
         return load_scalar_model(source, codec, seed=self.config.seed, **settings)
 
     def adapted_part(self, model: nn.Module) -> nn.Module:
+        assert isinstance(model, ScalarModel)
         return model.classifier
 
     def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> PairBatch:

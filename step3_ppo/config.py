@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from common.config.groups import (
     MICRO_BATCH_PHASES,
     Batch,
-    RunOptions,
     ScheduleOptions,
     TrainedModelOptions,
     check_lora,
@@ -20,7 +19,7 @@ from common.config.option import ANYWHERE
 from common.config.parser import Config, PathName, option, options
 from common.config.shared import prefixed, same_option, unprefixed
 from common.data.blend import SourceSpec, parse_data_path
-from common.data.options import DataOptions
+from common.data.options import ProgramConfig
 from common.errors import UserError, named_by
 from step3_ppo.advantages import ESTIMATORS, Estimator, register
 
@@ -263,7 +262,7 @@ class CriticOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, CriticOptions, DataOptions, RunOptions):
+class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, CriticOptions, ProgramConfig):
     """Step 3: PPO"""
 
     phase: ClassVar[int] = 2

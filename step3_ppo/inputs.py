@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from common.artifacts.compatibility import open_codec, read_calibration
+from common.artifacts.compatibility import open_codec
 from common.artifacts.model_source import resolve_model
 from common.artifacts.run import say_data
 from common.artifacts.split_rule import data_request
@@ -17,7 +17,7 @@ from common.models.loading import check_language_model, check_length, gives_scor
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.training.engine import check_engine_options
-from step3_ppo.calibration import ScoreScale
+from step3_ppo.calibration import ScoreScale, read_calibration
 from step3_ppo.config import PPOConfig
 from step3_ppo.trainer import sampling_of
 

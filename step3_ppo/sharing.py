@@ -26,9 +26,10 @@ def share_rollout(own: Rollout | None) -> Rollout:
         RolloutAbandoned: a rank gave None.
     """
     parts = gather_objects(own and own.to("cpu"))
-    if None in parts:
+    rollouts = [part for part in parts if part is not None]
+    if len(rollouts) < len(parts):
         raise RolloutAbandoned
-    rollout = Rollout.concat(parts)
+    rollout = Rollout.concat(rollouts)
     real = rollout.real.nonzero().squeeze(1)
     return rollout.select(real[rollout.prompt_index[real].argsort(stable=True)])
 

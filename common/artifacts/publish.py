@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from common.artifacts.provenance import Provenance
 from common.artifacts.split_rule import openings_of, split_rule_of
 from common.batching.collate import unmasked
 from common.config.parser import save_config
-from common.data.options import DataOptions
+from common.data.options import ProgramConfig
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
 from common.errors import DIVERGED, Diverged, TrainingFailure
@@ -31,15 +32,15 @@ _IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTDIR)  # errors that more sp
 
 @contextlib.contextmanager
 def publishing(
-    config: DataOptions,
+    config: ProgramConfig,
     codec: Codec,
-    engines: dict[str, object],
+    engines: Mapping[str, Any],
     step: str,
     base: str,
     data: PreparedData | None = None,
     parts: Sequence[str] = (),
-    **calibration: float,
-):
+    **further: Any,
+) -> Iterator[None]:
     """Export the models within this context. All ranks enter it.
 
     provenance.json is deleted at its start and written at its end, after every model was checked. So an output
@@ -50,7 +51,7 @@ def publishing(
         engines: those of the models to export, by the names that messages use.
         data: what the models were trained on.
         parts: model directories inside the output directory. Each gets the provenance too, so that it can be moved.
-        calibration: further fields of the provenance.
+        further: more fields of the provenance.
 
     Raises:
         Diverged: a model computes numbers that are not finite; nothing in the output directory has changed.
@@ -81,7 +82,7 @@ def publishing(
             save_config(config, output / CONFIG_FILE)
             openings = openings_of(data) if data is not None else {}
             provenance = Provenance(
-                step=step, base=base, shared_openings=openings, **split_rule_of(config), **text_of(codec), **calibration
+                step=step, base=base, shared_openings=openings, **split_rule_of(config), **text_of(codec), **further
             )
             for directory in (*(output / part for part in parts), output):
                 provenance.write(directory)
@@ -96,7 +97,7 @@ def publishing(
 
 
 @torch.no_grad()
-def _check_usable(engine, name: str, codec: Codec) -> None:
+def _check_usable(engine: Any, name: str, codec: Codec) -> None:
     """One small forward pass. Without held-out rows no loss has been computed since the last update."""
     tokens = torch.full((1, 2), codec.end_id, device=device())
     engine.eval()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.artifacts.lock import lock_output
 from common.artifacts.obstacles import check_nothing_in_the_way
 from common.artifacts.tracking import Tracker, quiet_libraries
 from common.checkpoints.manager import Checkpoints
 from common.checkpoints.training_state import TrainingState
+from common.config.groups import RunOptions
+from common.data.options import ProgramConfig
 from common.data.prepare import PreparedData, agree_on
 from common.errors import UserError
 from common.runtime.distributed import is_main, rank, say
@@ -35,7 +36,7 @@ class Run:
         return self.checkpoints.restore(self.checkpoint, state, self.tracker)
 
 
-def start_run(config: Any, *data: PreparedData, parts: Sequence[str] = ("",)) -> Run:
+def start_run(config: ProgramConfig, *data: PreparedData, parts: Sequence[str] = ("",)) -> Run:
     """Open the output directory, join the process group, and find the checkpoint to go on from. All ranks call it.
 
     It takes the prepared data because preparing must come before: it may last longer than ranks wait for one another.
@@ -56,7 +57,7 @@ def start_run(config: Any, *data: PreparedData, parts: Sequence[str] = ("",)) ->
     return Run(tracker, checkpoints, checkpoints.find())
 
 
-def open_run(config, parts: Sequence[str] = ("",)) -> Tracker:
+def open_run(config: RunOptions, parts: Sequence[str] = ("",)) -> Tracker:
     """Make the output directory and send libraries' chatter to its logs.
 
     Not before everything is checked: the libraries' logs of an earlier run there are continued from here on, its

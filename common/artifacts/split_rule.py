@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.artifacts.provenance import Provenance, read_provenance
 from common.config.parser import options
@@ -35,13 +36,11 @@ class _Use:
     def agrees(self, other: _Use) -> bool:
         """Whether both are one rule, but for the openings that `known_openings` compares."""
         by = {"opening" if use.split_by in _BY_OPENING else use.split_by for use in (self, other)}
-        if (
-            len(by) > 1
-            or self.eval_fraction != other.eval_fraction
-            or ((self.data_split is None) != (other.data_split is None))
-        ):
+        if len(by) > 1 or self.eval_fraction != other.eval_fraction:
             return False
-        return self.data_split is None or proportions(self.data_split) == proportions(other.data_split)
+        if self.data_split is None or other.data_split is None:
+            return self.data_split is other.data_split
+        return proportions(self.data_split) == proportions(other.data_split)
 
 
 def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest:
@@ -62,7 +61,7 @@ def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest
     )
 
 
-def split_rule_of(config: DataOptions) -> dict[str, tuple[str, ...] | str | float]:
+def split_rule_of(config: DataOptions) -> dict[str, Any]:
     """The part of a provenance that says which data was taken, and by which rule."""
     return {
         "data_path": _places(parse_data_path(config.data_path)),
@@ -97,8 +96,8 @@ def known_openings(config: DataOptions) -> dict[str, list[int]]:
     found = {}
     models = {
         f"--{name} {getattr(config, name)}": read_provenance(getattr(config, name))
-        for name in options(type(config))
-        if name.endswith("model_name_or_path") and getattr(config, name)
+        for name, meta in options(type(config)).items()
+        if meta.names_model and getattr(config, name)
     }
     for name in dict.fromkeys(spec.name for spec in config.all_sources()):
         known = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
-from typing import Self
+from typing import Any, Self
 
 import torch
 from datasets import Dataset
@@ -120,7 +120,7 @@ class FlatBatch(Batch):
     position_ids: Tensor
     loss_mask: Tensor
 
-    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor | int]:
+    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
         """The inputs of a causal language model: where rows begin and end, as flash-attention needs it, and no mask."""
         starts = (self.position_ids[0] == 0).nonzero()[:, 0]
         ends = torch.cat([starts[1:], starts.new_tensor([self.input_ids.shape[1]])])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import ClassVar
 
+from common.config.groups import RunOptions
 from common.config.parser import Config, PathName, option
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.errors import (
@@ -118,6 +119,11 @@ class DataOptions(Config):
         """`naming_flags` for this step's sources."""
         shared = {spec.name for spec in self.sources()}
         return naming_flags(lambda source: "--data_path" if source in shared else self.other_source_flag, length_flag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramConfig(DataOptions, RunOptions):
+    """What every training program has"""
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 def response_log_probs(
     model: CausalLM,
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
     prompt_lengths: Tensor,
     response_lengths: Tensor,
     temperature: float = 1.0,
@@ -58,7 +58,7 @@ def response_log_probs(
 
 def response_log_probs_and_entropy(
     model: CausalLM,
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
     prompt_lengths: Tensor,
     response_lengths: Tensor,
     temperature: float = 1.0,
@@ -81,7 +81,7 @@ def gather_response(values: Tensor, prompt_lengths: Tensor, response_lengths: Te
     return window.spread(_at_least_float32(values[window.row, window.position]))
 
 
-def next_token_loss_sum(model: CausalLM, inputs: Mapping[str, Tensor], loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss_sum(model: CausalLM, inputs: Mapping[str, Any], loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of -log p over the target tokens, and their number.
 
     Args:
@@ -111,7 +111,7 @@ class _ResponseWindow:
 
 def _read_tokens(
     model: CausalLM,
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
     row: Tensor,
     position: Tensor,
     temperature: float = 1.0,

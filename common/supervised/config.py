@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from common.config.groups import OneModelConfig
 from common.config.option import PathName
-from common.data.options import DataOptions
+from common.data.options import ProgramConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig(DataOptions, OneModelConfig):
+class SupervisedConfig(ProgramConfig, OneModelConfig):
     """Base of the configuration of a supervised program, which declares the options below with its own defaults."""
 
     if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.artifacts.compatibility import read_calibration, text_of
+from common.artifacts.compatibility import text_of
 from common.artifacts.export import write_model
 from common.artifacts.provenance import Provenance
 from common.data.tokenization import load_tokenizer, make_codec
@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.models.builtin import materialise
 from common.models.calibration import RAW, Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
-from step3_ppo.calibration import ScoreScale
+from step3_ppo.calibration import ScoreScale, read_calibration
 from step3_ppo.config import PPOConfig
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import PPOModels
