@@ -144,12 +144,12 @@ def test_the_pipeline_refuses_any_steps_flags_before_the_first_step(flags, told,
 @pytest.mark.parametrize(
     "step, flag, value, told",
     [
-        ("reward", "--data_path", "lost.jsonl", "step 2 (reward): --data_path: lost.jsonl does not exist"),
+        ("reward", "--data_path", "lost.jsonl", "step 2 (reward): --data_path lost.jsonl: it does not exist"),
         (
             "ppo",
             "--unsupervised_dataset_name",
             "lost.csv",
-            "step 3 (ppo): --unsupervised_dataset_name: lost.csv does not exist",
+            "step 3 (ppo): --unsupervised_dataset_name lost.csv: it does not exist",
         ),
         (
             "reward",
