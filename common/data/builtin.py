@@ -70,7 +70,8 @@ class Judgement:
 
 
 def _read(facts: str) -> dict[str, str]:
-    return dict(tuple(part.strip() for part in fact.split(">")) for fact in facts.split(","))
+    pairs = (fact.split(">") for fact in facts.split(","))
+    return {subject.strip(): answer.strip() for subject, answer in pairs}
 
 
 _NUMBERS = "zero one two three four five six seven eight nine".split()
