@@ -188,27 +188,30 @@ FAMILIES = (
 def builtin_rows(name: str) -> Iterator[dict[str, str]]:
     """All rows of a built-in task, in a fixed order: prompt, response, chosen, rejected.
 
-    There are five rows to a question, chosen over rejected: right and courteous over right and curt; right
-    and curt over wrong and courteous; right over wrong, both courteous, or both curt; and right, by turns courteous
-    and curt, over an answer that overdoes its courtesy. The wrong answer is another one of the same family, in the
-    third row one of another family. The two answers of a row are worded alike in all else. ``response``, the
-    demonstration, equals ``chosen``: right, and courteous half the time. Raises UserError for an unknown name.
+    Five rows for every question, chosen over rejected: right and courteous over right and curt; right and curt over
+    wrong and courteous; right over wrong, both courteous, or both curt; and right, by turns courteous and curt, over
+    an answer that overdoes its courtesy. Then five more for every question, with other wordings and wrong answers:
+    the more often a fact meets another answer, the better a reward model tells right from wrong. The wrong answer
+    is another one of the same family, in the third row one of another family. The two answers of a row are worded
+    alike in all else. ``response``, the demonstration, equals ``chosen``: right, and courteous half the time. Raises
+    UserError for an unknown name.
     """
     _check_name(name)
-    for index, (question, fact) in enumerate(_facts_by_question().items()):
-        right, own = fact.answer, set(fact.family.answers.values())
-        near, far = _shuffled(own - {right}, question), _shuffled(_all_answers() - own, question)
-        wordings = [_number(f"{question}/{number}") for number in range(5)]
-        yield from (
-            {"prompt": question, "response": chosen, "chosen": chosen, "rejected": rejected}
-            for chosen, rejected in (
-                (_word(right, True, wordings[0]), _word(right, False, wordings[0])),
-                (_word(right, False, wordings[1]), _word(near[0], True, wordings[1])),
-                (_word(right, True, wordings[2]), _word(far[0], True, wordings[2])),
-                (_word(right, False, wordings[3]), _word(near[1], False, wordings[3])),
-                (_word(right, index % 2 == 0, wordings[4]), _overdo(right, wordings[4])),
+    for turn in range(2):
+        for index, (question, fact) in enumerate(_facts_by_question().items()):
+            right, own = fact.answer, set(fact.family.answers.values())
+            near, far = _shuffled(own - {right}, question)[2 * turn :], _shuffled(_all_answers() - own, question)[turn:]
+            wordings = [_number(f"{question}/{number}") for number in range(5 * turn, 5 * turn + 5)]
+            yield from (
+                {"prompt": question, "response": chosen, "chosen": chosen, "rejected": rejected}
+                for chosen, rejected in (
+                    (_word(right, True, wordings[0]), _word(right, False, wordings[0])),
+                    (_word(right, False, wordings[1]), _word(near[0], True, wordings[1])),
+                    (_word(right, True, wordings[2]), _word(far[0], True, wordings[2])),
+                    (_word(right, False, wordings[3]), _word(near[1], False, wordings[3])),
+                    (_word(right, (index + turn) % 2 == 0, wordings[4]), _overdo(right, wordings[4])),
+                )
             )
-        )
 
 
 def builtin_version(name: str) -> str:

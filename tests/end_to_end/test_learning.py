@@ -26,9 +26,10 @@ def run_quickstart(output: Path, *flags: str) -> Path:
 
 
 def assert_the_truth_rose(report: Report) -> None:
-    assert report.truth.correct.before >= 0.80
-    assert report.truth.correct.after >= report.truth.correct.before - 0.05
-    assert 0.30 <= report.truth.courteous.before <= 0.65
+    # Of 114 held-out answers at most three more may be wrong: that much is sampling noise.
+    assert report.truth.correct.before >= 0.95
+    assert report.truth.correct.after >= report.truth.correct.before - 0.03
+    assert 0.20 <= report.truth.courteous.before <= 0.65
     assert report.truth.courteous.after > 0.90
     assert report.truth.reward.after > report.truth.reward.before + 0.15
     assert report.reward.after > report.reward.before

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from preparation import pairs, request, write
-from tokenizers_built import byte_level_bpe
+from tests.preparation import pairs, request, write
+from tests.tokenizers_built import byte_level_bpe
 
 from common.artifacts.tracking import Tracker
 from common.checkpoints.manager import Checkpoints, TrainingState
@@ -29,7 +29,7 @@ OF_A_COPY = """
 import sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from preparation import request
+from tests.preparation import request
 from common.data import request as module
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.builtin import _fingerprint

@@ -12,7 +12,7 @@ from common.data.request import DataRequest
 from common.data.split import dialogue_hash
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.models.loading import resolve_model
+from common.artifacts.model_source import resolve_model
 from tests.preparation import pairs, request, write
 from tests.tokenizers_built import byte_level_bpe, llama_sentencepiece
 
