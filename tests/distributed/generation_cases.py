@@ -67,7 +67,7 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
             if rolling:
                 before = full_state_dict(engine)
                 states = OptimizerOffload([engine])
-                with states.away():
+                with states.offloaded():
                     emptied.append((states.copies or not step) and not any(map(len, states.storages())))
                     texts[step] = {way: roll_out(engine, codec, way) for way in ("fast", "plain")}
                 after = full_state_dict(engine)
