@@ -25,11 +25,11 @@ def share_rollout(own: Rollout | None) -> Rollout:
     Raises:
         RolloutAbandoned: a rank gave None.
     """
-    parts = gather_objects(own and own.to("cpu"))
-    rollouts = [part for part in parts if part is not None]
-    if len(rollouts) < len(parts):
+    gathered = gather_objects(None if own is None else own.to("cpu"))
+    parts = [part for part in gathered if part is not None]
+    if len(parts) < len(gathered):
         raise RolloutAbandoned
-    rollout = Rollout.concat(rollouts)
+    rollout = Rollout.concat(parts)
     real = rollout.real.nonzero().squeeze(1)
     return rollout.select(real[rollout.prompt_index[real].argsort(stable=True)])
 

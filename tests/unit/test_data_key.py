@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.preparation import pairs, request, write
-from tests.tokenizers_built import byte_level_bpe
 
 from common.artifacts.tracking import Tracker
 from common.checkpoints.manager import Checkpoints, TrainingState
@@ -23,12 +21,14 @@ from common.data.request import data_key
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
 from step1_sft.config import SFTConfig
+from tests.preparation import pairs, request, write
+from tests.tokenizers_built import byte_level_bpe
 
 ROOT = Path(__file__).parents[2]
 OF_A_COPY = """
 import sys
 from pathlib import Path
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = [sys.argv[1]]
 from tests.preparation import request
 from common.data import request as module
 from common.data.tokenization import load_tokenizer, make_codec

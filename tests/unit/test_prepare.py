@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from common.artifacts.model_source import resolve_model
 from common.data import encoding, parallel
 from common.data.options import naming_flags
 from common.data.prepare import prepare, prepare_many
@@ -12,7 +13,6 @@ from common.data.request import DataRequest
 from common.data.split import dialogue_hash
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
-from common.artifacts.model_source import resolve_model
 from tests.preparation import pairs, request, write
 from tests.tokenizers_built import byte_level_bpe, llama_sentencepiece
 
