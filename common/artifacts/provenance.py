@@ -7,11 +7,12 @@ scores lie. A step that starts from another step's output checks here, before it
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from common.data.split import check_eval_fraction, proportions
 from common.errors import UserError, reason_of
@@ -102,11 +103,12 @@ def _checked(values: dict) -> Provenance:
     for name, kind in get_type_hints(Provenance).items():
         if not _fits(getattr(provenance, name), kind):
             raise ValueError(f"{name} is {str(getattr(provenance, name))[:40]!r}")
-    try:
-        proportions(provenance.data_split)
-        check_eval_fraction(provenance.eval_fraction)
-    except UserError as error:
-        raise ValueError(str(error)) from None
+    checks: dict[str, Callable[[Any], object]] = {"data_split": proportions, "eval_fraction": check_eval_fraction}
+    for name, check in checks.items():
+        try:
+            check(getattr(provenance, name))
+        except UserError as error:
+            raise ValueError(f"{name} {error}") from None
     return provenance
 
 

@@ -29,7 +29,7 @@ def runs(tmp_path_factory, builtin_cache) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("estimator")
     base = str(materialise("builtin:tiny-opt", builtin_cache))
     codec = make_codec(load_tokenizer(base), "human_assistant")
-    reward_model = load_scalar_model(base, "--model", codec, dtype=torch.float32, seed=7)
+    reward_model = load_scalar_model(base, codec, dtype=torch.float32, seed=7)
     write_model(reward_model, dict(reward_model.state_dict()), codec, place / "reward")
     for name, chosen in (("reinforce", []), ("gae", ["--advantage", "gae"])):
         launch(

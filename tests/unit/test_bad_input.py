@@ -49,7 +49,7 @@ def refusal(program, arguments: dict[str, str]) -> str:
         ("--model_name_or_path", "builtin:huge", ["builtin:huge", "builtin:tiny-opt"]),
         ("--data_path", "./missing.jsonl", ["--data_path", "missing.jsonl"]),
         ("--data_path", "builtin:rudeness", ["builtin:rudeness", "courtesy"]),
-        ("--dtype", "fp16", ["--dtype fp16", "--dtype fp32"]),
+        ("--dtype", "fp16", ["--dtype fp16", "use fp32 or bf16"]),
         ("--zero_stage", "4", ["--zero_stage", "0, 1, 2, 3"]),
         ("--template", "chat", ["--template chat", "human_assistant"]),
         ("--learnin_rate", "1", ["--learnin_rate", "did you mean --learning_rate"]),

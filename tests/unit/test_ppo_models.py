@@ -110,7 +110,7 @@ def test_without_a_critic_the_reward_model_is_an_engine_of_its_own(directories, 
     config = PPOConfig(advantage="rloo", answers_per_prompt=2, dtype="fp32", actor_zero_stage=0, actor_lora_dim=2)
     models = build_models(config, codec, actor, reward, Calibration(MEAN, STD), optimizer_steps=10)
     assert models.critic is None and list(models.trained()) == ["actor"]
-    plain = load_scalar_model(reward, "--model", codec, dtype=torch.float32, dropout=0.0).eval()
+    plain = load_scalar_model(reward, codec, dtype=torch.float32, dropout=0.0).eval()
     with torch.no_grad():
         numbers = plain(rollout.tokens)
     expected = numbers[torch.arange(2), rollout.lengths - 1]

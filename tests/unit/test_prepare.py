@@ -13,6 +13,7 @@ from common.data.request import DataRequest
 from common.data.split import dialogue_hash
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from common.paths import writing_to
 from tests.preparation import pairs, request, write
 from tests.tokenizers_built import byte_level_bpe, llama_sentencepiece
 
@@ -379,5 +380,8 @@ def test_a_place_for_prepared_data_that_cannot_be_written_is_one_line(tmp_path, 
     refused(replace(request(tmp_path, rows), cache_dir=tmp_path / "file"), codec, "File exists")
     refused(replace(request(tmp_path, rows), cache_dir=tmp_path / "file" / "data"), codec, "Not a directory")
     refused(replace(request(tmp_path, rows), cache_dir="/proc/data"), codec, "No such file or directory")
-    with pytest.raises(UserError, match="--data_output_path /proc/data: cannot be written to"):
-        resolve_model("builtin:tiny-opt", "--model_name_or_path", "/proc/data")
+    with (
+        pytest.raises(UserError, match="--data_output_path /proc/data: cannot be written to"),
+        writing_to("--data_output_path", "/proc/data"),
+    ):
+        resolve_model("builtin:tiny-opt", "/proc/data")

@@ -35,7 +35,7 @@ class WholeEngine(torch.nn.Module):
 def model(builtin_cache):
     source = str(materialise("builtin:tiny-opt", builtin_cache))
     codec = make_codec(load_tokenizer(source), "human_assistant")
-    return load_causal_lm(source, "--model", codec, dtype=torch.float32), codec
+    return load_causal_lm(source, codec, dtype=torch.float32), codec
 
 
 @pytest.fixture

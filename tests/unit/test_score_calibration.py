@@ -207,7 +207,7 @@ def test_a_resumed_run_has_the_very_scale(trainer, reward_model):
     to_scale(assessed(SCORES + 1 / 3)[1], trainer.scale)
     state = json.loads(json.dumps(trainer.state_dict()))
     scale = ScoreScale(None)
-    critic = load_scalar_model(str(reward_model[0]), "--model", trainer.codec, dtype=torch.float32, calibration=scale)
+    critic = load_scalar_model(str(reward_model[0]), trainer.codec, dtype=torch.float32, calibration=scale)
     models = replace(trainer.models, critic=WholeEngine(critic))
     other = PPOTrainer(models, trainer.reward, trainer.config, trainer.codec, None, None, scale)
     other.load_state_dict(state)
