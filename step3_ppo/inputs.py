@@ -115,6 +115,9 @@ def text_request(config: PPOConfig) -> DataRequest:
 
 def warn(config: PPOConfig) -> None:
     """Say what is allowed but rarely meant."""
+    if unused := config.unused_options():
+        flags = ", ".join(f"--{name}" for name in unused)
+        say(f"note: --advantage {config.advantage} does not use {flags}: without effect")
     if sampling_of(config).truncated:
         say(
             "warning: with --top_p, --top_k or --min_answer_seq_len answers are not sampled from the policy that is "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.training.metrics import Sums, masked_sum
-from step3_ppo.config import KL_ESTIMATORS
+from step3_ppo.options import KL_ESTIMATORS
 
 LOG_RATIO_LIMIT = 20.0  # nats; beyond it a ratio of probabilities is clamped, before exp can overflow
 

@@ -185,7 +185,7 @@ PPO = {
     "ppo_epochs": Row("weights", "2"),
     "clip_range": Row("weights", "0.0001"),
     "value_clip_range": Row("weights", "0.0001", "--ppo_epochs 2"),
-    "advantage": Row("weights", "rloo", "--answers_per_prompt 2 --critic_learning_rate 5e-6"),
+    "advantage": Row("weights", "rloo", "--answers_per_prompt 2"),
     "gamma": Row("weights", "0.5"),
     "gae_lambda": Row("weights", "0.5"),
     "whiten_advantages": Row("weights", "false"),

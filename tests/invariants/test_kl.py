@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step3_ppo.config import KL_ESTIMATORS
+from step3_ppo.options import KL_ESTIMATORS
 from step3_ppo.rewards import kl_estimate
 
 log_probabilities = st.floats(min_value=-200.0, max_value=0.0, width=32)

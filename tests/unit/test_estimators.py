@@ -6,6 +6,7 @@ from common.config.parser import parse
 from common.errors import UserError
 from step3_ppo.advantages import ESTIMATORS, Estimator, register
 from step3_ppo.config import PPOConfig, config_class
+from step3_ppo.inputs import warn
 from step3_ppo.saving import model_parts
 
 MODELS = ["--actor_model_name_or_path", "./actor", "--critic_model_name_or_path", "./reward"]
@@ -48,9 +49,11 @@ def test_comparing_answers_takes_two_to_a_prompt():
         ("--gamma", "0.5"),
     ],
 )
-def test_options_of_the_critic_and_of_gae_are_refused_without_them(words):
-    assert f"{words[0]} works only with --advantage gae" in refusal(*RLOO, *words)
-    parse(PPOConfig, [*MODELS, *words])
+def test_options_that_an_estimator_does_not_use_are_noted_so_that_a_recipe_serves_any(words, capsys):
+    warn(parse(PPOConfig, [*MODELS, *RLOO, *words]))
+    assert capsys.readouterr().out == f"note: --advantage rloo does not use {words[0]}: without effect\n"
+    warn(parse(PPOConfig, [*MODELS, *words]))
+    assert not capsys.readouterr().out
 
 
 def test_without_a_critic_there_is_no_directory_for_it():
