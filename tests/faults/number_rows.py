@@ -36,13 +36,14 @@ SHORT = [
 ]
 
 _SAVING = "--save_interval 1 --keep_checkpoints 1 --num_train_epochs 4"
-_SFT = f"{_SAVING} --per_device_train_batch_size 2 --max_skipped_steps 3"
+# The third step that is lost would be the last of an epoch, in which rank 1 has no row, and so no loss that is lost.
+_SFT = f"{_SAVING} --per_device_train_batch_size 2 --max_skipped_steps 2"
 _PPO = f"{_SAVING} --num_train_epochs 8 --per_device_training_batch_size 4 --max_skipped_steps 2"
 _RUNAWAY = "--actor_learning_rate 0.1 --kl_coef 0 --num_warmup_steps 8"
 _ENOUGH = "on rank 1 is not finite: optimizer steps skipped in a row reach --max_skipped_steps"
 # Name: step, flags, what is poisoned, what is said, the checkpoints that are left.
 RUNS = {
-    "loss": ("sft", f"{_SFT} --zero_stage 3", "loss", f"the loss {_ENOUGH} 3", ["step-2", "step-3"]),
+    "loss": ("sft", f"{_SFT} --zero_stage 3", "loss", f"the loss {_ENOUGH} 2", ["step-2", "step-3"]),
     "first": (
         "reward",
         "--max_skipped_steps 1 --save_interval 0 --num_train_epochs 4",
