@@ -58,7 +58,7 @@ class PPOBenchmark(BenchmarkOptions, PPOConfig):
 
 def main(argv=None) -> None:
     """Both ways start from the same weights, and the learning rates are 0, so every run starts alike."""
-    config = with_data(parse(PPOBenchmark, argv, prog="benchmarks/ppo.py"))
+    config = with_data(parse(PPOBenchmark, argv))
     config = one_step_per_iteration(config)
     actor = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
     critic = random_model(config.critic_model_name_or_path, "--critic_model_name_or_path", config, scores=True)

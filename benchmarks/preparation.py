@@ -41,7 +41,7 @@ class PreparationBenchmark(BenchmarkOptions, SFTConfig):
 
 def main(argv=None) -> None:
     """Write the file, prepare it, and start a second time."""
-    config = with_data(parse(PreparationBenchmark, argv, prog="benchmarks/preparation.py"))
+    config = with_data(parse(PreparationBenchmark, argv))
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
     codec = open_codec(config, source, "--model_name_or_path")
     prepared = Path(config.output_dir) / "preparation"

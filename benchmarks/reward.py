@@ -44,7 +44,7 @@ class RewardBenchmark(BenchmarkOptions, RewardConfig):
 
 def main(argv=None) -> None:
     """Parse, prepare, build, compare."""
-    config = with_data(parse(RewardBenchmark, argv, prog="benchmarks/reward.py"))
+    config = with_data(parse(RewardBenchmark, argv))
     config = replace(config, learning_rate=0.0, lora_learning_rate=0.0, dropout=0.0, margin=0.0, centring_coef=0.0)
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
     codec = open_codec(config, source, "--model_name_or_path")

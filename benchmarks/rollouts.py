@@ -56,7 +56,7 @@ class RolloutBenchmark(BenchmarkOptions, PPOConfig):
 
 def main(argv=None) -> None:
     """Both ways answer the same prompts with the same random numbers and the same imposed lengths."""
-    config = with_data(parse(RolloutBenchmark, argv, prog="benchmarks/rollouts.py"))
+    config = with_data(parse(RolloutBenchmark, argv))
     if config.against == "generate_batch" and not (config.greedy and config.actor_zero_stage == 0):
         raise UserError(
             "--against generate_batch draws from random numbers of its own and knows no ZeRO-3: add "

@@ -43,7 +43,7 @@ class SFTBenchmark(BenchmarkOptions, SFTConfig):
 
 def main(argv=None) -> None:
     """Parse, prepare, build, compare."""
-    config = with_data(parse(SFTBenchmark, argv, prog="benchmarks/sft.py"))
+    config = with_data(parse(SFTBenchmark, argv))
     config = replace(config, learning_rate=0.0, lora_learning_rate=0.0, dropout=0.0)
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
     codec = open_codec(config, source, "--model_name_or_path")

@@ -39,11 +39,15 @@ class DataError(InputError):
 
 
 @contextmanager
-def named_by(flag: str) -> Iterator[None]:
-    """Within the context an `InputError` becomes a `UserError` that begins with the flag which named its subject."""
+def named_by(flag: str, kind: type[InputError] = InputError) -> Iterator[None]:
+    """Within the context an `InputError` becomes a `UserError` that begins with the flag which named its subject.
+
+    Args:
+        kind: the only errors that are changed.
+    """
     try:
         yield
-    except InputError as error:
+    except kind as error:
         raise UserError(f"{flag} {error}") from error.__cause__
 
 

@@ -42,7 +42,7 @@ class ChatConfig(DecodingOptions, LoadOptions):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, respond until the input ends."""
-    config = read_options(ChatConfig, argv, prog="inference/chatbot.py")
+    config = read_options(ChatConfig, argv)
     with named_by("--path"):
         actor = load_actor(config.path, config)
     dialogue = Dialogue(actor.codec, actor.room(config.max_new_tokens), config.system)

@@ -86,7 +86,7 @@ class Evaluation:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, respond with each model, score, report."""
-    config = read_options(EvaluateConfig, argv, prog="inference/evaluate.py")
+    config = read_options(EvaluateConfig, argv)
     prompts = find_prompts(config)
     with named_by("--reward_model_path"):
         reward_model = load_reward_model(config.reward_model_path, config)

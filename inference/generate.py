@@ -54,7 +54,7 @@ class GenerateConfig(DecodingOptions, PromptOptions, LoadOptions):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, respond to every prompt in the order of the data."""
-    config = read_options(GenerateConfig, argv, prog="inference/generate.py")
+    config = read_options(GenerateConfig, argv)
     prompts = iter([single_prompt(config.prompt, "--prompt")]) if config.prompt else read_prompts(config)
     first = list(islice(prompts, 1))  # before the model is loaded, so that errors in the data come at once
     with open_output(config.output_file) as write:

@@ -49,7 +49,7 @@ class MergeConfig(SourceOptions):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, merge, save."""
-    config = read_options(MergeConfig, argv, prog="inference/merge_lora.py")
+    config = read_options(MergeConfig, argv)
     assert config.path and config.output_dir  # as validated
     quiet()
     base = resolve_base(config) if config.base else None

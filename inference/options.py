@@ -97,9 +97,9 @@ class PromptOptions(Config):
             return FileFormat(self.data_field, self.encoding).checked()
 
 
-def read_options(cls: type[ConfigType], argv: Sequence[str] | None, prog: str) -> ConfigType:
+def read_options(cls: type[ConfigType], argv: Sequence[str] | None) -> ConfigType:
     """The options of a command line. Notes go to standard error, because standard output is for responses."""
-    config = parse(cls, argv, prog=prog)
+    config = parse(cls, argv)
     for note in config.notes:
         print(f"note: {note}", file=sys.stderr)
     return config

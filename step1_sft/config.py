@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.groups import TrainedModelOptions, check_output_dir
 from common.config.parser import PathName, option
 from common.config.shared import same_option
 from common.data.blend import SourceSpec, parse_data_path
@@ -20,24 +19,19 @@ class SFTConfig(SupervisedConfig):
     phase: ClassVar[int] = 0
     other_source_flag: ClassVar[str] = "--sft_only_data_path"
 
-    model_name_or_path: PathName = option(
-        "facebook/opt-1.3b", "model to train: hub name, directory or builtin:*", names_model=True
-    )
-    output_dir: PathName = option("output/sft", "directory of the result", affects="nothing")
+    model_name_or_path: PathName = same_option(SupervisedConfig, "model_name_or_path", default="facebook/opt-1.3b")
+    output_dir: PathName = same_option(SupervisedConfig, "output_dir", default="output/sft")
     # The rate of DeepSpeed-Chat's published OPT-1.3B script for several GPUs.
-    learning_rate: float = same_option(TrainedModelOptions, "learning_rate", default=9.65e-6)
+    learning_rate: float = same_option(SupervisedConfig, "learning_rate", default=9.65e-6)
     sft_only_data_path: tuple[PathName, ...] = option((), "further data sources, given to this step whole")
     train_on_prompt: bool = option(False, "train on the tokens of prompts too")
     packing: bool = option(
         False,
         "let whole rows share sequences of --max_seq_len tokens, each blind to the others: the same steps, loss "
-        "and gradients from fewer, fuller micro-batches; a model that cannot gets rows of like length together",
+        "and gradients from fewer, fuller micro-batches; a model that cannot gets micro-batches of rows of similar "
+        "length",
     )
-    eval_iters: int = option(0, "evaluation batches over all ranks at most; 0: all", low=0, affects="evaluation")
-
-    def validate(self) -> None:
-        super().validate()
-        check_output_dir(self.output_dir, model_name_or_path=self.model_name_or_path)
+    eval_iters: int = same_option(SupervisedConfig, "eval_iters")
 
     def unsplit_sources(self) -> list[SourceSpec]:
         if not self.sft_only_data_path:

@@ -1,7 +1,7 @@
 """Step 1: supervised fine-tuning of the actor. `deepspeed --num_gpus N step1_sft/main.py --help` says everything."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
@@ -13,13 +13,12 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 from common.config.parser import parse
 from common.runtime.program import run_program
 from common.supervised.run import run_supervised
-from step1_sft.config import SFTConfig
 from step1_sft.task import SFTTask
 
 
-def main(argv: Sequence[str] | None = None, *, task: Callable[[SFTConfig], SFTTask] = SFTTask) -> None:
-    """Run this step; `task` makes the task from the options, for example a subclass with another loss."""
-    config = parse(SFTConfig, argv, prog="step1_sft/main.py")
+def main(argv: Sequence[str] | None = None, *, task: type[SFTTask] = SFTTask) -> None:
+    """Run this step. `task` may be a subclass with another loss, other samples, or options of its own."""
+    config = parse(task.config_class, argv)
     run_supervised(task(config), config)
 
 

@@ -14,6 +14,7 @@ from common.batching.sampler import MicroBatch
 from common.models.attention import attends_by
 from common.models.logprobs import response_log_probs
 from common.runtime.distributed import device, on_every_rank, on_gpu
+from common.training.memory import size_asked
 
 VARLEN = "flash_attention_2"  # takes rows of any length one after another, and computes nothing between them
 _SHORT = 16
@@ -74,7 +75,9 @@ def keeps_rows_apart(engine, width: int, way: Packing) -> bool:
     try:
         apart = log_probs(MicroBatch((0, 1), (True, True)), lengths)
         (packed,) = log_probs(MicroBatch((0, 1), (True, True), packs=(2,)), [sum(lengths)])
-    except (ImportError, TypeError, ValueError, RuntimeError):  # an older GPU refuses; Falcon with ALiBi the mask
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:  # older GPUs refuse, Falcon with ALiBi the mask
+        if size_asked(error) is not None:  # memory that is refused says nothing about packing
+            raise
         return False
     finally:
         engine.train()

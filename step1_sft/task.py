@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ SFTBatch = TokenBatch | PackedBatch | FlatBatch
 class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
     """A causal language model learns to write the responses of demonstrations."""
 
+    config_class = SFTConfig
     step = "sft"
     unit = "tokens"
 
@@ -83,13 +83,11 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
         loss = means(sums, "tokens")["loss"]
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
-    @torch.no_grad()
     def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> list[dict[str, Any]]:
         """Greedy responses to the first distinct held-out prompts, beside the demonstrations."""
         return greedy_samples(engine, held_out, codec)
 
 
-@torch.no_grad()
 def greedy_samples(
     engine: Any, held_out: Dataset, codec: Codec, rows: int = 8, max_new_tokens: int = 64
 ) -> list[dict[str, Any]]:
@@ -97,7 +95,6 @@ def greedy_samples(
     chosen = held_out.select(first_distinct(held_out, rows))
     if not len(chosen):
         return []
-    engine.eval()
     prompts = collate_prompts(chosen, MicroBatch(tuple(range(len(chosen))), (True,) * len(chosen)), codec.pad_id)
     prompts = prompts.to(device())
     width = prompts.input_ids.shape[1]
@@ -113,7 +110,6 @@ def greedy_samples(
             use_cache=True,
             synced_gpus=engine.zero_optimization_partition_weights() and world_size() > 1,
         )
-    engine.train()
     return [
         {
             "prompt": codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),

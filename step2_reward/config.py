@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.groups import TrainedModelOptions, check_output_dir
 from common.config.parser import PathName, option
 from common.config.shared import same_option
 from common.supervised.config import SupervisedConfig
@@ -17,18 +16,12 @@ class RewardConfig(SupervisedConfig):
 
     phase: ClassVar[int] = 1
 
-    model_name_or_path: PathName = option(
-        "facebook/opt-350m", "model to train: hub name, directory or builtin:*", names_model=True
-    )
-    output_dir: PathName = option("output/reward", "directory of the result", affects="nothing")
-    learning_rate: float = same_option(TrainedModelOptions, "learning_rate", default=5e-5)
+    model_name_or_path: PathName = same_option(SupervisedConfig, "model_name_or_path", default="facebook/opt-350m")
+    output_dir: PathName = same_option(SupervisedConfig, "output_dir", default="output/reward")
+    learning_rate: float = same_option(SupervisedConfig, "learning_rate", default=5e-5)
     pairs_per_prompt: int | None = option(
         None, "comparisons made of one row with several answers at most; none: all", low=1
     )
     margin: float = option(0.0, "wanted distance of chosen and rejected score", unit="raw score", low=0)
     centring_coef: float = option(0.0, "weight of the loss that keeps a pair's scores around 0", low=0)
-    eval_iters: int = option(100, "evaluation batches over all ranks at most; 0: all", low=0, affects="evaluation")
-
-    def validate(self) -> None:
-        super().validate()
-        check_output_dir(self.output_dir, model_name_or_path=self.model_name_or_path)
+    eval_iters: int = same_option(SupervisedConfig, "eval_iters", default=100)

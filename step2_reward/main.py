@@ -1,7 +1,7 @@
 """Step 2: the reward model. `deepspeed --num_gpus N step2_reward/main.py --help` says everything."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
@@ -13,13 +13,12 @@ if __package__ in (None, ""):  # run as a file: this clone's packages, not those
 from common.config.parser import parse
 from common.runtime.program import run_program
 from common.supervised.run import run_supervised
-from step2_reward.config import RewardConfig
 from step2_reward.task import RewardTask
 
 
-def main(argv: Sequence[str] | None = None, *, task: Callable[[RewardConfig], RewardTask] = RewardTask) -> None:
-    """Run this step; `task` makes the task from the options, for example a subclass with another loss."""
-    config = parse(RewardConfig, argv, prog="step2_reward/main.py")
+def main(argv: Sequence[str] | None = None, *, task: type[RewardTask] = RewardTask) -> None:
+    """Run this step. `task` may be a subclass with another loss, other samples, or options of its own."""
+    config = parse(task.config_class, argv)
     run_supervised(task(config), config)
 
 

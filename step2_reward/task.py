@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from step2_reward.loss import bradley_terry_loss_sum, score_mean_and_std
 class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
     """A model with a score head learns to score the chosen response of a comparison above the rejected one."""
 
+    config_class = RewardConfig
     step = "reward"
     unit = "pairs"
     sequences_per_row = 2  # a pair is padded to its longer response
@@ -76,15 +76,12 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
         names = ("loss", "accuracy", "chosen_score", "rejected_score", "margin")
         return {**{name: average[name] for name in names}, "score_mean": mean, "score_std": std}
 
-    @torch.no_grad()
     def samples(self, engine: Any, held_out: Dataset, codec: Codec, rows: int = 8) -> list[dict]:
         """The first held-out pairs with their scores."""
-        engine.eval()
         pairs = held_out.select(range(min(rows, len(held_out))))
         everything = MicroBatch(tuple(range(len(pairs))), (True,) * len(pairs))
         batch = collate_comparisons(pairs, everything, codec.pad_id).to(device())
         chosen, rejected = self._scores(engine, batch).chunk(2)
-        engine.train()
         return [
             {
                 "prompt": codec.tokenizer.decode(pair["prompt_ids"], skip_special_tokens=True),

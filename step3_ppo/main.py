@@ -38,7 +38,7 @@ def main(
         advantages: an estimator beside those of the product, and the default of --advantage.
         reward: gives the scores in the place of the reward model.
     """
-    config = parse(config_class(advantages, own_reward=reward is not None), argv, prog="step3_ppo/main.py")
+    config = parse(config_class(advantages, own_reward=reward is not None), argv)
     inputs = read_inputs(config)
     run = start_run(config, *inputs.data, parts=model_parts(config))
     codec, prompts, scale = inputs.codec, inputs.prompts.train, inputs.scale

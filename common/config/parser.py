@@ -87,7 +87,7 @@ def parse(cls: type[ConfigType], argv: Sequence[str] | None = None, prog: str | 
 
     Args:
         argv: the words of the command line; None for those of this process.
-        prog: the name of the program in --help, which prints and exits.
+        prog: the name of the program in --help, which prints and exits; None: the running file and its folder.
 
     Returns:
         The config. Its `notes` have a line for each option that was given twice, or without effect.
@@ -95,7 +95,8 @@ def parse(cls: type[ConfigType], argv: Sequence[str] | None = None, prog: str | 
     Raises:
         UserError: an option is unknown, or its value is not allowed.
     """
-    recipes, given, notes = _read_command_line(cls, list(sys.argv[1:] if argv is None else argv), prog)
+    words = list(sys.argv[1:] if argv is None else argv)
+    recipes, given, notes = _read_command_line(cls, words, prog or _program(Path(sys.argv[0])))
     known = options(cls)
     values: dict[str, Any] = {}
     for layer in [*(_read_recipe(cls, path) for path in recipes), given]:
@@ -189,6 +190,11 @@ def _read_recipe(cls: type[Config], path: str) -> dict[str, _Setting]:
         value = convert(known[key], raw, f"{place}: {key}")
         _add(layer, known[key].name, _Setting(f"{place}: {key}", key, value))
     return layer
+
+
+def _program(file: Path) -> str:
+    """step1_sft/main.py, or the name alone of an installed command."""
+    return f"{file.parent.name}/{file.name}" if file.suffix == ".py" else file.name
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,6 +16,10 @@ from transformers import PreTrainedModel
 from common.errors import InputError
 
 
+class AddedTokenError(InputError):
+    """The row of an added end token cannot be trained beside adapters."""
+
+
 def start_row(model: PreTrainedModel, token: int, like: int | None) -> None:
     """Record that `token` is new to the model, and copy the rows of the token `like` to its input and output row."""
     model.new_token = token  # type: ignore[assignment]  # nn.Module declares tensors and modules only
@@ -29,7 +33,7 @@ def train_new_row(model: nn.Module) -> None:
     """Add a trainable change to the frozen row of a new token; tied embeddings share one.
 
     Raises:
-        InputError: the embeddings are of a class that does more than to look up or to multiply.
+        AddedTokenError: the embeddings are of a class that does more than to look up or to multiply.
     """
     token = getattr(model, "new_token", None)
     if token is None:
@@ -38,7 +42,7 @@ def train_new_row(model: nn.Module) -> None:
     modules = _embeddings(model)
     for module in modules:
         if type(module) not in _TRAINED:
-            raise InputError(
+            raise AddedTokenError(
                 type(module).__name__,
                 "the vocabulary has no room for the added end token, and adapters cannot train a new row of embeddings "
                 "of this class: use the tokenizer's own end token",

@@ -55,8 +55,8 @@ def add_lora(
         seed: of the adapters' initial weights, so that they do not depend on how the model was loaded.
 
     Raises:
-        InputError: `modules` matches no linear layer (the message lists the kinds there are), or the row of a new end
-            token cannot be trained.
+        InputError: `modules` matches no linear layer (the message lists the kinds there are).
+        AddedTokenError: the row of a new end token cannot be trained.
     """
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -18,8 +18,9 @@ from common.batching.sampler import MicroBatch, evaluation_batches
 from common.checkpoints.training_state import TrainingState
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
-from common.errors import named_by
-from common.models.loading import check_length
+from common.errors import UserError, named_by
+from common.models.added_token import AddedTokenError
+from common.models.loading import max_length
 from common.models.lora import add_lora
 from common.paths import writing_to
 from common.runtime.distributed import rank, seed_rank, world_size
@@ -63,19 +64,17 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
     inputs = read_inputs(task, config)
     run = start_run(config, inputs.data)
     with advising_on_memory(config):
-        with named_when_out_of_memory("loading the model"):
-            engine = build_engine(task, config, inputs, scheduled_steps(config, len(inputs.data.train)))
-        trainer, state = build_trainer(task, config, inputs, engine, run)
+        trainer, state = build(task, config, inputs, run)
         loop = SupervisedLoop.from_config(config, trainer.batching.sampler, run.tracker)
         with run.checkpoints.reporting_last_good():
             done = run.restore(state)
             metrics = loop.run(trainer.train_step, trainer.evaluate, done, run.checkpoints.on_step_end)
             # Before the result is written: what fails in the samples must not leave half a result.
-            run.tracker.samples("after", task.samples(engine, inputs.data.eval, inputs.codec))
-            publish(task, config, inputs, engine, metrics)
+            run.tracker.samples("after", trainer.samples(inputs.codec))
+            publish(task, config, inputs, trainer.engine, metrics)
     report_done(run.tracker, loop.total_steps, metrics, config.output_dir)
     run.checkpoints.discard()
-    engine.destroy()
+    trainer.engine.destroy()
     return metrics
 
 
@@ -85,8 +84,7 @@ def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Input
     with writing_to("--data_output_path", config.data_output_path), named_by("--model_name_or_path"):
         source = resolve_model(config.model_name_or_path, config.data_output_path, config.merge_adapter)
         task.check_model(source)
-    with named_by("--max_seq_len is too large for --model_name_or_path"):
-        check_length(source, config.max_seq_len, config.trust_remote_code)
+    check_sequence_length(config, source)
     codec = open_codec(config, source, "--model_name_or_path")
     with config.naming_flags():
         data = task.prepare(codec)
@@ -94,10 +92,14 @@ def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Input
     return Inputs(source, codec, data)
 
 
-def scheduled_steps(config: SupervisedConfig, rows: int) -> int:
-    """Optimizer steps of all epochs, over which the learning rate changes, also where the run stops early."""
-    (batch,) = config.batches()
-    return config.num_train_epochs * -(-rows // (batch.rows * world_size()))
+def check_sequence_length(config: SupervisedConfig, source: str) -> None:
+    """Raises UserError if the model has no room for rows of --max_seq_len."""
+    room = max_length(source, config.trust_remote_code)
+    if room is not None and room < config.max_seq_len:
+        raise UserError(
+            f"--max_seq_len {config.max_seq_len} is too large for --model_name_or_path {config.model_name_or_path}, "
+            f"which has room for {room} tokens: lower it"
+        )
 
 
 def build_engine(task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, total_steps: int) -> Any:
@@ -114,7 +116,7 @@ def build_engine(task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs:
             trust_remote_code=config.trust_remote_code,
         )
     if config.lora_dim:
-        with named_by("--lora_module_name"):
+        with named_by("--lora_module_name"), named_by("--add_eot_token", AddedTokenError):
             add_lora(
                 task.adapted_part(model),
                 dim=config.lora_dim,
@@ -127,11 +129,17 @@ def build_engine(task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs:
     return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
 
 
-def build_trainer(
-    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, engine: Any, run: Run
+def build(
+    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, run: Run
 ) -> tuple[SupervisedTrainer[ConfigT, BatchT], TrainingState]:
-    """The trainer, with micro-batches that fit into memory, and what its checkpoints hold."""
+    """The trainer, with micro-batches that fit into memory, and what its checkpoints hold.
+
+    Args:
+        run: has found the checkpoint to go on from; nothing of it is loaded here but how micro-batches were cut.
+    """
     rows, held_out, pad_id = inputs.data.train, inputs.data.eval, inputs.codec.pad_id
+    with named_when_out_of_memory("loading the model"):
+        engine = build_engine(task, config, inputs, scheduled_steps(config, len(rows)))
     fitted = fit_micro_batches(
         config,
         run.checkpoints.saved_value(run.checkpoint, "max_tokens"),
@@ -152,6 +160,12 @@ def build_trainer(
     seed_rank(config.seed)
     state = TrainingState.of_one_engine(engine, trainer.step, max_tokens=fitted.max_tokens_per_micro_batch)
     return trainer, state
+
+
+def scheduled_steps(config: SupervisedConfig, rows: int) -> int:
+    """Optimizer steps of all epochs, over which the learning rate changes, also where the run stops early."""
+    (batch,) = config.batches()
+    return config.num_train_epochs * -(-rows // (batch.rows * world_size()))
 
 
 def evaluated_on_this_rank(held_out: Dataset, config: SupervisedConfig) -> list[MicroBatch]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
@@ -48,11 +47,13 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
         config: the options of the program.
 
     Attributes:
+        config_class: the class of its options.
         step: name of the task in provenance.json, such as "sft".
         unit: what the loss is a mean over; the name in `Sums` of how many there are, such as "tokens" or "pairs".
         sequences_per_row: sequences that the model reads for one row.
     """
 
+    config_class: type[ConfigT]
     step: ClassVar[str]
     unit: ClassVar[str]
     sequences_per_row: ClassVar[int] = 1
@@ -113,9 +114,9 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
     def evaluation_metrics(self, sums: Sums) -> Metrics:
         """What to log of an evaluation, from the sums over all held-out rows."""
 
-    @torch.no_grad()
-    def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> Sequence[dict]:
-        """Rows for samples/after.jsonl, to be read by people. All ranks call it."""
+    def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> Sequence[dict[str, Any]]:
+        """Rows for samples/after.jsonl, to be read by people. All ranks call it, without gradients, the model in
+        evaluation mode."""
         return []
 
     def provenance(self, metrics: Metrics) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic
 
 import numpy as np
@@ -11,10 +11,12 @@ from datasets import Dataset
 from torch import Tensor
 
 from common.batching.sampler import MicroBatch
+from common.data.tokenization import Codec
 from common.runtime.distributed import device, global_sum
 from common.supervised.task import Batching, BatchT, ConfigT, SupervisedTask
 from common.training.atomic_step import AtomicStep
 from common.training.engine import gradient_norm
+from common.training.memory import named_when_out_of_memory
 from common.training.metrics import Metrics, Sums, add_sums
 
 
@@ -82,6 +84,15 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
         ]
         self.engine.train()
         return self.task.evaluation_metrics(add_sums(parts, global_sum))
+
+    @torch.no_grad()
+    def samples(self, codec: Codec) -> Sequence[Mapping[str, Any]]:
+        """What the task shows of the held-out rows. All ranks call it."""
+        self.engine.eval()
+        with named_when_out_of_memory("the samples"):
+            rows = self.task.samples(self.engine, self.held_out, codec)
+        self.engine.train()
+        return rows
 
     def _batches(self, rows: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterator[BatchT]:
         for micro_batch in micro_batches:

@@ -20,6 +20,7 @@ from common.artifacts.split_rule import data_request
 from common.batching.collate import PairBatch, collate_comparisons, unmasked
 from common.config.option import PathName, option
 from common.config.parser import parse
+from common.config.shared import same_option
 from common.data.prepare import PreparedData, prepare
 from common.models.loading import load_causal_lm
 from common.models.logprobs import response_log_probs
@@ -37,18 +38,16 @@ class DPOConfig(SupervisedConfig):
 
     phase: ClassVar[int] = 1  # the second part of --data_split
 
-    model_name_or_path: PathName = option("output/sft", "fine-tuned model to train: hub name or directory")
-    output_dir: PathName = option("output/dpo", "directory of the result")
-    learning_rate: float = option(5e-6, "highest learning rate of what is no adapter", low=0)
-    lora_dim: int = option(8, "rank of the adapters; without them the model is the reference", low=1)
-    eval_iters: int = option(0, "evaluation batches over all ranks at most; 0: all", low=0)
+    output_dir: PathName = same_option(SupervisedConfig, "output_dir", default="output/dpo")
+    learning_rate: float = same_option(SupervisedConfig, "learning_rate", default=5e-6)
+    lora_dim: int = same_option(SupervisedConfig, "lora_dim", default=8, low=1)  # without adapters it is the reference
     beta: float = option(0.1, "weight of the KL to the reference", above=0)
 
 
 class DPOTask(SupervisedTask[DPOConfig, PairBatch]):
     """The actor learns to prefer the chosen response of a comparison, as far from the reference as beta allows."""
 
-    step, unit, sequences_per_row = "dpo", "pairs", 2
+    config_class, step, unit, sequences_per_row = DPOConfig, "dpo", "pairs", 2
 
     def prepare(self, codec) -> PreparedData:
         return prepare(data_request(self.config, "comparison", self.config.max_seq_len), codec)
@@ -82,7 +81,7 @@ class DPOTask(SupervisedTask[DPOConfig, PairBatch]):
 
 
 def main(argv=None) -> None:
-    config = parse(DPOConfig, argv, prog="docs/examples/dpo.py")
+    config = parse(DPOConfig, argv)
     run_supervised(DPOTask(config), config)
 
 
