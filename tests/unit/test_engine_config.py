@@ -17,7 +17,7 @@ from common.training.engine import (
     deepspeed_config,
     resolve_dtype,
 )
-from common.training.optim import Untrained, build_scheduler, parameter_groups
+from common.training.optim import WeightChanges, build_scheduler, parameter_groups
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
@@ -176,11 +176,11 @@ def test_a_run_shorter_than_its_warm_up_says_so(steps, told, capsys):
 def test_any_change_of_a_trained_weight_is_seen(dtype):
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(dtype)
     module[0].requires_grad_(False)
-    untrained = Untrained(module)
+    changes = WeightChanges(module)
     with torch.no_grad():
         module[0].weight.add_(1)  # is not trained
-        assert untrained.still()
+        assert changes.none()
         module[1].bias[0] = torch.nextafter(module[1].bias[0].float(), torch.tensor(9.0)).to(dtype)
-        assert untrained.still() is (dtype != torch.float32)  # too small to show in half precision
+        assert changes.none() is (dtype != torch.float32)  # too small to show in half precision
         module[1].bias[0] += 0.01
-    assert not untrained.still()
+    assert not changes.none()
