@@ -1,10 +1,10 @@
-"""Step 1: supervised fine-tuning of the actor. `deepspeed --num_gpus N step1_sft/main.py --help` says everything."""
+"""Step 1: supervised fine-tuning of the actor. `deepspeed --num_gpus N step1_sft/main.py --help` lists the options."""
 
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
+if __package__ in (None, ""):  # run as a file: import this clone's packages, not installed ones
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import begin_program
 
@@ -18,7 +18,7 @@ from step1_sft.task import SFTTask
 
 
 def main(argv: Sequence[str] | None = None, *, task: Callable[[SFTConfig], SFTTask] = SFTTask) -> None:
-    """Run this step; `task` makes the task from the options, for example a subclass with another loss."""
+    """Run this step. `task` is called with the options and returns the task; it may be a subclass with another loss."""
     config = parse(SFTConfig, argv, prog="step1_sft/main.py")
     run_supervised(task(config), config)
 

@@ -84,7 +84,7 @@ def varlen(monkeypatch):
     hf.AttentionInterface.register("varlen", attention)
     hf.AttentionMaskInterface.register("varlen", hf.AttentionMaskInterface()["flash_attention_2"])
     monkeypatch.setattr(packing, "VARLEN", "varlen")
-    monkeypatch.setattr(packing, "varlen_serves", lambda dtype: dtype != torch.float32)
+    monkeypatch.setattr(packing, "supports_varlen", lambda dtype: dtype != torch.float32)
 
 
 @pytest.mark.parametrize(
