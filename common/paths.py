@@ -29,8 +29,8 @@ def as_typed_in_a_shell(text: str, where: str) -> str:
     """
 
     def value(match: re.Match) -> str:
-        if found := os.environ.get(match[1].strip("{}")):
-            return found
+        if expanded := os.environ.get(match[1].strip("{}")):
+            return expanded
         raise UserError(
             f"{where}: {text!r}: the environment variable {match[1].strip('{}')} is not set, or empty: set "
             "it, or write the path out"
@@ -61,8 +61,8 @@ def may_be_on_hub(name: str) -> bool:
 
 def similar_path(path: Path) -> str:
     """`; did you mean PATH?` for an entry of the same directory with a similar name, or '' if there is none."""
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return did_you_mean(path.name, beside, before="" if path.parent == Path() else f"{path.parent}/")
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return did_you_mean(path.name, siblings, before="" if path.parent == Path() else f"{path.parent}/")
 
 
 def content_digest(paths: Iterable[Path]) -> str:

@@ -55,19 +55,19 @@ def compute_on_all_ranks(
         if config.max_tokens_per_micro_batch
         else evaluation_batches(lengths, config.per_device_training_batch_size, world_size(), rank())
     )
-    own = []
+    computed = []
     for batch in batches:
         results = compute(rollout.select(batch.indices).to(device()))
-        own.append((batch, {name: tensor.float().cpu() for name, tensor in results.items()}))
+        computed.append((batch, {name: tensor.float().cpu() for name, tensor in results.items()}))
     shared: dict[str, Tensor] = {}
-    for batch, results in (item for items in gather_objects(own) for item in items):
+    for batch, results in (item for items in gather_objects(computed) for item in items):
         real = torch.tensor(batch.real)
         rows = torch.tensor(batch.indices)[real]
         for name, tensor in results.items():
             shape = rollout.response_mask.shape[: tensor.dim()]
-            whole = shared.setdefault(name, torch.zeros(shape))
+            gathered = shared.setdefault(name, torch.zeros(shape))
             if tensor.dim() == 1:
-                whole[rows] = tensor[real]
+                gathered[rows] = tensor[real]
             else:
-                whole[rows, : tensor.shape[1]] = tensor[real]
+                gathered[rows, : tensor.shape[1]] = tensor[real]
     return shared

@@ -222,15 +222,19 @@ def builtin_version(name: str) -> str:
     return digest.hexdigest()
 
 
-def true_reward(question: str, answer: str) -> Judgement:
-    """The task's rule for any text as the answer to one of its questions.
+def true_reward(question: str, response: str) -> Judgement:
+    """Apply the task's rule to any text as the response to one of its questions.
 
-    ``question`` is the plain question, without template. Raises UserError if it is none of the task's.
+    Args:
+        question: the plain question, without template.
+
+    Raises:
+        UserError: the question is not one of the task.
     """
     fact = _facts_by_question().get(question.strip())
     if fact is None:
         raise UserError(f"{question!r} is no question of builtin:courtesy, so its true reward is unknown")
-    body = _normalised(answer)
+    body = _normalised(response)
     opening = next((o for o in _normalised_all(OPENINGS) if body.startswith(o)), "")
     body = body.removeprefix(opening).strip()
     closing = next((c for c in _normalised_all(CLOSINGS) if body.endswith(c)), "")

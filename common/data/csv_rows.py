@@ -13,7 +13,7 @@ from common.errors import UserError
 
 _SEPARATORS = (",", ";", "\t", "|")
 _LOOKED_AT = 200  # rows that decide about the separator
-_SAID = re.compile(r"sep=(.)\r?[\n\r]")
+_DECLARED = re.compile(r"sep=(.)\r?[\n\r]")
 _TSV = re.compile(r"\.tsv(\.|$)", re.I)
 _SPACED_QUOTE = re.compile(r' +"')
 
@@ -38,10 +38,10 @@ def csv_rows(text: TextIO, head: str, cut: bool, label: str) -> Iterator[Row]:
             yield "\n" if line is None else line
 
     skipped = 0
-    if said := _SAID.match(head):  # as Excel writes it
-        head, skipped = head[said.end() :], 1
+    if declared := _DECLARED.match(head):  # as Excel writes it
+        head, skipped = head[declared.end() :], 1
         text.readline()
-    separator, spaced = (said[1], False) if said else _look(head, cut, "\t" if _TSV.search(label) else ",")
+    separator, spaced = (declared[1], False) if declared else _look(head, cut, "\t" if _TSV.search(label) else ",")
     reader = csv.reader(unbroken(), strict=True, delimiter=separator, skipinitialspace=spaced)
     header = None
     while True:
@@ -84,14 +84,14 @@ def _look(head: str, cut: bool, usual: str) -> tuple[str, bool]:
     It is the separator of the header by which most rows have as many fields as the header. The `usual` one of such
     files is accepted even where few rows agree.
     """
-    best, found = (0.0, 0), (usual, False)
+    best, dialect = (0.0, 0), (usual, False)
     for separator in _SEPARATORS:
         spaced = _is_spaced(_parsed(head, cut, separator, spaced=False))
         header, *rows = _parsed(head, cut, separator, spaced)
         agreeing = sum(len(row) == len(header) for row in rows) / len(rows) if rows else 1.0
         if len(header) > 1 and (agreeing > 0.5 or separator == usual) and (agreeing, len(header)) > best:
-            best, found = (agreeing, len(header)), (separator, spaced)
-    return found
+            best, dialect = (agreeing, len(header)), (separator, spaced)
+    return dialect
 
 
 def _is_spaced(table: list[list[str]]) -> bool:

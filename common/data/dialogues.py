@@ -194,13 +194,13 @@ def questions(value: Any) -> tuple[str, ...]:
         if not is_transcript(text):
             return tuple(filter(None, [text.strip()]))
         value = [{"role": message.role, "content": message.content} for message in read_dialogue(text, "")]
-    found = []
+    contents = []
     for item in value if isinstance(value, list) else [value] if isinstance(value, dict) else ():
         with contextlib.suppress(BadRow):
             message = _message(item, "")
             if message.role == "user" and message.content:
-                found.append(message.content)
-    return tuple(found)
+                contents.append(message.content)
+    return tuple(contents)
 
 
 def response_of(messages: Sequence[Message]) -> Response:

@@ -92,12 +92,12 @@ class Encoder:
         }
         self._note_marks(sourced, prompt, report)
         longest = max(map(len, responses.values()), default=0)
-        room = self.max_tokens - longest
-        if room < codec.shortest_prompt:
+        max_prompt_tokens = self.max_tokens - longest
+        if max_prompt_tokens < codec.shortest_prompt:
             report.too_long += 1
             return
         uncut = codec.encode_prompt(prompt)
-        prompt_ids = codec.cut_prompt(uncut, room)
+        prompt_ids = codec.cut_prompt(uncut, max_prompt_tokens)
         report.prompts_cut += len(prompt_ids) < len(uncut)
         yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest}
 

@@ -56,16 +56,16 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
         )
     if head.isascii():
         return form.encoding or "utf-8"
-    found = [row for row in _ROWS.split(head)[: -1 if cut else None] if row.strip()]
-    high = [line for line in found if not line.isascii()]
+    rows = [row for row in _ROWS.split(head)[: -1 if cut else None] if row.strip()]
+    high = [line for line in rows if not line.isascii()]
     invalid = [line for line in high if not _is_utf8(line)]
     if len(invalid) <= len(high) / 2:
         return "utf-8"
     if form.encoding:
         return form.encoding
-    if _is_western(invalid) and len(invalid) > _FEW * len(found):
+    if _is_western(invalid) and len(invalid) > _FEW * len(rows):
         raise UserError(f"{label}: it is not UTF-8; {LOOKS_WESTERN}")
-    if len(invalid) > max(1, len(found) / 2):
+    if len(invalid) > max(1, len(rows) / 2):
         raise UserError(f"{label}: it is not UTF-8: {NAME_ENCODING}")
     return "utf-8"
 

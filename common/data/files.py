@@ -89,16 +89,16 @@ def members(path: Path, label: str) -> list[str] | None:
         raise UserError(f"{label}: the zip archive cannot be read: {error}") from error
     except OSError:
         return None  # reported when the file is read
-    found = [
+    data_files = [
         name
         for name in names
         if is_data_file(Path(name)) and not name.lower().endswith(".zip") and not name.startswith("__MACOSX/")
     ]
     if "[Content_Types].xml" in names:
         raise UserError(f"{label}: it is an Office document: save it as CSV")
-    if not found:
+    if not data_files:
         raise UserError(f"{label}: the zip archive holds no data file; it holds {', '.join(names[:5]) or 'nothing'}")
-    return sorted(found)
+    return sorted(data_files)
 
 
 def read_rows(
@@ -163,10 +163,10 @@ def _opened(path: Path, member: str | None, stack: ExitStack) -> BinaryIO:
 
 
 def _read(stream: BinaryIO, size: int) -> bytes:
-    found = b""
-    while len(found) < size and (more := stream.read(size - len(found))):
-        found += more
-    return found
+    data = b""
+    while len(data) < size and (more := stream.read(size - len(data))):
+        data += more
+    return data
 
 
 def _is_json(text: str) -> bool:

@@ -36,9 +36,9 @@ class Cursor:
     def _more(self) -> bool:
         if self._text is None:
             return False
-        found = self._text.read(max(_CHUNK, len(self._buffer) - self.at))
-        self._buffer, self.at = self._buffer[self.at :] + found, 0
-        return bool(found)
+        chunk = self._text.read(max(_CHUNK, len(self._buffer) - self.at))
+        self._buffer, self.at = self._buffer[self.at :] + chunk, 0
+        return bool(chunk)
 
     def peek(self) -> str:
         """The next character that is neither white space nor part of a comment; '' at the end."""

@@ -56,9 +56,11 @@ DEMONSTRATIONS = ("demonstration", "prompt")
 _BESIDE_PAIR = (*BESIDE, "margin", *(name for pair in SCORES for name in pair))
 
 
-def _responded(question: str, response: str, beside: Sequence[str] = COMPANIONS) -> Callable[[dict[str, Any]], Example]:
+def _responded(
+    question: str, response: str, companions: Sequence[str] = COMPANIONS
+) -> Callable[[dict[str, Any]], Example]:
     def read(row: dict[str, Any]) -> Example:
-        prompt = prompt_in(row, question, beside)
+        prompt = prompt_in(row, question, companions)
         responses = responses_in(row[response], response, prompt, row[question])
         if len(responses) == 1:
             return Example(prompt, responses[0], label=label_of(row))
@@ -204,13 +206,13 @@ def _pair_of(question: str) -> Layout:
 
 
 def _response_to(question: str, response: str) -> Layout:
-    beside = tuple(column for column in COMPANIONS if column != question)
+    companions = tuple(column for column in COMPANIONS if column != question)
     return Layout(
         (question, response),
         DEMONSTRATIONS,
-        _responded(question, response, beside),
-        (*SYSTEM, *beside, "history", "tools", *LABELS, *RANKS),
-        user_values_in(question, beside),
+        _responded(question, response, companions),
+        (*SYSTEM, *companions, "history", "tools", *LABELS, *RANKS),
+        user_values_in(question, companions),
         ranked=response,
     )
 

@@ -120,5 +120,5 @@ def _launch() -> list | None:
 
 
 def _state(paths: Iterable[Path]) -> list:
-    found = [path.stat() for path in paths]
-    return [[stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in found]
+    stats = [path.stat() for path in paths]
+    return [[stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in stats]

@@ -84,7 +84,7 @@ def read_records(
     sources = [(spec, open_source(spec, kind)) for spec in specs]
     if column_map.names:
         files = {part.label: columns_of(part) for _, source in sources for part in source.parts}
-        column_map.check({label: found for label, found in files.items() if found})
+        column_map.check({label: columns for label, columns in files.items() if columns})
     keyers: dict[str, Keyer] = {}
     for spec, source in sources:
         report.sources.setdefault(spec.name, Counts())
@@ -147,7 +147,7 @@ def _shared_first_turns(
     """The beginnings that too many dialogues of a source share, counted over the same rows for every kind of record."""
     if kind == "text":
         return frozenset()
-    counter, said = FirstTurnCounter(), time.monotonic()
+    counter, last_message = FirstTurnCounter(), time.monotonic()
     source = open_source(spec)
     for split, limit in (("test", None), ("train", max_rows)):
         parts = [part for part in source.parts if part.split == split]
@@ -155,8 +155,8 @@ def _shared_first_turns(
         for number, (row, reader) in enumerate(islice(rows, limit), 1):
             for turns in reader.user_turns(row, (), True) if reader is not None else ():
                 counter.add(turns)
-            if number % 1000 == 0 and time.monotonic() > said + _SAID_EVERY:
-                said = time.monotonic()
+            if number % 1000 == 0 and time.monotonic() > last_message + _SAID_EVERY:
+                last_message = time.monotonic()
                 print(
                     f"{spec.name}: {number:,} rows looked through for openings that many dialogues share",
                     file=sys.stderr,

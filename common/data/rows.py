@@ -16,7 +16,7 @@ TOO_LONG = f"longer than {MAX_ROW_BYTES // 2**20} MiB"
 Note = Callable[[str], None]
 
 
-def ignore(said: str) -> None:
+def ignore(message: str) -> None:
     """A `Note` that does nothing."""
 
 

@@ -57,7 +57,7 @@ def choose_splits(names: Sequence[str], kind: str | None) -> Choice:
     if kind is None:
         return choice
     for split in ("train", "test"):
-        uses = {name: use for name, found in splits.items() if found == split and (use := _use_in_name(name))}
+        uses = {name: use for name, of_name in splits.items() if of_name == split and (use := _use_in_name(name))}
         if len(set(uses.values())) < 2:
             continue
         fittest = min(uses.values(), key=_FITTING[kind].index)

@@ -150,7 +150,7 @@ _MARKS = re.compile(
 
 def marks(text: str) -> Iterator[str]:
     """The marks of templates in a text, which should have none."""
-    return (found[0].strip() for found in _MARKS.finditer(text))
+    return (match[0].strip() for match in _MARKS.finditer(text))
 
 
 def get_template(name: str, tokenizer=None, date: str | None = None) -> Template:

@@ -276,12 +276,12 @@ class Codec:
 
     def _text_ids(self, text: str, *, continues: bool = False) -> list[int]:
         ids = self._continued(self._plain_ids, text, continues)
-        found = self._special.intersection(ids)
-        if not found:
+        special_ids = self._special.intersection(ids)
+        if not special_ids:
             return ids
         # Merges of a vocabulary may lead from plain characters to a special token, and added tokens that are not marked
         # as special are found in any text. Tokenize the characters of such a token separately.
-        spelt = self.tokenizer.convert_ids_to_tokens(sorted(found))
+        spelt = self.tokenizer.convert_ids_to_tokens(sorted(special_ids))
         apart = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelt)
         first, *others = re.split(apart, text)
         ids = self._continued(self._plain_ids, first, continues)

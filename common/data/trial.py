@@ -106,12 +106,12 @@ def _problem_in_child(work: Callable[[], None]) -> str | None:
         poll.register(reading, select.POLLIN | select.POLLHUP)
         if not poll.poll(_PATIENCE * 1000):
             os.kill(child, signal.SIGKILL)
-        said = os.read(reading, 4096).decode()
+        message = os.read(reading, 4096).decode()
     finally:
         os.close(reading)
         _, status = os.waitpid(child, 0)
-    if said:
-        return said
+    if message:
+        return message
     if not os.WIFSIGNALED(status) or os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGALRM):
         return None  # it was killed from outside, which says nothing about the tokenizer
     if os.WTERMSIG(status) == signal.SIGXCPU:

@@ -52,7 +52,7 @@ class ActorRollouts:
         self.engine, self.slots, self.seed, self.end_ids, self.pad_id = engine, slots, seed, end_ids, pad_id
         self.gather, self.keep_cache = gather, keep_cache
         self.cache: SlotCache | None = None
-        self._said = ""
+        self._last_message = ""
 
     def roll_out(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout | None:
         """`sampling.samples_per_prompt` responses to every prompt.
@@ -91,9 +91,9 @@ class ActorRollouts:
         return ""
 
     def _say_once(self, message: str) -> None:
-        if message != self._said:
+        if message != self._last_message:
             say(message)
-            self._said = message
+            self._last_message = message
 
     def _in_generation_mode(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout | None:
         if self.engine.zero_optimization_partition_weights():
@@ -143,8 +143,8 @@ class ActorRollouts:
         return Rollout.concat(parts).select(order)
 
 
-def _bar(answers: int) -> tqdm:
-    return tqdm(total=answers, desc="rollout", leave=False, delay=SECONDS_BEFORE_BAR, disable=not is_main())
+def _bar(responses: int) -> tqdm:
+    return tqdm(total=responses, desc="rollout", leave=False, delay=SECONDS_BEFORE_BAR, disable=not is_main())
 
 
 class _ForcedChoice(LogitsProcessor):

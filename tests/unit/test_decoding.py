@@ -110,7 +110,7 @@ def test_what_the_models_directory_recommends_changes_nothing(actor):
 
 def test_a_dialogue_keeps_its_newest_turns_and_its_system_prompt(actor):
     codec = actor.codec
-    dialogue = Dialogue(codec, room=80, system="Be brief.")
+    dialogue = Dialogue(codec, max_prompt_tokens=80, system="Be brief.")
     forgotten = 0
     for number in range(6):
         ids, notice = dialogue.ask(f"Question number {number}?")
