@@ -1,4 +1,4 @@
-"""The errors that end a run in one line, and the hint that some of their messages give."""
+"""Defines the errors that end a run in one line, and the hint that some of their messages give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths, and names on the Hugging Face hub, which look alike: `output/sft`, `facebook/opt-1.3b`."""
+"""Handles paths, and names on the Hugging Face hub, which look alike: `output/sft`, `facebook/opt-1.3b`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Talk to a model: `python inference/chatbot.py --path DIR`. In a pipe, every line of input gets one line of output."""
+"""Runs a dialogue with a model: `python inference/chatbot.py --path DIR`. In a pipe, each input line gets one line."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""From prompts to responses: many in batches, or one token by token."""
+"""Generates responses to prompts: many in batches, or one token by token."""
 
 from __future__ import annotations
 

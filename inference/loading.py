@@ -1,4 +1,4 @@
-"""Models ready to respond, or to score, from the output of a training step or any other model directory.
+"""Loads models for generation or scoring, from the output of a training step or any other model directory.
 
 Weights are read from safetensors, or from PyTorch's own files by a reader that admits tensors only. No code in a
 model's directory runs, unless --trust_remote_code allows it.

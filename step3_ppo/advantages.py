@@ -1,4 +1,4 @@
-"""Advantage estimators: from token rewards to the advantages that the policy loss weighs its tokens by.
+"""Registers advantage estimators, which turn token rewards into the advantages of the policy loss.
 
 `ESTIMATORS` has all of them by name; `--advantage` chooses one. A new one is a function with `@estimator` above it.
 

@@ -1,4 +1,4 @@
-"""The scale in which scores and values are measured."""
+"""Determines the scale in which scores and values are measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights, kept in fp32 where each rank's weights lie."""
+"""Keeps an exponential moving average of the trained weights in fp32, partitioned as the weights are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts: what the actor is like before, between and after the iterations."""
+"""Generates and scores responses to held-out prompts, before, between and after the iterations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches as large as memory allows, for --auto_micro_batch."""
+"""Finds the largest micro-batches that fit into memory, for --auto_micro_batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models and the data that a run starts from, checked before anything is loaded."""
+"""Checks the models and prepares the data that a run starts from, before anything is loaded."""
 
 from __future__ import annotations
 

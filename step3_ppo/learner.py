@@ -1,4 +1,4 @@
-"""One optimizer step of the actor and, where there is one, of the critic, on the same responses."""
+"""Makes one optimizer step of the actor and, if there is one, of the critic, on the same responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits on KL and reward beyond which training stops."""
+"""Stops training when KL or reward exceed their limits."""
 
 from __future__ import annotations
 

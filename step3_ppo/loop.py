@@ -1,4 +1,4 @@
-"""The iterations of a PPO run, and the evaluations before, between and after them."""
+"""Runs the iterations of PPO, and the evaluations before, between and after them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics of an iteration."""
+"""Computes the metrics of an iteration."""
 
 from __future__ import annotations
 

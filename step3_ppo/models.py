@@ -1,4 +1,4 @@
-"""The models of PPO: actor, reference, critic, reward model.
+"""Builds the models of PPO: actor, reference, critic, reward model.
 
 Each has its own engine with its own ZeRO stage. But a LoRA actor with its adapters off is the reference, and a LoRA
 critic with its adapters off is the reward model: with LoRA there are two base models in memory, not four. There is a

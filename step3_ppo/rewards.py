@@ -1,4 +1,4 @@
-"""From KL and score to one reward per token."""
+"""Combines KL and score into one reward per token."""
 
 from __future__ import annotations
 

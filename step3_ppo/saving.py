@@ -1,4 +1,4 @@
-"""What a run keeps: its checkpoints, and the models that it publishes."""
+"""Saves checkpoints of a run, and publishes its models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many iterations and optimizer steps a run has, and which prompts and texts they take."""
+"""Computes how many iterations and optimizer steps a run has, and which prompts and texts they use."""
 
 from __future__ import annotations
 

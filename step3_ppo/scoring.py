@@ -1,4 +1,4 @@
-"""What the models and the reward say of a rollout, before the update."""
+"""Computes the outputs of the models and the reward for a rollout, before the update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rollout over all ranks: shared once it is generated, and its forward passes divided between the ranks."""
+"""Shares a rollout with all ranks once it is generated, and divides its forward passes between the ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation of the actor against a reward, one iteration at a time."""
+"""Runs proximal policy optimisation of the actor against a reward, one iteration at a time."""
 
 from __future__ import annotations
 

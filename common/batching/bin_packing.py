@@ -1,4 +1,4 @@
-"""Rows into bins: of equal size, so that no rank waits for another, or of limited size, so that little is padded."""
+"""Distributes rows over bins: of equal size, to balance ranks, or of limited size, to reduce padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of ids to padded tensors.
+"""Turns rows of ids into padded tensors.
 
 Training batches are padded on the right, prompts for generation on the left, each batch to its own longest row. Masks
 come from lengths and never from comparing tokens with the padding token, which may be part of a text.

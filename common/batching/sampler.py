@@ -1,4 +1,4 @@
-"""Which rows form which optimizer step, on which rank.
+"""Chooses which rows form which optimizer step, on which rank and in which micro-batch.
 
 The rows of a step are drawn at random, without replacement within an epoch. Only within a step are rows sorted by
 length and balanced, so that little is padded and every rank gets the same number of batches with about the same number

@@ -1,4 +1,4 @@
-"""One option: its declaration, and its value read from text or YAML with one clear error.
+"""Declares one option, and reads its value from text or YAML with one clear error.
 
 All that the project knows about an option stands in its declaration. Code that needs it (which options may change when
 a run is resumed, which of them DeepSpeed's configuration may not set, ...) asks `common.config.parser.options`.

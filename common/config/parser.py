@@ -1,4 +1,4 @@
-"""Options declared once, as dataclass fields: they become flags, YAML keys, help texts and a saved recipe.
+"""Turns options declared as dataclass fields into flags, YAML keys, help texts and a saved recipe.
 
 A value comes from the field's default, then the recipes (`--config`), then the command line; the later wins.
 Nothing here knows what an option means, and nothing here imports torch.

@@ -1,4 +1,4 @@
-"""From a source's columns to a layout: data sets known by name, the column map, and the choice of a layout.
+"""Maps a source's columns to a layout: data sets known by name, the column map, and the choice of a layout.
 
 The sets known by name, and their columns:
 
@@ -129,8 +129,8 @@ _PLURALS = {"prompt": "prompts", "demonstration": "demonstrations", "comparison"
 
 
 def named_layout(name: str) -> Layout | None:
-    """The layout of a set known by name: on the hub, or where a path contains ``owner/name`` or ends with
-    ``name``."""
+    """The layout of a set known by name: on the hub, or where a path contains `owner/name` or ends with
+    `name`."""
     parts = [part.lower() for part in PurePath(name).parts]
     path = f"/{'/'.join(parts)}/"
     for known, layout in NAMED.items():
@@ -147,8 +147,8 @@ def _known_columns() -> list[str]:
 
 
 class ColumnMap:
-    """The user's own names for the columns that are understood, as in ``{'prompt': 'question', 'chosen': 'good',
-    'rejected': 'bad'}``.
+    """The user's own names for the columns that are understood, as in `{'prompt': 'question', 'chosen': 'good',
+    'rejected': 'bad'}`.
 
     One map serves all files of a blend: it is applied to those that have all its columns. Raises ColumnsError
     for a key that is no column of any layout.
@@ -164,7 +164,7 @@ class ColumnMap:
                 )
 
     def for_kind(self, kind: str) -> ColumnMap:
-        """The part of the map that concerns records of ``kind``: text and dialogues may lie in different sources."""
+        """The part of the map that concerns records of `kind`: text and dialogues may lie in different sources."""
         known = {
             column
             for layout in LAYOUTS
@@ -174,7 +174,7 @@ class ColumnMap:
         return ColumnMap({key: column for key, column in self.names.items() if key in known})
 
     def check(self, files: Mapping[str, Collection[str]]) -> None:
-        """Raises ColumnsError if none of the ``files`` (label -> columns found) has all mapped columns."""
+        """Raises ColumnsError if none of the `files` (label -> columns found) has all mapped columns."""
         if not files or any(self._fits(columns) for columns in files.values()):
             return
         label, columns = max(files.items(), key=lambda file: self._likeness(file[1]))
@@ -189,7 +189,7 @@ class ColumnMap:
         """The map for a file with these columns: this one if the file has all its columns, else an empty one.
 
         Added to it are columns whose names differ from the understood ones only in case or in surrounding spaces, such
-        as ``Prompt``.
+        as `Prompt`.
         """
         names = dict(self.names) if self._fits(columns) else {}
         taken = {*names, *names.values(), *columns}
@@ -229,7 +229,7 @@ class ColumnMap:
 def choose_layout(
     name: str, columns: Collection[str], kind: str, label: str, rows: Sequence[dict[str, Any]] = ()
 ) -> Layout:
-    """The layout by which a file gives records of ``kind``.
+    """The layout by which a file gives records of `kind`.
 
     Args:
         name: the source; a data set known by name has its own layout.

@@ -1,4 +1,4 @@
-"""The chat template that came with a tokenizer, as a template of this package.
+"""Uses the chat template of a tokenizer as a template of this package.
 
 A chat template is a program that can only render a dialogue. Therefore what it puts around a response is read off
 renderings of probes, and its rendering of each row is checked for what the row says.

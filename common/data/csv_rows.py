@@ -1,4 +1,4 @@
-"""Rows out of tables in text (.csv, .tsv), with any separator between fields."""
+"""Reads rows from text tables (.csv, .tsv) with any separator between fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records to rows of ids, a chunk at a time."""
+"""Turns records into rows of ids, a chunk at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoding of a text file, recognised by its first bytes."""
+"""Recognises the encoding of a text file by its first bytes."""
 
 from __future__ import annotations
 
@@ -39,9 +39,13 @@ codecs.register_error(INVALID, _invalid)
 
 
 def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
-    """The encoding of a text file that begins with ``head``; ``cut``: more follows.
+    """The encoding of a text file that begins with `head`.
 
-    Raises UserError if the file is no text, or if it is not UTF-8 and `form` names no encoding.
+    Args:
+        cut: whether the file is longer than `head`.
+
+    Raises:
+        UserError: the file is not text, or it is not UTF-8 and `form` names no encoding.
     """
     for mark, name in _MARKS:
         if head.startswith(mark):

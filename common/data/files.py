@@ -1,8 +1,8 @@
-"""Rows out of one local file, as they stand: JSON (.jsonl, .json), tables (.csv, .tsv), plain text (.txt), each also
-packed by gzip or zstd or in a .zip, and .parquet.
+"""Reads rows from one local file: JSON (.jsonl, .json), tables (.csv, .tsv), plain text (.txt), each also compressed
+by gzip or zstd or in a .zip, and .parquet.
 
 A file's name says whether it is JSON, a table or plain text. Everything else is recognised by its content: packing,
-encoding, separators, and the form of JSON, see `json_rows`. In plain text each line is a row with the column ``text``,
+encoding, separators, and the form of JSON, see `json_rows`. In plain text each line is a row with the column `text`,
 as in `datasets`. Files of any size are streamed. A row that cannot be read is returned as a `Row` with a problem, so
 that it can be counted and shown with its place. A file that cannot be read to its end, or is of another kind, is a
 UserError.
@@ -75,9 +75,10 @@ def kind_of(path: Path) -> str:
 
 
 def members(path: Path, label: str) -> list[str] | None:
-    """The names of the data files in a zip archive, whatever its name; None if the file is no zip archive.
+    """The names of the data files in a zip archive, whatever its name; None if the file is not a zip archive.
 
-    Raises UserError for an archive that is damaged or holds no data file.
+    Raises:
+        UserError: the archive is damaged or holds no data file.
     """
     try:
         with open(path, "rb") as stream:
@@ -104,7 +105,7 @@ def members(path: Path, label: str) -> list[str] | None:
 def read_rows(
     path: Path, label: str, form: FileFormat = FileFormat(), note: Note = ignore, member: str | None = None
 ) -> Iterator[Row]:
-    """The rows of a file, or of a ``member`` of a zip archive, in order.
+    """The rows of a file, or of a `member` of a zip archive, in order.
 
     Args:
         label: the file's name in each row's place and in messages.
@@ -145,7 +146,7 @@ def read_rows(
 
 
 def _opened(path: Path, member: str | None, stack: ExitStack) -> BinaryIO:
-    """The unpacked content, at its start; the ``stack`` closes it."""
+    """The unpacked content, at its start; the `stack` closes it."""
     stream: BinaryIO
     if member is None:
         stream = stack.enter_context(open(path, "rb"))

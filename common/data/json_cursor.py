@@ -1,4 +1,4 @@
-"""JSON text read value by value, so that a file of any length is never in memory as a whole."""
+"""Reads JSON text value by value, so that a file of any length is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Cursor:
         self.at = end.end()
 
     def take(self, *marks: str) -> str:
-        """Pass the next character, which must be one of ``marks``; raises Broken if it is not."""
+        """Pass the next character, which must be one of `marks`; raises Broken if it is not."""
         mark = self.peek()
         if mark not in marks:
             raise self.broken()

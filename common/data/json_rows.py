@@ -1,5 +1,5 @@
-"""Rows out of JSON text: objects in lines, arrays, objects over several lines, one object that holds the rows
-under a key, and tables by column.
+"""Reads rows from JSON text: objects in lines, arrays, objects over several lines, one object that holds the rows under
+a key, and tables by column.
 
 Lines are read one by one, so a broken line costs only its own row. In the other forms no place is known at which
 reading could start again, so broken JSON ends it. One row at a time is in memory, except for tables by column, which

@@ -1,4 +1,4 @@
-"""The split keys of one source's rows, and notes about them for the log."""
+"""Computes the split keys of one source's rows, and collects notes about them for the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of one part of a source (a file, a split), each with the way to make records of it."""
+"""Reads the rows of one part of a source (a file, a split), each with the way to make records of it."""
 
 from __future__ import annotations
 

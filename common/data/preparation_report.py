@@ -1,4 +1,4 @@
-"""What became of the rows of a blend on their way to ids."""
+"""Reports how many rows of a blend became ids, and why others did not."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ class PreparationReport:
     def from_json(cls, text: str) -> PreparationReport:
         """The report that `to_json` wrote; fields that this version does not know are ignored.
 
-        Raises ValueError, KeyError, TypeError or AttributeError if `to_json` did not write the text.
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: `to_json` did not write the text.
         """
         values = json.loads(text)
         read = _known(ReadReport, values.pop("read"))

@@ -1,4 +1,4 @@
-"""Prepared files that are sealed when they are written and verified, by sizes and checksums, when they are read."""
+"""Seals prepared files when they are written, and verifies their sizes and checksums when they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prompt of a row: the question in one column, and what stands beside it in others."""
+"""Builds the prompt of a row from its question column and the other columns that belong to it."""
 
 from __future__ import annotations
 

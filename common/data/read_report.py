@@ -1,4 +1,4 @@
-"""What became of the rows of each source: usable, unusable or left out."""
+"""Counts the rows of each source: usable, unusable or left out."""
 
 from __future__ import annotations
 

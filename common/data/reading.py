@@ -1,4 +1,4 @@
-"""Records out of a blend of sources: the one way in for every program."""
+"""Reads records from a blend of sources, for every program."""
 
 from __future__ import annotations
 

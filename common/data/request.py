@@ -1,4 +1,4 @@
-"""What a step asks to be prepared, and the key under which the result is kept."""
+"""Defines what a step asks to be prepared, and the key of the prepared data."""
 
 from __future__ import annotations
 

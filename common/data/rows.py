@@ -1,4 +1,4 @@
-"""What the readers of all kinds of files share: rows, the format that the user states, lines of limited length."""
+"""Defines what the readers of all files share: rows, the format that the user states, lines of limited length."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Where rows come from: ``builtin:NAME``, a local file, a directory or zip archive of files, a saved data set, a hub
-data set.
+"""Finds the rows of a source: `builtin:NAME`, a local file, a directory or zip archive of files, a saved data set, or a
+hub data set.
 
 A local path takes precedence over a hub name. A source consists of parts (files, splits). Each part belongs to training
 or to the source's own test data, see `splits`.

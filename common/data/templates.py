@@ -1,4 +1,4 @@
-"""The wording around a dialogue: how a prompt and a response are written as text.
+"""Writes a prompt and a response as text, in the wording of a template.
 
 A template renders a prompt up to and including the cue after which the assistant speaks, and joins a response to that
 cue by its `lead`. It returns pieces, which keep text of users apart from special tokens of the template: both may look

@@ -1,4 +1,4 @@
-"""Text to ids and back: the one place that decides prompt ids, response ids and the end token."""
+"""Turns text into ids and back; only this module decides prompt ids, response ids and the end token."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ class Codec:
         return next((at + len(lead) for at in range(last, -1, -1) if ids[at : at + len(lead)] == lead), None)
 
     def end_of(self, ids: Sequence[int]) -> int:
-        """The place of the first token that ends a response; the length where there is none."""
+        """The index of the first token that ends a response; the number of ids if there is none."""
         return next((at for at, token in enumerate(ids) if token in self.end_ids), len(ids))
 
     def _shown(self, ids: list[int]) -> str:

@@ -1,5 +1,4 @@
-"""A tokenizer and its chat template are tried before they are used: patterns may backtrack for ever, templates may
-recurse or fill the memory.
+"""Tries a tokenizer and its chat template before use: they may run for ever, recurse without end, or fill the memory.
 
 Both are programs that come with a model's directory. Neither can be stopped from Python once it runs, so the trial is
 in a forked process with limits on time and memory.

@@ -1,4 +1,4 @@
-"""Checks of a model before anything long begins: its name, the files of its directory, and its weights once loaded."""
+"""Checks a model before a long run begins: its name, the files of its directory, and its loaded weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The actor generates responses to prompts.
+"""Generates the actor's responses to prompts.
 
 Two ways give the same tokens. In generation mode (see `generation_mode`) every rank decodes its own prompts with
 continuous batching. The plain way calls transformers' `generate` on batches that stay together. It is used where

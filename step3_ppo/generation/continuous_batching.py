@@ -1,4 +1,4 @@
-"""Continuous batching: as soon as a response ends, its slot is given to the next prompt.
+"""Generates with continuous batching: as soon as a response ends, its slot is given to the next prompt.
 
 So the cost of decoding grows with the number of real tokens, not with rows times the longest response. A slot is a row
 of a key-value cache that is allocated once. In one forward pass the slots have different lengths; the attention mask

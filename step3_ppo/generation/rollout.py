@@ -1,4 +1,4 @@
-"""The batch that generation gives: prompts, and the responses that the actor wrote to them.
+"""Defines the batch that generation returns: prompts, and the responses that the actor generated.
 
 B rows; L the width of the tokens; R the longest response of the batch, so that column t of a (B, R) tensor
 belongs to response token t. Masks come from lengths alone: an end token that doubles as padding still counts.
