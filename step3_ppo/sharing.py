@@ -14,16 +14,16 @@ from step3_ppo.generation.rollout import Rollout
 
 
 class RolloutAbandoned(Exception):
-    """A rank was told to stop during the rollout; raised on all ranks alike. No weight has changed."""
+    """A rank was asked to stop during the rollout; raised on all ranks alike. No weight has changed."""
 
 
 def share_rollout(own: Rollout | None) -> Rollout:
     """All ranks' responses on every rank, without fillers, in the order of their prompts in the data set.
 
-    The result does not depend on how the prompts were dealt to ranks and batches, but for `made_by`.
+    Except for `made_by`, the result does not depend on the distribution of prompts over ranks and batches.
 
     Raises:
-        RolloutAbandoned: a rank gave None.
+        RolloutAbandoned: a rank passed None.
     """
     gathered = gather_objects(None if own is None else own.to("cpu"))
     parts = [part for part in gathered if part is not None]

@@ -66,7 +66,7 @@ class ActorRollouts:
         Returns:
             The responses, in the order of the prompts, those of one prompt together. A response contains `NO_TOKEN`
             where the actor's logits were not finite; that is no error here, since only this rank knows of it. None if
-            this rank was told to stop meanwhile.
+            this rank was asked to stop meanwhile.
         """
         longest = prompts.input_ids.shape[1] + sampling.max_new_tokens
         reason = self._why_plain(longest)
@@ -168,8 +168,8 @@ class _ForcedChoice(LogitsProcessor):
         position = input_ids.shape[1] - self.prompt_width
         scores = without_ends(scores, position < self.limits[:, 0], self.ends)
         tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
-        # Tokens after a response's own limit are cut off later, so end it now to save time. When the run was told to
-        # stop, end all responses: under ZeRO-3 no rank may leave `generate` alone.
+        # Tokens after a response's own limit are cut off later, so end it now to save time. When the run was asked
+        # to stop, end all responses: under ZeRO-3 no rank may leave `generate` alone.
         self.broken |= tokens == NO_TOKEN
         over = self.broken | (position >= self.limits[:, 1]) | bool(stop_requested())
         tokens = torch.where(over, self.ends[0], tokens)

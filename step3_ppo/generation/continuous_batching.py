@@ -129,7 +129,7 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class Decoder:
-    """Generates responses with a causal language model whose weights are whole and which is in evaluation mode.
+    """Generates responses with a causal language model with unsharded weights, in evaluation mode.
 
     Args:
         model: of transformers; `can_decode` says whether it can be served.
@@ -160,7 +160,7 @@ class Decoder:
     def run(self, requests: Sequence[Request], progress: Callable[[int], object] | None = None) -> list[list[int]]:
         """The tokens of the response to each request, the end token included.
 
-        A response ends with `NO_TOKEN` where the logits were not finite. When this rank is told to stop, responses are
+        A response ends with `NO_TOKEN` where the logits were not finite. When this rank is asked to stop, responses are
         incomplete.
 
         Args:
