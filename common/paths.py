@@ -15,14 +15,14 @@ OUTPUT = "output"  # where the programs write unless told otherwise
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[^}]*\})")
 
 
-def as_typed_in_a_shell(text: str, where: str) -> str:
+def as_typed_in_a_shell(text: str, location: str) -> str:
     """Replace `~`, `~user`, `$NAME` and `${NAME}` in a path.
 
     A shell does not replace them within quotes and after `--flag=`, and nothing replaces them in a recipe. A path that
     exists as it is written stays the same.
 
     Args:
-        where: the flag or the line of a recipe, for messages.
+        location: the flag or the line of a recipe, for messages.
 
     Raises:
         UserError: there is no such user or environment variable.
@@ -32,7 +32,7 @@ def as_typed_in_a_shell(text: str, where: str) -> str:
         if expanded := os.environ.get(match[1].strip("{}")):
             return expanded
         raise UserError(
-            f"{where}: {text!r}: the environment variable {match[1].strip('{}')} is not set, or empty: set "
+            f"{location}: {text!r}: the environment variable {match[1].strip('{}')} is not set, or empty: set "
             "it, or write the path out"
         )
 
@@ -41,7 +41,7 @@ def as_typed_in_a_shell(text: str, where: str) -> str:
     path = os.path.expanduser(_VARIABLE.sub(value, text))
     if path.startswith("~") and not os.path.exists(path):
         user = path.partition("/")[0]
-        raise UserError(f"{where}: {text!r}: there is no user {user[1:]}: for a path of that name write ./{user}")
+        raise UserError(f"{location}: {text!r}: there is no user {user[1:]}: for a path of that name write ./{user}")
     return path
 
 

@@ -26,7 +26,7 @@ choose_accelerator() {
         export DS_ACCELERATOR=cpu
     fi
     if [ "${DS_ACCELERATOR:-}" = cpu ]; then
-        # Threads that spin while they wait take the cores from working threads; a busy machine becomes ten times slower.
+        # Threads that spin while they wait take cores from working threads; a busy machine becomes ten times slower.
         export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
     fi
 }

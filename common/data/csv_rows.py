@@ -55,25 +55,25 @@ def csv_rows(text: TextIO, head: str, cut: bool, label: str) -> Iterator[Row]:
             fields, problem = [], f"broken CSV ({error})"
         if too_long:
             fields, problem, too_long = [], f"line {TOO_LONG}", False
-        where = f"{label}:{first}"
+        location = f"{label}:{first}"
         if header is None:
             fields = [field.strip() for field in fields]
             if problem or len(set(fields)) < len(fields):
-                raise UserError(f"{where}: the header is unusable: {problem or 'a column name occurs twice'}")
+                raise UserError(f"{location}: the header is unusable: {problem or 'a column name occurs twice'}")
             header = fields or None
             continue
         if fields and len(fields) != len(header):
             problem = f"{len(fields)} fields where the header has {len(header)}"
         if problem is None:
             if fields:
-                yield Row(where, dict(zip(header, fields)))
+                yield Row(location, dict(zip(header, fields)))
             continue
         # A quote that is left open swallows the following rows into its field. Each of their lines is counted as bad:
         # otherwise a file that is lost from its middle on would seem to have a single bad row.
         lost = range(first + 1, reader.line_num + skipped + 1) if len(fields) < len(header) else range(0)
         if lost:
             problem += f"; the row runs to line {reader.line_num + skipped}: is a quote left open?"
-        yield Row(where, None, problem)
+        yield Row(location, None, problem)
         for number in lost:
             yield Row(f"{label}:{number}", None, f"within the broken row of line {first}")
 

@@ -69,9 +69,9 @@ class Encoder:
                     {**columns, "dialogue": sourced.dialogue} for columns in self._encoded(sourced, report)
                 )
             except TemplateError as error:
-                report.refuse(sourced.where, f"template {error}")
+                report.refuse(sourced.location, f"template {error}")
             except UserError as error:
-                report.refuse(sourced.where, str(error))
+                report.refuse(sourced.location, str(error))
         schema = features(self.kind).arrow_schema
         train, held_out = (pyarrow.Table.from_pylist(side, schema) for side in rows)
         return train, held_out, report
@@ -108,7 +108,7 @@ class Encoder:
         texts = [turn.content for response in _responses(sourced.record).values() for turn in turns_of(response)]
         for text in (*texts, *(turn.content for turn in prompt.messages)):
             if mark := next(marks(text), None):
-                report.mark(sourced.where, mark)
+                report.mark(sourced.location, mark)
                 return
 
 

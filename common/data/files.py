@@ -181,8 +181,8 @@ def _is_json(text: str) -> bool:
 
 def _text_rows(text: TextIO, label: str) -> Iterator[Row]:
     for number, line in lines(text):
-        where = f"{label}:{number}"
-        yield Row(where, None, f"line {TOO_LONG}") if line is None else Row(where, {"text": line.rstrip("\r\n")})
+        location = f"{label}:{number}"
+        yield Row(location, None, f"line {TOO_LONG}") if line is None else Row(location, {"text": line.rstrip("\r\n")})
 
 
 def _parquet_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
@@ -198,13 +198,13 @@ def _parquet_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
         ):
             for at in range(len(batch)):
                 number += 1
-                where = f"{label}:{number}"
+                location = f"{label}:{number}"
                 try:
                     (values,) = batch.slice(at, 1).to_pylist()
                 except UnicodeDecodeError:
-                    yield Row(where, None, "invalid UTF-8")
+                    yield Row(location, None, "invalid UTF-8")
                 else:
-                    yield Row(where, values)
+                    yield Row(location, values)
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{label}: cannot be read as parquet: {reason}") from error

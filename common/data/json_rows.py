@@ -122,14 +122,14 @@ def _line_rows(text: TextIO, label: str, note: Note) -> Iterator[Row]:
     comments = 0
     try:
         for number, line in lines(text):
-            where = f"{label}:{number}"
+            location = f"{label}:{number}"
             if line is None:
-                yield Row(where, None, f"line {TOO_LONG}")
+                yield Row(location, None, f"line {TOO_LONG}")
             elif line := line.strip(" \t\r\n\ufeff"):
                 if line.startswith(COMMENTS):
                     comments += 1
                 else:
-                    yield _parsed(where, line)
+                    yield _parsed(location, line)
     finally:
         _note_comments(comments, label, note)
 
@@ -139,13 +139,13 @@ def _note_comments(count: int, label: str, note: Note) -> None:
         note(f"{label}: {count:,} comment line{'' if count == 1 else 's'} skipped")
 
 
-def _parsed(where: str, line: str) -> Row:
+def _parsed(location: str, line: str) -> Row:
     if "\0" in line:
-        return Row(where, None, "NUL bytes")
+        return Row(location, None, "NUL bytes")
     try:
-        return row_of(where, json.loads(line))
+        return row_of(location, json.loads(line))
     except (ValueError, RecursionError):
-        return Row(where, None, "broken JSON")
+        return Row(location, None, "broken JSON")
 
 
 def _array_rows(cursor: Cursor, label: str) -> Iterator[Row]:

@@ -29,7 +29,7 @@ class SourcedRecord:
     """A record and where it comes from.
 
     Attributes:
-        where: file and line.
+        location: file and line.
         split: "test" if the dialogue occurs in the test data of any source of the blend, so that it must never be
             trained on; else "train".
         split_key, dialogue: what tells the dialogue from others, `text` and `dialogue` of `openings.SplitKey`.
@@ -38,7 +38,7 @@ class SourcedRecord:
     """
 
     record: Record
-    where: str
+    location: str
     split: str
     split_key: str
     dialogue: int
@@ -128,14 +128,14 @@ def read_records(
                 if isinstance(problem, LeftOut):
                     counts.leave_out(str(problem))
                 elif problem:
-                    report.count_bad(spec.name, row.where, str(problem))
+                    report.count_bad(spec.name, row.location, str(problem))
                 if key is None:
                     continue
                 counts.usable += 1
                 side = "test" if key.dialogue in test_prompt_hashes else "train"
                 for record in records[:pairs_per_prompt]:
                     for copy in range(spec.copies(key.text)):
-                        yield SourcedRecord(record, row.where, side, key.text, key.dialogue, spec.name, copy)
+                        yield SourcedRecord(record, row.location, side, key.text, key.dialogue, spec.name, copy)
     for keyer in keyers.values():
         report.notes += keyer.extended()
         report.inseparable += filter(None, [keyer.inseparable()])

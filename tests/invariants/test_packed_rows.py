@@ -179,7 +179,7 @@ IGNORED = [(name, "attention_mask") for name in PACKABLE] + [("opt", "position_i
 
 @pytest.mark.parametrize("name, ignored", IGNORED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_probe_finds_a_model_that_ignores_half_of_what_it_is_told(name, dtype, ignored, tmp_path, builtin_cache):
+def test_the_probe_finds_a_model_that_ignores_the_mask_or_the_positions(name, dtype, ignored, tmp_path, builtin_cache):
     model = load(name, tmp_path, builtin_cache, dtype)
     forward = model.forward
 

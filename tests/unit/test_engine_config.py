@@ -159,17 +159,17 @@ def test_after_the_warm_up_a_schedule_is_that_of_transformers(schedule):
 
 
 @pytest.mark.parametrize(
-    "steps, told",
+    "steps, printed",
     [
         (6, ["note: --num_warmup_steps 100 is shortened to the 6 optimizer steps that this run has"]),
         (100, []),
         (101, []),
     ],
 )
-def test_a_run_shorter_than_its_warm_up_says_so(steps, told, capsys):
+def test_a_run_shorter_than_its_warm_up_says_so(steps, printed, capsys):
     config = SFTConfig(num_warmup_steps=100)
     assert OptimizerSettings.from_config(config, steps).total_steps == steps
-    assert capsys.readouterr().out.splitlines() == told
+    assert capsys.readouterr().out.splitlines() == printed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
