@@ -1,4 +1,4 @@
-"""Rows of data sets in tests: how to write them, and the records that layouts make of them."""
+"""Rows of data sets for tests, and the records that layouts make of them."""
 
 from __future__ import annotations
 

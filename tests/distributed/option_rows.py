@@ -1,4 +1,4 @@
-"""For every option of every step a changed value, and the part of a run in which it must show."""
+"""For every option of every step, a changed value and the part of a run that it must change."""
 
 from __future__ import annotations
 

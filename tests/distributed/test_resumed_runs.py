@@ -1,4 +1,4 @@
-"""A run that broke off and was started again ends as one that did not: every number and every weight, bit for bit."""
+"""A run that was interrupted and resumed ends with the same numbers and weights, bit for bit."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How a run ends: told by signals or left by its launcher it saves and goes on exactly; hangs and errors end it."""
+"""How a run ends: on a signal, without its launcher, after a hang, and after an error."""
 
 import os
 import signal

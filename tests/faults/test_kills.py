@@ -1,4 +1,4 @@
-"""A run that is killed, however often and at whatever moment, ends as an undisturbed one: the same command goes on."""
+"""A run that is killed at any moment and started again ends as an undisturbed one."""
 
 from __future__ import annotations
 

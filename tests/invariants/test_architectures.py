@@ -1,4 +1,4 @@
-"""What must hold for a model of every supported architecture, whatever stands beside a row in its batch."""
+"""What must hold for a model of every supported architecture, with any padding beside a row."""
 
 import inspect
 import shutil

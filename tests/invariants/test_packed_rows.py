@@ -1,4 +1,4 @@
-"""Rows that share a sequence train a model exactly as rows on their own do."""
+"""Rows that share a sequence give the same loss and gradients as rows in sequences of their own."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rollouts: the tokens are the model's own, the frequencies the softmax's, and nothing but the prompt decides."""
+"""Rollouts: tokens are the model's, frequencies are the softmax's, and other rows have no influence."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A model's directory with an adapter in it, which transformers would load unasked: named, refused, or merged."""
+"""A model directory with an adapter, which transformers would load silently: it is named, refused, or merged."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one line that names flag, file and row, before any model is loaded."""
+"""Wrong input ends in one line that names flag, file and row, before any model is loaded."""
 
 import json
 

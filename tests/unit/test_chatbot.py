@@ -1,4 +1,4 @@
-"""The chatbot in this process, asked as in a pipe."""
+"""The chatbot in this process, with input as from a pipe."""
 
 import os
 import shutil

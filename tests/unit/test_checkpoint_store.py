@@ -1,4 +1,4 @@
-"""A checkpoint is whole, or it is not taken; a save that fails leaves what was there."""
+"""A damaged checkpoint is not used, and a save that fails leaves earlier checkpoints unchanged."""
 
 import itertools
 import os

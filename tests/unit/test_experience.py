@@ -1,3 +1,5 @@
+"""Rollouts and experience: masks, selection, concatenation."""
+
 from dataclasses import fields, replace
 
 import pytest

@@ -1,4 +1,4 @@
-"""Encodings, packings and what a file is: told by looking at it, not by its name."""
+"""Encodings, compression and kinds of files are recognised by content, not by name."""
 
 import bz2
 import gzip

@@ -1,5 +1,4 @@
-"""Rows of local files: every good row comes, every bad one is counted with its place, and nothing ends a run
-but a file that cannot be read on."""
+"""Rows of local files: good rows are read, bad ones are counted with their location, unreadable files raise."""
 
 import csv
 import gzip
@@ -28,7 +27,7 @@ TEXTS = [{"text": f'Line {n}: \u00e9, "quoted"; {{b}}\t|'} for n in range(700)]
 
 
 def write(path: Path, rows) -> Path:
-    """Writes ``rows`` in the format that the name of ``path`` asks for."""
+    """Write `rows` in the format that the name of `path` asks for."""
     packing = path.suffix if path.suffix in (".gz", ".zst", ".zip") else ""
     name = path.name.removesuffix(packing)
     if name.endswith(".parquet"):

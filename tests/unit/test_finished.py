@@ -1,4 +1,4 @@
-"""A run whose result is there is not made again; any other is."""
+"""A complete run is recognised by the same command, and by no other."""
 
 import json
 from dataclasses import replace

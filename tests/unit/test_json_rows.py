@@ -1,4 +1,4 @@
-"""JSON as people have it: whatever the arrangement, the rows are those that a reader of the file would name."""
+"""JSON in any arrangement of rows is read as a person would read it."""
 
 import gzip
 import json

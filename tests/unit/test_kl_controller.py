@@ -1,3 +1,5 @@
+"""The adaptive and the fixed coefficient of the KL penalty."""
+
 import pytest
 
 from step3_ppo.kl_controller import AdaptiveKL, FixedKL

@@ -1,4 +1,4 @@
-"""How much fits is measured, and what does not fit is said in one line."""
+"""The largest micro-batch that fits is measured, and a lack of memory is reported in one line."""
 
 import mmap
 

@@ -1,4 +1,4 @@
-"""Adapters, as training leaves them, made into models of their own."""
+"""Adapters from training are merged into complete models."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Model directories of which nothing can be made are named by the file at fault, before anything long begins."""
+"""Unusable model directories are refused with the name of the file at fault, before a long run begins."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Openings that many dialogues of a source share are keyed by more turns; all others by the first."""
+"""Openings that many dialogues of a source share are keyed by more turns, all others by the first turn."""
 
 import random
 

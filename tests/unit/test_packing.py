@@ -1,3 +1,5 @@
+"""Bin packing, and rows packed into shared sequences."""
+
 import pytest
 import torch
 from datasets import Dataset

@@ -1,3 +1,5 @@
+"""Preparing data: rows become ids once, are split, and are found again."""
+
 import os
 import time
 from dataclasses import replace

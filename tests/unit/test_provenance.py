@@ -1,4 +1,4 @@
-"""A provenance that is none is named, whatever is wrong with it."""
+"""provenance.json is written and read back, and a damaged one is refused with the reason."""
 
 import json
 

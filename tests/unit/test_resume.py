@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and which it refuses."""
+"""Which checkpoint a run resumes from, and which it refuses."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a reward sees of the responses, and that its scores are all that the trainer takes from it."""
+"""The inputs of a reward, and the use of its scores."""
 
 import pytest
 import torch

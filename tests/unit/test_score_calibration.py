@@ -1,4 +1,4 @@
-"""The scale that PPO measures scores in: from the reward model's provenance, from the first rollout, or none at all."""
+"""The scale of PPO's scores: from the reward model's provenance, from the first rollout, or none."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What signals do to one process, and output that nobody reads any more."""
+"""The effects of signals on one process, and of a closed output."""
 
 import subprocess
 import sys

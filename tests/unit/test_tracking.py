@@ -1,4 +1,4 @@
-"""The files of a run that are deleted, moved or replaced while it writes them."""
+"""Files of a run that are deleted, moved or replaced while the run writes them."""
 
 import errno
 import json
