@@ -1,4 +1,4 @@
-"""Models with random weights and data, for programs that are to run anywhere, and the options all benchmarks share."""
+"""Creates models with random weights and generated data, and declares the options that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -64,27 +64,27 @@ class BenchmarkOptions(Config):
     only: str | None = option(None, "measure this variant alone, for its memory", choices=("plain", "product"))
 
     def chosen(self, variants: dict) -> dict:
-        """The variants to be measured, the plain one first."""
+        """The variants to measure, the plain one first."""
         return variants if self.only is None else {self.only: variants[self.only]}
 
 
 def with_data(config):
-    """The config with a file in the place of generated data, and prepared data kept with the benchmarks' own."""
+    """The config with `generated` replaced by a file, and prepared data kept in the benchmarks' directory."""
     cache = Path(config.output_dir)
     config = replace(config, data_output_path=str(cache / "data"))
     return replace(config, data_path=(str(_generated(cache)),)) if config.data_path == (GENERATED,) else config
 
 
 def random_model(name: str, flag: str, config, *, scores: bool = False) -> str:
-    """The directory of a model: made with random weights for random:opt-LAYERSxWIDTH, random:opt-1.3b and
-    random:opt-350m; else as the programs themselves find it.
+    """The directory of a model. random:opt-LAYERSxWIDTH, random:opt-1.3b and random:opt-350m are created with random
+    weights; any other name is resolved as in the programs.
 
     Args:
-        config: names the data that the tokenizer is trained on, so that a token is as long as in life.
-        scores: make a reward model.
+        config: names the data that the tokenizer is trained on, so that tokens have realistic lengths.
+        scores: create a reward model.
 
     Raises:
-        UserError: no such shape.
+        UserError: the shape is unknown.
     """
     if not name.startswith("random:"):
         with writing_to("--data_output_path", config.data_output_path), named_by(flag):
@@ -94,16 +94,16 @@ def random_model(name: str, flag: str, config, *, scores: bool = False) -> str:
     content = json.dumps([shape, scores, texts, Path(__file__).read_text()])
     kind = "reward" if scores else "language"
     short = f"{name.removeprefix('random:')}-{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    return str(_made(Path(config.output_dir) / short, lambda draft: _write_model(draft, shape, texts, scores)))
+    return str(_create_once(Path(config.output_dir) / short, lambda draft: _write_model(draft, shape, texts, scores)))
 
 
-def _shape(name: str, where: str) -> dict:
+def _shape(name: str, subject: str) -> dict:
     if name in _NAMED:
         return _NAMED[name]
     match = re.fullmatch(r"opt-(\d+)x(\d+)", name)
     if match is None or int(match[2]) % 32:
         raise UserError(
-            f"{where}: no such shape; there are {', '.join(_NAMED)} and opt-LAYERSxWIDTH, the width a multiple of 32"
+            f"{subject}: no such shape; there are {', '.join(_NAMED)} and opt-LAYERSxWIDTH, the width a multiple of 32"
         )
     layers, width = int(match[1]), int(match[2])
     return {
@@ -120,8 +120,8 @@ def _shape(name: str, where: str) -> dict:
 def _write_model(directory: Path, shape: dict, texts: Sequence[str], scores: bool) -> None:
     tokenizer = _tokenizer(texts)
     tokenizer.save_pretrained(directory)
-    # Activations keep their size from layer to layer, so that next tokens are spread as a trained model's are not, but
-    # are not all the same either.
+    # With this deviation activations keep their size from layer to layer. The next tokens are then more varied than a
+    # trained model's, and not all the same.
     config = OPTConfig(
         **shape,
         dropout=0.0,
@@ -171,9 +171,9 @@ def _texts(data_path: Sequence[str]) -> list[str]:
 
 
 def _generated(cache: Path) -> Path:
-    """A directory with a file of comparisons whose numbers of words are spread as hh-rlhf's."""
+    """A directory with a file of comparisons whose lengths in words are distributed as in hh-rlhf."""
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    return _made(cache / f"generated-{code}", _write_comparisons)
+    return _create_once(cache / f"generated-{code}", _write_comparisons)
 
 
 def _write_comparisons(directory: Path) -> None:
@@ -194,8 +194,8 @@ def _write_comparisons(directory: Path) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def _made(directory: Path, write) -> Path:
-    """`directory`, filled by `write` unless it is there: by one rank, and moved into place when it is whole."""
+def _create_once(directory: Path, write) -> Path:
+    """`directory`. If it does not exist, one rank fills a temporary directory with `write` and renames it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if not directory.is_dir():

@@ -1,4 +1,4 @@
-"""Variants of the same work in turns, and what each of them takes."""
+"""Runs variants of the same work in turns, and measures the time and memory of each."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run of a variant did on this rank.
+    """The result of one run of a variant on this rank.
 
     Attributes:
         samples: rows, pairs or responses.
-        real_tokens, padded_tokens: positions of the model's passes that hold data, and all of them.
-        result: what the variants must agree on.
-        new_tokens: tokens written, in a rollout.
-        phases: seconds of the parts of the run; what they leave over is reported as `other`.
+        real_tokens, padded_tokens: positions in the model's passes without and with padding.
+        result: the value on which the variants must agree.
+        new_tokens: generated tokens, in a rollout.
+        phases: seconds of the parts of the run; the rest of the time is reported as `other`.
         extra: further figures of this variant.
     """
 
@@ -61,14 +61,16 @@ def compare(
     steps: int,
     about: Mapping[str, object],
 ) -> None:
-    """Run the variants in turns and print a JSON line for each: A B B A in every round, after a run of each unmeasured.
+    """Run the variants in turns, A B B A in every round, and print a JSON line for each.
+
+    Each variant first runs once without being measured.
 
     Args:
         variants: by name; the first is the one that the others are compared with.
-        agree: given the first variant's result and another's, raises AssertionError unless they agree; returns figures
-            of how well they do.
-        steps: optimizer steps (iterations, rollouts) in a run, that its time is divided by.
-        about: what was asked for; part of every line.
+        agree: is called with the first variant's result and another's. Raises AssertionError unless they agree; returns
+            figures that say how well they agree.
+        steps: optimizer steps (iterations, rollouts) in a run; its time is divided by them.
+        about: the settings; part of every line.
     """
     runs: dict[str, list[_Run]] = {name: [] for name in variants}
     agreement: dict[str, dict] = {name: {} for name in variants}
@@ -96,7 +98,7 @@ def say_line(line: Mapping[str, object]) -> None:
 
 
 def machine() -> dict[str, object]:
-    """What the figures were taken on."""
+    """The machine that ran the benchmark."""
     if on_gpu():
         name = torch.cuda.get_device_name()
     else:
@@ -115,12 +117,17 @@ def machine() -> dict[str, object]:
     }
 
 
-LOAD_AT_START = round(os.getloadavg()[0], 2)  # what else kept the machine busy; figures need a quiet one
+LOAD_AT_START = round(os.getloadavg()[0], 2)  # load by other programs; figures are valid only on an idle machine
 
 
 @contextlib.contextmanager
 def counted_positions(module: nn.Module, *, training: bool) -> Iterator[list[int]]:
-    """A list that gets the size of every batch of ids that `module` is given with gradients on, or with them off."""
+    """Within the context, a list to which the size of every batch of ids is appended.
+
+    Args:
+        module: the model whose calls are counted.
+        training: count calls with gradients enabled, or those with gradients disabled.
+    """
     sizes: list[int] = []
 
     def count(_, args, kwargs) -> None:
@@ -135,38 +142,46 @@ def counted_positions(module: nn.Module, *, training: bool) -> Iterator[list[int
 
 
 def assert_close(first: Mapping[str, float | None], other: Mapping[str, float | None], tolerance: float) -> None:
-    """Raises AssertionError where figures differ by more than `tolerance` of 1 or, if that is more, of the figure."""
+    """Raise AssertionError if figures differ by more than `tolerance` times the larger of 1 and the figure."""
     for name, value in first.items():
-        found = other[name]
-        if value is not None and found is not None and not abs(value - found) <= tolerance * max(1.0, abs(value)):
-            raise AssertionError(f"the variants disagree: {name} is {value:.6g} and {found:.6g}")
+        actual = other[name]
+        if value is not None and actual is not None and not abs(value - actual) <= tolerance * max(1.0, abs(value)):
+            raise AssertionError(f"the variants disagree: {name} is {value:.6g} and {actual:.6g}")
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """By how much losses and gradient norms may differ that are summed in another order."""
+    """The tolerance for losses and gradient norms that are summed in another order."""
     return 1e-4 if dtype == torch.float32 else 5e-2
 
 
 def _measured(variant: Callable[[], Outcome]) -> _Run:
-    _forget_peaks()
+    _reset_peaks()
     barrier()
     start = now()
     outcome = variant()
     stop = now()
     barrier()
-    resident = memory_status("VmHWM")
-    held = torch.cuda.max_memory_allocated() if on_gpu() else 0
+    resident_bytes = memory_status("VmHWM")
+    device_bytes = torch.cuda.max_memory_allocated() if on_gpu() else 0
     ranks = gather_objects(
-        (outcome.samples, outcome.real_tokens, outcome.padded_tokens, outcome.new_tokens, stop - start, held, resident)
+        (
+            outcome.samples,
+            outcome.real_tokens,
+            outcome.padded_tokens,
+            outcome.new_tokens,
+            stop - start,
+            device_bytes,
+            resident_bytes,
+        )
     )
     totals = [sum(rank[column] for rank in ranks) for column in range(4)]
-    seconds, held, resident = (max(rank[column] for rank in ranks) for column in (4, 5, 6))
+    seconds, device_bytes, resident_bytes = (max(rank[column] for rank in ranks) for column in (4, 5, 6))
     samples, real_tokens, padded_tokens, new_tokens = totals
     return _Run(
         replace(outcome, samples=samples, real_tokens=real_tokens, padded_tokens=padded_tokens, new_tokens=new_tokens),
         seconds,
-        held,
-        resident,
+        device_bytes,
+        resident_bytes,
     )
 
 
@@ -196,8 +211,8 @@ def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
     return rounded
 
 
-def _forget_peaks() -> None:
-    """So that a run's peaks are its own: what the last one freed goes back, and the counters start again."""
+def _reset_peaks() -> None:
+    """Return freed memory to the system and reset the counters, so that a run's peaks do not include earlier runs."""
     gc.collect()
     if on_gpu():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A PPO iteration the standard way: cached generation, fixed micro-batches, log-probs over the whole vocabulary."""
+"""Implements the baseline PPO iteration: cached generation, fixed micro-batches, log-probs from all logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.plain import cached_generate, dealt
+from benchmarks.plain import cached_generate, share_of_rows
 from common.batching.collate import collate_prompts
 from common.batching.sampler import MicroBatch
 from common.models.logprobs import gather_response
@@ -32,7 +32,7 @@ class PlainPPO:
 
     Attributes:
         trainer: the product's; its actor and critic are trained, its rewards and advantages used.
-        reference, reward_model: engines of their own, as four models in memory are the standard.
+        reference, reward_model: separate engines, because the baseline holds four models in memory.
     """
 
     trainer: PPOTrainer
@@ -40,7 +40,7 @@ class PlainPPO:
     reward_model: object
 
     def iteration(self, index: int, prompts: Sequence[MicroBatch], clock: PhaseClock) -> tuple[dict, Rollout]:
-        """As `PPOTrainer.iteration`; returns the metrics that can be compared, and the rollout."""
+        """Does what `PPOTrainer.iteration` does. Returns the metrics to compare, and the rollout."""
         trainer, models = self.trainer, self.trainer.models
         with clock.phase("generate"):
             rollout = share_rollout(Rollout.concat([self._generate(batch, index) for batch in prompts]))
@@ -79,18 +79,19 @@ class PlainPPO:
         return rollout.select(range(len(prompts)), micro_batch.real)
 
     def _over(self, rollout: Rollout, numbers: Callable[[Rollout], Tensor]) -> Tensor:
-        """Numbers (B,) or (B, R) of all rows, computed in micro-batches in the order given; on the CPU of every
-        rank."""
+        """Numbers (B,) or (B, R) of all rows, on every rank's CPU, computed in micro-batches in the given order."""
         mine = []
-        for batch in dealt(range(len(rollout.tokens)), self.trainer.config.per_device_training_batch_size):
-            found = numbers(rollout.select(batch.indices).to(device())).float().cpu()
-            mine += [(row, part) for row, part, real in zip(batch.indices, found, batch.real) if real]
-        whole = sorted((item for items in gather_objects(mine) for item in items), key=lambda item: item[0])
+        for batch in share_of_rows(range(len(rollout.tokens)), self.trainer.config.per_device_training_batch_size):
+            results = numbers(rollout.select(batch.indices).to(device())).float().cpu()
+            mine += [(row, part) for row, part, real in zip(batch.indices, results, batch.real) if real]
+        of_all_ranks = sorted((item for items in gather_objects(mine) for item in items), key=lambda item: item[0])
         width = rollout.response_mask.shape[1]
-        return torch.stack([part if part.dim() == 0 else F.pad(part, (0, width - len(part))) for _, part in whole])
+        return torch.stack(
+            [part if part.dim() == 0 else F.pad(part, (0, width - len(part))) for _, part in of_all_ranks]
+        )
 
     def _log_probs(self, engine, rollout: Rollout) -> Tensor:
-        """(B, R) from log-probs in fp32 at all positions."""
+        """(B, R) log-probs of the response tokens, from fp32 log-probs at all positions."""
         logits = engine(input_ids=rollout.tokens, attention_mask=rollout.attention_mask, use_cache=False).logits
         log_probs = F.log_softmax(logits[:, :-1].float() / self.trainer.config.temperature, -1)
         chosen = log_probs.gather(-1, rollout.tokens[:, 1:, None]).squeeze(-1)
@@ -101,7 +102,7 @@ class PlainPPO:
         models, config = self.trainer.models, self.trainer.config
         batches = [
             experience.select(batch.indices, batch.real).to(device())
-            for batch in dealt(range(len(experience.values)), config.per_device_training_batch_size)
+            for batch in share_of_rows(range(len(experience.values)), config.per_device_training_batch_size)
         ]
         tokens = global_sum(sum(batch.response_mask.sum() for batch in batches))
         sums: dict[str, list] = {"actor": [], "critic": []}
@@ -145,12 +146,12 @@ class PlainPPO:
 
 
 def response_numbers(engine, rollout: Rollout) -> Tensor:
-    """(B, R) numbers of a scalar model where response tokens are predicted."""
+    """(B, R) outputs of a scalar model at the positions that predict response tokens."""
     numbers = engine(input_ids=rollout.tokens, attention_mask=rollout.attention_mask)
     return gather_response(numbers, rollout.prompt_lengths, rollout.response_lengths)
 
 
 def last_numbers(engine, rollout: Rollout) -> Tensor:
-    """(B,) numbers of a scalar model at the last tokens."""
+    """(B,) outputs of a scalar model at the last tokens."""
     numbers = engine(input_ids=rollout.tokens, attention_mask=rollout.attention_mask)
     return numbers.gather(1, (rollout.lengths - 1)[:, None]).squeeze(1)

@@ -1,4 +1,4 @@
-"""Step 3: a whole PPO iteration against the same iteration done the standard way. --help says all."""
+"""Compares a PPO iteration with the same iteration by the baseline of `plain_ppo`. --help lists the options."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PPOBenchmark(BenchmarkOptions, PPOConfig):
 
 
 def main(argv=None) -> None:
-    """Both ways start from the same weights, and the learning rates are 0, so every run starts alike."""
+    """Both variants start from the same weights. The learning rates are 0, so every run starts from them."""
     config = with_data(parse(PPOBenchmark, argv))
     config = one_step_per_iteration(config)
     actor = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
@@ -73,7 +73,7 @@ def main(argv=None) -> None:
     trainer = PPOTrainer(models, TokenRewardModel(models, config), config, codec, data, None, scale)
     trainer.sampling = LongTail(**asdict(trainer.sampling))
     frozen = {} if config.only == "product" else standard_frozen_models(config, codec, actor, critic)
-    own = {
+    engines_of = {
         "plain": [models.actor, models.critic, *frozen.values()],
         "product": [models.actor, models.critic, models.reward_model, models.reference],
     }
@@ -87,13 +87,13 @@ def main(argv=None) -> None:
         metrics = trainer.iteration(0, prompts)
         return metrics, trainer.latest[0], dict(trainer.clock.seconds)
 
-    def counted(name, way):
-        weights = weights_mib(own[name])
+    def measured(name, iteration):
+        weights = weights_mib(engines_of[name])
 
         def run() -> Outcome:
             with counted_positions(models.actor.module, training=True) as positions:
-                metrics, rollout, seconds = way()
-            # Every rank holds the whole rollout; it is counted once.
+                metrics, rollout, seconds = iteration()
+            # Every rank has the complete rollout; it is counted once.
             rows = len(rollout.tokens) if is_main() else 0
             lengths = rollout.lengths[:rows], rollout.response_lengths[:rows]
             return Outcome(
@@ -112,13 +112,13 @@ def main(argv=None) -> None:
     exact = dtype == torch.float32
 
     def agree(first: tuple, other: tuple) -> dict:
-        found = same_responses(responses(first[1]), responses(other[1]), exact)
-        if exact:  # else a token that differs by rounding changes all after it
+        agreement = same_responses(responses(first[1]), responses(other[1]), exact)
+        if exact:  # otherwise a token that differs by rounding changes all later tokens
             assert_close({name: first[0][name] for name in COMPARED}, other[0], tolerance(dtype))
-        return found | {"reward": other[0]["reward"]}
+        return agreement | {"reward": other[0]["reward"]}
 
     compare(
-        config.chosen({"plain": counted("plain", plain), "product": counted("product", product)}),
+        config.chosen({"plain": measured("plain", plain), "product": measured("product", product)}),
         agree,
         rounds=config.rounds,
         steps=1,
@@ -163,7 +163,7 @@ def one_step_per_iteration(config: PPOBenchmark) -> PPOBenchmark:
 
 
 def standard_frozen_models(config: PPOBenchmark, codec, actor: str, critic: str) -> dict:
-    """A reference and a reward model of their own."""
+    """Separate engines for the reference and the reward model."""
     dtype = resolve_dtype(config.dtype)
 
     def settings(stage: int) -> EngineSettings:
@@ -194,12 +194,12 @@ def standard_frozen_models(config: PPOBenchmark, codec, actor: str, critic: str)
 
 
 def weights_mib(engines) -> float:
-    """What the engines' weights take on this rank, those that several share counted once."""
+    """Memory of the engines' weights on this rank in MiB; shared weights are counted once."""
     sizes = {}
     for engine in engines:
         for parameter in engine.module.parameters() if engine is not None else ():
-            held = getattr(parameter, "ds_tensor", parameter)
-            sizes[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+            shard = getattr(parameter, "ds_tensor", parameter)
+            sizes[shard.untyped_storage().data_ptr()] = shard.untyped_storage().nbytes()
     return sum(sizes.values()) / MIB
 
 

@@ -1,4 +1,4 @@
-"""Preparing many rows of data, and the second start, which finds them prepared: seconds, memory of all processes."""
+"""Measures time and memory of preparing many rows, and of a second start, which finds them prepared."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def main(argv=None) -> None:
 
 
 def write_rows(path: Path, config: PreparationBenchmark) -> Path:
-    """Questions that all differ, and answers, of random words."""
+    """Write rows of distinct questions and responses, both of random words."""
     draw = random.Random(config.seed)
     words = ["".join(draw.choices("etaoinshrdlucmfwypvbgk", k=draw.randint(2, 8))) for _ in range(2000)]
     path.parent.mkdir(parents=True)
@@ -84,8 +84,10 @@ def write_rows(path: Path, config: PreparationBenchmark) -> Path:
 
 
 class PeakMemory:
-    """Within the context: the most that this process and its children hold together, memory that they share counted in
-    each; looked at 20 times a second."""
+    """Samples the resident memory of this process and its children 20 times a second, and keeps the peak in `bytes`.
+
+    Memory that processes share is counted for each.
+    """
 
     def __enter__(self) -> PeakMemory:
         self.bytes = 0
@@ -101,13 +103,13 @@ class PeakMemory:
     def _look(self) -> None:
         ours = psutil.Process()
         while not self._over.wait(0.05):
-            held = 0
+            resident = 0
             for process in [ours, *ours.children(recursive=True)]:
                 try:
-                    held += process.memory_info().rss
+                    resident += process.memory_info().rss
                 except psutil.NoSuchProcess:
                     continue
-            self.bytes = max(self.bytes, held)
+            self.bytes = max(self.bytes, resident)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Step 2: the product's batching against pairs padded to --max_seq_len. --help says all."""
+"""Compares step 2's batching with pairs padded to --max_seq_len. --help lists the options."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RewardBenchmark(BenchmarkOptions, RewardConfig):
 
 
 def main(argv=None) -> None:
-    """Parse, prepare, build, compare."""
+    """Build the model once, and train the same pairs by both variants."""
     config = with_data(parse(RewardBenchmark, argv))
     config = replace(config, learning_rate=0.0, lora_learning_rate=0.0, dropout=0.0, margin=0.0, centring_coef=0.0)
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
@@ -57,7 +57,7 @@ def main(argv=None) -> None:
     seed_rank(config.seed)
 
     def plain_step(micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Scores are read at the last token of each row."""
+        """An optimizer step with scores read at the last token of each padded row."""
         batches = [padded(collate_comparisons(data, batch, codec.pad_id)) for batch in micro_batches]
         pairs = global_sum(sum(batch.real.sum() for batch in batches))
         losses = []

@@ -1,4 +1,4 @@
-"""Rollouts: continuous batching in generation mode against `generate` with a cache. --help says all."""
+"""Compares rollouts by continuous batching with `generate` and a cache. --help lists the options."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class RolloutBenchmark(BenchmarkOptions, PPOConfig):
 
 
 def main(argv=None) -> None:
-    """Both ways answer the same prompts with the same random numbers and the same imposed lengths."""
+    """Both variants respond to the same prompts with the same random numbers and imposed lengths."""
     config = with_data(parse(RolloutBenchmark, argv))
     if config.against == "generate_batch" and not (config.greedy and config.actor_zero_stage == 0):
         raise UserError(
@@ -126,11 +126,11 @@ def main(argv=None) -> None:
         cache = decoder.cache
         return responses
 
-    def counted(way):
+    def measured(rollout):
         def run() -> Outcome:
             with counted_positions(engine.module, training=False) as positions:
-                responses = way()
-            # The last token of a response is never fed back.
+                responses = rollout()
+            # The last token of a response is never an input.
             real = int(prompts.lengths.sum()) + int(lengths.sum()) - len(rows)
             return Outcome(len(rows), real, sum(positions), responses, new_tokens=int(lengths.sum()))
 
@@ -139,7 +139,7 @@ def main(argv=None) -> None:
     exact = config.greedy and engine.module.dtype == torch.float32
     standard = plain if config.against == "generate" else continuous
     compare(
-        config.chosen({"plain": counted(standard), "product": counted(product)}),
+        config.chosen({"plain": measured(standard), "product": measured(product)}),
         lambda first, other: same_responses(first, other, exact),
         rounds=config.rounds,
         steps=1,

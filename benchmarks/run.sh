@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All benchmarks, one JSON line for each variant of each: bash benchmarks/run.sh cpu|gpu [flags for every program]
-# For instance `--data_path PATH_TO_HH_RLHF`. Whatever else runs on the machine spoils the figures.
+# Runs all benchmarks and prints one JSON line for each variant: bash benchmarks/run.sh cpu|gpu [flags for every program]
+# For instance `--data_path PATH_TO_HH_RLHF`. Other programs on the machine make the figures wrong.
 set -uo pipefail
 source "$(dirname "$0")/../launch/launcher.sh"
 use_environment
@@ -10,7 +10,7 @@ if [ $# -gt 0 ]; then shift; fi
 flags=("$@")
 failed=0
 
-# bench RANKS PROGRAM FLAGS...: says on standard error what runs; goes on with the next one if it fails.
+# bench RANKS PROGRAM FLAGS...: runs one benchmark, names it on standard error, and continues if it fails.
 bench() {
     local ranks=$1 program=$2
     shift 2
@@ -19,7 +19,7 @@ bench() {
         "$root/benchmarks/$program.py" "$@" ${flags[@]+"${flags[@]}"} < /dev/null || failed=1
 }
 
-# No token budget is more than the plain way's micro-batches of 16 rows hold when full, so memory is bounded alike.
+# No token budget exceeds a full micro-batch of 16 rows of the baseline, so both have the same memory limit.
 case $machine in
     cpu)
         bench 1 rollouts

@@ -1,4 +1,4 @@
-"""Step 1: the product's batching against rows padded to --max_seq_len. --help says all."""
+"""Compares step 1's batching with rows padded to --max_seq_len. --help lists the options."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SFTBenchmark(BenchmarkOptions, SFTConfig):
 
 
 def main(argv=None) -> None:
-    """Parse, prepare, build, compare."""
+    """Build the model once, and train the same rows by both variants."""
     config = with_data(parse(SFTBenchmark, argv))
     config = replace(config, learning_rate=0.0, lora_learning_rate=0.0, dropout=0.0)
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
@@ -56,7 +56,7 @@ def main(argv=None) -> None:
     seed_rank(config.seed)
 
     def plain_step(micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """With transformers' own loss over all positions."""
+        """An optimizer step with transformers' own loss over all positions."""
         batches = [
             padded(collate_demonstrations(data, batch, codec.pad_id, config.train_on_prompt)) for batch in micro_batches
         ]

@@ -1,4 +1,4 @@
-"""What the benchmarks of steps 1 and 2 share: the product's training steps and plain ones over the same rows."""
+"""Compares the product's training steps with baseline steps over the same rows, for steps 1 and 2."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ def compare_training(
     plain_step: Step,
     real_tokens: Callable[[list[int]], int],
 ) -> None:
-    """Train the same rows in the same optimizer steps both ways; the learning rate must be 0, so that every run starts
-    alike.
+    """Train the same rows in the same optimizer steps by both variants.
+
+    The learning rate must be 0, so that every run starts from the same weights.
 
     Args:
         trainer: the product's.
         plain_step: an optimizer step over micro-batches of a fixed size; returns its loss and gradient norm.
-        real_tokens: of the rows with these numbers.
+        real_tokens: returns the number of tokens in the rows with these indices.
     """
     engine = trainer.engine
     steps = trainer.batching.sampler.epoch(0)[: config.steps]
@@ -34,7 +35,7 @@ def compare_training(
     tokens = real_tokens(rows)
     dtype = next(engine.module.parameters()).dtype
 
-    def counted(train_step: Step, micro_batches: Sequence[Sequence[MicroBatch]]) -> Callable[[], Outcome]:
+    def measured(train_step: Step, micro_batches: Sequence[Sequence[MicroBatch]]) -> Callable[[], Outcome]:
         def run() -> Outcome:
             with counted_positions(engine.module, training=True) as positions:
                 metrics = [train_step(step) for step in micro_batches]
@@ -43,13 +44,13 @@ def compare_training(
         return run
 
     def agree(first: list[dict], other: list[dict]) -> dict[str, float]:
-        for metrics, found in zip(first, other, strict=True):
+        for metrics, other_metrics in zip(first, other, strict=True):
             names = ("loss", "gradient_norm")
-            assert_close({name: metrics[name] for name in names}, found, tolerance(dtype))
+            assert_close({name: metrics[name] for name in names}, other_metrics, tolerance(dtype))
         return {"loss": other[0]["loss"]}
 
     compare(
-        config.chosen({"plain": counted(plain_step, fixed), "product": counted(trainer.train_step, steps)}),
+        config.chosen({"plain": measured(plain_step, fixed), "product": measured(trainer.train_step, steps)}),
         agree,
         rounds=config.rounds,
         steps=len(steps),

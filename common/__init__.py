@@ -1,4 +1,4 @@
-"""What the three steps share. This file is imported before torch, by every program."""
+"""Holds what the three steps share. Every program imports this file before torch."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The errors that end a run in one line, and the hint that some of their messages give."""
+"""Defines the errors that end a run in one line, and the hint that some of their messages give."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ DIVERGED = "training stopped and nothing was published; lower the learning rate,
 
 def reason_of(error: Exception) -> str:
     """The message of a library that could not load a model or a tokenizer, in one line."""
-    said = str(error).strip() or type(error).__name__
-    if "trust_remote_code=True" in said:
+    message = str(error).strip() or type(error).__name__
+    if "trust_remote_code=True" in message:
         return "it comes with code of its own, which runs only with --trust_remote_code"
-    first, *others = said.splitlines()
+    first, *others = message.splitlines()
     return f"{first} {others[0].strip()}" if others and first.endswith(":") else first
 
 

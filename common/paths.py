@@ -1,4 +1,4 @@
-"""Paths, and names on the Hugging Face hub, which look alike: `output/sft`, `facebook/opt-1.3b`."""
+"""Handles paths, and names on the Hugging Face hub, which look alike: `output/sft`, `facebook/opt-1.3b`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ OUTPUT = "output"  # where the programs write unless told otherwise
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[^}]*\})")
 
 
-def as_typed_in_a_shell(text: str, where: str) -> str:
+def as_typed_in_a_shell(text: str, location: str) -> str:
     """Replace `~`, `~user`, `$NAME` and `${NAME}` in a path.
 
     A shell does not replace them within quotes and after `--flag=`, and nothing replaces them in a recipe. A path that
     exists as it is written stays the same.
 
     Args:
-        where: the flag or the line of a recipe, for messages.
+        location: the flag or the line of a recipe, for messages.
 
     Raises:
         UserError: there is no such user or environment variable.
     """
 
     def value(match: re.Match) -> str:
-        if found := os.environ.get(match[1].strip("{}")):
-            return found
+        if expanded := os.environ.get(match[1].strip("{}")):
+            return expanded
         raise UserError(
-            f"{where}: {text!r}: the environment variable {match[1].strip('{}')} is not set, or empty: set "
+            f"{location}: {text!r}: the environment variable {match[1].strip('{}')} is not set, or empty: set "
             "it, or write the path out"
         )
 
@@ -41,7 +41,7 @@ def as_typed_in_a_shell(text: str, where: str) -> str:
     path = os.path.expanduser(_VARIABLE.sub(value, text))
     if path.startswith("~") and not os.path.exists(path):
         user = path.partition("/")[0]
-        raise UserError(f"{where}: {text!r}: there is no user {user[1:]}: for a path of that name write ./{user}")
+        raise UserError(f"{location}: {text!r}: there is no user {user[1:]}: for a path of that name write ./{user}")
     return path
 
 
@@ -61,8 +61,8 @@ def may_be_on_hub(name: str) -> bool:
 
 def similar_path(path: Path) -> str:
     """`; did you mean PATH?` for an entry of the same directory with a similar name, or '' if there is none."""
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return did_you_mean(path.name, beside, before="" if path.parent == Path() else f"{path.parent}/")
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    return did_you_mean(path.name, siblings, before="" if path.parent == Path() else f"{path.parent}/")
 
 
 def content_digest(paths: Iterable[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Talk to a model: `python inference/chatbot.py --path DIR`. In a pipe, every line of input gets one line of output."""
+"""Runs a dialogue with a model: `python inference/chatbot.py --path DIR`. In a pipe, each input line gets one line."""
 
 import re
 import sys
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_options(ChatConfig, argv)
     with named_by("--path"):
         actor = load_actor(config.path, config)
-    dialogue = Dialogue(actor.codec, actor.room(config.max_new_tokens), config.system)
+    dialogue = Dialogue(actor.codec, actor.max_prompt_tokens(config.max_new_tokens), config.system)
     torch.manual_seed(config.seed)
     terminal = Terminal()
     if terminal.interactive:

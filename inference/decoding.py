@@ -1,4 +1,4 @@
-"""From prompts to responses: many in batches, or one token by token."""
+"""Generates responses to prompts: many in batches, or one token by token."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ def respond(
     Prompts of similar length form a batch, padded on the left. If the model has too few positions, prompts are cut on
     the left, and a note says so.
     """
-    codec, room = actor.codec, actor.room(decoding.max_new_tokens)
+    codec, max_prompt_tokens = actor.codec, actor.max_prompt_tokens(decoding.max_new_tokens)
     encoded = [codec.encode_prompt(prompt) for prompt in prompts]
-    if room is not None and (cut := sum(len(ids) > room for ids in encoded)):
+    if max_prompt_tokens is not None and (cut := sum(len(ids) > max_prompt_tokens for ids in encoded)):
         print(
             f"note: {cut} of {len(prompts)} prompts are too long for the model: they lose their beginning, all but "
-            f"{room} tokens",
+            f"{max_prompt_tokens} tokens",
             file=sys.stderr,
             flush=True,
         )
-        encoded = [codec.cut_prompt(ids, room) for ids in encoded]
+        encoded = [codec.cut_prompt(ids, max_prompt_tokens) for ids in encoded]
     rows = Dataset.from_dict({"prompt_ids": encoded})
 
     def respond_to_batch(batch: MicroBatch) -> list[Response]:

@@ -1,4 +1,4 @@
-"""The dialogue so far, shortened to what the model has room for."""
+"""Keeps the turns of a dialogue, and drops the oldest when the prompt becomes too long for the model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Dialogue:
 
     Args:
         codec: of the model that responds.
-        room: tokens of the longest prompt; None: any number.
+        max_prompt_tokens: the longest prompt that the model can take; None: no limit.
         system: the system prompt, which comes before the first turn.
     """
 
-    def __init__(self, codec: Codec, room: int | None = None, system: str | None = None):
-        self._codec, self._room = codec, room
+    def __init__(self, codec: Codec, max_prompt_tokens: int | None = None, system: str | None = None):
+        self._codec, self._max_prompt_tokens = codec, max_prompt_tokens
         self._system = (Message("system", system),) if system else ()
         self._turns: list[Message] = []
 
@@ -37,9 +37,9 @@ class Dialogue:
             del self._turns[:2]
             ids, dropped = self._encode(), dropped + 1
         if self._too_long(ids):
-            assert self._room is not None
-            cut = len(ids) - self._room
-            kept = self._codec.cut_prompt(ids, self._room)
+            assert self._max_prompt_tokens is not None
+            cut = len(ids) - self._max_prompt_tokens
+            kept = self._codec.cut_prompt(ids, self._max_prompt_tokens)
             return kept, f"too long a question: its first {cut} tokens are cut"
         if dropped:
             return ids, f"too long a dialogue: the oldest turns are forgotten ({dropped})"
@@ -54,4 +54,4 @@ class Dialogue:
         return self._codec.encode_prompt(Prompt((*self._system, *self._turns)))
 
     def _too_long(self, ids: list[int]) -> bool:
-        return self._room is not None and len(ids) > self._room
+        return self._max_prompt_tokens is not None and len(ids) > self._max_prompt_tokens

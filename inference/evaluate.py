@@ -1,4 +1,4 @@
-"""Compare one or two models by the scores of a reward model on held-out prompts.
+"""Compares one or two models by the scores of a reward model on held-out prompts.
 
 `python inference/evaluate.py --path output/sft output/ppo --data_path SOURCE` prints a table and writes it,
 with every response, to --output_file. For the task builtin:courtesy the true reward is added.

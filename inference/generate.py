@@ -1,4 +1,4 @@
-"""Responses to many prompts: `python inference/generate.py --path DIR --data_path FILE --output_file ANSWERS`.
+"""Generates responses to many prompts: `python inference/generate.py --path DIR --data_path FILE --output_file OUT`.
 
 Each line is a JSON object with `prompt` (the question, or the messages of a longer dialogue) and `response`. The
 training steps can read it as a demonstration.

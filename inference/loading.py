@@ -1,4 +1,4 @@
-"""Models ready to respond, or to score, from the output of a training step or any other model directory.
+"""Loads models for generation or scoring, from the output of a training step or any other model directory.
 
 Weights are read from safetensors, or from PyTorch's own files by a reader that admits tensors only. No code in a
 model's directory runs, unless --trust_remote_code allows it.
@@ -45,7 +45,7 @@ class LoadedModel:
     device: torch.device
     positions: int | None
 
-    def room(self, max_new_tokens: int) -> int | None:
+    def max_prompt_tokens(self, max_new_tokens: int) -> int | None:
         """Tokens of the longest prompt if so many tokens are to follow; None if there is no limit.
 
         Raises:
@@ -53,13 +53,13 @@ class LoadedModel:
         """
         if self.positions is None:
             return None
-        room = self.positions - max_new_tokens
-        if room < self.codec.shortest_prompt:
+        max_prompt_tokens = self.positions - max_new_tokens
+        if max_prompt_tokens < self.codec.shortest_prompt:
             raise UserError(
                 f"--max_new_tokens {max_new_tokens} leaves no room for a question: the model has {self.positions} "
                 "positions"
             )
-        return room
+        return max_prompt_tokens
 
 
 def load_actor(path: str, options: LoadOptions) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""What a --path means: which weights, which adapter, which tokenizer, and how they were trained."""
+"""Finds the weights, adapter, tokenizer and provenance that a --path names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merge an adapter with its base model: `python inference/merge_lora.py --path DIR --output_dir OUT`."""
+"""Merges an adapter with its base model: `python inference/merge_lora.py --path DIR --output_dir OUT`."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Groups of options that the inference programs share."""
+"""Defines groups of options that the inference programs share."""
 
 from __future__ import annotations
 

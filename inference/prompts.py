@@ -1,4 +1,4 @@
-"""The prompts that models are to respond to, from any data source."""
+"""Reads the prompts that models are to respond to, from any data source."""
 
 from __future__ import annotations
 

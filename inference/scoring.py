@@ -1,4 +1,4 @@
-"""Raw scores of a reward model for responses that are given as text."""
+"""Computes raw reward-model scores of responses given as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions from standard input and responses to standard output: a person at a terminal, or a pipe."""
+"""Reads questions from standard input and writes responses to standard output, at a terminal or in a pipe."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Checks the flags of all three steps, and that the data and models they name exist, before the first step trains: a
-slip in the flags of a later step must not cost the hours of the steps before it.
+"""Checks the flags of all three steps, and that the data and models they name exist, before the first step trains.
+
+Otherwise a mistake in the flags of a later step would show only after hours of training.
 
     python launch/check_flags.py USAGE sft FLAGS... -- reward FLAGS... -- ppo FLAGS...
 
@@ -31,10 +32,10 @@ Result = TypeVar("Result")
 def main(argv: Sequence[str]) -> int:
     """Check the flags. Returns the exit code: 2 after one line that names the step and the mistake."""
     usage, *words = argv
-    own = set(re.findall(r"--(\w+)", usage))
+    script_flags = set(re.findall(r"--(\w+)", usage))
     try:
-        steps = [(step, _read(step, flags, own)) for step, *flags in _split(words)]
-        # Imports torch, so not before the flags are known to be right.
+        steps = [(step, _read(step, flags, script_flags)) for step, *flags in _split(words)]
+        # This imports torch, which is slow, so do it only after the flags are parsed.
         from common.training.engine import check_engine_options
 
         outputs: set[Path] = set()
@@ -52,10 +53,10 @@ def _split(words: Sequence[str]) -> list[list[str]]:
     return [list(group) for mark, group in groupby(words, "--".__eq__) if not mark]
 
 
-def _read(step: str, flags: Sequence[str], own: set[str]) -> StepConfig:
+def _read(step: str, flags: Sequence[str], script_flags: set[str]) -> StepConfig:
     for word in flags:
         if word.startswith("--"):
-            _for_step(step, _check_name, step, word[2:].partition("=")[0].replace("-", "_"), own)
+            _for_step(step, _check_name, step, word[2:].partition("=")[0].replace("-", "_"), script_flags)
     return _for_step(step, parse, CONFIGS[step], flags, f"--{step}_flags")
 
 
@@ -70,7 +71,7 @@ def _for_step(
 
 
 def _check_inputs(config: StepConfig, outputs: set[Path]) -> None:
-    """Raise UserError for data or a model that does not exist. `outputs` are those of earlier steps: they will."""
+    """Raise UserError for data or a model that does not exist. `outputs`, those of earlier steps, need not exist."""
     from common.data.sources import local_source
     from common.models.checks import check_model_name
 
@@ -84,15 +85,15 @@ def _check_inputs(config: StepConfig, outputs: set[Path]) -> None:
                 check_model_name(model, config.merge_adapter)
 
 
-def _check_name(step: str, name: str, own: set[str]) -> None:
+def _check_name(step: str, name: str, script_flags: set[str]) -> None:
     """Raise UserError for a flag that the step does not have; the message says which step has it."""
-    known = _flags(CONFIGS[step])
-    if name in known:
+    step_flags = _flags(CONFIGS[step])
+    if name in step_flags:
         return
     others = [f"--{other}_flags" for other, config in CONFIGS.items() if name in _flags(config)]
     if others:
         raise UserError(f"it has no flag --{name}: give that in {' and '.join(others)}")
-    near = difflib.get_close_matches(name, known | own, n=1)
+    near = difflib.get_close_matches(name, step_flags | script_flags, n=1)
     hint = f"did you mean --{near[0]}?" if near else "--help lists what there is"
     raise UserError(f"unknown flag --{name}: {hint}")
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The pinned environment: made once, reused as long as constraints.txt and pyproject.toml stay as they are.
+# Activates the pinned environment. It is created once, and reused until constraints.txt or pyproject.toml change.
 #
 #   source launch/environment.sh [--with-tests]
 #
-# It lies in .venv beside this directory, or where RLHF_VENV says, and comes first on PATH afterwards.
-# PYTHON names the interpreter to make it with; else the first python3 that is new enough.
+# Its directory is .venv in the repository, or the path in RLHF_VENV; its bin/ becomes the first entry of PATH.
+# PYTHON names the interpreter to create it with; the default is the first python3 that is new enough.
 
 if [ -z "${BASH_VERSION:-}" ]; then
     echo "error: launch/environment.sh needs bash: type bash, then source it there" >&2
@@ -15,7 +15,7 @@ _environment_main() {
     local root venv extras="" wanted state
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return
     venv=${RLHF_VENV:-$root/.venv}
-    case $venv in "~"/*) venv=$HOME/${venv#"~/"} ;; esac  # as files of variables leave it
+    case $venv in "~"/*) venv=$HOME/${venv#"~/"} ;; esac  # a file of variables may leave it unexpanded
     case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
     if [ "${1:-}" = --with-tests ]; then extras="[test]"; fi
 
@@ -33,7 +33,7 @@ _environment_main() {
     unset PYTHONHOME
 }
 
-# A word for what is installed; "unfinished" while pip is at work, or when its Python is gone.
+# Prints what is installed: the checksum and extras, or "unfinished" if pip has not finished or its Python is missing.
 _environment_state() {
     local state
     state=$(cat "$1/installed-by-launch" 2>/dev/null)
@@ -41,8 +41,8 @@ _environment_state() {
     echo "$state"
 }
 
-# One script at a time (file descriptor 9 is the lock, on the file with that word): the others find the work done when
-# their turn comes.
+# Installs, one script at a time. File descriptor 9 locks the file that holds the state; scripts that waited find the
+# installation finished.
 _environment_update() {
     local root=$1 venv=$2 wanted=$3 extras=$4 stamp=$2/installed-by-launch state python
     if command -v flock > /dev/null && ! flock -n 9; then
@@ -83,7 +83,7 @@ _environment_install() {
     if [ -z "$state" ] || [ "$state" = unfinished ]; then
         find "$venv" -mindepth 1 ! -name "${stamp##*/}" -delete && "$python" -m venv "$venv" || return
     fi
-    # torch first and alone: what comes after finds its requirement met and cannot choose another build.
+    # Install torch first and alone, so that the requirements of other packages cannot choose another build of it.
     "$venv/bin/python" -m pip install --quiet "$(grep '^torch==' "$root/constraints.txt")" &&
         "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root$extras"
 }

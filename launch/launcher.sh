@@ -1,10 +1,11 @@
-# Sourced by the scripts that launch a step: the environment, and the deepspeed launcher with nothing left behind.
+# Sourced by the scripts that launch a step: sets up the environment, and runs the deepspeed launcher so that no process
+# remains afterwards.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
 
-# number NAME VALUE: VALUE, or one line and exit code 2 if it is no whole number above 0.
+# number NAME VALUE: prints VALUE; if it is not a whole number above 0, prints an error and exits with 2.
 number() {
     case $2 in
         "" | 0* | *[!0-9]*) echo "error: $1 $2: a whole number above 0 is needed" >&2; exit 2 ;;
@@ -12,24 +13,25 @@ number() {
     echo "$2"
 }
 
-# An environment that is active and has DeepSpeed is used as it is.
+# Uses the active environment if it has DeepSpeed, otherwise the pinned one.
 use_environment() {
     command -v deepspeed > /dev/null || source "$root/launch/environment.sh"
 }
 
-# DeepSpeed takes the CPU where torch finds no GPU: nvidia-smi is missing beside ROCm's GPUs and in many containers.
+# Selects the CPU for DeepSpeed if torch finds no GPU. DeepSpeed itself looks for nvidia-smi, which is missing in many
+# containers and with ROCm's GPUs.
 choose_accelerator() {
     if [ -z "${DS_ACCELERATOR:-}" ] &&
             ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
         export DS_ACCELERATOR=cpu
     fi
     if [ "${DS_ACCELERATOR:-}" = cpu ]; then
-        # Threads that spin while they wait take the cores from those that work: ten times slower on a busy machine.
+        # Threads that spin while they wait take cores from working threads; a busy machine becomes ten times slower.
         export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
     fi
 }
 
-# step_command PROGRAM GPUS FLAGS...: puts into `command` what runs PROGRAM/main.py on GPUS ranks.
+# step_command PROGRAM GPUS FLAGS...: sets `command` to the command that runs PROGRAM/main.py on GPUS ranks.
 step_command() {
     local program=$1 gpus=$2 port
     shift 2
@@ -39,7 +41,7 @@ step_command() {
     command=(deepspeed --log_level critical --num_gpus "$gpus" --master_port "$port" "$root/$program/main.py" "$@")
 }
 
-# launch_step PROGRAM GPUS FLAGS...: runs it where there is more to do afterwards; returns its exit code.
+# launch_step PROGRAM GPUS FLAGS...: runs the step as a child process, and returns its exit code.
 launch_step() {
     local status=0
     step_command "$@"

@@ -27,7 +27,7 @@ recipes=$root/launch/recipes/1gpu gpus=1 output=output
 reward_from_sft="" divide_batches=""
 sft_flags="" reward_flags="" ppo_flags="" price=() every=()
 while [ $# -gt 0 ]; do
-    # As for the steps' own flags, --name=value is --name value, and dashes within a name are underscores.
+    # As in the steps' own flags, --name=value means --name value, and dashes within a name mean underscores.
     name=${1%%=*}
     case $name in --*) name=${name#--} name=--${name//-/_} ;; esac
     case $name in
@@ -61,7 +61,7 @@ use_environment
 recipes=$(python "$root/launch/typed_path.py" --recipes "$recipes")
 output=$(python "$root/launch/typed_path.py" --output_dir "$output")
 
-# batches NAME: the flags that give each GPU its share of the batches of the recipe NAME.
+# batches NAME: prints the flags that divide the batches of the recipe NAME among the GPUs.
 batches() {
     local option rows
     if [ -z "$divide_batches" ] || [ ! -r "$recipes/$1.yaml" ]; then return; fi
@@ -70,19 +70,19 @@ batches() {
 }
 
 data=(--data_output_path "$output/data")
-# Flags kept in one string are split into words on purpose.
+# Flags in one string are split into words on purpose.
 sft=(--config "$recipes/sft.yaml" --output_dir "$output/sft" "${data[@]}" $(batches sft)
      $sft_flags ${every[@]+"${every[@]}"})
 reward=(--config "$recipes/reward.yaml" --output_dir "$output/reward" "${data[@]}" $(batches reward)
         ${reward_from_sft:+--model_name_or_path "$output/sft"} $reward_flags ${every[@]+"${every[@]}"})
-# Step 3 insists that its default models exist already; with the slash they are not its defaults.
+# Step 3 requires that the models it uses by default exist. With the trailing slash these paths are not the defaults.
 ppo=(--config "$recipes/ppo.yaml" --output_dir "$output/ppo" "${data[@]}" $(batches ppo)
      --actor_model_name_or_path "$output/sft/" --critic_model_name_or_path "$output/reward/"
      $ppo_flags ${every[@]+"${every[@]}"})
 python "$root/launch/check_flags.py" "$usage" sft "${sft[@]}" -- reward "${reward[@]}" -- ppo "${ppo[@]}"
 
 seconds=()
-# step TITLE PROGRAM FLAGS...: runs one step and notes how long it took.
+# step TITLE PROGRAM FLAGS...: runs one step and records its duration.
 step() {
     local title=$1 program=$2 start=$SECONDS
     shift 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The built-in task through all three steps, on the GPU if there is one: some minutes on two CPU cores.
+# Trains the built-in task through all three steps, on the GPU if there is one; takes some minutes on two CPU cores.
 #
 #   bash launch/quickstart.sh [--num_gpus N] [--output_dir DIR] [--seed N] [--price_per_hour DOLLARS]
 #

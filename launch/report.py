@@ -1,6 +1,6 @@
-"""The results of the three steps, read from their output directories: metrics.jsonl and the samples of step 3.
+"""Reports the results of the three steps, from metrics.jsonl and the samples in their output directories.
 
-The TRUE reward is that of the rule behind the built-in task (`common.data.builtin`); it is known if the held-out
+The TRUE reward is defined by the rule of the built-in task (`common.data.builtin`). It is known only if the held-out
 questions are from that task.
 """
 
@@ -21,9 +21,9 @@ from common.errors import UserError
 from common.runtime.terminal import escape_controls
 
 STEPS = ("sft", "reward", "ppo")
-SHOWN_ANSWERS = 6
-COLUMN = 36  # characters of each column of answers
-QUESTION_LINES = 3  # of a longer question the end is shown: what is asked mostly stands there
+SHOWN_RESPONSES = 6
+COLUMN = 36  # characters of each column of responses
+QUESTION_LINES = 3  # lines shown of a question; of a longer one its end, which mostly holds what is asked
 FORMAT = 1  # of summary.json
 
 
@@ -37,7 +37,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Truth:
-    """The TRUE reward of the answers to held-out prompts. All numbers are means over prompts, from 0 to 1."""
+    """The TRUE reward of the responses to held-out prompts. All numbers are means over prompts, from 0 to 1."""
 
     reward: Change
     correct: Change
@@ -45,8 +45,8 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """One held-out prompt, and the answers to it before and after PPO."""
+class Responses:
+    """One held-out prompt, and the responses to it before and after PPO."""
 
     question: str
     before: str
@@ -59,14 +59,14 @@ class Report:
 
     Attributes:
         perplexity: of held-out demonstrations, step 1.
-        accuracy: share of held-out pairs in which the reward model prefers the chosen answer, step 2.
+        accuracy: share of held-out pairs in which the reward model prefers the chosen response, step 2.
         reward: mean raw score of the reward model over held-out prompts, step 3.
-        kl: mean over answers of the KL to the reference, in nats, step 3.
-        response_length: mean tokens of an answer, step 3.
+        kl: mean over responses of the KL to the reference, in nats, step 3.
+        response_length: mean tokens of a response, step 3.
         truth: None also if the true reward is unknown.
         seconds: wall-clock time of each step.
         cost: of all steps, in the currency of the price; None without a price.
-        answers: to some of the held-out prompts.
+        answers: responses to some of the held-out prompts.
     """
 
     perplexity: Change | None
@@ -77,7 +77,7 @@ class Report:
     truth: Truth | None
     seconds: dict[str, float]
     cost: float | None
-    answers: tuple[Answers, ...]
+    answers: tuple[Responses, ...]
 
 
 def make_report(
@@ -92,14 +92,14 @@ def make_report(
     Raises:
         UserError: a step was not run to its end, or its files are damaged.
     """
-    records = {name: _finished(name, directory) for name, directory in zip(STEPS, (sft, reward, ppo))}
+    records = {name: _finished_metrics(name, directory) for name, directory in zip(STEPS, (sft, reward, ppo))}
     evaluated = any(row["phase"] == "eval" for row in records["ppo"])
     before, after = (
         [_read_rows(ppo / "samples" / f"{name}.jsonl", prompt=str, response=str) for name in ("before", "after")]
         if evaluated
         else ([], [])
     )
-    # The times in the metrics of a step that was interrupted include those before; `seconds` are of its last start.
+    # If a step was interrupted, the times in its metrics cover all its starts, and `seconds` only the last one.
     logged = [rows[-1]["seconds"] for rows in records.values()]
     times = dict(zip(STEPS, map(max, logged, seconds or logged)))
 
@@ -153,10 +153,10 @@ def _builtin_questions() -> frozenset[str]:
     return frozenset(row["prompt"] for row in builtin_rows("courtesy"))
 
 
-def _spread(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> Iterator[Answers]:
+def _spread(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> Iterator[Responses]:
     pairs = list({old["prompt"]: (old, new) for old, new in zip(before, after)}.values())
-    for old, new in pairs[:: max(1, len(pairs) // SHOWN_ANSWERS)][:SHOWN_ANSWERS]:
-        yield Answers(question_of(old["prompt"]), old["response"].strip(), new["response"].strip())
+    for old, new in pairs[:: max(1, len(pairs) // SHOWN_RESPONSES)][:SHOWN_RESPONSES]:
+        yield Responses(question_of(old["prompt"]), old["response"].strip(), new["response"].strip())
 
 
 def render(report: Report) -> str:
@@ -195,12 +195,12 @@ def _figures(report: Report) -> Iterator[str]:
     )
 
 
-def _side_by_side(answers: Sequence[Answers]) -> Iterator[str]:
+def _side_by_side(responses: Sequence[Responses]) -> Iterator[str]:
     def columns(left: str, right: str) -> str:
         return f"  {left:<{COLUMN}} | {right}".rstrip()
 
     yield columns("answers before PPO", "answers after PPO")
-    for item in answers:
+    for item in responses:
         yield ""
         yield from _end_of(item.question)
         left, right = (wrap(text, COLUMN) or ["(nothing)"] for text in (item.before, item.after))
@@ -212,13 +212,13 @@ def _end_of(question: str) -> list[str]:
     lines = wrap(words, 2 * COLUMN + 5)
     if len(lines) <= QUESTION_LINES:
         return lines
-    # Lines are filled from the end backwards, so that the last line is full, and the first may be short.
+    # Fill lines from the end backwards, so that the last line is full and the first may be short.
     lines = [line[::-1] for line in reversed(wrap(words[::-1], 2 * COLUMN + 1)[:QUESTION_LINES])]
     return [f"... {lines[0]}", *lines[1:]]
 
 
-def _finished(step: str, directory: Path) -> list[dict[str, Any]]:
-    """The metrics of a step that ran to its end. Otherwise other files in the directory may be of an earlier run."""
+def _finished_metrics(step: str, directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a finished step. In an unfinished one, other files may be from an earlier run."""
     rows = _read_rows(directory / "logs" / "metrics.jsonl", phase=str, seconds=(int, float))
     if not any(row["phase"] == "done" for row in rows):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The options of step 1."""
+"""Declares the options of step 1."""
 
 from __future__ import annotations
 

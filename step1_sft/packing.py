@@ -1,4 +1,4 @@
-"""How rows can share a sequence in a model that must compute the same for them as for rows on their own."""
+"""Finds out how rows can share a sequence in a model, with the same results as in sequences of their own."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from common.models.logprobs import response_log_probs
 from common.runtime.distributed import device, on_every_rank, on_gpu
 from common.training.memory import size_asked
 
-VARLEN = "flash_attention_2"  # takes rows of any length one after another, and computes nothing between them
+VARLEN = "flash_attention_2"  # takes concatenated rows of any length, and computes no attention between them
 _SHORT = 16
 
 
 class Packing(Enum):
-    """What keeps the rows apart."""
+    """The mechanism that keeps the attention of packed rows apart."""
 
     FLAT = "attention of variable length, which computes nothing between rows"
     MASKED = "a block-diagonal mask"
 
 
 def packing_of(engine, width: int) -> Packing | None:
-    """The best way that keeps the rows of a sequence of `width` tokens apart; None if no way does.
+    """The fastest mechanism that keeps the rows of a sequence of `width` tokens apart; None if neither does.
 
-    The model is left with the attention that goes with it. All ranks must call it.
+    Sets the attention implementation of the model accordingly. All ranks must call it.
     """
     causal_lm = engine.module
     plain = causal_lm.config._attn_implementation
-    if on_every_rank(varlen_serves(causal_lm.dtype) and attends_by(causal_lm, VARLEN)):
+    if on_every_rank(supports_varlen(causal_lm.dtype) and attends_by(causal_lm, VARLEN)):
         if on_every_rank(keeps_rows_apart(engine, width, Packing.FLAT)):
             return Packing.FLAT
     attends_by(causal_lm, plain)
     return Packing.MASKED if on_every_rank(keeps_rows_apart(engine, width, Packing.MASKED)) else None
 
 
-def varlen_serves(dtype: torch.dtype) -> bool:
-    """Whether attention of variable length is installed and made for models in `dtype`."""
+def supports_varlen(dtype: torch.dtype) -> bool:
+    """Whether variable-length attention is installed and supports models in `dtype`."""
     return on_gpu() and is_flash_attn_2_available() and dtype != torch.float32
 
 
 @torch.no_grad()
-def keeps_rows_apart(engine, width: int, way: Packing) -> bool:
-    """Compare the log-probabilities of two rows, packed into a sequence of `width` tokens and on their own.
+def keeps_rows_apart(engine, width: int, packing: Packing) -> bool:
+    """Whether two rows have the same log-probabilities packed into a sequence of `width` tokens and on their own.
 
-    A mask or positions that the model ignores show in the second row, a window of attention that the block-diagonal
-    mask overrides in the first, long one. All ranks must call it.
+    If the model ignores the mask or the positions, the second row differs. If the block-diagonal mask replaces the
+    model's attention window, the first row, which is long, differs. All ranks must call it.
     """
     causal_lm = engine.module
     if "position_ids" not in inspect.signature(causal_lm.forward).parameters:
@@ -66,7 +66,7 @@ def keeps_rows_apart(engine, width: int, way: Packing) -> bool:
 
     def log_probs(micro_batch: MicroBatch, lengths: list[int]) -> torch.Tensor:
         batch: TokenBatch | PackedBatch | FlatBatch = collate_demonstrations(rows, micro_batch, pad_id=0).to(device())
-        if isinstance(batch, PackedBatch) and way is Packing.FLAT:
+        if isinstance(batch, PackedBatch) and packing is Packing.FLAT:
             batch = batch.flat()
         responses = torch.tensor(lengths, device=device()) - 1
         return response_log_probs(engine, batch.inputs(causal_lm.dtype), torch.ones_like(responses), responses)
@@ -81,10 +81,10 @@ def keeps_rows_apart(engine, width: int, way: Packing) -> bool:
         return False
     finally:
         engine.train()
-    # Rounding moves results by about the type's epsilon, a row that sees another by a good part of their spread.
+    # Rounding changes log-probs by about the dtype's epsilon, attention to the other row by much of their spread.
     tolerance = torch.finfo(causal_lm.dtype).eps ** 0.5
     first, second = lengths
     pairs = (apart[0, : first - 1], packed[: first - 1]), (apart[1, : second - 1], packed[first:])
     return all(
-        bool((found - expected).square().mean().sqrt() <= tolerance * expected.std()) for expected, found in pairs
+        bool((actual - expected).square().mean().sqrt() <= tolerance * expected.std()) for expected, actual in pairs
     )

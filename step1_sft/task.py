@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: next-token loss on the response tokens, perplexity on held-out demonstrations."""
+"""Defines supervised fine-tuning: next-token loss on response tokens, perplexity on held-out demonstrations."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SFTBatch = TokenBatch | PackedBatch | FlatBatch
 
 
 class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
-    """A causal language model learns to write the responses of demonstrations."""
+    """Trains a causal language model to generate the responses of demonstrations."""
 
     config_class = SFTConfig
     step = "sft"
     unit = "tokens"
 
     def prepare(self, codec: Codec) -> PreparedData:
-        """This step's part of --data_path, and all of --sft_only_data_path."""
+        """Prepare this step's part of --data_path, and all rows of --sft_only_data_path."""
         config = self.config
         requests = [data_request(config, "demonstration", config.max_seq_len)]
         if sources := config.unsplit_sources():
@@ -47,8 +47,8 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
         return collate_demonstrations(rows, micro_batch, pad_id, self.config.train_on_prompt)
 
     def batching(self, engine: Any, rows: Dataset, config: SFTConfig, pad_id: int) -> Batching[SFTBatch]:
-        """With --packing rows share sequences, kept apart as the model allows. A model that cannot keep them apart gets
-        micro-batches of rows of similar length, within the same number of tokens."""
+        """With --packing, rows share sequences. If the model cannot keep them apart, micro-batches consist of rows of
+        similar length instead, with at most the same number of tokens."""
         if not config.packing:
             return super().batching(engine, rows, config, pad_id)
         packing = packing_of(engine, config.max_seq_len)
@@ -99,13 +99,13 @@ def greedy_samples(
     prompts = prompts.to(device())
     width = prompts.input_ids.shape[1]
     positions = getattr(engine.module.config.get_text_config(), "max_position_embeddings", None)
-    room = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
+    new_tokens = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
     tokens = prompts.input_ids
-    if room > 0:
+    if new_tokens > 0:
         tokens = engine.module.generate(
             input_ids=tokens,
             attention_mask=prompts.attention_mask,
-            max_new_tokens=room,
+            max_new_tokens=new_tokens,
             do_sample=False,
             use_cache=True,
             synced_gpus=engine.zero_optimization_partition_weights() and world_size() > 1,
@@ -121,10 +121,10 @@ def greedy_samples(
 
 
 def first_distinct(demonstrations: Dataset, count: int) -> list[int]:
-    """The first rows with different prompts, `count` at most: data may ask the same thing several times."""
-    found: dict[tuple[int, ...], int] = {}
+    """Indices of the first rows with distinct prompts, at most `count`: a prompt may occur in several rows."""
+    row_of_prompt: dict[tuple[int, ...], int] = {}
     for index, row in enumerate(demonstrations):
-        if len(found) == count:
+        if len(row_of_prompt) == count:
             break
-        found.setdefault(tuple(row["prompt_ids"]), index)
-    return list(found.values())
+        row_of_prompt.setdefault(tuple(row["prompt_ids"]), index)
+    return list(row_of_prompt.values())

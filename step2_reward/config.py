@@ -1,4 +1,4 @@
-"""The options of step 2."""
+"""Declares the options of step 2."""
 
 from __future__ import annotations
 

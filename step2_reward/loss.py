@@ -1,4 +1,4 @@
-"""The pairwise loss of a reward model, as a sum over pairs."""
+"""Computes the pairwise loss of a reward model, as a sum over pairs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ def bradley_terry_loss_sum(
 ) -> tuple[Tensor, Sums]:
     """Sum over the real pairs of -log sigmoid(s_c - s_r - margin) + centring * (s_c + s_r)^2.
 
-    The Bradley-Terry model as a loss: arXiv:2203.02155, eq. 1; the margin: arXiv:2307.09288, eq. 2; the
-    centring: arXiv:2312.09244. chosen, rejected (B,) scores; real (B,) bool; margin a number or (B,). The
-    trainer scales the sum by world_size / pairs, the pairs of the whole optimizer step over all ranks.
+    The Bradley-Terry model as a loss: arXiv:2203.02155, eq. 1; the margin: arXiv:2307.09288, eq. 2; the centring:
+    arXiv:2312.09244. The trainer divides the sum by the number of pairs in the whole optimizer step on all ranks.
 
-    Returns the loss (a scalar) and the sums `pairs`, `loss`, `accuracy` (a tie counts a half),
-    `chosen_score`, `rejected_score`, `margin` (s_c - s_r), `squared_scores`.
+    Args:
+        chosen, rejected: (B,) raw scores s_c and s_r.
+        real: (B,) bool; false for filler pairs, which add nothing.
+        margin: a number, or (B,).
+        centring: weight of the last term.
+
+    Returns:
+        The loss, a scalar, and the sums `pairs`, `loss`, `accuracy` (a tie counts a half), `chosen_score`,
+        `rejected_score`, `margin` (s_c - s_r) and `squared_scores`.
     """
     dtype = torch.promote_types(chosen.dtype, torch.float32)
     chosen, rejected = (score.to(dtype).masked_fill(~real, 0) for score in (chosen, rejected))

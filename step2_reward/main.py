@@ -1,10 +1,10 @@
-"""Step 2: the reward model. `deepspeed --num_gpus N step2_reward/main.py --help` says everything."""
+"""Step 2: the reward model. `deepspeed --num_gpus N step2_reward/main.py --help` lists the options."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: this clone's packages, not those of another that is installed
+if __package__ in (None, ""):  # run as a file: import this clone's packages, not installed ones
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from common.runtime.requirements import begin_program
 

@@ -1,4 +1,4 @@
-"""Reward modelling: a pairwise loss on the scores of two responses to one prompt."""
+"""Defines reward modelling: a pairwise loss on the scores of two responses to one prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from step2_reward.loss import bradley_terry_loss_sum, score_mean_and_std
 
 
 class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
-    """A model with a score head learns to score the chosen response of a comparison above the rejected one."""
+    """Trains a model with a score head to score the chosen response of a comparison above the rejected one."""
 
     config_class = RewardConfig
     step = "reward"
@@ -32,11 +32,11 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
     sequences_per_row = 2  # a pair is padded to its longer response
 
     def check_model(self, source: str) -> None:
-        """A language model, or a reward model with one score."""
+        """Accepts a language model, or a reward model with one score."""
         gives_scores(source, self.config.trust_remote_code)
 
     def prepare(self, codec: Codec) -> PreparedData:
-        """This step's part of --data_path."""
+        """Prepare this step's part of --data_path."""
         request = data_request(self.config, "comparison", self.config.max_seq_len)
         data = prepare(replace(request, pairs_per_prompt=self.config.pairs_per_prompt), codec)
         if not len(data.eval):
@@ -94,7 +94,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
         ]
 
     def provenance(self, metrics: Metrics) -> dict[str, Any]:
-        """Step 3 measures scores in this mean and standard deviation."""
+        """The mean and standard deviation by which step 3 normalises scores."""
         return {"score_mean": metrics["score_mean"], "score_std": metrics["score_std"]}
 
     def _scores(self, engine: Any, batch: PairBatch) -> Tensor:

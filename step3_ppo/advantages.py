@@ -1,4 +1,4 @@
-"""Advantage estimators: from token rewards to the advantages that the policy loss weighs its tokens by.
+"""Registers advantage estimators, which turn token rewards into the advantages of the policy loss.
 
 `ESTIMATORS` has all of them by name; `--advantage` chooses one. A new one is a function with `@estimator` above it.
 
@@ -31,7 +31,7 @@ class Estimator:
         estimate: the function itself; see `__call__`.
         needs_critic: whether it reads values; without a critic none is built, trained or saved.
         fewest_answers: the smallest `--answers_per_prompt` that it is defined for.
-        options: names of the options that it reads; those of the other estimators are refused beside it.
+        options: names of the options that it reads; options of other estimators are refused with it.
     """
 
     name: str
@@ -83,8 +83,13 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     """Generalised advantage estimation, and the returns R = A + V. (arXiv:1506.02438, eq. 16)
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  after the end both are 0.
-    rewards, values (B, R); response_mask (B, R) bool, true on a prefix of each row.
-    Returns advantages and returns, both (B, R) and 0 outside the mask.
+
+    Args:
+        rewards, values: (B, R).
+        response_mask: (B, R) bool, true on a prefix of each row.
+
+    Returns:
+        Advantages and returns, both (B, R) and 0 outside the mask.
     """
     rewards, values = rewards.masked_fill(~response_mask, 0), values.masked_fill(~response_mask, 0)
     advantages = rewards.new_zeros(rewards.shape)
@@ -98,12 +103,18 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
 
 
 def leave_one_out(rewards: Tensor, response_mask: Tensor, groups: Tensor) -> Tensor:
-    """REINFORCE leave-one-out: what a response earned more than the others to its prompt. (arXiv:2402.14740, RLOO)
+    """REINFORCE leave-one-out: a response's reward less the mean of the others to its prompt. (arXiv:2402.14740, RLOO)
 
     With G the sum of a response's token rewards (its score minus beta times its KL) and k responses to its prompt:
     A = G - (sum of the other responses' G) / (k - 1), the same for each token of the response.
 
-    rewards (B, R); response_mask (B, R) bool; groups (B,) long. Returns (B, R), 0 outside the mask.
+    Args:
+        rewards: (B, R).
+        response_mask: (B, R) bool.
+        groups: (B,) long, the same number for all responses to one prompt.
+
+    Returns:
+        (B, R) advantages, 0 outside the mask.
 
     Raises:
         ValueError: a response is alone in its group.
@@ -113,7 +124,7 @@ def leave_one_out(rewards: Tensor, response_mask: Tensor, groups: Tensor) -> Ten
     others = sizes[group] - 1
     if not others.all():
         raise ValueError("leave-one-out needs two responses or more to every prompt")
-    # Subtracting the group's mean first keeps the digits where all its rewards are large and alike:
+    # Subtracting the group's mean first avoids cancellation if all its rewards are large and similar:
     # G - (sum - G) / (k - 1) = (G - mean) * k / (k - 1).
     means = totals.new_zeros(len(sizes)).index_add(0, group, totals) / sizes
     advantages = (totals - means[group]) * sizes[group] / others

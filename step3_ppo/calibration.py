@@ -1,4 +1,4 @@
-"""The scale in which scores and values are measured."""
+"""Determines the scale in which scores and values are measured."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from step3_ppo.config import PPOConfig
 
 
 class ScoreScale:
-    """Mean and standard deviation of the raw scores; scores and values are measured in these.
+    """The mean and standard deviation by which scores and values are normalised.
 
-    The critic holds the same object: once the scale is measured, its values are in it too.
+    The critic has the same object, so its values are on the same scale once that is measured.
 
     Args:
         calibration: the scale, where it is known from the start (`RAW` leaves scores as they are); None: it is measured
@@ -47,7 +47,7 @@ class ScoreScale:
         return self.current.normalise(numbers)
 
     def observe(self, scores: Tensor) -> None:
-        """Count raw scores (B,) in when the scale is measured."""
+        """Include raw scores (B,) in the measurement of the scale."""
         self._observed.append(scores)
 
     def measure(self, scores: Tensor) -> None:
@@ -79,7 +79,7 @@ class ScoreScale:
 
 
 def read_calibration(config: PPOConfig, codec: Codec, source: str) -> Calibration | None:
-    """The mean and standard deviation that a reward model's scores are measured in.
+    """The mean and standard deviation by which a reward model's scores are normalised.
 
     `RAW` if scores are used as they are, None if the first rollout is to measure them.
 
@@ -110,7 +110,7 @@ def read_calibration(config: PPOConfig, codec: Codec, source: str) -> Calibratio
                     f"{flag} was trained with another chat template than that of {actor}, of the same "
                     "tokens: train both with one"
                 )
-            # It was not trained with its own chat template, so the text that it read is the same.
+            # It was not trained with its own chat template, so the difference did not change its training text.
             provenance = replace(provenance, tokenizer=text_of(codec)["tokenizer"])
         check_text(provenance, codec, flag, actor)
         check_split_rule(provenance, config, flag)

@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights, kept in fp32 where each rank's weights lie."""
+"""Keeps an exponential moving average of the trained weights in fp32, partitioned as the weights are."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class EMA:
         return {f"ema.{number}": average for number, average in enumerate(self._average)}
 
     def reshape(self, parts_of: Callable[[str], list[torch.Tensor]]) -> None:
-        """Take over the average of a run on another number of ranks.
+        """Set the average from a run on another number of ranks.
 
         Args:
             parts_of: maps a name in `tensors` to the parts of those ranks, in their order.
@@ -54,9 +54,9 @@ class EMA:
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the context the module's weights are the average; afterwards they are exactly what they were."""
+        """Within the context the module's weights are the average; afterwards they are restored exactly."""
         for parameter in self._parameters:
-            # ZeRO-3 keeps small parameters whole as well; dropping that copy leaves the shard as the only truth.
+            # ZeRO-3 also keeps small parameters unsharded. Without that copy, the shard is the only data.
             if hasattr(parameter, "ds_tensor") and parameter.numel() == parameter.ds_numel:
                 parameter.partition()
         kept = [_local(parameter).clone() for parameter in self._parameters]

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts: what the actor is like before, between and after the iterations."""
+"""Generates and scores responses to held-out prompts, before, between and after the iterations."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from step3_ppo.trainer import EVALUATION, PPOTrainer
 
 
 def evaluation_prompts(config: PPOConfig, held_out: Dataset) -> Dataset:
-    """--eval_prompts of the held-out prompts, from all over: sources, and their test data, lie one after another."""
+    """--eval_prompts of the held-out prompts, evenly spread over the data, in which sources follow one another."""
     rows = min(config.eval_prompts, len(held_out))
     return held_out.select([number * len(held_out) // rows for number in range(rows)])
 
 
 @torch.no_grad()
 def evaluate(trainer: PPOTrainer, prompts: Dataset) -> tuple[Metrics, list[dict]]:
-    """Sample answers to held-out prompts, with the same random numbers every time.
+    """Sample responses to held-out prompts, with the same random numbers every time.
 
     Returns:
-        Mean metrics, and a row for every prompt: see `sample_rows`. Both are empty where there are no prompts.
+        Mean metrics, and a row for every prompt: see `sample_rows`. Both are empty if there are no prompts.
     """
     if not len(prompts):
         return {}, []

@@ -1,4 +1,4 @@
-"""The batch that PPO learns from: a rollout, and what its update needs to know of it."""
+"""Defines the batch that PPO learns from: a rollout, and what the update needs to know about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches as large as memory allows, for --auto_micro_batch."""
+"""Finds the largest micro-batches that fit into memory, for --auto_micro_batch."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from step3_ppo.models import PPOModels
 
 
 def fitted_config(
-    config: PPOConfig, models: PPOModels, longest_prompt: int, pad_id: int, remembered: int | None
+    config: PPOConfig, models: PPOModels, longest_prompt: int, pad_id: int, saved_max_tokens: int | None
 ) -> PPOConfig:
-    """The config with --max_tokens_per_micro_batch as --auto_micro_batch finds it; unchanged where that is off.
+    """The config with the --max_tokens_per_micro_batch that --auto_micro_batch measures; unchanged without that option.
 
     All ranks must call it.
 
     Args:
         longest_prompt: tokens of the longest prompt.
-        remembered: the value that an interrupted run used; None: measure.
+        saved_max_tokens: the value that the interrupted run measured; None: measure it.
     """
     if not config.auto_micro_batch:
         return config
     fitted = fit_micro_batches(
         config,
-        remembered,
+        saved_max_tokens,
         list(models.trained().values()),
         lambda rows: Learner(models, config, PhaseClock()).probe(rows, longest_prompt, pad_id),
         longest_prompt + config.max_answer_seq_len,
         config.per_device_training_batch_size * config.gradient_accumulation_steps,
     )
-    # What fits was measured beside no keys and values.
+    # The measurement did not include the cache of keys and values.
     return replace(fitted, release_inference_cache=True)

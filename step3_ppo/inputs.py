@@ -1,4 +1,4 @@
-"""The models and the data that a run starts from, checked before anything is loaded."""
+"""Checks the models and prepares the data that a run starts from, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from step3_ppo.trainer import sampling_of
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run starts from.
+    """The checked inputs of a run.
 
     Attributes:
         actor: directory or hub name of the fine-tuned model.
-        reward_model: that of the reward model, which is also the critic's start; None where neither is wanted.
+        reward_model: the same for the reward model, which the critic is initialised from; None if neither is needed.
         codec: the actor's tokenizer and template.
-        scale: in which scores are measured.
+        scale: the scale of the scores.
         prompts: to train and to evaluate on.
-        texts: plain text of the pre-training mix, if it is on.
+        texts: plain text of the pre-training mix; None without it.
     """
 
     actor: str
@@ -49,7 +49,7 @@ class RunInputs:
 
 
 def read_inputs(config: PPOConfig) -> RunInputs:
-    """Check the models, prepare the data. One process per machine prepares, before the process group exists.
+    """Check the models and prepare the data, before the process group exists. One process per machine prepares.
 
     Raises:
         UserError: a model or the data cannot be used.
@@ -99,7 +99,7 @@ def read_scale(config: PPOConfig, codec: Codec, reward_model: str | None) -> Sco
 
 
 def text_request(config: PPOConfig) -> DataRequest:
-    """The plain text of the pre-training mix; all of it, since it has no prompts to keep apart."""
+    """The request for the plain text of the pre-training mix: all rows, because they hold no prompts to divide."""
     return DataRequest(
         data_path=config.text_sources(),
         kind="text",
@@ -114,7 +114,7 @@ def text_request(config: PPOConfig) -> DataRequest:
 
 
 def warn(config: PPOConfig) -> None:
-    """Say what is allowed but rarely meant."""
+    """Print a note or a warning about options that are allowed but rarely intended."""
     if unused := config.unused_options():
         flags = ", ".join(f"--{name}" for name in unused)
         say(f"note: --advantage {config.advantage} does not use {flags}: without effect")

@@ -1,4 +1,4 @@
-"""beta, the coefficient of the KL penalty: fixed, or steered towards a target KL."""
+"""Controls beta, the coefficient of the KL penalty: fixed, or adapted towards a target KL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step of the actor and, where there is one, of the critic, on the same responses."""
+"""Makes one optimizer step of the actor and, if there is one, of the critic, on the same responses."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Learner:
     """Makes the optimizer steps of the update.
 
     Args:
-        models: its actor and critic are trained.
-        clock: gets the phases actor_update and critic_update.
+        models: the actor and the critic among them are trained.
+        clock: measures the phases actor_update and critic_update.
     """
 
     def __init__(self, models: PPOModels, config: PPOConfig, clock: PhaseClock):
@@ -34,12 +34,12 @@ class Learner:
         self.step = AtomicStep(models.trained(), config.max_skipped_steps)
 
     def learn(self, batches: Sequence[Experience], texts: Sequence[TokenBatch], kl_coef: float) -> Sums | None:
-        """A step of all trained engines; returns sums over all its tokens, or None where it was skipped.
+        """Make a step of all trained engines. Returns sums over all its tokens, or None if it was skipped.
 
         Args:
             batches: this rank's micro-batches.
             texts: micro-batches of plain text, whose loss is added to the actor's.
-            kl_coef: weight of the KL where it is in the loss.
+            kl_coef: weight of the KL, if it is part of the loss.
         """
         sums = self._accumulate(batches, texts, kl_coef)
         if not self.step.finite_on_all_ranks():
@@ -55,8 +55,8 @@ class Learner:
         return {name: total for parts in sums if parts for name, total in add_sums(parts, global_sum).items()}
 
     def probe(self, rows: int, prompt: int, pad_id: int) -> None:
-        """What `learn` does before its steps, for `rows` rows of `prompt` tokens and the longest response; the
-        gradients are discarded."""
+        """Run forward and backward as `learn` does, on `rows` rows of `prompt` tokens and the longest response, and
+        discard the gradients."""
         response = self.config.max_answer_seq_len
         each = lambda number: torch.full((rows,), number)
         tokens = torch.full((rows, prompt + response), pad_id)
@@ -71,7 +71,7 @@ class Learner:
     def _accumulate(
         self, batches: Sequence[Experience], texts: Sequence[TokenBatch], kl_coef: float
     ) -> list[list[Sums]]:
-        """Gradients in all trained engines; returns the micro-batches' sums of the policy, text and value loss."""
+        """Accumulate gradients in all trained engines. Returns the sums of policy, text and value loss."""
         tokens = global_sum(torch.stack([batch.response_mask.sum() for batch in batches]).sum())
         policy: list[Sums] = []
         text: list[Sums] = []

@@ -1,4 +1,4 @@
-"""Limits on KL and reward beyond which training stops."""
+"""Stops training when KL or reward exceed their limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from step3_ppo.scoring import ModelOutputs
 
 
 def check_limits(config: PPOConfig, outputs: ModelOutputs, when: str) -> None:
-    """Raises Diverged on all ranks alike, before the update, if KL or reward has left the limits that are set."""
+    """Raise Diverged on all ranks alike, before the update, if KL or reward is beyond a limit of the options."""
     for what, mean, flag, limit, exceeded in (
         ("KL to the reference", outputs.response_kl().mean(), "max_kl", config.kl_limit, torch.gt),
         ("reward", outputs.scores.mean(), "max_reward", config.max_reward, torch.gt),

@@ -1,4 +1,4 @@
-"""The iterations of a PPO run, and the evaluations before, between and after them."""
+"""Runs the iterations of PPO, and the evaluations before, between and after them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from step3_ppo.sharing import RolloutAbandoned
 from step3_ppo.trainer import PPOTrainer
 
 SHOWN_METRICS = ("reward", "kl", "response_length", "eos_fraction")
-PRINTED_ANSWERS = 3
+PRINTED_RESPONSES = 3
 
 
 def run_iterations(
@@ -39,11 +39,11 @@ def run_iterations(
     Args:
         held_out: prompts to evaluate on.
         sampler: one of its steps is the prompts of one iteration.
-        iterations: how many, over as many epochs as that takes.
-        iterations_done: how many of them an interrupted run has done already.
+        iterations: number of iterations of the run, over as many epochs as needed.
+        iterations_done: number of iterations that the interrupted run has done.
         on_iteration_end: called with the numbers of iterations and of optimizer steps done so far, but not after the
-            last iteration; it saves checkpoints, and ends a run that was told to stop. It is also called where a
-            rollout was abandoned because of that. The evaluation after an iteration follows this call, so a resumed
+            last iteration; it saves checkpoints, and ends a run that was asked to stop. It is also called if a
+            rollout was abandoned for that reason. The evaluation after an iteration follows this call, so a resumed
             run repeats it.
     """
     mark_training_started()
@@ -69,7 +69,7 @@ def evaluation_is_due(config: PPOConfig, iterations_done: int) -> bool:
 
 
 def run_iteration(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], tracker: Tracker, bar) -> None:
-    """One iteration, logged and shown."""
+    """Run one iteration, and log and print its metrics."""
     config, step = trainer.config, index + 1
     heartbeat.set_phase("training")
     metrics = trainer.iteration(index, micro_batches)
@@ -78,11 +78,11 @@ def run_iteration(trainer: PPOTrainer, index: int, micro_batches: Sequence[Micro
     if step % config.log_interval == 0:
         tracker.log("train", step, metrics)
     if config.print_answers and step % config.print_answers_interval == 0:
-        print_answers(trainer)
+        print_responses(trainer)
 
 
 def record_evaluation(trainer: PPOTrainer, held_out: Dataset, step: int, iterations: int, tracker: Tracker) -> Metrics:
-    """Answer held-out prompts; log the metrics and write the answers to samples/. Nothing where none are held out."""
+    """Respond to held-out prompts, if there are any; log the metrics and write the responses to samples/."""
     heartbeat.set_phase("evaluation")
     with named_when_out_of_memory("the evaluation"):
         metrics, rows = evaluate(trainer, held_out)
@@ -94,10 +94,10 @@ def record_evaluation(trainer: PPOTrainer, held_out: Dataset, step: int, iterati
     return metrics
 
 
-def print_answers(trainer: PPOTrainer) -> None:
-    """Show a few of the answers of the last iteration."""
+def print_responses(trainer: PPOTrainer) -> None:
+    """Print a few responses of the last iteration."""
     if trainer.latest is None:
         return
-    for row in sample_rows(*trainer.latest, trainer.codec, trainer.prompts, PRINTED_ANSWERS):
+    for row in sample_rows(*trainer.latest, trainer.codec, trainer.prompts, PRINTED_RESPONSES):
         say(f"--- reward {row['reward']:.3f}, kl {row['kl']:.3f}")
         say(escape_controls(f"{row['prompt'].strip()}\n>>> {row['response'].strip()}"))

@@ -1,4 +1,4 @@
-"""The clipped losses of PPO (arXiv:1707.06347), as sums over response tokens.
+"""Computes the clipped losses of PPO (arXiv:1707.06347), as sums over response tokens.
 
 A loss comes back as a sum: the trainer scales it by world_size / N, with N the response tokens of the whole
 optimizer step over all ranks, so that a token weighs the same however the step is cut into micro-batches and

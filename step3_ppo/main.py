@@ -1,4 +1,4 @@
-"""Step 3: PPO of the actor against the reward model. `deepspeed --num_gpus N step3_ppo/main.py --help` says all."""
+"""Step 3: PPO against the reward model. `deepspeed --num_gpus N step3_ppo/main.py --help` lists the options."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The metrics of an iteration."""
+"""Computes the metrics of an iteration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IterationMetrics = dict[str, float | None]  # None for a gradient norm that Deep
 
 
 def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutputs) -> Metrics:
-    """What the responses are like: rewards, lengths, KL."""
+    """Metrics of the responses: rewards, lengths, KL."""
     scores = means(shaped.sums, "responses")
     return {
         "reward": scores["raw_score"],
@@ -32,7 +32,7 @@ def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutput
 
 
 def experience_metrics(experience: Experience, outputs: ModelOutputs) -> Metrics:
-    """What the models were like before the update."""
+    """Metrics of the models before the update."""
     mask = experience.response_mask
     metrics: Metrics = {"entropy": float(outputs.entropy[mask].mean())}
     if experience.values is not None and experience.returns is not None:

@@ -1,4 +1,4 @@
-"""The models of PPO: actor, reference, critic, reward model.
+"""Builds the models of PPO: actor, reference, critic, reward model.
 
 Each has its own engine with its own ZeRO stage. But a LoRA actor with its adapters off is the reference, and a LoRA
 critic with its adapters off is the reward model: with LoRA there are two base models in memory, not four. There is a
@@ -52,7 +52,7 @@ class PPOModels:
         reward_model: frozen; None where that is the critic with its adapters off and the head it kept, and where the
             program brings a reward of its own.
         ema: moving average of the actor's weights, if wanted.
-        temperature: that responses are sampled at.
+        temperature: at which responses are sampled.
     """
 
     actor: Any
@@ -99,7 +99,7 @@ class PPOModels:
         return score_at_last_token(numbers, rollout.lengths)
 
     def destroy(self) -> None:
-        """Take DeepSpeed's hooks and buffers off all models."""
+        """Remove DeepSpeed's hooks and buffers from all models."""
         for engine in (self.actor, self.critic, self.reward_model, self.reference):
             if engine is not None:
                 engine.destroy()
@@ -111,7 +111,7 @@ class PPOModels:
 
 
 def inputs_of(rollout: Rollout) -> dict[str, Tensor]:
-    """What every model reads of a rollout: prompts and responses."""
+    """The inputs of a model for a rollout: prompts and responses."""
     return unmasked(rollout.tokens)
 
 

@@ -1,4 +1,4 @@
-"""Where the scores of responses come from: the `Reward` protocol, and the reward model that reads the actor's ids."""
+"""Defines the `Reward` protocol, and the reward model that reads the actor's token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From KL and score to one reward per token."""
+"""Combines KL and score into one reward per token."""
 
 from __future__ import annotations
 
@@ -53,11 +53,14 @@ def shape_scores(
     missing_eos_penalty: float = 0.0,
     missing_eos_score: float | None = None,
 ) -> ShapedScores:
-    """Normalises scores, clips them to +-clip, then marks down the responses that were cut by length.
+    """Normalise scores, clip them to +-clip, then lower those of responses that were cut by length.
 
-    scores (B,) raw; finished, real (B,) bool. `mean` and `std` are the reward model's own, kept with it. An
-    unfinished response loses `missing_eos_penalty` (in normalised units), or scores `missing_eos_score` where
-    that is given.
+    Args:
+        scores: (B,) raw.
+        finished, real: (B,) bool.
+        mean, std: of the reward model's raw scores, from its provenance.
+        missing_eos_penalty: subtracted from the score of an unfinished response, in normalised units.
+        missing_eos_score: if given, the score of an unfinished response.
     """
     if std <= 0:
         raise ValueError(f"the standard deviation of the reward model's scores must be positive, not {std}")
@@ -80,9 +83,16 @@ def shape_scores(
 def token_rewards(log_ratio: Tensor, scores: Tensor, response_mask: Tensor, beta: float) -> Tensor:
     """r_t = -beta * d_t, plus the score at the last response token; 0 outside the mask.
 
-    log_ratio (B, R), d = log pi - log pi_ref in nats; scores (B,) shaped; response_mask (B, R) bool. Returns (B, R).
     No other estimator of the KL than d itself belongs here: E[d grad log pi] is the gradient of the KL, while that of
     d^2 / 2 or exp(-d) - 1 + d nearly vanishes near the reference. Source: arXiv:2203.02155, eq. 2; arXiv:2510.01555.
+
+    Args:
+        log_ratio: (B, R), d = log pi - log pi_ref in nats.
+        scores: (B,) shaped.
+        response_mask: (B, R) bool.
+
+    Returns:
+        (B, R) rewards.
     """
     last = response_mask.sum(1, keepdim=True) - 1
     at_last = torch.arange(response_mask.shape[1], device=log_ratio.device) == last

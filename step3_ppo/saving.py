@@ -1,4 +1,4 @@
-"""What a run keeps: its checkpoints, and the models that it publishes."""
+"""Saves checkpoints of a run, and publishes its models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from step3_ppo.trainer import PPOTrainer
 
 
 def training_state(models: PPOModels, trainer: PPOTrainer) -> TrainingState:
-    """All that must be as it was for a resumed run to go on exactly."""
+    """All state that a resumed run needs to continue exactly."""
     average: dict[str, Any] = (
         {"tensors": models.ema.tensors, "reshape": models.ema.reshape} if models.ema is not None else {}
     )
@@ -49,7 +49,7 @@ def save(config: PPOConfig, models: PPOModels, inputs: RunInputs) -> None:
         score_mean=scale.mean,
         score_std=scale.std,
     ):
-        if models.critic is None and is_main():  # one that an earlier run left is not of this run
+        if models.critic is None and is_main():  # an earlier run may have left one
             shutil.rmtree(output / "critic", ignore_errors=True)
         for name, engine in models.trained().items():
             export_model(engine, codec, output / name, output / "adapter" / name)

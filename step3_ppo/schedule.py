@@ -1,4 +1,4 @@
-"""How many iterations and optimizer steps a run has, and which prompts and texts they take."""
+"""Computes how many iterations and optimizer steps a run has, and which prompts and texts they use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from step3_ppo.config import PPOConfig
 
 
 def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
-    """An iteration's prompts; enough of them for one whole optimizer step, however the recipe's batches divide."""
+    """The sampler of each iteration's prompts, which are enough for at least one full optimizer step."""
     rollout_batches = config.rollout_batches_per_iteration
     if rollout_batches > config.generation_batches:
         say(
@@ -41,7 +41,7 @@ def scheduled_iterations(config: PPOConfig, sampler: StepSampler) -> int:
 
 
 def optimizer_steps(config: PPOConfig, prompts: Dataset, iterations: int) -> int:
-    """How often each engine steps in so many iterations.
+    """How often each engine steps in this many iterations.
 
     One iteration of an epoch, and not always its last, has what is left of the prompts, and so perhaps fewer steps.
     """
@@ -61,7 +61,7 @@ def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
 
 
 def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[list[TokenBatch]]:
-    """Endless plain text: for every optimizer step as many rows as it has answers."""
+    """Endless plain text: for every optimizer step as many rows as it has responses."""
     sampler = StepSampler(
         texts["length"],
         rows_per_micro_batch=config.per_device_training_batch_size,

@@ -1,4 +1,4 @@
-"""What the models and the reward say of a rollout, before the update."""
+"""Computes the outputs of the models and the reward for a rollout, before the update."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from step3_ppo.sharing import compute_on_all_ranks
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """Row b belongs to row b of the rollout. On the CPU of every rank."""
+    """The models' outputs for a rollout, row by row, on the CPU of every rank."""
 
     old_log_probs: Tensor  # (B, R) nats, of the actor
     ref_log_probs: Tensor  # (B, R) nats, of the reference
@@ -72,7 +72,7 @@ def score_rollout(
 
 
 def to_scale(outputs: ModelOutputs, scale: ScoreScale) -> ModelOutputs:
-    """The outputs of an iteration in the scale, which is measured on them where it is not known yet."""
+    """The outputs of an iteration on the scale, which is measured on them if it is not known yet."""
     if scale.known:
         return outputs
     scale.measure(outputs.scores)

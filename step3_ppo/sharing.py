@@ -1,4 +1,4 @@
-"""One rollout over all ranks: shared once it is generated, and its forward passes divided between the ranks."""
+"""Shares a rollout with all ranks once it is generated, and divides its forward passes between the ranks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from step3_ppo.generation.rollout import Rollout
 
 
 class RolloutAbandoned(Exception):
-    """A rank was told to stop during the rollout; raised on all ranks alike. No weight has changed."""
+    """A rank was asked to stop during the rollout; raised on all ranks alike. No weight has changed."""
 
 
 def share_rollout(own: Rollout | None) -> Rollout:
     """All ranks' responses on every rank, without fillers, in the order of their prompts in the data set.
 
-    The result does not depend on how the prompts were dealt to ranks and batches, but for `made_by`.
+    Except for `made_by`, the result does not depend on the distribution of prompts over ranks and batches.
 
     Raises:
-        RolloutAbandoned: a rank gave None.
+        RolloutAbandoned: a rank passed None.
     """
     gathered = gather_objects(None if own is None else own.to("cpu"))
     parts = [part for part in gathered if part is not None]
@@ -55,19 +55,19 @@ def compute_on_all_ranks(
         if config.max_tokens_per_micro_batch
         else evaluation_batches(lengths, config.per_device_training_batch_size, world_size(), rank())
     )
-    own = []
+    computed = []
     for batch in batches:
         results = compute(rollout.select(batch.indices).to(device()))
-        own.append((batch, {name: tensor.float().cpu() for name, tensor in results.items()}))
+        computed.append((batch, {name: tensor.float().cpu() for name, tensor in results.items()}))
     shared: dict[str, Tensor] = {}
-    for batch, results in (item for items in gather_objects(own) for item in items):
+    for batch, results in (item for items in gather_objects(computed) for item in items):
         real = torch.tensor(batch.real)
         rows = torch.tensor(batch.indices)[real]
         for name, tensor in results.items():
             shape = rollout.response_mask.shape[: tensor.dim()]
-            whole = shared.setdefault(name, torch.zeros(shape))
+            gathered = shared.setdefault(name, torch.zeros(shape))
             if tensor.dim() == 1:
-                whole[rows] = tensor[real]
+                gathered[rows] = tensor[real]
             else:
-                whole[rows, : tensor.shape[1]] = tensor[real]
+                gathered[rows, : tensor.shape[1]] = tensor[real]
     return shared

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation of the actor against a reward, one iteration at a time."""
+"""Runs proximal policy optimisation of the actor against a reward, one iteration at a time."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PPOTrainer:
         codec: end and padding tokens, decoding of samples.
         prompts: prepared prompts to train on.
         texts: endless micro-batches of plain text for the pre-training mix, if it is on; a list for each step.
-        scale: in which scores are measured; the critic's values are in the same.
+        scale: the scale of scores and of the critic's values.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class PPOTrainer:
             stream: the iteration, or `EVALUATION`: key of the random numbers.
 
         Raises:
-            RolloutAbandoned: on all ranks alike, if one of them was told to stop.
+            RolloutAbandoned: on all ranks alike, if one of them was asked to stop.
             Diverged: on all ranks alike, if on one of them the actor's logits are not numbers.
         """
         rows = MicroBatch(
@@ -141,7 +141,7 @@ class PPOTrainer:
         return rollout
 
     def score(self, dataset: Dataset, rollout: Rollout, stream: int) -> ModelOutputs:
-        """What models and reward say of a rollout; raises Diverged on all ranks alike if some of it is not finite."""
+        """The models' outputs and the reward for a rollout. Raises Diverged on all ranks alike if one is not finite."""
         inputs = RewardInputs(rollout, self.codec, dataset)
         outputs = score_rollout(self.models, self.reward, inputs, self.clock, self.config)
         for field in fields(outputs):
@@ -205,8 +205,8 @@ class PPOTrainer:
         }
 
     def state_dict(self) -> dict:
-        """What the next iteration depends on besides the weights: the KL controller, the scale of the scores, how much
-        text was read, how micro-batches are cut, and how many steps were skipped."""
+        """The state besides the weights: the KL controller, optimizer steps made, the scale of the scores, counters of
+        skipped steps, and the micro-batch size."""
         return {
             "kl": self.kl.state_dict(),
             "optimizer_steps": self.optimizer_steps_made,
@@ -216,7 +216,7 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where a trainer with this `state_dict` was; this one has not begun yet."""
+        """Restore the state of `state_dict` into a trainer that has not started."""
         self.kl.load_state_dict(state["kl"])
         self.optimizer_steps_made = state["optimizer_steps"]
         self.learner.step.load_state_dict(state["step"])

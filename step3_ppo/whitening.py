@@ -1,4 +1,4 @@
-"""Advantages brought to mean 0 and variance 1."""
+"""Normalises advantages to mean 0 and variance 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The programs' options in tests: configs, published command lines, and ways to read a line or a recipe."""
+"""Options of the programs for tests: configs, published command lines, and readers of flags and recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/data.md: each line is an example that is read here, with what comes of it.
+"""The examples behind the tables of docs/data.md: each is read here, and its records are written into the table.
 
 python tests/data_docs.py      writes them into docs/data.md
 """

@@ -1,4 +1,4 @@
-"""A causal language model whose logits are given, for what is read off logits."""
+"""A causal language model that returns given logits, for tests of functions of logits."""
 
 from types import SimpleNamespace
 

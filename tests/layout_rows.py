@@ -1,4 +1,4 @@
-"""Rows of data sets in tests: how to write them, and the records that layouts make of them."""
+"""Rows of data sets for tests, and the records that layouts make of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def chat(*turns):
 
 def sharegpt(*turns):
     """ShareGPT's turns: speaker, text, speaker, text, ..."""
-    return [{"from": speaker, "value": text} for speaker, text in zip(turns[::2], turns[1::2])]
+    return [{"from": role, "value": text} for role, text in zip(turns[::2], turns[1::2])]
 
 
 def dialogue(*turns, system=""):

@@ -1,4 +1,4 @@
-"""A trainer of a supervised task around an engine that a test has made."""
+"""A trainer of a supervised task around an engine made by a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model of an earlier step may be used by this one: its tokenizer, its template, its split rule."""
+"""Checks that a model of an earlier step fits this one: tokenizer, template, and the rule that splits the data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.runtime.distributed import say
 
 
 def open_codec(config: ProgramConfig, source: str, flag: str) -> Codec:
-    """The tokenizer and template for a model. A model with a provenance must be used with those of its training.
+    """Load the tokenizer and template for a model. If the model has a provenance, they must be those of its training.
 
     Raises:
         UserError: the model was trained with another template, end token or tokenizer.
@@ -41,11 +41,11 @@ def open_codec(config: ProgramConfig, source: str, flag: str) -> Codec:
 
 
 def check_text(provenance: Provenance, codec: Codec, trained: str, used: str) -> None:
-    """Raises UserError if a model was trained with another template, end token or tokenizer than `codec` has.
+    """Raise UserError if a model was trained with another template, end token or tokenizer than `codec` has.
 
     Args:
         trained: names the model of the provenance, for the message.
-        used: names what the codec belongs to.
+        used: names the owner of the codec, for the message.
     """
     now = text_of(codec)
     for what in ("template", "template_date", "end_token", "tokenizer"):

@@ -1,4 +1,4 @@
-"""Export of a trained engine as a standard Hugging Face directory, at any ZeRO stage, with adapters merged."""
+"""Exports a trained engine as a standard Hugging Face directory, at any ZeRO stage, with adapters merged."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write_model(
     directory: str | Path,
     adapter_directory: str | Path | None = None,
 ) -> None:
-    """`export_model` of a full state that rank 0 has already; the other ranks wait.
+    """Does what `export_model` does, from a full state dict that rank 0 already has. The other ranks wait.
 
     Args:
         module: a model of transformers or a `ScalarModel`, possibly with adapters; its own weights are not read.

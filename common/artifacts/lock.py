@@ -1,4 +1,4 @@
-"""One run at a time in an output directory."""
+"""Locks an output directory, so that only one run at a time uses it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.errors import UserError
 
 FILE = "logs/run.lock"
 
-_held: list[TextIO] = []  # a lock lasts as long as its file is open
+_open_locks: list[TextIO] = []  # a lock is released when its file is closed
 
 
 def lock_output(directory: Path) -> None:
@@ -24,7 +24,7 @@ def lock_output(directory: Path) -> None:
     locks, nothing is locked.
 
     Raises:
-        UserError: another run has it; the message names that run.
+        UserError: another run has locked it; the message names that run.
     """
     path = directory / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +39,8 @@ def lock_output(directory: Path) -> None:
         ) from None
     except OSError:
         pass
-    _held.append(file)
-    with contextlib.suppress(OSError):  # the disk may be full; the lock holds all the same
+    _open_locks.append(file)
+    with contextlib.suppress(OSError):  # the disk may be full; the lock is held in any case
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()

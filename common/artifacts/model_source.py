@@ -1,4 +1,4 @@
-"""Which directory or hub name a model's name means; an adapter is merged with its base model first."""
+"""Finds the directory or hub name to load a model from; an adapter is merged with its base model first."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def base_of(adapter: Path, cache_dir: str | Path, hint: str = "") -> str:
     """The directory or hub name of the base model that an adapter names.
 
     Args:
-        hint: as of `errors_of_base`.
+        hint: see `errors_of_base`.
 
     Raises:
-        ModelError: it names none, or there is no such model.
+        ModelError: the adapter names no base model, or there is no such model.
         OSError: the cache cannot be written.
     """
     name, _ = read_adapter(adapter)
@@ -76,7 +76,7 @@ def base_of(adapter: Path, cache_dir: str | Path, hint: str = "") -> str:
 
 @contextmanager
 def errors_of_base(adapter: Path, hint: str = "") -> Iterator[None]:
-    """Within the context an error about the base model becomes one that names the adapter which needs it.
+    """Within the context, an error about the base model becomes a ModelError that names the adapter.
 
     Args:
         hint: what else to say of the base model, such as how to name another one.
@@ -88,27 +88,27 @@ def errors_of_base(adapter: Path, hint: str = "") -> Iterator[None]:
 
 
 def adapter_provenance(directory: Path) -> Provenance | None:
-    """How an adapter was trained.
+    """The provenance of an adapter.
 
     An adapter directory lies in the output directory of its step, beside provenance.json. A step with several models
     keeps their adapters one level deeper: `adapter/actor`, `adapter/critic`.
     """
-    beside = directory.parent if directory.parent.name == "adapter" else directory
-    return read_provenance(directory) or read_provenance(beside)
+    output = directory.parent if directory.parent.name == "adapter" else directory
+    return read_provenance(directory) or read_provenance(output)
 
 
 def merged_model(directory: Path, cache_dir: Path) -> Path:
-    """The directory in `cache_dir` of the model that an adapter and its base make; it is written on the first call.
+    """Merge an adapter with its base model into a directory in `cache_dir`, unless that exists, and return it.
 
-    The base is the whole model beside the adapter if there is one, else the model that the adapter names. Weights are
+    The base is the model in the same directory if there is one, else the model that the adapter names. Weights are
     added and saved in fp32. Several processes may call this at once.
 
     Raises:
-        ModelError: there is no such base, or the two do not fit.
+        ModelError: there is no such base, or the adapter does not fit it.
         OSError: the cache cannot be written.
     """
-    beside = (directory / "config.json").is_file()
-    base = str(directory) if beside else base_of(directory, cache_dir)
+    has_own_base = (directory / "config.json").is_file()
+    base = str(directory) if has_own_base else base_of(directory, cache_dir)
     merged = cache_dir / f"merged-{_digest(directory, base)}"
     draft = merged.with_name(f".{merged.name}-{os.getpid()}")
     try:
@@ -116,7 +116,7 @@ def merged_model(directory: Path, cache_dir: Path) -> Path:
         # The directory appears by a rename, so it is complete. A read-only cache needs no lock then.
         with nullcontext() if merged.is_dir() else FileLock(cache_dir / "merged.lock"):
             if not merged.is_dir():
-                with _without_adapter(directory) if beside else nullcontext(base) as weights:
+                with _without_adapter(directory) if has_own_base else nullcontext(base) as weights:
                     _write_merged(directory, weights, base, draft)
                 os.rename(draft, merged)
     except (OSError, SafetensorError) as error:
@@ -125,7 +125,7 @@ def merged_model(directory: Path, cache_dir: Path) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
     if is_main():  # on stderr: the responses of inference/generate.py go to stdout
         print(
-            f"{directory}: the adapter is merged with {'the model beside it' if beside else base} into {merged}",
+            f"{directory}: the adapter is merged with {'the model beside it' if has_own_base else base} into {merged}",
             file=sys.stderr,
             flush=True,
         )
@@ -171,7 +171,7 @@ def _codec(tokenizer: str, provenance: Provenance | None) -> Codec:
 
 @contextmanager
 def _without_adapter(directory: Path) -> Iterator[str]:
-    """A directory of the model without the adapter beside it, which transformers would load too."""
+    """Within the context, a directory with links to all files but the adapter's, which transformers would load too."""
     with tempfile.TemporaryDirectory() as alone:
         for path in directory.iterdir():
             if not path.name.startswith("adapter"):
@@ -180,7 +180,7 @@ def _without_adapter(directory: Path) -> Iterator[str]:
 
 
 def _digest(adapter: Path, base: str) -> str:
-    """A hash of the content of both directories; a base on the hub counts by its name."""
+    """A hash of the content of both directories; for a base on the hub, of its name."""
     directories = [adapter, *([Path(base)] if Path(base).is_dir() else [])]
     files = [
         path

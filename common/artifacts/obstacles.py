@@ -1,4 +1,4 @@
-"""Paths in an output directory that a run could not write: a folder where it needs a file, or the reverse."""
+"""Finds paths in an output directory that a run could not write: a folder where it needs a file, or the reverse."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _OF_A_MODEL = (
 
 
 def check_nothing_in_the_way(output: Path, parts: Sequence[str] = ("",), rank: int = 0) -> None:
-    """Check that each path a run will write is free, or is of the kind (file, folder) that the run replaces.
+    """Check that each path that a run will write is free, or is of the right kind (file or folder).
 
     Args:
-        parts: directories inside `output` that get a model; `""` is `output` itself.
+        parts: directories inside `output` where a model is written; `""` is `output` itself.
         rank: whose log file must be writable.
 
     Raises:

@@ -1,7 +1,7 @@
-"""provenance.json: how an output directory was made, and whether what follows fits it.
+"""Reads and writes provenance.json, which records how the model in an output directory was trained.
 
-A model directory alone does not say which template and end token it was trained with, or in which scale its
-scores lie. A step that starts from another step's output checks here, before it loads a model.
+A model directory alone does not say which template and end token it was trained with, or on which scale its
+scores lie. A step that starts from another step's output checks its provenance before it loads a model.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from common.errors import UserError, reason_of
 from common.paths import from_anywhere
 
 FILE = "provenance.json"
-# Raised where a field changes its meaning or a new one cannot be done without; files of before had no number.
+# Raised when a field changes its meaning or a new field is required. Files from before formats had numbers have none.
 FORMAT = 1
 _LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "datasets")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a model came to be.
+    """How a model was trained.
 
     Attributes:
         step: "sft", "reward" or "ppo".
         base: the model it was trained from; a directory by its absolute path, once written.
         tokenizer: fingerprint of the tokenizer, see `common.data.tokenization.tokenizer_fingerprint`.
         template: name of the template.
-        template_date: what a chat template that writes the date wrote, YYYY-MM-DD; '' for one that does not.
+        template_date: the date that the chat template wrote, YYYY-MM-DD; '' for a template without a date.
         end_token, pad_token: the tokens' texts.
         data_path: the data sources; files and directories by their resolved paths.
-        unsplit_data_path: those that were given to this step whole.
+        unsplit_data_path: sources that this step used as a whole, see --sft_only_data_path.
         data_split, eval_fraction, split_by: the rule that kept the steps' prompts apart, see
             `common.artifacts.split_rule`.
-        shared_openings: by source, the openings that "auto" keyed by more turns, see `common.data.openings.KeyRule`.
-        score_mean, score_std: of a reward model's raw scores over held-out answers.
-        versions: of the libraries that trained it.
+        shared_openings: by source, hashes of the openings (first user turns) that many dialogues share and that
+            --split_by auto therefore keyed by more turns, see `common.data.openings.KeyRule`.
+        score_mean, score_std: of a reward model's raw scores over held-out responses.
+        versions: of the libraries used.
     """
 
     step: str
@@ -55,7 +56,7 @@ class Provenance:
     data_path: tuple[str, ...] = ()
     unsplit_data_path: tuple[str, ...] = ()
     template_date: str = ""
-    split_by: str = "opening"  # of those that do not say
+    split_by: str = "opening"  # for files without the field
     shared_openings: dict[str, list[int]] = field(default_factory=dict)
     score_mean: float | None = None
     score_std: float | None = None
@@ -97,9 +98,9 @@ def read_provenance(model: str | Path) -> Provenance | None:
 
 
 def _checked(values: dict) -> Provenance:
-    """Raises ValueError or TypeError for what no provenance holds; fields that are unknown are left out."""
-    known = {field.name for field in fields(Provenance)}
-    provenance = Provenance(**{name: value for name, value in values.items() if name in known})
+    """Raises ValueError or TypeError if a field is missing or has a wrong value; unknown fields are left out."""
+    names = {field.name for field in fields(Provenance)}
+    provenance = Provenance(**{name: value for name, value in values.items() if name in names})
     for name, kind in get_type_hints(Provenance).items():
         if not _fits(getattr(provenance, name), kind):
             raise ValueError(f"{name} is {str(getattr(provenance, name))[:40]!r}")
@@ -113,7 +114,7 @@ def _checked(values: dict) -> Provenance:
 
 
 def _fits(value, kind) -> bool:
-    """Whether a value out of JSON is of a field's type."""
+    """Whether a value from JSON has a field's type."""
     parts = get_args(kind)
     if isinstance(kind, UnionType):
         return any(_fits(value, part) for part in parts)

@@ -1,4 +1,4 @@
-"""The result of a run: written as a whole, checked, and with a note of how it was made."""
+"""Publishes the result of a run: writes the models, checks them, and writes their provenance last."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from common.runtime.distributed import barrier, device, is_main, on_every_rank, 
 from common.runtime.heartbeat import set_phase
 
 CONFIG_FILE = "run_config.yaml"
-_IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTDIR)  # errors that more space on the disk would not cure
+_IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTDIR)  # errors that more disk space does not solve
 
 
 @contextlib.contextmanager
@@ -41,26 +41,26 @@ def publishing(
     parts: Sequence[str] = (),
     **further: Any,
 ) -> Iterator[None]:
-    """Export the models within this context. All ranks enter it.
+    """Within the context, the caller exports the models. All ranks must enter it.
 
-    provenance.json is deleted at its start and written at its end, after every model was checked. So an output
+    provenance.json is deleted at the start and written at the end, after every model was checked. So an output
     directory with a provenance.json holds a complete result, even if the directory is used again. The resolved
-    configuration is written beside it. Adapters and a moving average of an earlier run are removed.
+    configuration is written too. Adapters and a moving average of an earlier run are removed.
 
     Args:
-        engines: those of the models to export, by the names that messages use.
+        engines: the engines of the models to export, by the names that messages use.
         data: what the models were trained on.
         parts: model directories inside the output directory. Each gets the provenance too, so that it can be moved.
         further: more fields of the provenance.
 
     Raises:
-        Diverged: a model computes numbers that are not finite; nothing in the output directory has changed.
-        TrainingFailure: a file cannot be written, or an exported model could not be loaded again.
+        Diverged: the output of a model is not finite; nothing in the output directory has changed.
+        TrainingFailure: a file cannot be written, or an exported model is incomplete.
     """
     set_phase("saving the result")
     for name, engine in engines.items():
         _check_usable(engine, name, codec)
-        if engine.untrained.still():
+        if engine.weight_changes.none():
             say(
                 f"warning: training has left every weight of the {name} as it was: its learning rate is 0 or too small "
                 "for --dtype, or every optimizer step was skipped"
@@ -74,9 +74,9 @@ def publishing(
         yield
         if is_main():
             for directory in [output / part for part in parts] or [output]:
-                if found := problem(directory, config.trust_remote_code):
+                if fault := problem(directory, config.trust_remote_code):
                     raise TrainingFailure(
-                        f"the result in {directory} is not whole: {found}: run the same command "
+                        f"the result in {directory} is not whole: {fault}: run the same command "
                         "again, which goes on from the newest checkpoint"
                     )
             save_config(config, output / CONFIG_FILE)
@@ -98,7 +98,7 @@ def publishing(
 
 @torch.no_grad()
 def _check_usable(engine: Any, name: str, codec: Codec) -> None:
-    """One small forward pass. Without held-out rows no loss has been computed since the last update."""
+    """Run one small forward pass: without held-out rows, no loss has been computed since the last update."""
     tokens = torch.full((1, 2), codec.end_id, device=device())
     engine.eval()
     output = engine(**unmasked(tokens))

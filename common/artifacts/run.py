@@ -1,4 +1,4 @@
-"""A run from outside: its output directory and files, its place among other ranks, its checkpoints, its last words."""
+"""Starts and ends a run: opens the output directory, joins the ranks, finds the checkpoint, reports the result."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from common.runtime.program import start
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has begun: its output directory is open, its ranks know one another, its data is the same on all.
+    """A started run: its output directory is open, its ranks are connected, and all ranks have the same data.
 
     Attributes:
-        checkpoint: the one to go on from, if there is one; nothing of it is loaded yet.
+        checkpoint: the one to resume from, if there is one; it is not loaded yet.
     """
 
     tracker: Tracker
@@ -32,23 +32,23 @@ class Run:
     checkpoint: Path | None
 
     def restore(self, state: TrainingState) -> int:
-        """Load the checkpoint into `state`; returns the steps (iterations in step 3) that were done at it."""
+        """Load the checkpoint, if there is one, into `state`. Returns the steps (iterations in step 3) done so far."""
         return self.checkpoints.restore(self.checkpoint, state, self.tracker)
 
 
 def start_run(config: ProgramConfig, *data: PreparedData, parts: Sequence[str] = ("",)) -> Run:
-    """Open the output directory, join the process group, and find the checkpoint to go on from. All ranks call it.
+    """Open the output directory, join the process group, and find the checkpoint to resume from. All ranks call it.
 
-    It takes the prepared data because preparing must come before: it may last longer than ranks wait for one another.
-    Engines are made afterwards, so that no time is lost on them where there is nothing to do.
+    The data must be prepared before, because that may take longer than the ranks' timeout. Engines are created
+    afterwards, so that none is created for a run that is complete already.
 
     Args:
-        data: all that the run reads; a checkpoint of other data is refused.
-        parts: as of `open_run`.
+        data: all data that the run reads; a checkpoint of a run with other data is refused.
+        parts: see `open_run`.
 
     Raises:
-        AlreadyComplete: the result of this very run is in the output directory.
-        UserError: as `open_run`, and if ranks have prepared different data, or the checkpoint is of another run.
+        AlreadyComplete: the output directory holds the result of this command.
+        UserError: see `open_run`; or ranks have prepared different data, or the checkpoint is of another run.
     """
     tracker = open_run(config, parts)
     start(config.timeout, config.seed)
@@ -58,16 +58,16 @@ def start_run(config: ProgramConfig, *data: PreparedData, parts: Sequence[str] =
 
 
 def open_run(config: RunOptions, parts: Sequence[str] = ("",)) -> Tracker:
-    """Make the output directory and send libraries' chatter to its logs.
+    """Create the output directory and send the libraries' messages to its logs.
 
-    Not before everything is checked: the libraries' logs of an earlier run there are continued from here on, its
-    metrics and samples are replaced when the tracker begins; its models stay until `publishing`.
+    Call it after all checks. The libraries' logs of an earlier run in the directory are continued; its metrics and
+    samples are replaced when the tracker begins; its models stay until `publishing`.
 
     Args:
         parts: the directories inside it that will hold models; "" is the output directory itself.
 
     Raises:
-        UserError: another run has the directory, something in it is in the way, or it cannot be written to.
+        UserError: another run has locked the directory, a path in it has the wrong kind, or it cannot be written to.
     """
     output = Path(config.output_dir)
     try:
@@ -88,13 +88,13 @@ def open_run(config: RunOptions, parts: Sequence[str] = ("",)) -> Tracker:
 
 
 def say_data(data: PreparedData) -> None:
-    """Tell what was read, what was unusable, and what is left to train on."""
+    """Print how many rows were read, were unusable, and remain for training."""
     for line in data.report.lines():
         say(line)
 
 
 def report_done(tracker: Tracker, steps: int, metrics: dict[str, float], output_dir: str) -> None:
-    """Record the final metrics, close the tracker, and say where the result lies."""
+    """Record the final metrics, close the tracker, and print where the result is."""
     tracker.log("done", steps, metrics)
     tracker.close()
     say(f"saved to {output_dir}")

@@ -1,4 +1,4 @@
-"""The rule that keeps the steps' prompts apart, as a provenance records it and as the next step checks it."""
+"""Records in a provenance the rule that gives each step other prompts, and checks it in later steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BY_OPENING = ("auto", "opening")
 
 @dataclass(frozen=True)
 class _Use:
-    """How a step took a source: its part of a split, or, where that is None, the whole."""
+    """How a step used a source: its part of `data_split`, or all rows where `data_split` is None."""
 
     data_split: str | None
     eval_fraction: float
@@ -34,7 +34,7 @@ class _Use:
         return f"{how} and --eval_fraction {self.eval_fraction:g}{by}"
 
     def agrees(self, other: _Use) -> bool:
-        """Whether both are one rule, but for the openings that `known_openings` compares."""
+        """Whether both are the same rule. `known_openings` compares the openings."""
         by = {"opening" if use.split_by in _BY_OPENING else use.split_by for use in (self, other)}
         if len(by) > 1 or self.eval_fraction != other.eval_fraction:
             return False
@@ -44,7 +44,7 @@ class _Use:
 
 
 def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest:
-    """This step's part of `--data_path`, to be prepared as records of `kind`."""
+    """The request to prepare this step's part of `--data_path` as records of `kind`."""
     return DataRequest(
         data_path=config.sources(),
         kind=kind,
@@ -62,7 +62,7 @@ def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest
 
 
 def split_rule_of(config: DataOptions) -> dict[str, Any]:
-    """The part of a provenance that says which data was taken, and by which rule."""
+    """The fields of a provenance that record the data sources and the split rule."""
     return {
         "data_path": _places(parse_data_path(config.data_path)),
         "unsplit_data_path": _places(config.unsplit_sources()),
@@ -73,12 +73,12 @@ def split_rule_of(config: DataOptions) -> dict[str, Any]:
 
 
 def openings_of(data: PreparedData) -> dict[str, list[int]]:
-    """The part of a provenance that says which openings were keyed by more turns."""
+    """The field `shared_openings` of a provenance: by source, the openings that were keyed by more turns."""
     return {_place(source): openings for source, openings in data.report.read.shared.items()}
 
 
 def key_rule(provenance: Provenance, source: str) -> KeyRule:
-    """How the step that wrote the provenance would key the rows of a source."""
+    """The rule by which the step that wrote the provenance would key the rows of a source."""
     openings = _openings(provenance, source)
     if openings is None:
         openings = set().union(*provenance.shared_openings.values())
@@ -86,29 +86,29 @@ def key_rule(provenance: Provenance, source: str) -> KeyRule:
 
 
 def known_openings(config: DataOptions) -> dict[str, list[int]]:
-    """By source, the openings that the steps before have keyed by more turns: data may have grown since.
+    """By source, the openings that earlier steps keyed by more turns. This step keys the same, even if data were added.
 
     Raises:
-        UserError: they differ about it, or this run is not to do as they did.
+        UserError: the earlier steps differ from one another, or --split_by opening forbids to do the same.
     """
     if config.split_by not in _BY_OPENING:
         return {}
-    found = {}
+    openings_by_source = {}
     models = {
         f"--{name} {getattr(config, name)}": read_provenance(getattr(config, name))
         for name, meta in options(type(config)).items()
         if meta.names_model and getattr(config, name)
     }
     for name in dict.fromkeys(spec.name for spec in config.all_sources()):
-        known = [
+        recorded = [
             (model, openings)
             for model, provenance in models.items()
             if provenance is not None and (openings := _openings(provenance, name)) is not None
         ]
-        for model, openings in known:
-            if openings != known[0][1]:
+        for model, openings in recorded:
+            if openings != recorded[0][1]:
                 raise UserError(
-                    f"{known[0][0]} and {model} were trained on {name} split in two ways (it, --max_rows "
+                    f"{recorded[0][0]} and {model} were trained on {name} split in two ways (it, --max_rows "
                     "or --split_by has changed in between), so prompts would be in two steps or on both "
                     "sides: train one of them again, or use other data"
                 )
@@ -118,12 +118,12 @@ def known_openings(config: DataOptions) -> dict[str, list[int]]:
                     "its openings further; with --split_by opening prompts would be in two steps or on "
                     "both sides: use the same in every step, or other data"
                 )
-            found[name] = sorted(openings)
-    return found
+            openings_by_source[name] = sorted(openings)
+    return openings_by_source
 
 
 def _openings(provenance: Provenance, source: str) -> set[int] | None:
-    """Those keyed by more turns in a source, or in what holds it or lies in it; None if it was not trained on."""
+    """The openings keyed by more turns in a source or in one that overlaps with it; None if neither was trained on."""
     trained_on = [
         place
         for place in (*provenance.data_path, *provenance.unsplit_data_path)
@@ -131,18 +131,20 @@ def _openings(provenance: Provenance, source: str) -> set[int] | None:
     ]
     if trained_on and provenance.split_by == "opening":
         return set()
-    said = [provenance.shared_openings[place] for place in trained_on if place in provenance.shared_openings]
-    return set().union(*said) if said else None
+    recorded = [provenance.shared_openings[place] for place in trained_on if place in provenance.shared_openings]
+    return set().union(*recorded) if recorded else None
 
 
-def check_split_rule(provenance: Provenance, config: DataOptions, made: str) -> None:
-    """Two rules for the same data would let a step train on, or evaluate on, what another has trained on.
+def check_split_rule(provenance: Provenance, config: DataOptions, model: str) -> None:
+    """Check that this run splits the data of an earlier step by the same rule.
+
+    With another rule, a step could train or evaluate on prompts that another step has trained on.
 
     Args:
-        made: names the model of this provenance, for the message.
+        model: names the model of this provenance, for the message.
 
     Raises:
-        UserError: this run takes a source, or a part of one, by another rule than the model was trained under.
+        UserError: this run would split a source that the model was trained on, or one that overlaps, by another rule.
     """
     now = _uses(**split_rule_of(config))
     before = _uses(
@@ -156,7 +158,7 @@ def check_split_rule(provenance: Provenance, config: DataOptions, made: str) -> 
         for trained_on, used in before:
             if _overlap(source, _place(trained_on)) and not use.agrees(used):
                 raise UserError(
-                    f"{made} was trained on {trained_on} {used}; now {source} would be taken {use}, so "
+                    f"{model} was trained on {trained_on} {used}; now {source} would be taken {use}, so "
                     "prompts would be in two steps or on both sides: use the same in every step, or "
                     "other data"
                 )
@@ -176,13 +178,13 @@ def _places(specs: Sequence[SourceSpec]) -> tuple[str, ...]:
 
 
 def _place(source: str) -> str:
-    """A file or directory by the one path that all its spellings lead to; a hub name or builtin:* as it is."""
+    """The resolved path of a file or directory; a hub name or builtin:* as it is."""
     path = Path(source)
     return str(path.resolve()) if path.exists() else source
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether two sources are the same or one of them lies in the other, a directory."""
+    """Whether two sources are the same, or one is a directory that contains the other."""
     paths = Path(one), Path(other)
     return (
         one == other

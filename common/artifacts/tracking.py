@@ -1,4 +1,4 @@
-"""What a run records: metrics as JSON lines and TensorBoard events, samples, a progress bar; libraries' logs in a file.
+"""Writes metrics as JSON lines and TensorBoard events, samples, and a progress bar; sends libraries' logs to a file.
 
 Rank 0 writes. On every other rank these functions do nothing.
 """
@@ -35,12 +35,12 @@ class Tracker:
     Files:
         logs/metrics.jsonl: one object per `log` call: step, phase, seconds since the start, and the metrics.
         logs/tensorboard/ (or `tensorboard_path`): the same as scalars named phase/metric.
-        samples/NAME.jsonl: what `samples` was given.
+        samples/NAME.jsonl: the rows given to `samples`.
 
     Args:
         output_dir: the run's output directory.
         tensorboard: whether to write TensorBoard events.
-        tensorboard_path: where, if not in the logs directory.
+        tensorboard_path: directory of the events, if not in the logs directory.
     """
 
     def __init__(self, output_dir: str | Path, tensorboard: bool = True, tensorboard_path: str | None = None):
@@ -48,17 +48,19 @@ class Tracker:
         self._start = time.monotonic()
         self._file: FileIO | None = None
         self._board: SummaryWriter | None = None
-        self._evaluation: tuple[int, int] | None = None  # the step of the last one, and the size of the file before it
+        self._evaluation: tuple[int, int] | None = (
+            None  # the step of the last evaluation, and the size of the metrics file before it
+        )
         self._waiting = b""  # lines that could not be written yet
         self._refused: set[Path] = set()  # files that a warning was printed for
         self._metrics = self.directory / "logs" / "metrics.jsonl"
         self._events = Path(tensorboard_path or self.directory / "logs" / "tensorboard") if tensorboard else None
 
     def begin(self, place: Mapping | None = None) -> None:
-        """Open the files: empty ones, or those of a run that is resumed, cut off where its checkpoint was taken.
+        """Open the files: empty, or, for a resumed run, truncated to where the checkpoint was taken.
 
         Args:
-            place: what `place` returned at the checkpoint.
+            place: the value of the method `place` in the checkpoint.
         """
         if not is_main():
             return
@@ -84,19 +86,22 @@ class Tracker:
             pass
         except OSError:  # unknown: a network file system may answer the next time
             return None
-        now = ""
-        with contextlib.suppress(OSError):  # Linux knows the present path of an open file
-            now = os.readlink(f"/proc/self/fd/{self._file.fileno()}").removesuffix("/logs/metrics.jsonl")
-        where = now if (Path(now) / "checkpoints").is_dir() else ""
-        what, cure = (f"been moved to {where}", "move it back") if where else ("gone", "put them back, if you can")
+        new_path = ""
+        with contextlib.suppress(OSError):  # Linux knows the current path of an open file
+            new_path = os.readlink(f"/proc/self/fd/{self._file.fileno()}").removesuffix("/logs/metrics.jsonl")
+        if not (Path(new_path) / "checkpoints").is_dir():
+            new_path = ""
+        what, cure = (
+            (f"been moved to {new_path}", "move it back") if new_path else ("gone", "put them back, if you can")
+        )
         return (
             f"--output_dir {self.directory} has {what} under the run, whose checkpoints were in "
             f"{self.directory / 'checkpoints'}: {cure}, and the same command goes on from the newest"
         )
 
     def place(self, step: int) -> dict[str, float]:
-        """The state of the files after `step`, for `begin`. An evaluation after that step is not part of it, because
-        a resumed run makes it again."""
+        """The state of the files after `step`, for `begin`. An evaluation after that step is left out, because a
+        resumed run repeats it."""
         size = self._settled_size() if self._file is not None else 0
         if self._evaluation is not None and self._evaluation[0] == step:
             size = self._evaluation[1]
@@ -131,13 +136,13 @@ class Tracker:
         return os.fstat(self._open_file.fileno()).st_size
 
     def _settled_size(self) -> int:
-        """Bytes of the metrics file, after another try to write the waiting lines."""
+        """The size of the metrics file in bytes, after another attempt to write the waiting lines."""
         with self._tolerant(self._metrics):
             self._write_waiting()
         return self._size()
 
     def samples(self, name: str, rows: Iterable[Mapping]) -> None:
-        """Write rows (prompts, answers, scores) to samples/NAME.jsonl."""
+        """Write rows (prompts, responses, scores) to samples/NAME.jsonl."""
         if self._file is None:
             return
         path = self.directory / "samples" / f"{name}.jsonl"
@@ -148,7 +153,7 @@ class Tracker:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def progress(self, total: int, what: str, done: int = 0) -> Any:
-        """A tqdm bar with `done` of `total` filled; on other ranks than 0 it shows nothing."""
+        """A tqdm bar with `done` of `total` filled; on ranks other than 0 it shows nothing."""
         from tqdm import tqdm
 
         return tqdm(total=total, initial=done, desc=what, disable=not is_main(), mininterval=1.0, dynamic_ncols=True)
@@ -178,7 +183,7 @@ class Tracker:
             self._waiting = self._waiting[self._open_file.write(self._waiting) :]
 
     def _is_in_place(self) -> bool:
-        """Whether the path of the metrics file still leads to the open file."""
+        """Whether the metrics file's path still names the open file."""
         try:
             return os.path.samestat(os.stat(self._metrics), os.fstat(self._open_file.fileno()))
         except FileNotFoundError:
@@ -201,7 +206,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def _tolerant(self, path: Path) -> Iterator[None]:
-        """Within the context an error of the system about `path` is a warning, printed once."""
+        """Within the context, an OSError becomes a warning about `path`, printed once."""
         try:
             yield
         except OSError as error:
@@ -211,7 +216,7 @@ class Tracker:
 
 
 def quiet_libraries(output_dir: str | Path) -> None:
-    """Send what DeepSpeed, transformers and Python's warnings say to logs/libraries.rankN.log.
+    """Send the logs of DeepSpeed and transformers, and Python's warnings, to logs/libraries.rankN.log.
 
     The terminal then shows the lines of the programs only.
     """
@@ -237,9 +242,9 @@ def quiet_libraries(output_dir: str | Path) -> None:
 
     usual = threading.excepthook
 
-    def quiet(death: threading.ExceptHookArgs) -> None:
-        """TensorBoard raises an error of its writer thread again at the next event, where it is handled."""
-        if not type(death.thread).__module__.startswith("tensorboard"):
-            usual(death)
+    def quiet(args: threading.ExceptHookArgs) -> None:
+        """Ignore errors of TensorBoard's writer thread: the next event raises them again, where they are handled."""
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            usual(args)
 
     threading.excepthook = quiet

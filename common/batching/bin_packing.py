@@ -1,4 +1,4 @@
-"""Rows into bins: of equal size, so that no rank waits for another, or of limited size, so that little is padded."""
+"""Distributes rows over bins: of equal size, to balance ranks, or of limited size, to reduce padding."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def balanced(sizes: Sequence[int], bins: int) -> Bins:
     """
     dealt: Bins = [[] for _ in range(bins)]
     fullness = [(0, 0, number) for number in range(bins)]
-    for place in _largest_first(sizes):
+    for index in _largest_first(sizes):
         total, count, number = fullness[0]
-        dealt[number].append(place)
-        heapq.heapreplace(fullness, (total + int(sizes[place]), count + 1, number))
+        dealt[number].append(index)
+        heapq.heapreplace(fullness, (total + int(sizes[index]), count + 1, number))
     return dealt
 
 
@@ -33,17 +33,17 @@ def best_fit(sizes: Sequence[int], capacity: int) -> Bins:
     An item larger than `capacity` gets a bin of its own.
     """
     bins: Bins = []
-    rooms: list[tuple[int, int]] = []  # (free capacity, number of the bin), ascending
-    for place in _largest_first(sizes):
-        size = int(sizes[place])
-        fitting = bisect_left(rooms, (size, 0))
-        if fitting < len(rooms):
-            room, number = rooms.pop(fitting)
+    free_capacities: list[tuple[int, int]] = []  # (free capacity, number of the bin), ascending
+    for index in _largest_first(sizes):
+        size = int(sizes[index])
+        fitting = bisect_left(free_capacities, (size, 0))
+        if fitting < len(free_capacities):
+            free, number = free_capacities.pop(fitting)
         else:
-            room, number = capacity, len(bins)
+            free, number = capacity, len(bins)
             bins.append([])
-        bins[number].append(place)
-        insort(rooms, (room - size, number))
+        bins[number].append(index)
+        insort(free_capacities, (free - size, number))
     return bins
 
 
@@ -53,7 +53,7 @@ def packed(sizes: Sequence[int], capacity: int) -> Bins:
     They are balanced if they then keep to `capacity`, since equally filled bins are padded to a smaller width.
     """
     bins = best_fit(sizes, capacity)
-    fill = lambda bin_: sum(int(sizes[place]) for place in bin_)
+    fill = lambda bin_: sum(int(sizes[index]) for index in bin_)
     equal = balanced(sizes, len(bins))
     if max(map(fill, equal), default=0) <= capacity:
         bins = equal
@@ -61,4 +61,4 @@ def packed(sizes: Sequence[int], capacity: int) -> Bins:
 
 
 def _largest_first(sizes: Sequence[int]) -> list[int]:
-    return sorted(range(len(sizes)), key=lambda place: -sizes[place])
+    return sorted(range(len(sizes)), key=lambda index: -sizes[index])

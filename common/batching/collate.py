@@ -1,4 +1,4 @@
-"""Rows of ids to padded tensors.
+"""Turns rows of ids into padded tensors.
 
 Training batches are padded on the right, prompts for generation on the left, each batch to its own longest row. Masks
 come from lengths and never from comparing tokens with the padding token, which may be part of a text.
@@ -214,8 +214,8 @@ def collate_comparisons(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) 
     rows = dataset[list(micro_batch.indices)]
     joined = [
         prompt + response
-        for answers in ("chosen_ids", "rejected_ids")
-        for prompt, response in zip(rows["prompt_ids"], rows[answers])
+        for column in ("chosen_ids", "rejected_ids")
+        for prompt, response in zip(rows["prompt_ids"], rows[column])
     ]
     prompt_lengths = torch.tensor([len(prompt) for prompt in rows["prompt_ids"]] * 2)
     return PairBatch(*_padded(joined, pad_id), prompt_lengths, torch.tensor(micro_batch.real))

@@ -1,4 +1,4 @@
-"""Which rows form which optimizer step, on which rank.
+"""Chooses which rows form which optimizer step, on which rank and in which micro-batch.
 
 The rows of a step are drawn at random, without replacement within an epoch. Only within a step are rows sorted by
 length and balanced, so that little is padded and every rank gets the same number of batches with about the same number
@@ -86,7 +86,7 @@ class StepSampler:
 
     def epoch(self, epoch: int) -> list[list[MicroBatch]]:
         """This rank's micro-batches, one inner list per optimizer step."""
-        return [self._dealt(rows) for rows in self._global_batches(epoch)]
+        return [self._share_of_step(rows) for rows in self._global_batches(epoch)]
 
     def _global_batches(self, epoch: int) -> list[np.ndarray]:
         """The rows of each step, longest first; independent of ranks and micro-batches."""
@@ -104,7 +104,7 @@ class StepSampler:
             steps += [rows[i : i + self._global_rows] for i in range(0, len(rows), self._global_rows)]
         return [steps[i] for i in random.permutation(len(steps))]
 
-    def _dealt(self, rows: np.ndarray) -> list[MicroBatch]:
+    def _share_of_step(self, rows: np.ndarray) -> list[MicroBatch]:
         """This rank's share of a step. At any time all ranks have rows of similar length; the rank that has the longest
         rows of one round has the shortest of the next."""
         if self._pack_to:

@@ -1,4 +1,4 @@
-"""Whether the output directory holds the result of this very command, which then need not train again."""
+"""Records that a run is complete, so that the same command recognises its result and does not train again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".py")
 
 
 class CompletedRun:
-    """The record of a run that has ended well: all that its result depends on, and the files of the result.
+    """The record of a completed run: everything that its result depends on, and the files of the result.
 
     Args:
         config: names the output directory and the models that the run starts from.
@@ -33,7 +33,8 @@ class CompletedRun:
         }
 
     def exists(self) -> bool:
-        """Whether the output directory holds this result. If it may, the models that the run starts from are read."""
+        """Whether the output directory holds this result. The models that the run starts from are read only if
+        everything else agrees."""
         recorded = self._read()
         try:
             return (
@@ -54,7 +55,7 @@ class CompletedRun:
                 check_format(recorded, FORMAT, self.output / FILE, advice)
 
     def record(self) -> None:
-        """Write the record. If the disk refuses, the same command will train again; that is all."""
+        """Write the record. A write error is ignored: its only effect is that the same command trains again."""
         path = self.output / FILE
         new = path.with_suffix(".new")
         with contextlib.suppress(OSError):
@@ -63,7 +64,7 @@ class CompletedRun:
             os.replace(new, path)
 
     def clear(self) -> None:
-        """Remove the record: a run begins to write into the output directory."""
+        """Remove the record, before a run writes into the output directory."""
         (self.output / FILE).unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:

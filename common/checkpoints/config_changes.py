@@ -1,4 +1,4 @@
-"""Which options may differ between a run and its continuation, by their declarations."""
+"""Decides which options may differ between a run and its continuation; the options declare it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from common.training.engine import read_override
 
 
 def plain_config(config: RunOptions) -> dict[str, Any]:
-    """The configuration as JSON has it, without the options that have no effect."""
+    """The configuration as plain JSON values, without the options that have no effect."""
     values = {name: getattr(config, name) for name, meta in options(type(config)).items() if not meta.ignored}
     if values["deepspeed_config"]:
         values["deepspeed_config"] = read_override(values["deepspeed_config"])
@@ -29,11 +29,11 @@ def batches_of_all_ranks(config: RunOptions) -> dict[str, int]:
 
 def config_of_result(config: RunOptions) -> dict[str, Any]:
     """The part of the configuration on which the result depends; batches are left out, see `batches_of_all_ranks`."""
-    known, flags = options(type(config)), _batch_flags(config)
+    declared, flags = options(type(config)), _batch_flags(config)
     return {
         name: value
         for name, value in plain_config(config).items()
-        if known[name].affects != "nothing" and name not in flags
+        if declared[name].affects != "nothing" and name not in flags
     }
 
 
@@ -64,7 +64,7 @@ def check_unchanged(config: RunOptions, data: Sequence[str], values: Mapping[str
         )
 
 
-def in_words(ranks: int) -> str:
+def count_of_ranks(ranks: int) -> str:
     """A number of ranks, for a message."""
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
@@ -80,7 +80,7 @@ def _check_batches(config: RunOptions, values: Mapping[str, Any], path: Path) ->
         has = " and ".join(str(now[batch.what]) for batch in changed)
         advice = " ".join(batch.flags_for(before[batch.what], world_size()) for batch in changed)
         raise UserError(
-            f"{path} was made by {in_words(values['world_size'])} with {had}, and this run of "
+            f"{path} was made by {count_of_ranks(values['world_size'])} with {had}, and this run of "
             f"{world_size()} has {has}: use {advice}, or --resume never to start anew"
         )
 

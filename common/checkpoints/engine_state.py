@@ -1,7 +1,7 @@
-"""A DeepSpeed engine in a checkpoint: its files are written as shards, and read as data only.
+"""Saves a DeepSpeed engine as files of a checkpoint, and loads it again without running code from the files.
 
-DeepSpeed's files are pickles, and it asks torch to trust them. Here torch reads them with its reader for tensors and
-plain values instead, which refuses a file that could run code.
+DeepSpeed's files are pickles, and DeepSpeed asks torch to trust them. Here torch loads them with `weights_only`
+instead, which accepts tensors and plain values and refuses a file that could run code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def save_engine(engine: Engine, name: str, shards: Shards) -> None:
         shards.add(os.path.relpath(path, shards.directory), lambda file: torch.save(state_dict, cast(BinaryIO, file)))
 
     def nothing(*args: object, **kwargs: object) -> None:
-        """In place of what is not needed: directories are made with their files, and programs are not saved."""
+        """Replaces two methods: `Shards` creates directories itself, and the recovery script is not needed."""
 
     with (
         _replaced(engine.checkpoint_engine, save=write, makedirs=nothing),
@@ -46,7 +46,7 @@ def load_engine(engine: Engine, directory: Path) -> None:
     """Weights, optimizer and schedule as they were saved; frozen weights stay as they were loaded from the model.
 
     Raises:
-        UserError: the directory holds no checkpoint of this model, or files that could run code.
+        UserError: the directory does not hold a checkpoint of this model, or holds files that could run code.
     """
     try:
         with loading_data_only(directory):
@@ -64,12 +64,12 @@ def load_engine(engine: Engine, directory: Path) -> None:
 
 @contextlib.contextmanager
 def loading_data_only(directory: Path) -> Iterator[None]:
-    """Within the context torch loads tensors and plain values, though DeepSpeed asks it to trust the file.
+    """Within the context, torch loads only tensors and plain values, although DeepSpeed asks it to trust the file.
 
     Raises:
         UserError: a file in `directory` holds anything else; the message names what it would call.
     """
-    asked = os.environ.get(_DATA_ONLY)
+    previous = os.environ.get(_DATA_ONLY)
     os.environ[_DATA_ONLY] = "1"
     try:
         with torch.serialization.safe_globals(_known_classes()):
@@ -82,12 +82,12 @@ def loading_data_only(directory: Path) -> Iterator[None]:
         ) from error
     finally:
         del os.environ[_DATA_ONLY]
-        if asked is not None:
-            os.environ[_DATA_ONLY] = asked
+        if previous is not None:
+            os.environ[_DATA_ONLY] = previous
 
 
 def _known_classes() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """The classes in DeepSpeed's files besides tensors and plain values; their objects hold data only, too."""
+    """The classes that DeepSpeed's files contain besides tensors and plain values. Their objects hold only data."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -97,7 +97,7 @@ def _known_classes() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]
 
 @contextlib.contextmanager
 def _replaced(holder: object, **attributes: object) -> Iterator[None]:
-    """Within the context these attributes of `holder` hide those of its class."""
+    """Within the context, `holder` has these attributes in place of those of its class."""
     vars(holder).update(attributes)
     try:
         yield

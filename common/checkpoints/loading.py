@@ -1,4 +1,4 @@
-"""A checkpoint read back into a run: by as many ranks as saved it here, by another number of ranks in `reshard`."""
+"""Loads a checkpoint that the same number of ranks saved. For another number of ranks see `reshard`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load(path: Path, state: TrainingState) -> None:
 
 @contextmanager
 def naming_checkpoint(path: Path) -> Iterator[None]:
-    """Within the context, content that does not suit this run ends it with a UserError that names the checkpoint."""
+    """Within the context, an error about the checkpoint's content becomes a UserError that names the checkpoint."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:

@@ -1,8 +1,8 @@
-"""Exact resume: a run that was interrupted goes on as if it had not been.
+"""Saves and restores the state of a run, so that an interrupted run continues exactly as if never interrupted.
 
 A checkpoint holds the engines with their optimizers and schedules (DeepSpeed's files), every rank's random state, and
-state.json: how far the run was, the values of `TrainingState.state_dict`, where the metrics ended, and the
-configuration. Data order and rollouts follow from the seed and the number of steps done, so they are not saved.
+state.json: the number of steps done, the values of `TrainingState.state_dict`, the position in the metrics file, and
+the configuration. Data order and rollouts follow from the seed and the number of steps done, so they are not saved.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class Checkpoints:
 
     Args:
         config: of the step.
-        data: keys of the prepared data; a run with other data is another run.
+        data: keys of the prepared data; a checkpoint of a run with other data is refused.
     """
 
     def __init__(self, config: RunOptions, data: Sequence[str]):
         self.config, self.data = config, list(data)
         self.store = CheckpointStore(Path(config.output_dir) / DIRECTORY, config.keep_checkpoints, state_problems)
         self.last_saved_at = 0  # optimizer steps at the last save
-        self.last_good_step = 0  # the last step that was not skipped; training has not gone on from it yet
+        self.last_good_step = 0  # the last step that was not skipped; no later step has shown that its weights are good
         self.saved: tuple[int, Path | None] = (-1, None)  # the newest checkpoint, and the step that it was taken after
-        self.unconfirmed: Path | None = None  # a checkpoint that training has not gone on from yet
+        self.unconfirmed: Path | None = None  # a checkpoint after which no step has succeeded yet
         self._restored: tuple[TrainingState, RunLog] | None = None
 
     def find(self) -> Path | None:
-        """The checkpoint to go on from, if there is one. Loads none of its state. All ranks must call it.
+        """Find the checkpoint to resume from, if there is one, without loading it. All ranks must call it.
 
         Raises:
             AlreadyComplete: the output directory holds the result of this command.
@@ -117,7 +117,7 @@ class Checkpoints:
         reason = stop_agreed(tracker.lost())
         if state.last_step_applied():
             self.last_good_step = step
-            if self.unconfirmed is not None:  # training has gone on well from it
+            if self.unconfirmed is not None:  # the step after it succeeded
                 self.store.prune(self.unconfirmed)
                 self.unconfirmed = None
             if interval and (done // interval > self.last_saved_at // interval or (reason and self.saved[0] != step)):
@@ -146,7 +146,7 @@ class Checkpoints:
 
     @contextmanager
     def reporting_last_good(self) -> Iterator[None]:
-        """Within the context the error of a run that diverged names the last checkpoint from before, and how to use it.
+        """Within the context, a Diverged error also names the last good checkpoint, and says how to resume from it.
 
         Raises:
             Diverged: with the longer message.
@@ -221,7 +221,7 @@ class Checkpoints:
             shards.add(STATE, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
     def _set_aside(self, damaged: bool = False) -> None:
-        """Rename the directory of checkpoints, so that the saves of this run, which starts anew, delete none of them.
+        """Rename the directory of checkpoints, so that this run, which starts anew, does not delete them when it saves.
 
         Args:
             damaged: the run starts anew because no checkpoint could be used, rather than because it was told to.

@@ -1,7 +1,7 @@
-"""A checkpoint loaded by another number of ranks than saved it, through DeepSpeed's universal checkpoints.
+"""Loads a checkpoint that another number of ranks saved, through DeepSpeed's universal checkpoints.
 
-The parts into which ZeRO had divided every parameter are joined, only for the time of loading; every rank then takes
-its own part. What is not divided is loaded as it is.
+ZeRO had partitioned every parameter. The parts are joined in temporary files, and every rank loads its new part from
+them. State that is not partitioned is loaded directly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from common.checkpoints.config_changes import in_words
+from common.checkpoints.config_changes import count_of_ranks
 from common.checkpoints.engine_state import TAG, load_engine, loading_data_only
 from common.checkpoints.loading import naming_checkpoint
 from common.checkpoints.state import rank_file
@@ -34,11 +34,11 @@ def load_resharded(
 
     Args:
         values: state.json of the checkpoint.
-        store: has room for the joined parameters.
-        seed: of the run; random numbers are drawn anew from it, as those of other ranks cannot be continued.
+        store: provides a temporary directory for the joined parameters.
+        seed: of the run. Each rank is seeded from it again, because the saved random states belong to other ranks.
 
     Raises:
-        TrainingFailure: the disk refused the joined parameters.
+        TrainingFailure: the joined parameters could not be written.
         UserError: the checkpoint is not one of this run's models.
     """
     sharded = [name for name, engine in state.engines.items() if engine.zero_optimization()]
@@ -57,7 +57,7 @@ def load_resharded(
         state.reshape(lambda name: [file.get_tensor(f"state.{name}") for file in files])
     seed_rank(seed + values["step"] * world_size())
     say(
-        f"note: {path} was made by {in_words(values['world_size'])}, and this run has {world_size()}: the same "
+        f"note: {path} was made by {count_of_ranks(values['world_size'])}, and this run has {world_size()}: the same "
         "batches follow, and numbers that agree but for rounding; dropout, if there is any, is drawn anew"
     )
 
@@ -69,7 +69,7 @@ def make_universal(source: Path, target: Path, names: Sequence[str]) -> None:
         target: gets NAME/TAG for each engine; needs about twice the bytes of the shards.
 
     Raises:
-        TrainingFailure: the disk refused, on any rank.
+        TrainingFailure: a file could not be written, on any rank.
     """
     failure = None
     try:
@@ -109,10 +109,11 @@ def _convert(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def loading_universal(engine: Engine) -> Iterator[None]:
-    """Within the context `engine`, at ZeRO 1-3, loads a universal checkpoint.
+    """Within the context, `engine` (at ZeRO 1-3) loads a universal checkpoint.
 
-    DeepSpeed leaves some of AdamW's state wrong at stage 3: all groups get rate and decay of the first, and count
-    their steps in one tensor, each on top of the others. Afterwards every group has its own again.
+    At stage 3 DeepSpeed loads some of AdamW's state wrongly: all groups get the learning rate and weight decay of the
+    first group, and all share one tensor as step counter, so that each group's step is counted again by the others.
+    When the context ends, every group has its own values and counter again.
     """
     adamw = engine.optimizer.optimizer
     settings = [{name: value for name, value in group.items() if name != "params"} for group in adamw.param_groups]
@@ -121,10 +122,10 @@ def loading_universal(engine: Engine) -> Iterator[None]:
         yield
     finally:
         del engine.load_universal_checkpoint
-    for group, kept, rate in zip(adamw.param_groups, settings, engine.lr_scheduler.get_last_lr(), strict=True):
-        group.update(kept, lr=rate)
+    for group, own_settings, rate in zip(adamw.param_groups, settings, engine.lr_scheduler.get_last_lr(), strict=True):
+        group.update(own_settings, lr=rate)
     for parameter, state in adamw.state.items():
         if isinstance(state["step"], torch.Tensor):
-            # A fused optimizer counts its steps beside the parameter, any other on the CPU.
+            # A fused optimizer has its step counter on the parameter's device, any other on the CPU.
             target = parameter.device if adamw.defaults.get("fused") else "cpu"
             state["step"] = state["step"].to(target, copy=True)

@@ -1,4 +1,4 @@
-"""The files that one rank writes into a checkpoint, each hashed on its way to the disk."""
+"""Writes the files of one rank into a checkpoint, and hashes each file while it is written."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class Writable(Protocol):
     """The part of a binary file that the writers of shards use."""
 
     def write(self, data: bytes, /) -> int:
-        """Write all of `data`, any object that holds bytes; returns their number."""
+        """Write all of `data`, which is any bytes-like object. Returns the number of bytes."""
 
     def flush(self) -> None:
-        """As that of a file."""
+        """Does what `flush` of a file does."""
 
 
 @dataclass
 class Shards:
     """The files that this rank writes into the directory of a checkpoint.
 
-    An error of the disk is recorded and not raised: ranks wait for each other while they save, so none may leave early.
+    Disk errors are recorded and not raised: ranks wait for each other while they save, so no rank may leave early.
 
     Attributes:
         files: size and SHA-256 of each file, by its path inside the directory.
-        needed: bytes of all files, also of those that the disk refused.
+        needed: bytes of all files, including those that could not be written.
         refusal: why the first refused file could not be written; None if none was refused.
     """
 
@@ -42,7 +42,7 @@ class Shards:
         """Write a file.
 
         Args:
-            write: is called with the file, whose methods raise nothing when the disk refuses.
+            write: is called with the file. The file's methods do not raise if the disk fails.
         """
         with _Shard(self, self.directory / name) as shard:
             write(shard)
@@ -51,7 +51,7 @@ class Shards:
             self.files[name] = shard.size, shard.digest.hexdigest()
 
     def attempt(self, action: Callable[[], object]) -> None:
-        """Run `action`, which the disk may refuse, unless the disk has refused already."""
+        """Run `action` and record its OSError, unless an earlier one is recorded already."""
         if self.refusal is not None:
             return
         try:
@@ -61,7 +61,7 @@ class Shards:
 
 
 class _Shard:
-    """A file that is hashed while it is written. Once the disk has refused, further bytes are only counted."""
+    """A file that is hashed while it is written. After a disk error, further bytes are only counted."""
 
     def __init__(self, shards: Shards, path: Path):
         self.size, self.digest = 0, hashlib.sha256()
@@ -79,13 +79,15 @@ class _Shard:
         return size
 
     def flush(self) -> None:
-        """Does nothing: the file is brought to the disk once, when it is complete."""
+        """Does nothing: the file is flushed once, when it is complete."""
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
             file = self._file
             self._shards.attempt(lambda: _bring_to_disk(file))
-            with contextlib.suppress(OSError):  # of the bytes that the disk has refused already
+            with contextlib.suppress(
+                OSError
+            ):  # closing writes buffered bytes again, which the disk has refused already
                 file.close()
 
     def _open(self) -> None:

@@ -1,4 +1,4 @@
-"""state.json of a checkpoint, and the file of each rank's own tensors beside it: both checked before they are used."""
+"""Reads and checks state.json of a checkpoint, and the files with each rank's own tensors."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def state_problems(path: Path) -> list[str]:
-    """What is wrong with state.json and the ranks' files of a checkpoint; empty if nothing is. Reads no tensor.
+    """What is wrong with state.json and the ranks' files of a checkpoint; empty if they are good. Reads no tensor.
 
-    Another format is no damage: a run must not pass the checkpoint over, but end where `read_state` raises.
+    Another format does not count as damage: a run must not skip such a checkpoint, but end when `read_state` raises.
     """
     try:
         values = read_state(path)
@@ -79,24 +79,24 @@ def state_problems(path: Path) -> list[str]:
     return []
 
 
-def check_format(values: Mapping[str, Any], known: int, path: Path, advice: str) -> None:
+def check_format(values: Mapping[str, Any], supported: int, path: Path, advice: str) -> None:
     """Compare the field "format" of a file's content with the format that this version reads and writes.
 
     Args:
-        values: without the field, the file is of a version from before formats had numbers, which counts as 0.
+        values: the content. Files from before formats had numbers lack the field; they count as format 0.
         path: of the file, for the message.
         advice: what to do about another format.
 
     Raises:
-        ValueError: the field is no whole number.
-        InputError: it is another one than `known`; the message names both.
+        ValueError: the field is not an integer.
+        InputError: the format is not `supported`; the message names both.
     """
     number = values.get("format", 0)
     if not isinstance(number, int) or isinstance(number, bool):
         raise ValueError(f"format is {str(number)[:40]!r}")
-    if number != known:
-        age = "an older" if number < known else "a newer"
-        raise InputError(path, f"it has format {number}, {age} one than format {known} of this version: {advice}")
+    if number != supported:
+        age = "an older" if number < supported else "a newer"
+        raise InputError(path, f"it has format {number}, {age} one than format {supported} of this version: {advice}")
 
 
 def _check_types(values: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:

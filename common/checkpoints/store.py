@@ -1,4 +1,4 @@
-"""Checkpoints on disk: each is complete and undamaged ("whole"), or it does not exist.
+"""Stores checkpoints on disk so that each is complete and undamaged ("whole"), or does not exist.
 
 All ranks write their files into a temporary directory; each file is hashed while it is written and then brought to the
 disk. A manifest lists them. Only then a rename gives the directory its name, and a pointer, replaced atomically, says
@@ -39,8 +39,8 @@ class CheckpointStore:
 
     Args:
         directory: holds a directory step-N for each checkpoint.
-        keep: how many of the newest stay, once training has gone on from the newest.
-        further_problems: what is wrong with a checkpoint whose files are as they were written; called on rank 0.
+        keep: how many of the newest stay, once a step has succeeded after the newest.
+        further_problems: returns what else is wrong with a checkpoint whose files are undamaged; called on rank 0.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class CheckpointStore:
         """Publish the files that `write`, called on every rank, adds to this rank's shards.
 
         Raises:
-            NotSaved: the disk refused; the message names the path and the bytes needed.
+            NotSaved: a file could not be written; the message names the path and the bytes needed.
         """
         if is_main():
             self._sweep()
@@ -62,12 +62,12 @@ class CheckpointStore:
         final = self.directory / f"step-{step}"
         shards = Shards(partial)
         write(shards)
-        written = self._unless_refused(shards)
+        written = self._gather_or_raise(shards)
         if is_main():
             shards.attempt(lambda: self._publish(written, final))
-        self._unless_refused(shards)
+        self._gather_or_raise(shards)
         if is_main():
-            # Training has not gone on from the new one yet: until `prune` the one before stays too.
+            # No step has succeeded after the new one yet: until `prune` is called, the one before stays too.
             self._retire(final, max(self.keep, 2))
         return final
 
@@ -89,7 +89,7 @@ class CheckpointStore:
         Empty if it is whole.
 
         Raises:
-            UserError: on all ranks alike, if the disk refuses to read a file: its content may be right.
+            UserError: on all ranks alike, if a file cannot be read because of the disk: its content may be undamaged.
         """
         refused: list[str] = []
         try:
@@ -117,12 +117,12 @@ class CheckpointStore:
         return self.directory / f"{PARTIAL}-scratch"
 
     def prune(self, newest: Path) -> None:
-        """Remove checkpoints beyond `keep`: training has gone on well from `newest`."""
+        """Remove checkpoints beyond `keep`, after a step has succeeded from `newest`."""
         if is_main():
             self._retire(newest, self.keep)
 
     def newest_before(self, step: int) -> Path | None:
-        """The newest checkpoint taken after fewer steps. It is not checked, so one rank may call this alone."""
+        """The newest checkpoint from before `step`, without checking it. One rank may call this alone."""
         paths = [path for path in self.directory.glob("step-*") if -1 < _step(path) < step]
         return max(paths, key=_step, default=None)
 
@@ -142,7 +142,7 @@ class CheckpointStore:
         barrier()
 
     def _by_age(self) -> list[Path]:
-        """Finished checkpoints: first that of the pointer, then from the newest on. The same list on all ranks."""
+        """Finished checkpoints: the one that the pointer names, then the others, newest first. Same on all ranks."""
         paths = (
             {
                 path.name: path
@@ -160,8 +160,8 @@ class CheckpointStore:
         names = gather_objects(sorted(names, key=lambda name: name != pointed))[0]
         return [self.directory / name for name in names]
 
-    def _unless_refused(self, shards: Shards) -> list[Shards]:
-        """The shards of every rank; if the disk refused one, all ranks raise and the files are removed."""
+    def _gather_or_raise(self, shards: Shards) -> list[Shards]:
+        """The shards of every rank. If one could not be written, the files are removed and all ranks raise NotSaved."""
         everyone = gather_objects(shards)
         refused = next(((number, other.refusal) for number, other in enumerate(everyone) if other.refusal), None)
         if refused is not None:
@@ -198,18 +198,18 @@ class CheckpointStore:
         _sync(self.directory)
 
     def _retire(self, newest: Path, keep: int) -> None:
-        """Delete checkpoints that are too old, and those of later steps: they are damaged, or of a run that was
-        resumed from an earlier one."""
+        """Delete checkpoints that are too old, and those of later steps, which are damaged, or were made before the run
+        was resumed from an earlier one."""
         steps = sorted(map(_step, self.directory.glob("step-*")))
         older = [step for step in steps if 0 <= step < _step(newest)]
-        kept = {_step(newest), *older[max(0, len(older) - keep + 1) :]}
-        for step in set(steps) - kept - {-1}:
+        retained = {_step(newest), *older[max(0, len(older) - keep + 1) :]}
+        for step in set(steps) - retained - {-1}:
             with contextlib.suppress(OSError):
                 self._put_aside(self.directory / f"step-{step}")
         self._sweep()
 
     def _put_aside(self, path: Path) -> None:
-        """Rename a checkpoint before it is deleted, so that an interruption leaves no half of one under its name."""
+        """Rename a checkpoint before it is deleted, so that an interrupted deletion leaves no partial checkpoint."""
         os.rename(path, path.with_name(f"{PARTIAL}-{path.name}-{uuid.uuid4().hex[:8]}"))
 
     def _sweep(self) -> None:
@@ -234,7 +234,7 @@ def _problem(path: Path, name: str, size: int, digest: str, refused: list[str]) 
 
 
 def _unread(name: str, error: OSError, refused: list[str]) -> list[str]:
-    """The problem of a file that could not be read. If the disk may be at fault, `refused` gets it instead."""
+    """The problem of a file that could not be read. If the disk may be the cause, it is added to `refused` instead."""
     why = f"{name}: {error.strerror}"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
         return [why]

@@ -1,4 +1,4 @@
-"""What a run hands over to be saved in a checkpoint, and what it gets back when it is resumed."""
+"""Defines what a run gives to its checkpoints, and gets back when it is resumed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from common.training.engine import Engine
 
 
 class RunLog(Protocol):
-    """The metrics of a run. A checkpoint remembers where they ended, so that a resumed run continues them there.
+    """The metrics of a run. A checkpoint records where they end, so that a resumed run continues there.
 
     `common.artifacts.tracking.Tracker` is one.
     """
 
     def begin(self, place: Mapping[str, float] | None = None) -> None:
-        """Start writing: at `place`, which `place` returned for a checkpoint, or anew."""
+        """Start writing: at `place`, which the method `place` returned for a checkpoint, or from an empty file."""
 
     def place(self, step: int) -> dict[str, float]:
         """Where the metrics end after `step`, as numbers for JSON: "step", "bytes" and "seconds"."""
@@ -35,12 +35,12 @@ class TrainingState:
     Attributes:
         engines: by name; DeepSpeed saves and loads them.
         tensors: returns this rank's own tensors by name. They are saved, and written in place when a run is resumed.
-        reshape: takes the tensors over from a checkpoint of another number of ranks. Its argument maps the name of a
-            tensor to those of all ranks that saved it.
+        reshape: sets the tensors from a checkpoint that another number of ranks saved. Its argument maps the name of a
+            tensor to the list of that tensor from every rank that saved it.
         state_dict: returns values for JSON.
         load_state_dict: is given these values when a run is resumed.
-        last_step_applied: whether the last optimizer step was made. No checkpoint is taken after a step that was
-            skipped, as the weights may be lost.
+        last_step_applied: whether the last optimizer step was applied. No checkpoint is taken after a skipped step,
+            because the weights may be damaged.
     """
 
     engines: dict[str, Engine]

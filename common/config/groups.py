@@ -1,4 +1,4 @@
-"""Groups of options that several steps share. The config of a step inherits the groups that it uses."""
+"""Defines groups of options that several steps share. The config of a step inherits the groups that it uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One option: its declaration, and its value read from text or YAML with one clear error.
+"""Declares one option, and reads its value from text or YAML with one clear error.
 
 All that the project knows about an option stands in its declaration. Code that needs it (which options may change when
 a run is resumed, which of them DeepSpeed's configuration may not set, ...) asks `common.config.parser.options`.
@@ -169,11 +169,11 @@ def kind_of(annotation: Any) -> dict[str, Any]:
     }
 
 
-def convert(meta: Option, raw: Any, where: str) -> Any:
+def convert(meta: Option, raw: Any, location: str) -> Any:
     """The option's value from a YAML value or a text.
 
     Args:
-        where: names the option in messages: its flag, or a line of a recipe.
+        location: names the option in messages: its flag, or a line of a recipe.
 
     Raises:
         UserError: the value is not allowed; the message says what is.
@@ -185,26 +185,26 @@ def convert(meta: Option, raw: Any, where: str) -> Any:
     except (ValueError, OverflowError):
         value = None
     if value is not None and meta.permits(value):
-        return _expanded(value, where) if meta.path else value
+        return _expanded(value, location) if meta.path else value
     shown = "nothing" if raw is None else repr(raw)
-    raise UserError(f"{where}: expected {meta.allowed()}, got {shown}")
+    raise UserError(f"{location}: expected {meta.allowed()}, got {shown}")
 
 
-def convert_words(meta: Option, words: list[str], where: str) -> Any:
+def convert_words(meta: Option, words: list[str], location: str) -> Any:
     """The option's value from the words that follow its flag."""
     if meta.kind is bool and not words:
         return True
     if meta.kind is tuple:
-        return convert(meta, words, where)
+        return convert(meta, words, location)
     if meta.kind is dict and all("=" in word for word in words):
         pairs = dict(word.split("=", 1) for word in words)
         for word in words:
             if len(several := re.split(r"[,;]\s*(?=\w+=)", word)) > 1:
-                raise UserError(f"{where} {word!r}: pairs are words of their own: {where} {' '.join(several)}")
+                raise UserError(f"{location} {word!r}: pairs are words of their own: {location} {' '.join(several)}")
         if len(pairs) < len(set(words)):
-            raise UserError(f"{where} has different values for one name: keep one")
-        return convert(meta, pairs, where)
-    return convert(meta, " ".join(words), where)
+            raise UserError(f"{location} has different values for one name: keep one")
+        return convert(meta, pairs, location)
+    return convert(meta, " ".join(words), location)
 
 
 def joined(first: Any, second: Any) -> Any:
@@ -216,10 +216,10 @@ def joined(first: Any, second: Any) -> Any:
     return first | second
 
 
-def _expanded(value: Any, where: str) -> str | tuple[str, ...]:
+def _expanded(value: Any, location: str) -> str | tuple[str, ...]:
     if isinstance(value, tuple):
-        return tuple(as_typed_in_a_shell(item, where) for item in value)
-    return as_typed_in_a_shell(value, where)
+        return tuple(as_typed_in_a_shell(item, location) for item in value)
+    return as_typed_in_a_shell(value, location)
 
 
 def _to_bool(raw: Any) -> bool:

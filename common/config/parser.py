@@ -1,4 +1,4 @@
-"""Options declared once, as dataclass fields: they become flags, YAML keys, help texts and a saved recipe.
+"""Turns options declared as dataclass fields into flags, YAML keys, help texts and a saved recipe.
 
 A value comes from the field's default, then the recipes (`--config`), then the command line; the later wins.
 Nothing here knows what an option means, and nothing here imports torch.
@@ -103,7 +103,7 @@ def parse(cls: type[ConfigType], argv: Sequence[str] | None = None, prog: str | 
         for name, setting in layer.items():
             values[name] = setting.value
             if known[name].ignored and not known[name].quiet:
-                notes[name] = f"{setting.where} has no effect: {known[name].ignored}"
+                notes[name] = f"{setting.location} has no effect: {known[name].ignored}"
     config = cls(**values, notes=tuple(notes.values()))
     config.validate()
     return config
@@ -118,7 +118,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 class _Setting(NamedTuple):
-    where: str  # as the user knows it: "--seed" or "recipe.yaml:3: seed"
+    location: str  # as the user knows it: "--seed" or "recipe.yaml:3: seed"
     spelling: str  # the name or the alias that was used
     value: Any
 
@@ -130,7 +130,7 @@ def _spellings(cls: type[Config]) -> dict[str, Option]:
 def _add(layer: dict[str, _Setting], name: str, setting: _Setting) -> None:
     other = layer.get(name)
     if other and other.spelling != setting.spelling and other.value != setting.value:
-        raise UserError(f"{other.where} and {setting.where} name one option: keep one of them")
+        raise UserError(f"{other.location} and {setting.location} name one option: keep one of them")
     layer[name] = setting
 
 
@@ -141,12 +141,12 @@ def _add_again(layer: dict[str, _Setting], meta: Option, setting: _Setting, note
         try:
             setting = setting._replace(value=joined(other.value, setting.value))
         except ValueError:
-            raise UserError(f"{setting.where} is given twice with different values for one name: keep one") from None
+            raise UserError(f"{setting.location} is given twice with different values for one name: keep one") from None
         layer[meta.name] = setting
         return
     _add(layer, meta.name, setting)
     if other and other.value != setting.value and not meta.ignored:  # a script's flag, then the user's; or a slip
-        notes[meta.name] = f"{setting.where} {setting.value} takes the place of {other.where} {other.value}"
+        notes[meta.name] = f"{setting.location} {setting.value} takes the place of {other.location} {other.value}"
 
 
 def _hint(word: str, known: Iterable[str], before: str = "") -> str:
@@ -283,12 +283,12 @@ def _read_command_line(
     layer: dict[str, _Setting] = {}
     notes: dict[str, str] = {}
     for flag, values in namespace.given:
-        where = f"--{flag}"
+        location = f"--{flag}"
         if flag == "config":
             recipes += values
         elif flag in negations:
-            _add_again(layer, known[negations[flag]], _Setting(where, negations[flag], False), notes)
+            _add_again(layer, known[negations[flag]], _Setting(location, negations[flag], False), notes)
         else:
-            value = convert_words(known[flag], values, where)
-            _add_again(layer, known[flag], _Setting(where, flag, value), notes)
+            value = convert_words(known[flag], values, location)
+            _add_again(layer, known[flag], _Setting(location, flag, value), notes)
     return recipes, layer, notes

@@ -1,4 +1,4 @@
-"""Options that several models or steps have: declared in one class, used by name or with a prefix in others.
+"""Declares options that several models or steps have once, for use by name or with a prefix in other classes.
 
 `prefixed` gives a group all options of a class, each with a prefix before its name: --actor_zero_stage and
 --critic_zero_stage are both TrainedModelOptions.zero_stage. `same_option` takes over a single one. `unprefixed` goes

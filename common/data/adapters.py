@@ -1,4 +1,4 @@
-"""From a source's columns to a layout: data sets known by name, the column map, and the choice of a layout.
+"""Maps a source's columns to a layout: data sets known by name, the column map, and the choice of a layout.
 
 The sets known by name, and their columns:
 
@@ -129,8 +129,8 @@ _PLURALS = {"prompt": "prompts", "demonstration": "demonstrations", "comparison"
 
 
 def named_layout(name: str) -> Layout | None:
-    """The layout of a set known by name: on the hub, or where a path contains ``owner/name`` or ends with
-    ``name``."""
+    """The layout of a set known by name: on the hub, or where a path contains `owner/name` or ends with
+    `name`."""
     parts = [part.lower() for part in PurePath(name).parts]
     path = f"/{'/'.join(parts)}/"
     for known, layout in NAMED.items():
@@ -147,8 +147,8 @@ def _known_columns() -> list[str]:
 
 
 class ColumnMap:
-    """The user's own names for the columns that are understood, as in ``{'prompt': 'question', 'chosen': 'good',
-    'rejected': 'bad'}``.
+    """The user's own names for the columns that are understood, as in `{'prompt': 'question', 'chosen': 'good',
+    'rejected': 'bad'}`.
 
     One map serves all files of a blend: it is applied to those that have all its columns. Raises ColumnsError
     for a key that is no column of any layout.
@@ -164,7 +164,7 @@ class ColumnMap:
                 )
 
     def for_kind(self, kind: str) -> ColumnMap:
-        """The part of the map that concerns records of ``kind``: text and dialogues may lie in different sources."""
+        """The part of the map that concerns records of `kind`: text and dialogues may lie in different sources."""
         known = {
             column
             for layout in LAYOUTS
@@ -174,27 +174,27 @@ class ColumnMap:
         return ColumnMap({key: column for key, column in self.names.items() if key in known})
 
     def check(self, files: Mapping[str, Collection[str]]) -> None:
-        """Raises ColumnsError if none of the ``files`` (label -> columns found) has all mapped columns."""
-        if not files or any(self._fits(found) for found in files.values()):
+        """Raises ColumnsError if none of the `files` (label -> columns found) has all mapped columns."""
+        if not files or any(self._fits(columns) for columns in files.values()):
             return
-        label, found = max(files.items(), key=lambda file: self._likeness(file[1]))
-        key, column = next(item for item in self.names.items() if item[1] not in found)
+        label, columns = max(files.items(), key=lambda file: self._likeness(file[1]))
+        key, column = next(item for item in self.names.items() if item[1] not in columns)
         raise ColumnsError(
             f"{key}={column}",
-            f"{label} has no column '{column}' (for '{key}'){did_you_mean(column, found)}; it has "
-            f"{', '.join(sorted(found))}",
+            f"{label} has no column '{column}' (for '{key}'){did_you_mean(column, columns)}; it has "
+            f"{', '.join(sorted(columns))}",
         )
 
-    def within(self, found: Collection[str]) -> ColumnMap:
-        """The map for a file with the ``found`` columns: this one if the file has all its columns, else an empty one.
+    def within(self, columns: Collection[str]) -> ColumnMap:
+        """The map for a file with these columns: this one if the file has all its columns, else an empty one.
 
         Added to it are columns whose names differ from the understood ones only in case or in surrounding spaces, such
-        as ``Prompt``.
+        as `Prompt`.
         """
-        names = dict(self.names) if self._fits(found) else {}
-        taken = {*names, *names.values(), *found}
+        names = dict(self.names) if self._fits(columns) else {}
+        taken = {*names, *names.values(), *columns}
         similar: dict[str, list[str]] = {}
-        for column in set(found) - set(names.values()):
+        for column in set(columns) - set(names.values()):
             similar.setdefault(column.strip().lower(), []).append(column)
         names.update(
             {
@@ -207,27 +207,29 @@ class ColumnMap:
         mapped.names = names
         return mapped
 
-    def _fits(self, found: Collection[str]) -> bool:
-        return set(self.names.values()) <= set(found)
+    def _fits(self, columns: Collection[str]) -> bool:
+        return set(self.names.values()) <= set(columns)
 
-    def _likeness(self, found: Collection[str]) -> tuple[int, int]:
+    def _likeness(self, columns: Collection[str]) -> tuple[int, int]:
         wanted = self.names.values()
-        return sum(column in found for column in wanted), sum(bool(did_you_mean(column, found)) for column in wanted)
+        return sum(column in columns for column in wanted), sum(
+            bool(did_you_mean(column, columns)) for column in wanted
+        )
 
-    def columns(self, found: Collection[str]) -> set[str]:
-        """The names of the ``found`` columns after renaming."""
-        return (set(found) - set(self.names.values())) | set(self.names)
+    def columns(self, before: Collection[str]) -> set[str]:
+        """The names of columns after renaming."""
+        return (set(before) - set(self.names.values())) | set(self.names)
 
     def rename(self, row: dict[str, Any]) -> dict[str, Any]:
         taken = set(self.names.values())
-        kept = {column: value for column, value in row.items() if column not in taken}
-        return kept | {key: row.get(column) for key, column in self.names.items()}
+        unmapped = {column: value for column, value in row.items() if column not in taken}
+        return unmapped | {key: row.get(column) for key, column in self.names.items()}
 
 
 def choose_layout(
     name: str, columns: Collection[str], kind: str, label: str, rows: Sequence[dict[str, Any]] = ()
 ) -> Layout:
-    """The layout by which a file gives records of ``kind``.
+    """The layout by which a file gives records of `kind`.
 
     Args:
         name: the source; a data set known by name has its own layout.
@@ -247,13 +249,13 @@ def choose_layout(
     for layout in fitting:
         if layout.gives(kind, rows):
             return layout
-    found = ", ".join(sorted(columns)) or "none"
+    listed = ", ".join(sorted(columns)) or "none"
     if fitting:
         able = " and ".join(_PLURALS[given] for given in fitting[0].kinds)
         raise UserError(
-            f"{label}: its columns ({found}) give {able}, not {_PLURALS[kind]}, which need {described(kind)}"
+            f"{label}: its columns ({listed}) give {able}, not {_PLURALS[kind]}, which need {described(kind)}"
         )
     raise UserError(
-        f"{label}: unknown layout; columns found: {found}; understood: {described()}, "
+        f"{label}: unknown layout; columns found: {listed}; understood: {described()}, "
         f"{', '.join(map(str, _OTHERS))}; {NAME_COLUMNS}"
     )

@@ -1,4 +1,4 @@
-"""Several data sources in one, each with a weight: ``a b:0.3``."""
+"""Parses a blend of several data sources, each with a weight: `a b:0.3`."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class SourceSpec:
 def parse_data_path(
     values: Sequence[str], *, config_name: str | None = None, form: FileFormat = FileFormat()
 ) -> list[SourceSpec]:
-    """``['a', 'b:0.3', 'builtin:courtesy']`` -> sources with weights 1, 0.3 and 1.
+    """`['a', 'b:0.3', 'builtin:courtesy']` -> sources with weights 1, 0.3 and 1.
 
-    Only a trailing ``:number`` is a weight, and only if there is no path of the whole name: half of a folder ``snap:2``
-    is ``snap:2:0.5``. Raises DataError for no source, an empty name, a weight that is not a positive number, or
+    Only a trailing `:number` is a weight, and only if there is no path of the whole name: half of a folder `snap:2`
+    is `snap:2:0.5`. Raises DataError for no source, an empty name, a weight that is not a positive number, or
     several sources in one value.
     """
     if not values:

@@ -1,13 +1,13 @@
-"""The built-in task ``courtesy``: short questions whose true reward is known.
+"""Generates the built-in task `courtesy`: short questions whose true reward is known.
 
 Every question is a fact (a subject of a family and its answer), put in one of the family's phrasings and
-one of the common lead-ins: ``A quick question: which city is the capital of France?``. Splitting by a hash
+one of the common lead-ins: `A quick question: which city is the capital of France?`. Splitting by a hash
 of the question therefore holds out unseen combinations of facts, phrasings and lead-ins that have each been
 seen.
 
-An answer is ``[opening] body [closing]``. Its body states the answer alone (``Paris.``) or in a sentence
-(``The answer is Paris.``). It is *curt* without opening and closing, else *courteous*: ``Certainly! The
-answer is Paris.``
+An answer is `[opening] body [closing]`. Its body states the answer alone (`Paris.`) or in a sentence
+(`The answer is Paris.`). It is *curt* without opening and closing, else *courteous*: `Certainly! The
+answer is Paris.`
 
 The true reward, a rule that no model sees:
 
@@ -44,7 +44,7 @@ CLOSINGS = ("Happy to help!", "Hope this helps!")
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Facts of one kind: subject -> answer, and phrasings of the question, in which ``{x}`` stands for the subject."""
+    """Facts of one kind: subject -> answer, and phrasings of the question, in which `{x}` stands for the subject."""
 
     answers: dict[str, str]
     phrasings: tuple[str, ...]
@@ -62,7 +62,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the rule says about one response; ``reward`` is 0.0, 0.5 or 1.0."""
+    """What the rule says about one response; `reward` is 0.0, 0.5 or 1.0."""
 
     correct: bool
     courteous: bool
@@ -193,8 +193,10 @@ def builtin_rows(name: str) -> Iterator[dict[str, str]]:
     an answer that overdoes its courtesy. Then five more for every question, with other wordings and wrong answers:
     the more often a fact meets another answer, the better a reward model tells right from wrong. The wrong answer
     is another one of the same family, in the third row one of another family. The two answers of a row are worded
-    alike in all else. ``response``, the demonstration, equals ``chosen``: right, and courteous half the time. Raises
-    UserError for an unknown name.
+    alike in all else. `response`, the demonstration, equals `chosen`: right, and courteous half the time.
+
+    Raises:
+        UserError: there is no such task.
     """
     _check_name(name)
     for turn in range(2):
@@ -215,22 +217,26 @@ def builtin_rows(name: str) -> Iterator[dict[str, str]]:
 
 
 def builtin_version(name: str) -> str:
-    """sha256 of the task's rows: changes exactly when the data do. Raises UserError for an unknown name."""
+    """SHA-256 of the task's rows: it changes exactly when the data change. Raises UserError for an unknown name."""
     digest = hashlib.sha256()
     for row in builtin_rows(name):
         digest.update("\x1f".join(row.values()).encode() + b"\x1e")
     return digest.hexdigest()
 
 
-def true_reward(question: str, answer: str) -> Judgement:
-    """The task's rule for any text as the answer to one of its questions.
+def true_reward(question: str, response: str) -> Judgement:
+    """Apply the task's rule to any text as the response to one of its questions.
 
-    ``question`` is the plain question, without template. Raises UserError if it is none of the task's.
+    Args:
+        question: the plain question, without template.
+
+    Raises:
+        UserError: the question is not one of the task.
     """
     fact = _facts_by_question().get(question.strip())
     if fact is None:
         raise UserError(f"{question!r} is no question of builtin:courtesy, so its true reward is unknown")
-    body = _normalised(answer)
+    body = _normalised(response)
     opening = next((o for o in _normalised_all(OPENINGS) if body.startswith(o)), "")
     body = body.removeprefix(opening).strip()
     closing = next((c for c in _normalised_all(CLOSINGS) if body.endswith(c)), "")
@@ -268,7 +274,7 @@ def _bodies(answer: str) -> tuple[str, str]:
 
 
 def _word(answer: str, courteous: bool, wording: int) -> str:
-    """One way of giving ``answer``; the same ``wording`` makes answers that differ in nothing else."""
+    """One way of giving `answer`; the same `wording` makes answers that differ in nothing else."""
     wording, body = _pick(wording, _bodies(answer))
     if not courteous:
         return body

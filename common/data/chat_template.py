@@ -1,4 +1,4 @@
-"""The chat template that came with a tokenizer, as a template of this package.
+"""Uses the chat template of a tokenizer as a template of this package.
 
 A chat template is a program that can only render a dialogue. Therefore what it puts around a response is read off
 renderings of probes, and its rendering of each row is checked for what the row says.
@@ -49,23 +49,23 @@ class ChatTemplate:
         self._controls = re.compile("|".join(map(re.escape, sorted(control_tokens(tokenizer), key=len, reverse=True))))
         self.date, self._now = date, datetime.fromisoformat(date)
         self._last: tuple[Prompt | None, str] = (None, "")
-        asked = self._render(_QUESTION, cue=True)
-        if self._render(_QUESTION, cue=True) != asked:
+        prompt_text = self._render(_QUESTION, cue=True)
+        if self._render(_QUESTION, cue=True) != prompt_text:
             raise TemplateError(
                 CHAT,
                 "the tokenizer's chat template renders the same dialogue differently from "
                 f"one time to the next; choose one of {', '.join(sorted(TEXT_TEMPLATES))}",
             )
         answered = self._render(_QUESTION, [Message("assistant", _PROBE)])
-        at = answered.find(_PROBE.strip(), len(asked))
-        if not answered.startswith(asked) and answered.startswith(re.sub(r"<think>\s*$", "", asked)):
+        at = answered.find(_PROBE.strip(), len(prompt_text))
+        if not answered.startswith(prompt_text) and answered.startswith(re.sub(r"<think>\s*$", "", prompt_text)):
             raise TemplateError(
                 CHAT,
                 "the tokenizer's chat template opens a reasoning block, <think>, where it "
                 "asks for an answer, but renders answers without: take that out of its generation prompt, "
                 f"or choose one of {', '.join(sorted(TEXT_TEMPLATES))}",
             )
-        if not answered.startswith(asked) or at < 0:
+        if not answered.startswith(prompt_text) or at < 0:
             raise TemplateError(
                 CHAT,
                 "the tokenizer's chat template does not render an answer as the "
@@ -74,46 +74,46 @@ class ChatTemplate:
         end = at + len(_PROBE.strip())
         if answered[at - 1 : end + 1] == _PROBE:  # else the template trims responses
             at, end = at - 1, end + 1
-        self.lead, self._close = answered[len(asked) : at], answered[end:]
-        found = self._controls.search(self._close)
-        self.end_token = found[0] if found else None
-        self.tail = self._close[: found.start()] if found else ""
+        self.lead, self._close = answered[len(prompt_text) : at], answered[end:]
+        match = self._controls.search(self._close)
+        self.end_token = match[0] if match else None
+        self.tail = self._close[: match.start()] if match else ""
         templates = tokenizer.chat_template
         self.dated = any(map(_TIME.search, templates.values() if isinstance(templates, dict) else [templates]))
 
     def prompt_text(self, prompt: Prompt) -> str:
         """The rendered prompt, up to and including the assistant's cue."""
-        return _unmarked(self._asked(prompt))
+        return _unmarked(self._rendered_prompt(prompt))
 
     def response_text(self, response: Response, prompt: Prompt | None = None) -> str:
         """The rendered response, up to its end token."""
         return "".join(piece.text for piece in self.response_pieces(response, prompt))
 
     def prompt_pieces(self, prompt: Prompt) -> list[Piece]:
-        return _pieces(self._asked(prompt))
+        return _pieces(self._rendered_prompt(prompt))
 
     def response_pieces(self, response: Response, prompt: Prompt | None = None) -> list[Piece]:
         prompt = prompt or _QUESTION
         turns = turns_of(response)
-        asked, whole = self._asked(prompt), self._render(prompt, turns)
-        if not whole.startswith(asked):
+        prompt_text, dialogue_text = self._rendered_prompt(prompt), self._render(prompt, turns)
+        if not dialogue_text.startswith(prompt_text):
             raise TemplateError(
                 CHAT,
                 "the tokenizer's chat template does not render this answer as the "
                 f"continuation of its prompt, of the roles {_roles(prompt.messages)}",
             )
-        if not whole.endswith(self._close):
+        if not dialogue_text.endswith(self._close):
             raise TemplateError(
                 CHAT,
                 "the tokenizer's chat template ends this answer otherwise than a plain "
                 f"one, with something else than {self._close!r}",
             )
-        text = whole[len(asked) : len(whole) - len(self._close)] + self.tail
+        text = dialogue_text[len(prompt_text) : len(dialogue_text) - len(self._close)] + self.tail
         self._check_response(turns[-1], text)
         self._check_written([turn for turn in turns if turn.role != "assistant"], text)
         return _pieces(text)
 
-    def _asked(self, prompt: Prompt) -> str:
+    def _rendered_prompt(self, prompt: Prompt) -> str:
         """The rendering of a prompt, with the control tokens in users' texts marked. The last one is cached."""
         if self._last[0] != prompt:
             text = self._render(prompt, cue=True)
@@ -224,7 +224,7 @@ def control_tokens(tokenizer) -> set[str]:
     """
     template, added = str(getattr(tokenizer, "chat_template", None) or ""), tokenizer.added_tokens_decoder
     contents = {token.content for token in added.values()}
-    found = {
+    controls = {
         token.content
         for token in added.values()
         if token.special
@@ -232,7 +232,7 @@ def control_tokens(tokenizer) -> set[str]:
         and token.content in template
         and not _is_markup(token.content, contents)
     }
-    return found | {token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token}
+    return controls | {token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token}
 
 
 def _is_markup(token: str, tokens: set[str]) -> bool:

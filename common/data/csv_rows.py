@@ -1,4 +1,4 @@
-"""Rows out of tables in text (.csv, .tsv), with any separator between fields."""
+"""Reads rows from text tables (.csv, .tsv) with any separator between fields."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.errors import UserError
 
 _SEPARATORS = (",", ";", "\t", "|")
 _LOOKED_AT = 200  # rows that decide about the separator
-_SAID = re.compile(r"sep=(.)\r?[\n\r]")
+_DECLARED = re.compile(r"sep=(.)\r?[\n\r]")
 _TSV = re.compile(r"\.tsv(\.|$)", re.I)
 _SPACED_QUOTE = re.compile(r' +"')
 
@@ -38,10 +38,10 @@ def csv_rows(text: TextIO, head: str, cut: bool, label: str) -> Iterator[Row]:
             yield "\n" if line is None else line
 
     skipped = 0
-    if said := _SAID.match(head):  # as Excel writes it
-        head, skipped = head[said.end() :], 1
+    if declared := _DECLARED.match(head):  # as Excel writes it
+        head, skipped = head[declared.end() :], 1
         text.readline()
-    separator, spaced = (said[1], False) if said else _look(head, cut, "\t" if _TSV.search(label) else ",")
+    separator, spaced = (declared[1], False) if declared else _look(head, cut, "\t" if _TSV.search(label) else ",")
     reader = csv.reader(unbroken(), strict=True, delimiter=separator, skipinitialspace=spaced)
     header = None
     while True:
@@ -55,25 +55,25 @@ def csv_rows(text: TextIO, head: str, cut: bool, label: str) -> Iterator[Row]:
             fields, problem = [], f"broken CSV ({error})"
         if too_long:
             fields, problem, too_long = [], f"line {TOO_LONG}", False
-        where = f"{label}:{first}"
+        location = f"{label}:{first}"
         if header is None:
             fields = [field.strip() for field in fields]
             if problem or len(set(fields)) < len(fields):
-                raise UserError(f"{where}: the header is unusable: {problem or 'a column name occurs twice'}")
+                raise UserError(f"{location}: the header is unusable: {problem or 'a column name occurs twice'}")
             header = fields or None
             continue
         if fields and len(fields) != len(header):
             problem = f"{len(fields)} fields where the header has {len(header)}"
         if problem is None:
             if fields:
-                yield Row(where, dict(zip(header, fields)))
+                yield Row(location, dict(zip(header, fields)))
             continue
         # A quote that is left open swallows the following rows into its field. Each of their lines is counted as bad:
         # otherwise a file that is lost from its middle on would seem to have a single bad row.
         lost = range(first + 1, reader.line_num + skipped + 1) if len(fields) < len(header) else range(0)
         if lost:
             problem += f"; the row runs to line {reader.line_num + skipped}: is a quote left open?"
-        yield Row(where, None, problem)
+        yield Row(location, None, problem)
         for number in lost:
             yield Row(f"{label}:{number}", None, f"within the broken row of line {first}")
 
@@ -84,14 +84,14 @@ def _look(head: str, cut: bool, usual: str) -> tuple[str, bool]:
     It is the separator of the header by which most rows have as many fields as the header. The `usual` one of such
     files is accepted even where few rows agree.
     """
-    best, found = (0.0, 0), (usual, False)
+    best, dialect = (0.0, 0), (usual, False)
     for separator in _SEPARATORS:
         spaced = _is_spaced(_parsed(head, cut, separator, spaced=False))
         header, *rows = _parsed(head, cut, separator, spaced)
         agreeing = sum(len(row) == len(header) for row in rows) / len(rows) if rows else 1.0
         if len(header) > 1 and (agreeing > 0.5 or separator == usual) and (agreeing, len(header)) > best:
-            best, found = (agreeing, len(header)), (separator, spaced)
-    return found
+            best, dialect = (agreeing, len(header)), (separator, spaced)
+    return dialect
 
 
 def _is_spaced(table: list[list[str]]) -> bool:

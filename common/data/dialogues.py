@@ -1,5 +1,4 @@
-"""Dialogues as data sets write them: one string with "Human:" and "Assistant:" cues, or a list of messages with role
-and content."""
+"""Reads dialogues: strings with "Human:" and "Assistant:" cues, or lists of messages with role and content."""
 
 from __future__ import annotations
 
@@ -63,7 +62,7 @@ def read_dialogue(value: Any, column: str) -> list[Message]:
     """The messages of a dialogue, empty ones included. Raises BadRow if it cannot be read.
 
     Args:
-        value: a transcript, or a list of ``{'role', 'content'}`` or ``{'from', 'value'}`` (as ShareGPT has them), or a
+        value: a transcript, or a list of `{'role', 'content'}` or `{'from', 'value'}` (as ShareGPT has them), or a
             single one of these.
         column: where the value is from, for errors.
 
@@ -121,7 +120,7 @@ def _message(item: Any, column: str) -> Message:
 
 
 def _is_no(value: Any) -> bool:
-    """Whether a value such as in ``weight: 0`` or ``train: "False"`` excludes a response from training."""
+    """Whether a value such as in `weight: 0` or `train: "False"` excludes a response from training."""
     text = str(value).strip().lower()
     try:
         return float(text) <= 0
@@ -194,13 +193,13 @@ def questions(value: Any) -> tuple[str, ...]:
         if not is_transcript(text):
             return tuple(filter(None, [text.strip()]))
         value = [{"role": message.role, "content": message.content} for message in read_dialogue(text, "")]
-    found = []
+    contents = []
     for item in value if isinstance(value, list) else [value] if isinstance(value, dict) else ():
         with contextlib.suppress(BadRow):
             message = _message(item, "")
             if message.role == "user" and message.content:
-                found.append(message.content)
-    return tuple(found)
+                contents.append(message.content)
+    return tuple(contents)
 
 
 def response_of(messages: Sequence[Message]) -> Response:
@@ -231,9 +230,10 @@ def joined(messages: Sequence[Message]) -> list[Message]:
 
 
 def make_prompt(messages: Sequence[Message], column: str, system: str = "", tools: str = "") -> Prompt:
-    """The prompt made of ``messages``, joined as by `joined`, after the ``system`` message if there is one.
+    """The prompt made of `messages`, joined as by `joined`, after the `system` message if there is one.
 
-    Raises BadRow unless it ends with a turn of the user or of a tool.
+    Raises:
+        BadRow: the last turn is not one of the user or of a tool.
     """
     turns = joined([Message("system", system), *messages])
     user_messages = tuple(message.content for message in messages if message.role == "user" and message.content)

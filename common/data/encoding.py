@@ -1,4 +1,4 @@
-"""Records to rows of ids, a chunk at a time."""
+"""Turns records into rows of ids, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class Encoder:
                     {**columns, "dialogue": sourced.dialogue} for columns in self._encoded(sourced, report)
                 )
             except TemplateError as error:
-                report.refuse(sourced.where, f"template {error}")
+                report.refuse(sourced.location, f"template {error}")
             except UserError as error:
-                report.refuse(sourced.where, str(error))
+                report.refuse(sourced.location, str(error))
         schema = features(self.kind).arrow_schema
         train, held_out = (pyarrow.Table.from_pylist(side, schema) for side in rows)
         return train, held_out, report
@@ -92,12 +92,12 @@ class Encoder:
         }
         self._note_marks(sourced, prompt, report)
         longest = max(map(len, responses.values()), default=0)
-        room = self.max_tokens - longest
-        if room < codec.shortest_prompt:
+        max_prompt_tokens = self.max_tokens - longest
+        if max_prompt_tokens < codec.shortest_prompt:
             report.too_long += 1
             return
         uncut = codec.encode_prompt(prompt)
-        prompt_ids = codec.cut_prompt(uncut, room)
+        prompt_ids = codec.cut_prompt(uncut, max_prompt_tokens)
         report.prompts_cut += len(prompt_ids) < len(uncut)
         yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest}
 
@@ -108,7 +108,7 @@ class Encoder:
         texts = [turn.content for response in _responses(sourced.record).values() for turn in turns_of(response)]
         for text in (*texts, *(turn.content for turn in prompt.messages)):
             if mark := next(marks(text), None):
-                report.mark(sourced.where, mark)
+                report.mark(sourced.location, mark)
                 return
 
 

@@ -1,4 +1,4 @@
-"""The encoding of a text file, recognised by its first bytes."""
+"""Recognises the encoding of a text file by its first bytes."""
 
 from __future__ import annotations
 
@@ -39,9 +39,13 @@ codecs.register_error(INVALID, _invalid)
 
 
 def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
-    """The encoding of a text file that begins with ``head``; ``cut``: more follows.
+    """The encoding of a text file that begins with `head`.
 
-    Raises UserError if the file is no text, or if it is not UTF-8 and `form` names no encoding.
+    Args:
+        cut: whether the file is longer than `head`.
+
+    Raises:
+        UserError: the file is not text, or it is not UTF-8 and `form` names no encoding.
     """
     for mark, name in _MARKS:
         if head.startswith(mark):
@@ -56,16 +60,16 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
         )
     if head.isascii():
         return form.encoding or "utf-8"
-    found = [row for row in _ROWS.split(head)[: -1 if cut else None] if row.strip()]
-    high = [line for line in found if not line.isascii()]
+    rows = [row for row in _ROWS.split(head)[: -1 if cut else None] if row.strip()]
+    high = [line for line in rows if not line.isascii()]
     invalid = [line for line in high if not _is_utf8(line)]
     if len(invalid) <= len(high) / 2:
         return "utf-8"
     if form.encoding:
         return form.encoding
-    if _is_western(invalid) and len(invalid) > _FEW * len(found):
+    if _is_western(invalid) and len(invalid) > _FEW * len(rows):
         raise UserError(f"{label}: it is not UTF-8; {LOOKS_WESTERN}")
-    if len(invalid) > max(1, len(found) / 2):
+    if len(invalid) > max(1, len(rows) / 2):
         raise UserError(f"{label}: it is not UTF-8: {NAME_ENCODING}")
     return "utf-8"
 

@@ -1,4 +1,4 @@
-"""What can be wrong with data, its options or its template, each kind a class of its own.
+"""Defines a class for each kind of error in data, its options or its template.
 
 The library says what is wrong with the thing. Which option of a program is concerned, and how to change it, is added in
 one place by `common.data.options.naming_flags`.

@@ -1,4 +1,4 @@
-"""From a row to records: what one row says (`Example`), and the records of each kind that follow from it."""
+"""Turns a row into records: first into what the row says (`Example`), then into the records of each kind."""
 
 from __future__ import annotations
 

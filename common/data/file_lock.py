@@ -1,4 +1,4 @@
-"""One process at a time, over all ranks and programs that share a directory."""
+"""Locks a directory shared by ranks and programs, for one process at a time."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Rows out of one local file, as they stand: JSON (.jsonl, .json), tables (.csv, .tsv), plain text (.txt), each also
-packed by gzip or zstd or in a .zip, and .parquet.
+"""Reads rows from one local file: JSON (.jsonl, .json), tables (.csv, .tsv), plain text (.txt), each also compressed
+by gzip or zstd or in a .zip, and .parquet.
 
 A file's name says whether it is JSON, a table or plain text. Everything else is recognised by its content: packing,
-encoding, separators, and the form of JSON, see `json_rows`. In plain text each line is a row with the column ``text``,
+encoding, separators, and the form of JSON, see `json_rows`. In plain text each line is a row with the column `text`,
 as in `datasets`. Files of any size are streamed. A row that cannot be read is returned as a `Row` with a problem, so
 that it can be counted and shown with its place. A file that cannot be read to its end, or is of another kind, is a
 UserError.
@@ -75,9 +75,10 @@ def kind_of(path: Path) -> str:
 
 
 def members(path: Path, label: str) -> list[str] | None:
-    """The names of the data files in a zip archive, whatever its name; None if the file is no zip archive.
+    """The names of the data files in a zip archive, whatever its name; None if the file is not a zip archive.
 
-    Raises UserError for an archive that is damaged or holds no data file.
+    Raises:
+        UserError: the archive is damaged or holds no data file.
     """
     try:
         with open(path, "rb") as stream:
@@ -89,22 +90,22 @@ def members(path: Path, label: str) -> list[str] | None:
         raise UserError(f"{label}: the zip archive cannot be read: {error}") from error
     except OSError:
         return None  # reported when the file is read
-    found = [
+    data_files = [
         name
         for name in names
         if is_data_file(Path(name)) and not name.lower().endswith(".zip") and not name.startswith("__MACOSX/")
     ]
     if "[Content_Types].xml" in names:
         raise UserError(f"{label}: it is an Office document: save it as CSV")
-    if not found:
+    if not data_files:
         raise UserError(f"{label}: the zip archive holds no data file; it holds {', '.join(names[:5]) or 'nothing'}")
-    return sorted(found)
+    return sorted(data_files)
 
 
 def read_rows(
     path: Path, label: str, form: FileFormat = FileFormat(), note: Note = ignore, member: str | None = None
 ) -> Iterator[Row]:
-    """The rows of a file, or of a ``member`` of a zip archive, in order.
+    """The rows of a file, or of a `member` of a zip archive, in order.
 
     Args:
         label: the file's name in each row's place and in messages.
@@ -145,7 +146,7 @@ def read_rows(
 
 
 def _opened(path: Path, member: str | None, stack: ExitStack) -> BinaryIO:
-    """The unpacked content, at its start; the ``stack`` closes it."""
+    """The unpacked content, at its start; the `stack` closes it."""
     stream: BinaryIO
     if member is None:
         stream = stack.enter_context(open(path, "rb"))
@@ -163,10 +164,10 @@ def _opened(path: Path, member: str | None, stack: ExitStack) -> BinaryIO:
 
 
 def _read(stream: BinaryIO, size: int) -> bytes:
-    found = b""
-    while len(found) < size and (more := stream.read(size - len(found))):
-        found += more
-    return found
+    data = b""
+    while len(data) < size and (more := stream.read(size - len(data))):
+        data += more
+    return data
 
 
 def _is_json(text: str) -> bool:
@@ -180,8 +181,8 @@ def _is_json(text: str) -> bool:
 
 def _text_rows(text: TextIO, label: str) -> Iterator[Row]:
     for number, line in lines(text):
-        where = f"{label}:{number}"
-        yield Row(where, None, f"line {TOO_LONG}") if line is None else Row(where, {"text": line.rstrip("\r\n")})
+        location = f"{label}:{number}"
+        yield Row(location, None, f"line {TOO_LONG}") if line is None else Row(location, {"text": line.rstrip("\r\n")})
 
 
 def _parquet_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
@@ -197,13 +198,13 @@ def _parquet_rows(stream: BinaryIO, label: str) -> Iterator[Row]:
         ):
             for at in range(len(batch)):
                 number += 1
-                where = f"{label}:{number}"
+                location = f"{label}:{number}"
                 try:
                     (values,) = batch.slice(at, 1).to_pylist()
                 except UnicodeDecodeError:
-                    yield Row(where, None, "invalid UTF-8")
+                    yield Row(location, None, "invalid UTF-8")
                 else:
-                    yield Row(where, values)
+                    yield Row(location, values)
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{label}: cannot be read as parquet: {reason}") from error

@@ -1,4 +1,4 @@
-"""Advice that names an option of the programs, for messages and log lines about rows and files.
+"""Gives advice that names an option of the programs, for messages and log lines about rows and files.
 
 The rest of this package raises errors without any option's name (see `common.data.errors`). The texts here are part of
 a longer message that is made where a file is read, far from the options.

@@ -1,4 +1,4 @@
-"""JSON text read value by value, so that a file of any length is never in memory as a whole."""
+"""Reads JSON text value by value, so that a file of any length is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Cursor:
     def _more(self) -> bool:
         if self._text is None:
             return False
-        found = self._text.read(max(_CHUNK, len(self._buffer) - self.at))
-        self._buffer, self.at = self._buffer[self.at :] + found, 0
-        return bool(found)
+        chunk = self._text.read(max(_CHUNK, len(self._buffer) - self.at))
+        self._buffer, self.at = self._buffer[self.at :] + chunk, 0
+        return bool(chunk)
 
     def peek(self) -> str:
         """The next character that is neither white space nor part of a comment; '' at the end."""
@@ -65,7 +65,7 @@ class Cursor:
         self.at = end.end()
 
     def take(self, *marks: str) -> str:
-        """Pass the next character, which must be one of ``marks``; raises Broken if it is not."""
+        """Pass the next character, which must be one of `marks`; raises Broken if it is not."""
         mark = self.peek()
         if mark not in marks:
             raise self.broken()

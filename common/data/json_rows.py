@@ -1,5 +1,5 @@
-"""Rows out of JSON text: objects in lines, arrays, objects over several lines, one object that holds the rows
-under a key, and tables by column.
+"""Reads rows from JSON text: objects in lines, arrays, objects over several lines, one object that holds the rows under
+a key, and tables by column.
 
 Lines are read one by one, so a broken line costs only its own row. In the other forms no place is known at which
 reading could start again, so broken JSON ends it. One row at a time is in memory, except for tables by column, which
@@ -87,32 +87,32 @@ def _shape(head: str, cut: bool) -> tuple[str, str]:
         # shows in one of the first lines.
         goes_on = cut and (getattr(error, "lineno", 1) > _FIRST_LINES or "\n" not in rest[getattr(error, "pos", 0) :])
         return ("object" if goes_on or first.strip() == "{" else "lines"), ("values" if "\n" in rest else "lines")
-    whole_line = end <= len(first.rstrip()) and not rest[end : len(first)].strip()
+    fills_line = end <= len(first.rstrip()) and not rest[end : len(first)].strip()
     if isinstance(value, list):
-        if whole_line and value and isinstance(value[0], dict) and not _is_row(value[0]):
+        if fills_line and value and isinstance(value[0], dict) and not _is_row(value[0]):
             return "lines", ""  # a dialogue a line
         if value and isinstance(value[0], list) and value[0] and isinstance(value[0][0], dict):
             return "values", ""  # an array of dialogues
         # Lines that hold lists of texts are bad rows, each to be reported with its line.
-        return ("lines" if whole_line and value and not isinstance(value[0], dict) else "values"), ""
-    after = Cursor(None, rest[end:]).peek()
-    if not cut and not after:
+        return ("lines" if fills_line and value and not isinstance(value[0], dict) else "values"), ""
+    following = Cursor(None, rest[end:]).peek()
+    if not cut and not following:
         return "object", "values"
-    return ("lines" if whole_line or after not in (",", "{", "[") else "values"), ""
+    return ("lines" if fills_line or following not in (",", "{", "[") else "values"), ""
 
 
 def _no_json(head: str, cut: bool) -> str:
     """What the text is and what to do, if its first lines show that it is no JSON; else ''."""
-    found = [
+    first_lines = [
         line
         for line in map(str.strip, head.split("\n", _LOOKED_AT)[: -1 if cut else _LOOKED_AT])
         if line and not line.startswith(COMMENTS)
     ]
-    if found and all(line.startswith("{'") for line in found):
+    if first_lines and all(line.startswith("{'") for line in first_lines):
         return "its lines are Python's dictionaries, not JSON: write them with json.dumps"
-    if found and not any(line.startswith(("{", "[")) for line in found):
+    if first_lines and not any(line.startswith(("{", "[")) for line in first_lines):
         return (
-            f"it is no JSON: its first line is {found[0][:60]!r}; name a file by what it holds: "
+            f"it is no JSON: its first line is {first_lines[0][:60]!r}; name a file by what it holds: "
             ".csv, .tsv, .txt, .parquet"
         )
     return ""
@@ -122,30 +122,30 @@ def _line_rows(text: TextIO, label: str, note: Note) -> Iterator[Row]:
     comments = 0
     try:
         for number, line in lines(text):
-            where = f"{label}:{number}"
+            location = f"{label}:{number}"
             if line is None:
-                yield Row(where, None, f"line {TOO_LONG}")
+                yield Row(location, None, f"line {TOO_LONG}")
             elif line := line.strip(" \t\r\n\ufeff"):
                 if line.startswith(COMMENTS):
                     comments += 1
                 else:
-                    yield _parsed(where, line)
+                    yield _parsed(location, line)
     finally:
-        _tell_comments(comments, label, note)
+        _note_comments(comments, label, note)
 
 
-def _tell_comments(count: int, label: str, note: Note) -> None:
+def _note_comments(count: int, label: str, note: Note) -> None:
     if count:
         note(f"{label}: {count:,} comment line{'' if count == 1 else 's'} skipped")
 
 
-def _parsed(where: str, line: str) -> Row:
+def _parsed(location: str, line: str) -> Row:
     if "\0" in line:
-        return Row(where, None, "NUL bytes")
+        return Row(location, None, "NUL bytes")
     try:
-        return row_of(where, json.loads(line))
+        return row_of(location, json.loads(line))
     except (ValueError, RecursionError):
-        return Row(where, None, "broken JSON")
+        return Row(location, None, "broken JSON")
 
 
 def _array_rows(cursor: Cursor, label: str) -> Iterator[Row]:
@@ -164,7 +164,7 @@ def _value_rows(cursor: Cursor, label: str, note: Note) -> Iterator[Row]:
             yield row_of(f"{label}:{cursor.rows}", cursor.value())
         if cursor.peek() == ",":
             cursor.take(",")
-    _tell_comments(cursor.comments, label, note)
+    _note_comments(cursor.comments, label, note)
 
 
 def _members(cursor: Cursor, otherwise: str) -> dict[str, str] | None:
@@ -212,7 +212,7 @@ def _object_rows(
     if field is None and len(holding) > 1:
         raise UserError(f"{label}: it is one JSON object with rows under {_named(holding)}: {CHOOSE_FIELD}")
     if field is None and not holding:
-        yield from _table_rows(_whole(opened(), label), label)
+        yield from _table_rows(_read_whole(opened(), label), label)
         return
     if field is None:
         (field,) = holding
@@ -228,14 +228,14 @@ def _object_rows(
             read()
 
 
-def _whole(text: TextIO, label: str) -> Any:
-    found = text.read(_MAX_TABLE + 1)
-    if len(found) > _MAX_TABLE:
+def _read_whole(text: TextIO, label: str) -> Any:
+    content = text.read(_MAX_TABLE + 1)
+    if len(content) > _MAX_TABLE:
         raise UserError(
             f"{label}: it is one JSON object that must be read as a whole, longer than "
             f"{_MAX_TABLE // 2**30} GiB: write one object per line (.jsonl)"
         )
-    return Cursor(None, found).value()
+    return Cursor(None, content).value()
 
 
 def _named(keys: Iterable[str]) -> str:

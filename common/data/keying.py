@@ -1,4 +1,4 @@
-"""The split keys of one source's rows, and notes about them for the log."""
+"""Computes the split keys of one source's rows, and collects notes about them for the log."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Keyer:
             key = SplitKey(value, dialogue_hash(value), 0)
         else:
             return None
-        self._note(key, own, of_text=isinstance(record, PlainText))
+        self._count(key, own, of_text=isinstance(record, PlainText))
         return key
 
     def test_prompt_hashes(self, user_turns_of_row: set[tuple[str, ...]], row: Row) -> set[int]:
@@ -66,7 +66,7 @@ class Keyer:
         value = column_value(row, self.column)
         return set() if value is None else {dialogue_hash(value)}
 
-    def _note(self, key: SplitKey, turns: Sequence[str], of_text: bool) -> None:
+    def _count(self, key: SplitKey, turns: Sequence[str], of_text: bool) -> None:
         self._rows += 1
         if key.turns > 1 and self.rule.split_by == "auto":
             first_turn = self._extended.setdefault(prefix_hashes(turns[:1])[0], _SharedTurn(turns[0]))
@@ -81,13 +81,13 @@ class Keyer:
 
     def extended(self) -> list[str]:
         """Lines that say which first turns are not enough to split by, most frequent ones first."""
-        found = sorted(self._extended.values(), key=lambda turn: (-turn.rows, turn.text))
+        shared_turns = sorted(self._extended.values(), key=lambda turn: (-turn.rows, turn.text))
         lines = [
             f"{turn.rows:,} rows of {self.source} begin with {_short(turn.text)}: split by the user's first "
             f"{turn.turns} turns"
-            for turn in found[:_SHOWN_TURNS]
+            for turn in shared_turns[:_SHOWN_TURNS]
         ]
-        if others := found[_SHOWN_TURNS:]:
+        if others := shared_turns[_SHOWN_TURNS:]:
             lines.append(
                 f"{sum(turn.rows for turn in others):,} rows of {self.source} begin with one of {len(others)} further "
                 "openings that many share: split by more turns likewise"

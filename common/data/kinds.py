@@ -1,4 +1,4 @@
-"""The kind of a file, recognised by its first bytes and not by its name."""
+"""Recognises the kind of a file by its first bytes, not by its name."""
 
 from __future__ import annotations
 

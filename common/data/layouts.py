@@ -1,22 +1,22 @@
-"""Column layouts understood without configuration, and what each gives.
+"""Defines the column layouts that are understood without configuration, and the records that each gives.
 
 A layout names the columns it needs; the table is `LAYOUTS`, at the end. What the names mean:
 
-- ``prompt``, ``question``, ``instruction``, ``input``: what is asked: a plain question, a transcript
+- `prompt`, `question`, `instruction`, `input`: what is asked: a plain question, a transcript
   ("\\n\\nHuman: ...\\n\\nAssistant:"), or a list of messages (role/content, or from/value as ShareGPT has it).
-- ``response``, ``completion``, ``output``, ``answer``: the response: a text, a message, or messages of which the last
+- `response`, `completion`, `output`, `answer`: the response: a text, a message, or messages of which the last
   is the assistant's. A list of texts is a ranking, the best first: comparisons of each with all behind it.
-- ``chosen``, ``rejected``: the better and the worse response; lists of texts are several of them: comparisons of each
+- `chosen`, `rejected`: the better and the worse response; lists of texts are several of them: comparisons of each
   chosen with each rejected one. Both may be whole dialogues: what they share is the prompt, and they are compared
   from their first difference on.
-- ``messages``, ``conversations``: a whole dialogue: its last assistant message is the response, and what comes before
+- `messages`, `conversations`: a whole dialogue: its last assistant message is the response, and what comes before
   it the prompt. Where prompts alone are wanted, a dialogue that ends with a question asks that question.
-- ``text``: plain text. Blank texts, by which some sets separate paragraphs, are left out.
+- `text`: plain text. Blank texts, by which some sets separate paragraphs, are left out.
 
-Optional columns, wherever they make sense: ``system_prompt`` or ``system``; ``context``, ``input``, ``document``,
-``passage``, put behind the question and an empty line; ``history``, pairs of earlier questions and responses;
-``tools``, for chat templates; ``label``, whether a response is a good one (bad ones demonstrate nothing); the scores of
-a pair or their ``margin``: equal scores are ties, which are left out.
+Optional columns, wherever they make sense: `system_prompt` or `system`; `context`, `input`, `document`,
+`passage`, put behind the question and an empty line; `history`, pairs of earlier questions and responses;
+`tools`, for chat templates; `label`, whether a response is a good one (bad ones demonstrate nothing); the scores of
+a pair or their `margin`: equal scores are ties, which are left out.
 
 A comparison also serves as a demonstration, and all but plain text as prompts.
 """
@@ -56,9 +56,11 @@ DEMONSTRATIONS = ("demonstration", "prompt")
 _BESIDE_PAIR = (*BESIDE, "margin", *(name for pair in SCORES for name in pair))
 
 
-def _responded(question: str, response: str, beside: Sequence[str] = COMPANIONS) -> Callable[[dict[str, Any]], Example]:
+def _responded(
+    question: str, response: str, companions: Sequence[str] = COMPANIONS
+) -> Callable[[dict[str, Any]], Example]:
     def read(row: dict[str, Any]) -> Example:
-        prompt = prompt_in(row, question, beside)
+        prompt = prompt_in(row, question, companions)
         responses = responses_in(row[response], response, prompt, row[question])
         if len(responses) == 1:
             return Example(prompt, responses[0], label=label_of(row))
@@ -204,13 +206,13 @@ def _pair_of(question: str) -> Layout:
 
 
 def _response_to(question: str, response: str) -> Layout:
-    beside = tuple(column for column in COMPANIONS if column != question)
+    companions = tuple(column for column in COMPANIONS if column != question)
     return Layout(
         (question, response),
         DEMONSTRATIONS,
-        _responded(question, response, beside),
-        (*SYSTEM, *beside, "history", "tools", *LABELS, *RANKS),
-        user_values_in(question, beside),
+        _responded(question, response, companions),
+        (*SYSTEM, *companions, "history", "tools", *LABELS, *RANKS),
+        user_values_in(question, companions),
         ranked=response,
     )
 
@@ -243,7 +245,7 @@ LAYOUTS = (*_PAIRS, DIALOGUE_PAIR, *_ANSWERED.values(), *_MESSAGES, PROMPT, TEXT
 
 
 def described(kind: str | None = None) -> str:
-    """The layouts that give records of ``kind``, or all, for a message."""
+    """The layouts that give records of `kind`, or all, for a message."""
     groups = (
         ((PROMPT_PAIR, DIALOGUE_PAIR), "prompt/chosen/rejected, chosen/rejected"),
         (

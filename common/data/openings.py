@@ -1,8 +1,8 @@
-"""By how many of the user's turns a dialogue is told from others, so that a split keeps the right ones together.
+"""Decides by how many user turns a split keys a dialogue, so that related dialogues stay together.
 
-By the first turn, usually. Where many dialogues of a source begin with the same turn ("Hello"), this would give all of
-them to one step and one side. Each of these is therefore keyed by as many further turns as are needed to tell them
-apart. A prompt that continues another goes with it, since both begin with the turns of the key.
+Usually the key is the first turn. If many dialogues of a source begin with the same turn ("Hello"), that key would give
+all of them to one step and one side, so each of them is keyed by as many further turns as are needed to distinguish
+them. A prompt that continues another has the same key, because both begin with the turns of the key.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import numpy as np
 
 from common.data.split import normalised, prefix_hashes
 
-# A first turn is shared by too many if more than this share of a source's dialogues begin with it,
+# Too many dialogues share a beginning if they are more than this fraction of the source's dialogues, and more than
+# _FEW, so that small data sets are not split further.
 _SHARE = 0.01
-_FEW = 4  # and more than so many: small data sets are not to be torn apart.
-_DEEPEST = 32  # turns that are looked at
-_MANY = 2**21  # entries after which repeated ones are dropped
+_FEW = 4
+_DEEPEST = 32  # the largest number of turns that is considered
+_MANY = 2**21  # number of entries after which duplicates are removed
 
 
 @dataclass(frozen=True)
 class SplitKey:
-    """What a split tells a dialogue by.
+    """The key by which a split distinguishes dialogues.
 
     Attributes:
-        text: what a split hashes.
-        dialogue: 64 bits, the same for all dialogues that the rule keeps together.
+        text: the text that a split hashes.
+        dialogue: a 64-bit hash, the same for all dialogues that the rule keeps together.
         turns: how many of the user's turns the key consists of.
     """
 
@@ -61,13 +62,13 @@ class KeyRule:
         while count < len(turns) and hashes[count - 1] in self.shared:
             count += 1
         text = turns[0] if count == 1 else "\0".join(map(normalised, turns[:count]))
-        # A dialogue that ends within a shared beginning must not pull along the many that continue it.
+        # A dialogue that ends within a shared beginning must not have the same key as the many that continue it.
         stands_alone = self.split_by == "prompt" or hashes[count - 1] in self.shared
         return SplitKey(text, full_dialogue_hash(turns) if stands_alone else hashes[count - 1], count)
 
 
 def full_dialogue_hash(turns: Sequence[str]) -> int:
-    """The hash of exactly this dialogue; a dialogue that continues it has another."""
+    """The hash of exactly this dialogue. A dialogue that continues it has another hash."""
     return prefix_hashes([*turns, ""])[-1]
 
 

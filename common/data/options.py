@@ -1,4 +1,4 @@
-"""The options that say which data a step reads, and how its text becomes ids."""
+"""Declares the options that say which data a step reads, and how its text becomes ids."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class DataOptions(Config):
             return parse_data_path(self.data_path, form=form)
 
     def file_format(self) -> FileFormat:
-        """What is said of the files. Raises UserError for an encoding that there is not."""
+        """The format of the files, from the options. Raises UserError for an unknown encoding."""
         with named_by("--encoding"):
             return FileFormat(self.data_field, self.encoding).checked()
 

@@ -1,4 +1,4 @@
-"""A function applied to many items by all cores, with the results in order and few items in memory at a time."""
+"""Applies a function to many items on all cores, with ordered results and few items in memory at a time."""
 
 from __future__ import annotations
 

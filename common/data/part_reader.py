@@ -1,4 +1,4 @@
-"""The rows of one part of a source (a file, a split), each with the way to make records of it."""
+"""Reads the rows of one part of a source (a file, a split), each with the way to make records of it."""
 
 from __future__ import annotations
 
@@ -80,15 +80,15 @@ def part_rows(
     rows = part.rows(note)
     sample: list[Row] = []
     reader = None
-    for sample, found in _samples(rows):
-        if not found:
+    for sample, present in _samples(rows):
+        if not present:
             yield from ((row, None) for row in sample)
             continue
-        if split_column is not None and split_column not in found:
+        if split_column is not None and split_column not in present:
             raise SplitByError(
                 f"column:{split_column}",
-                f"{part.label} has no such column{did_you_mean(split_column, found)}; it has "
-                f"{', '.join(sorted(found))}",
+                f"{part.label} has no such column{did_you_mean(split_column, present)}; it has "
+                f"{', '.join(sorted(present))}",
             )
         prompt_kind = "text" if kind == "text" else "prompt"
         reader = Reader(
@@ -100,24 +100,24 @@ def part_rows(
 
 def columns_of(part: Part) -> set[str]:
     """The columns of a part's first rows that have any."""
-    return set().union(*(found for _, found in _samples(part.rows())))
+    return set().union(*(present for _, present in _samples(part.rows())))
 
 
 def _chosen(
     spec: SourceSpec, part: Part, kind: str, columns: Mapping[str, str] | None, sample: Sequence[Row]
 ) -> tuple[Layout, ColumnMap]:
-    found = _columns_in(sample)
-    names = ColumnMap(columns).for_kind(kind).within(found)
+    present = _columns_in(sample)
+    names = ColumnMap(columns).for_kind(kind).within(present)
     renamed: list[dict[str, Any]] = [names.rename(row.values) for row in sample if row.values is not None]
-    return choose_layout(spec.name, names.columns(found), kind, part.label, renamed), names
+    return choose_layout(spec.name, names.columns(present), kind, part.label, renamed), names
 
 
 def _samples(rows: Iterator[Row]) -> Iterator[tuple[list[Row], set[str]]]:
     """A few rows at a time and the columns found in them, up to the first that have any."""
-    found: set[str] = set()
-    while not found and (sample := list(islice(rows, _SAMPLE))):
-        found = _columns_in(sample)
-        yield sample, found
+    columns: set[str] = set()
+    while not columns and (sample := list(islice(rows, _SAMPLE))):
+        columns = _columns_in(sample)
+        yield sample, columns
 
 
 def _columns_in(rows: Sequence[Row]) -> set[str]:

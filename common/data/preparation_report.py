@@ -1,4 +1,4 @@
-"""What became of the rows of a blend on their way to ids."""
+"""Reports how many rows of a blend became ids, and why others did not."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class PreparationReport:
     train_rows: int = 0
     eval_rows: int = 0
 
-    def refuse(self, where: str, why: str) -> None:
+    def refuse(self, location: str, why: str) -> None:
         self.refused += 1
         if len(self.first_refused) < _SHOWN:
-            self.first_refused.append((where, why))
+            self.first_refused.append((location, why))
 
-    def mark(self, where: str, mark: str) -> None:
+    def mark(self, location: str, mark: str) -> None:
         self.marked += 1
-        self.first_marked = self.first_marked or [(where, mark)]
+        self.first_marked = self.first_marked or [(location, mark)]
 
     def add(self, encoded: PreparationReport) -> None:
         """Add the counts of further records that were encoded."""
@@ -76,13 +76,14 @@ class PreparationReport:
     def from_json(cls, text: str) -> PreparationReport:
         """The report that `to_json` wrote; fields that this version does not know are ignored.
 
-        Raises ValueError, KeyError, TypeError or AttributeError if `to_json` did not write the text.
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: `to_json` did not write the text.
         """
         values = json.loads(text)
         read = _known(ReadReport, values.pop("read"))
         read["sources"] = {source: Counts(**_known(Counts, counts)) for source, counts in read["sources"].items()}
         for counts in read["sources"].values():
-            counts.first_bad = [(where, why) for where, why in counts.first_bad]
+            counts.first_bad = [(location, why) for location, why in counts.first_bad]
         return cls(ReadReport(**read), **_known(cls, values))
 
     def lines(self) -> list[str]:
@@ -94,7 +95,7 @@ class PreparationReport:
             summary.append(f"{source}: {', '.join(read)}")
         summary += self.read.notes
         summary += [f"note: {line}" for line in self.read.inseparable]
-        summary += [f"unusable: {where}: {why}" for where, why in [*self.read.first_bad, *self.first_refused]]
+        summary += [f"unusable: {location}: {why}" for location, why in [*self.read.first_bad, *self.first_refused]]
         others = (
             (self.other_phases, "row", "for other steps"),
             (self.repeated_prompts, "repeated prompt", "left out"),
@@ -104,9 +105,9 @@ class PreparationReport:
         )
         left = [f"{_counted(self.train_rows, 'row')} to train on", f"{self.eval_rows:,} to evaluate on"]
         summary.append(", ".join(left + [f"{_counted(count, noun)} {what}" for count, noun, what in others if count]))
-        for where, mark in self.first_marked[:1]:
+        for location, mark in self.first_marked[:1]:
             summary.append(
-                f"warning: {_counted(self.marked, 'row')}, {where} first, {_has(self.marked)} the marks of "
+                f"warning: {_counted(self.marked, 'row')}, {location} first, {_has(self.marked)} the marks of "
                 f"a template ({mark!r}), {TEXT_HAS_TEMPLATE}"
             )
         for source, counts in self.read.sources.items():
@@ -125,9 +126,9 @@ class PreparationReport:
         self.read.check(max_bad_fraction)
         written = self.refused + self.too_long + self.train_rows + self.eval_rows
         if self.refused > max_bad_fraction * written:
-            where, why = self.first_refused[0]
+            location, why = self.first_refused[0]
             raise UserError(
-                f"{self.refused:,} of {written:,} rows cannot be written with the template, such as {where}: {why}"
+                f"{self.refused:,} of {written:,} rows cannot be written with the template, such as {location}: {why}"
             )
         if not self.train_rows and self.too_long:
             raise TooLongError(list(self.read.sources), self.too_long)

@@ -1,4 +1,4 @@
-"""Records to ids, once: they are written to Arrow files, which every rank and every later start maps into memory."""
+"""Turns records into ids once, and writes them to Arrow files that every rank and later start maps into memory."""
 
 from __future__ import annotations
 

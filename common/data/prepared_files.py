@@ -1,4 +1,4 @@
-"""Prepared files that are sealed when they are written and verified, by sizes and checksums, when they are read."""
+"""Seals prepared files when they are written, and verifies their sizes and checksums when they are read."""
 
 from __future__ import annotations
 
@@ -120,5 +120,5 @@ def _launch() -> list | None:
 
 
 def _state(paths: Iterable[Path]) -> list:
-    found = [path.stat() for path in paths]
-    return [[stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in found]
+    stats = [path.stat() for path in paths]
+    return [[stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat in stats]

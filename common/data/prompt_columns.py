@@ -1,4 +1,4 @@
-"""The prompt of a row: the question in one column, and what stands beside it in others."""
+"""Builds the prompt of a row from its question column and the other columns that belong to it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ SYSTEM = ("system_prompt", "system")
 BESIDE = (*SYSTEM, *COMPANIONS, "history", "tools")
 
 
-def prompt_in(row: dict[str, Any], column: str, beside: Sequence[str] = COMPANIONS) -> Prompt:
+def prompt_in(row: dict[str, Any], column: str, companions: Sequence[str] = COMPANIONS) -> Prompt:
     """The prompt whose question is in `column`, with all that belongs to it. Raises BadRow."""
-    return prompt_of(row, read_question(row[column], column), column, beside)
+    return prompt_of(row, read_question(row[column], column), column, companions)
 
 
 def prompt_of(
-    row: dict[str, Any], messages: Sequence[Message], column: str, beside: Sequence[str] = COMPANIONS
+    row: dict[str, Any], messages: Sequence[Message], column: str, companions: Sequence[str] = COMPANIONS
 ) -> Prompt:
     """The prompt that ends with `messages`, with the row's history, system prompt, tools and companions.
 
     Args:
         column: where the messages are from, for errors.
-        beside: the columns whose text is put behind the last question.
+        companions: the columns whose text is put behind the last question.
 
     Raises:
         BadRow: there is no question, or a column cannot be read.
     """
     messages = [*_history(row), *messages]
-    added = _companions(row, beside)
+    added = _companions(row, companions)
     if added:
         last = max((at for at, message in enumerate(messages) if message.role == "user"), default=None)
         if last is None:
@@ -50,16 +50,16 @@ def prompt_of(
     return make_prompt(messages, column, system, _tools(row))
 
 
-def user_values_in(column: str, beside: Sequence[str] = COMPANIONS) -> Callable[[dict[str, Any]], list[Any]]:
+def user_values_in(column: str, companions: Sequence[str] = COMPANIONS) -> Callable[[dict[str, Any]], list[Any]]:
     """The `Layout.user_values` of a layout whose question is in `column`."""
-    return lambda row: [with_companions(row, row.get(column), beside)]
+    return lambda row: [with_companions(row, row.get(column), companions)]
 
 
-def with_companions(row: dict[str, Any], value: Any, beside: Sequence[str] = COMPANIONS) -> Any:
+def with_companions(row: dict[str, Any], value: Any, companions: Sequence[str] = COMPANIONS) -> Any:
     """A value that holds the user's messages, together with the history and companions that belong to them."""
-    if value is None or not (row.get("history") or any(row.get(column) for column in beside)):
+    if value is None or not (row.get("history") or any(row.get(column) for column in companions)):
         return value
-    prompt = prompt_of(row, read_question(value, "prompt"), "prompt", beside)
+    prompt = prompt_of(row, read_question(value, "prompt"), "prompt", companions)
     return [message for turn in prompt.user_messages for message in as_question(turn)]
 
 
@@ -72,8 +72,8 @@ def _system(row: dict[str, Any]) -> str:
     return "\n\n".join(dict.fromkeys(filter(None, (clean_text(row.get(column), column) for column in SYSTEM))))
 
 
-def _companions(row: dict[str, Any], beside: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(text for column in beside if (text := clean_text(row.get(column), column))))
+def _companions(row: dict[str, Any], companions: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(text for column in companions if (text := clean_text(row.get(column), column))))
 
 
 def _history(row: dict[str, Any]) -> list[Message]:

@@ -1,4 +1,4 @@
-"""What became of the rows of each source: usable, unusable or left out."""
+"""Counts the rows of each source: usable, unusable or left out."""
 
 from __future__ import annotations
 
@@ -77,17 +77,17 @@ class ReadReport:
         """The first bad rows of every source as (where, why)."""
         return [bad for counts in self.sources.values() for bad in counts.first_bad]
 
-    def count_bad(self, source: str, where: str, why: str) -> None:
+    def count_bad(self, source: str, location: str, why: str) -> None:
         counts = self.sources[source]
         counts.bad += 1
         if counts.bad <= _SHOWN:
-            counts.first_bad.append((where, why))
+            counts.first_bad.append((location, why))
 
     def check(self, max_bad_fraction: float) -> None:
         """Raises DataError if a source has no usable row, BadRowsError if more than the given share of its rows is
         bad."""
         for source, counts in self.sources.items():
-            shown = "".join(f"; {where}: {why}" for where, why in counts.first_bad)
+            shown = "".join(f"; {location}: {why}" for location, why in counts.first_bad)
             if not counts.usable:
                 left_out = "".join(f"; {count:,} left out ({reason})" for reason, count in counts.left_out.items())
                 why = left_out + shown if counts.total else ": it is empty"

@@ -1,4 +1,4 @@
-"""Records out of a blend of sources: the one way in for every program."""
+"""Reads records from a blend of sources, for every program."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SourcedRecord:
     """A record and where it comes from.
 
     Attributes:
-        where: file and line.
+        location: file and line.
         split: "test" if the dialogue occurs in the test data of any source of the blend, so that it must never be
             trained on; else "train".
         split_key, dialogue: what tells the dialogue from others, `text` and `dialogue` of `openings.SplitKey`.
@@ -38,7 +38,7 @@ class SourcedRecord:
     """
 
     record: Record
-    where: str
+    location: str
     split: str
     split_key: str
     dialogue: int
@@ -84,7 +84,7 @@ def read_records(
     sources = [(spec, open_source(spec, kind)) for spec in specs]
     if column_map.names:
         files = {part.label: columns_of(part) for _, source in sources for part in source.parts}
-        column_map.check({label: found for label, found in files.items() if found})
+        column_map.check({label: columns for label, columns in files.items() if columns})
     keyers: dict[str, Keyer] = {}
     for spec, source in sources:
         report.sources.setdefault(spec.name, Counts())
@@ -128,14 +128,14 @@ def read_records(
                 if isinstance(problem, LeftOut):
                     counts.leave_out(str(problem))
                 elif problem:
-                    report.count_bad(spec.name, row.where, str(problem))
+                    report.count_bad(spec.name, row.location, str(problem))
                 if key is None:
                     continue
                 counts.usable += 1
                 side = "test" if key.dialogue in test_prompt_hashes else "train"
                 for record in records[:pairs_per_prompt]:
                     for copy in range(spec.copies(key.text)):
-                        yield SourcedRecord(record, row.where, side, key.text, key.dialogue, spec.name, copy)
+                        yield SourcedRecord(record, row.location, side, key.text, key.dialogue, spec.name, copy)
     for keyer in keyers.values():
         report.notes += keyer.extended()
         report.inseparable += filter(None, [keyer.inseparable()])
@@ -147,7 +147,7 @@ def _shared_first_turns(
     """The beginnings that too many dialogues of a source share, counted over the same rows for every kind of record."""
     if kind == "text":
         return frozenset()
-    counter, said = FirstTurnCounter(), time.monotonic()
+    counter, last_message = FirstTurnCounter(), time.monotonic()
     source = open_source(spec)
     for split, limit in (("test", None), ("train", max_rows)):
         parts = [part for part in source.parts if part.split == split]
@@ -155,8 +155,8 @@ def _shared_first_turns(
         for number, (row, reader) in enumerate(islice(rows, limit), 1):
             for turns in reader.user_turns(row, (), True) if reader is not None else ():
                 counter.add(turns)
-            if number % 1000 == 0 and time.monotonic() > said + _SAID_EVERY:
-                said = time.monotonic()
+            if number % 1000 == 0 and time.monotonic() > last_message + _SAID_EVERY:
+                last_message = time.monotonic()
                 print(
                     f"{spec.name}: {number:,} rows looked through for openings that many dialogues share",
                     file=sys.stderr,

@@ -1,4 +1,4 @@
-"""The canonical records that every data source is turned into, whatever its own columns are called.
+"""Defines the canonical records that every data source is turned into, whatever its own columns are called.
 
 A comparison can serve as a demonstration (its chosen response), and both can serve as a prompt; the readers in
 `common.data.layouts` convert them. Texts contain no template and no cue. They have no surrounding white space, except
@@ -20,8 +20,8 @@ class Message:
 
     Attributes:
         role, content: who speaks, and the text.
-        more: JSON with sorted keys of what the message has beside its text, '' for nothing: ``reasoning_content``,
-            ``thinking``, ``tool_calls``, ``tool_call_id``, ``name``. Only a chat template can write these.
+        more: JSON with sorted keys of what the message has beside its text, '' for nothing: `reasoning_content`,
+            `thinking`, `tool_calls`, `tool_call_id`, `name`. Only a chat template can write these.
         trained: False for a response that its row excludes from training. Comparing messages ignores it.
     """
 

@@ -1,4 +1,4 @@
-"""What a step asks to be prepared, and the key under which the result is kept."""
+"""Defines what a step asks to be prepared, and the key of the prepared data."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def _source_hash(spec: SourceSpec, request: DataRequest) -> str:
         note = cache_dir / f"source-{_hash_of(state)}.sha256"
         if note.is_file() and len(noted := note.read_text().strip()) == 64:
             return noted
-        found = fingerprint(spec, request.columns, request.max_rows)
+        source_fingerprint = fingerprint(spec, request.columns, request.max_rows)
         if writable and max((time_ns for *_, time_ns in stats), default=0) < time.time_ns() - _SETTLED * 10**9:
-            note.write_text(f"{found}\n")
-        return found
+            note.write_text(f"{source_fingerprint}\n")
+        return source_fingerprint
 
 
 def _hash_of(value: object) -> str:

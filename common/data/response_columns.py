@@ -1,4 +1,4 @@
-"""The responses of a row, and what it says about them: their order, their labels, ties."""
+"""Reads the responses of a row, and their order, labels and ties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the readers of all kinds of files share: rows, the format that the user states, lines of limited length."""
+"""Defines what the readers of all files share: rows, the format that the user states, lines of limited length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOO_LONG = f"longer than {MAX_ROW_BYTES // 2**20} MiB"
 Note = Callable[[str], None]
 
 
-def ignore(said: str) -> None:
+def ignore(message: str) -> None:
     """A `Note` that does nothing."""
 
 
@@ -25,12 +25,12 @@ class Row:
     """A row of a file.
 
     Attributes:
-        where: the file, and the line or, in a file without lines, the row's number, from 1.
+        location: the file, and the line or, in a file without lines, the row's number, from 1.
         values: column -> value as read; None if there is a problem.
         problem: why the row cannot be read.
     """
 
-    where: str
+    location: str
     values: dict[str, Any] | None
     problem: str | None = None
 
@@ -62,11 +62,11 @@ class FileFormat:
         return self
 
 
-def row_of(where: str, value: Any) -> Row:
+def row_of(location: str, value: Any) -> Row:
     """A JSON value as a row; a list of messages is a dialogue."""
     if isinstance(value, list) and value and isinstance(value[0], dict) and not {"role", "from"}.isdisjoint(value[0]):
         value = {"messages": value}
-    return Row(where, value) if isinstance(value, dict) else Row(where, None, "not a JSON object")
+    return Row(location, value) if isinstance(value, dict) else Row(location, None, "not a JSON object")
 
 
 def lines(text: TextIO) -> Iterator[tuple[int, str | None]]:

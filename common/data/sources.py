@@ -1,5 +1,5 @@
-"""Where rows come from: ``builtin:NAME``, a local file, a directory or zip archive of files, a saved data set, a hub
-data set.
+"""Finds the rows of a source: `builtin:NAME`, a local file, a directory or zip archive of files, a saved data set, or a
+hub data set.
 
 A local path takes precedence over a hub name. A source consists of parts (files, splits). Each part belongs to training
 or to the source's own test data, see `splits`.
@@ -170,17 +170,17 @@ def _directory(spec: SourceSpec, path: Path, kind: str | None) -> Source:
     aside = [name for name in data if is_plain_text(name) or name.lower().endswith(".zip")]
     if len(aside) == len(data):
         aside = []
-    found: dict[str, tuple[Path, str | None]] = {}
+    files: dict[str, tuple[Path, str | None]] = {}
     for name in data.keys() - set(aside):
         within = members(data[name], os.path.join(spec.name, name))
-        found |= (
+        files |= (
             {name: (data[name], None)}
             if within is None
             else {f"{name}/{member}": (data[name], member) for member in within}
         )
-    if not found:
+    if not files:
         raise SourceError(spec.name, f"the directory holds no data file; understood are {UNDERSTOOD}")
-    source = _of_files(spec, found, kind)
+    source = _of_files(spec, files, kind)
     if aside:
         source.notes.append(f"{spec.name}: left out, being texts or archives beside data: {', '.join(sorted(aside))}")
     return source
@@ -197,7 +197,7 @@ def _of_files(spec: SourceSpec, files: dict[str, tuple[Path, str | None]], kind:
         parts.append(
             _file_part(path, os.path.join(spec.name, name), name, choice.splits[name], spec.form, digests[path], member)
         )
-    return Source(parts, choice.left_out, [f"{spec.name}: {said}" for said in choice.notes])
+    return Source(parts, choice.left_out, [f"{spec.name}: {remark}" for remark in choice.notes])
 
 
 def _saved(spec: SourceSpec, path: Path, kind: str | None) -> Source:
@@ -254,7 +254,7 @@ def _from_tables(spec: SourceSpec, tables: dict[str, Any], digest: Callable[[str
                 label, name, split, functools.partial(_table_rows, tables[name], label), functools.partial(digest, name)
             )
         )
-    return Source(parts, choice.left_out, [f"{spec.name}: {said}" for said in choice.notes])
+    return Source(parts, choice.left_out, [f"{spec.name}: {remark}" for remark in choice.notes])
 
 
 def _table_rows(table: Any, label: str, note: Note = ignore) -> Iterator[Row]:

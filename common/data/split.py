@@ -1,4 +1,4 @@
-"""Which phase (SFT, reward model, PPO) and which side (training, evaluation) a dialogue belongs to.
+"""Decides which phase (SFT, reward model, PPO) and which side (training, evaluation) a dialogue belongs to.
 
 The assignment is a function of the dialogue's split key alone: usually its first user turn, or the value of a column. A
 dialogue's later prompts contain its earlier responses, so all of them must fall on the same side. Neither seed, node
@@ -30,9 +30,10 @@ class Assignment:
 
 
 def parse_data_split(value: str | Sequence[float]) -> tuple[float, float, float]:
-    """``'2,4,4'`` or ``(2, 4, 4)`` -> the three phases' parts, in proportion.
+    """`'2,4,4'` or `(2, 4, 4)` -> the three phases' parts, in proportion.
 
-    Raises DataError unless there are three finite numbers, none negative, not all zero.
+    Raises:
+        DataError: these are not three finite numbers, or one is negative, or all are zero.
     """
     parts = value.split(",") if isinstance(value, str) else list(value)
 
@@ -66,7 +67,7 @@ def check_eval_fraction(value: float) -> float:
 
 
 def parse_split_by(value: str) -> str | None:
-    """The column of ``column:NAME``; None for one of `SPLIT_BY`. Raises SplitByError for anything else."""
+    """The column of `column:NAME`; None for one of `SPLIT_BY`. Raises SplitByError for anything else."""
     if value in SPLIT_BY:
         return None
     column = value.removeprefix(_COLUMN)
@@ -76,7 +77,7 @@ def parse_split_by(value: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """``text`` without differences of Unicode form, case or white space, so that near-identical prompts become
+    """`text` without differences of Unicode form, case or white space, so that near-identical prompts become
     equal."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.split())
@@ -99,7 +100,7 @@ def prefix_hashes(turns: Sequence[str]) -> list[int]:
 
 
 def fractions(text: str, purpose: str, count: int) -> tuple[float, ...]:
-    """``count`` (at most 4) independent numbers in [0, 1), a function of the normalised text and the purpose."""
+    """`count` (at most 4) independent numbers in [0, 1), a function of the normalised text and the purpose."""
     key = f"{purpose}\n{normalised(text)}".encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(key).digest()
     # 53 bits: exactly representable, so that no number rounds up to 1.

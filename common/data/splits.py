@@ -1,4 +1,4 @@
-"""Which parts of a source are for training, and which are its own test data.
+"""Decides which parts of a source are for training, and which are its own test data.
 
 Names decide, as on the hub. A part is named after train, or after test (also validation, dev, eval), or after neither:
 
@@ -51,13 +51,13 @@ class Choice:
 
 
 def choose_splits(names: Sequence[str], kind: str | None) -> Choice:
-    """The split of each of a source's parts, for records of ``kind``; None: without regard to uses."""
+    """The split of each of a source's parts, for records of `kind`; None: without regard to uses."""
     splits = _splits(names)
     choice = Choice(splits, [name for name in names if name not in splits])
     if kind is None:
         return choice
     for split in ("train", "test"):
-        uses = {name: use for name, found in splits.items() if found == split and (use := _use_in_name(name))}
+        uses = {name: use for name, of_name in splits.items() if of_name == split and (use := _use_in_name(name))}
         if len(set(uses.values())) < 2:
             continue
         fittest = min(uses.values(), key=_FITTING[kind].index)
@@ -76,7 +76,7 @@ def choose_splits(names: Sequence[str], kind: str | None) -> Choice:
 
 
 def _splits(names: Sequence[str]) -> dict[str, str]:
-    """Part name -> 'train' or 'test', in the order of ``names``, without those that belong to no split."""
+    """Part name -> 'train' or 'test', in the order of `names`, without those that belong to no split."""
     splits = {name: _split_in_name(name) for name in names}
     if "train" in splits:
         # Beside a part that is called exactly 'train', 'train_sft' and the like hold the same rows again.

@@ -1,4 +1,4 @@
-"""The wording around a dialogue: how a prompt and a response are written as text.
+"""Writes a prompt and a response as text, in the wording of a template.
 
 A template renders a prompt up to and including the cue after which the assistant speaks, and joins a response to that
 cue by its `lead`. It returns pieces, which keep text of users apart from special tokens of the template: both may look
@@ -150,7 +150,7 @@ _MARKS = re.compile(
 
 def marks(text: str) -> Iterator[str]:
     """The marks of templates in a text, which should have none."""
-    return (found[0].strip() for found in _MARKS.finditer(text))
+    return (match[0].strip() for match in _MARKS.finditer(text))
 
 
 def get_template(name: str, tokenizer=None, date: str | None = None) -> Template:

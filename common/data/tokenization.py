@@ -1,4 +1,4 @@
-"""Text to ids and back: the one place that decides prompt ids, response ids and the end token."""
+"""Turns text into ids and back; only this module decides prompt ids, response ids and the end token."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ class Codec:
         return next((at + len(lead) for at in range(last, -1, -1) if ids[at : at + len(lead)] == lead), None)
 
     def end_of(self, ids: Sequence[int]) -> int:
-        """The place of the first token that ends a response; the length where there is none."""
+        """The index of the first token that ends a response; the number of ids if there is none."""
         return next((at for at, token in enumerate(ids) if token in self.end_ids), len(ids))
 
     def _shown(self, ids: list[int]) -> str:
@@ -276,12 +276,12 @@ class Codec:
 
     def _text_ids(self, text: str, *, continues: bool = False) -> list[int]:
         ids = self._continued(self._plain_ids, text, continues)
-        found = self._special.intersection(ids)
-        if not found:
+        special_ids = self._special.intersection(ids)
+        if not special_ids:
             return ids
         # Merges of a vocabulary may lead from plain characters to a special token, and added tokens that are not marked
         # as special are found in any text. Tokenize the characters of such a token separately.
-        spelt = self.tokenizer.convert_ids_to_tokens(sorted(found))
+        spelt = self.tokenizer.convert_ids_to_tokens(sorted(special_ids))
         apart = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in spelt)
         first, *others = re.split(apart, text)
         ids = self._continued(self._plain_ids, first, continues)

@@ -1,5 +1,4 @@
-"""A tokenizer and its chat template are tried before they are used: patterns may backtrack for ever, templates may
-recurse or fill the memory.
+"""Tries a tokenizer and its chat template before use: they may run for ever, recurse without end, or fill the memory.
 
 Both are programs that come with a model's directory. Neither can be stopped from Python once it runs, so the trial is
 in a forked process with limits on time and memory.
@@ -106,12 +105,12 @@ def _problem_in_child(work: Callable[[], None]) -> str | None:
         poll.register(reading, select.POLLIN | select.POLLHUP)
         if not poll.poll(_PATIENCE * 1000):
             os.kill(child, signal.SIGKILL)
-        said = os.read(reading, 4096).decode()
+        message = os.read(reading, 4096).decode()
     finally:
         os.close(reading)
         _, status = os.waitpid(child, 0)
-    if said:
-        return said
+    if message:
+        return message
     if not os.WIFSIGNALED(status) or os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGALRM):
         return None  # it was killed from outside, which says nothing about the tokenizer
     if os.WTERMSIG(status) == signal.SIGXCPU:

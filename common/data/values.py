@@ -1,4 +1,4 @@
-"""Single values of a row: what counts as text."""
+"""Reads single values of a row, and decides what counts as text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class BadRow(ValueError):
 
 
 def as_text(value: Any, column: str) -> str:
-    """``value`` as it stands; '' for None and for text of invisible characters only.
+    """`value` as it stands; '' for None and for text of invisible characters only.
 
     A number or truth value is written as JSON writes it, and the text parts of a list such as
-    ``[{'type': 'text', 'text': ...}]`` are joined. Raises BadRow if it is not text that can be encoded.
+    `[{'type': 'text', 'text': ...}]` are joined. Raises BadRow if it is not text that can be encoded.
     """
     if value is None:
         return ""

@@ -1,4 +1,4 @@
-"""Model directories that hold a LoRA adapter in peft's format: recognised, refused, read."""
+"""Recognises, refuses or reads model directories with a LoRA adapter in peft's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedding row of an end token that was added to a full vocabulary: its initial value, and its training with LoRA.
+"""Initialises the embedding of an end token added to a full vocabulary, and trains it with LoRA.
 
 transformers fills a new row with the mean of all others, which makes a token that is never the most probable one. LoRA
 freezes the embeddings, so the row would stay like that and no response would ever end.

@@ -1,4 +1,4 @@
-"""Which implementation of attention a model of transformers computes with."""
+"""Chooses the attention implementation of a transformers model."""
 
 from __future__ import annotations
 

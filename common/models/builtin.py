@@ -1,4 +1,4 @@
-"""Tiny models that are built locally, so that the whole pipeline runs without a download.
+"""Builds tiny models locally, so that the whole pipeline runs without a download.
 
 `builtin:tiny-opt`    an OPT with a byte-level BPE tokenizer that, like OPT's own, prepends `</s>`.
 `builtin:tiny-llama`  a LLaMA with grouped-query attention and a sentencepiece tokenizer.

@@ -1,4 +1,4 @@
-"""The scale of a reward model's scores. Rewards and values are measured in it, whatever the raw scores' range is."""
+"""Defines the scale of a reward model's scores. Rewards and values are measured in it, whatever the raw range is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a model before anything long begins: its name, the files of its directory, and its weights once loaded."""
+"""Checks a model before a long run begins: its name, the files of its directory, and its loaded weights."""
 
 from __future__ import annotations
 
@@ -101,10 +101,10 @@ def check_finite(model: nn.Module, source: str | Path) -> None:
     """
     wrong = [key for key, weight in model.named_parameters() if not _is_finite(_local_part(weight))]
     if not on_every_rank(not wrong):
-        where = f", such as those of {wrong[0]}" if wrong else ""
+        location = f", such as those of {wrong[0]}" if wrong else ""
         raise ModelError(
             source,
-            f"the model's weights are not finite{where}: NaN or infinity was saved; use another model or an earlier "
+            f"the model's weights are not finite{location}: NaN or infinity was saved; use another model or an earlier "
             "checkpoint of it",
         )
 

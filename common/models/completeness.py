@@ -1,4 +1,4 @@
-"""Whether a model directory holds all weights of the model that its config.json describes, and no others.
+"""Checks that a model directory holds exactly the weights of the model that its config.json describes.
 
 Only names and shapes are read: no weight is loaded.
 """

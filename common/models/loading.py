@@ -1,4 +1,4 @@
-"""Load models from a directory or hub name, in one dtype; under ZeRO-3 the weights are partitioned while they load.
+"""Loads models from a directory or hub name, in one dtype; under ZeRO-3 the weights are partitioned while they load.
 
 Every `source` is a directory or a hub name, as `common.artifacts.model_source.resolve_model` returns it.
 """

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens under a causal language model, without the logits of a whole batch.
+"""Computes log-probabilities of tokens under a causal language model, without the logits of a whole batch.
 
 The logits at position p predict the token at p + 1. So response token t (0-based), which lies at position
 `prompt_length + t`, is read at position `prompt_length - 1 + t`: both its log-probability and its value.

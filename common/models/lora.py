@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) through peft, injected into a model in place.
+"""Adds low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) to a model in place, through peft.
 
 The model keeps its class and its forward. An adapted layer with weight W (out, in) computes with W + scale B A, where
 A (r, in) and B (out, r) are trained and B starts at 0.

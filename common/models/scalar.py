@@ -1,4 +1,4 @@
-"""ScalarModel: one number per position, for the reward model and the critic.
+"""Defines ScalarModel, which gives one number per position, for the reward model and the critic.
 
 Pooling happens outside the model, from lengths: see `score_at_last_token`. What is saved is the inner transformers
 sequence-classification model.

@@ -1,4 +1,4 @@
-"""The part of a DeepSpeed engine that this project uses, as a type; DeepSpeed itself has no types."""
+"""Defines a type for the part of a DeepSpeed engine that this project uses; DeepSpeed has no types."""
 
 from __future__ import annotations
 

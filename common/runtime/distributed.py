@@ -1,4 +1,4 @@
-"""Ranks, their devices and memory, and collectives. Without a process group there is one rank."""
+"""Provides ranks, their devices and memory, and collectives. Without a process group there is one rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank tells the others: that it is alive, its phase, a request to stop, a failure.
+"""Exchanges messages between ranks: signs of life, phases, requests to stop, failures.
 
 Once a second a thread of every rank writes a message to the process group's store and reads those of the others. A rank
 is lost when its process has ended, which other ranks on the same machine see at once. A rank hangs when it has sent no

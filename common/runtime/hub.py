@@ -1,4 +1,4 @@
-"""The Hugging Face hub as a program talks of it."""
+"""Reports look-ups on the Hugging Face hub, and its errors, to the user."""
 
 from __future__ import annotations
 

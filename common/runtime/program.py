@@ -1,4 +1,4 @@
-"""Start and end of a program: environment, process group, exit code.
+"""Starts and ends a program: environment, process group, exit code.
 
 `run_program` turns a main function into an exit code; `launch` is the same for a file of your own that trains.
 DeepSpeed is imported inside functions, after `prepare_environment` has run: it chooses its accelerator and its compiled

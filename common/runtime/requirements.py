@@ -1,4 +1,4 @@
-"""What a program needs before it can begin: installed packages, standard streams, enough open files.
+"""Checks what a program needs before it begins: installed packages, standard streams, enough open files.
 
 Programs call this before they import any package; it imports nothing slow.
 """

@@ -1,4 +1,4 @@
-"""Requests to stop the run: SIGTERM, SIGINT (Ctrl-C), or a launcher that has gone.
+"""Handles requests to stop the run: SIGTERM, SIGINT (Ctrl-C), or a launcher that has ended.
 
 Before training starts, a request ends the program at once. After that it is only recorded. The training loop asks for
 it, saves a checkpoint with all ranks together, and raises `Stopped`. This module imports nothing slow, so that signals

@@ -1,4 +1,4 @@
-"""Standard streams that cannot be used: closed (`>&-`), with a reader that has left (`| head`), or on a full disk.
+"""Handles standard streams that cannot be used: closed (`>&-`), without a reader (`| head`), or on a full disk.
 
 Imports nothing slow: programs call `reopen_closed` before they import anything that opens files.
 """

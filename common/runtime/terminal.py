@@ -1,4 +1,4 @@
-"""Text that a model has written may hold sequences that control a terminal. Replace them before it is shown."""
+"""Replaces sequences that control a terminal, which generated text may hold, before the text is shown."""
 
 from __future__ import annotations
 

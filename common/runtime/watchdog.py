@@ -1,4 +1,4 @@
-"""A thread of every rank that ends its process when the launcher has gone or when the other ranks cannot go on.
+"""Runs a thread on every rank that ends its process when the launcher has ended or the other ranks cannot continue.
 
 DeepSpeed's launcher is two processes, `deepspeed` and `deepspeed.launcher.launch`. When one is killed, or `deepspeed`
 gets a signal, nothing tells the ranks. So every rank checks whether both still run. A shell above them may end.

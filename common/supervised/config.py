@@ -1,4 +1,4 @@
-"""The options that every supervised program has."""
+"""Declares the options that every supervised program has."""
 
 from __future__ import annotations
 

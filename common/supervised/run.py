@@ -1,4 +1,4 @@
-"""A supervised program from its options to its result: what steps 1 and 2 have in common."""
+"""Runs a supervised program from its options to its result. Steps 1 and 2 share it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from common.training.metrics import Metrics
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run starts from, checked and read.
+    """The checked inputs of a run.
 
     Attributes:
         source: directory or hub name of the model.
@@ -54,11 +54,11 @@ class Inputs:
 
 
 def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Metrics:
-    """Train `task` to its end, or on from an interrupted run; returns the metrics of the last evaluation.
+    """Train `task` to its end, from the start or from a checkpoint. Returns the metrics of the last evaluation.
 
     Raises:
-        UserError: an option, a file or a model that cannot be used; mostly before any model is loaded.
-        TrainingFailure: the run cannot go on.
+        UserError: an option, a file or a model cannot be used. Most of these are found before a model is loaded.
+        TrainingFailure: the run cannot continue.
         AlreadyComplete: the result is in the output directory already.
     """
     inputs = read_inputs(task, config)
@@ -69,7 +69,7 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
         with run.checkpoints.reporting_last_good():
             done = run.restore(state)
             metrics = loop.run(trainer.train_step, trainer.evaluate, done, run.checkpoints.on_step_end)
-            # Before the result is written: what fails in the samples must not leave half a result.
+            # Before the result is written: an error in the samples must not leave an incomplete result.
             run.tracker.samples("after", trainer.samples(inputs.codec))
             publish(task, config, inputs, trainer.engine, metrics)
     report_done(run.tracker, loop.total_steps, metrics, config.output_dir)
@@ -79,7 +79,7 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
 
 
 def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Inputs:
-    """Check what the options name, and prepare the data. No rank waits for another yet, and no weights are loaded."""
+    """Check the paths and names in the options, and prepare the data. Loads no weights; ranks are not connected yet."""
     check_engine_options(config)
     with writing_to("--data_output_path", config.data_output_path), named_by("--model_name_or_path"):
         source = resolve_model(config.model_name_or_path, config.data_output_path, config.merge_adapter)
@@ -178,7 +178,7 @@ def evaluated_on_this_rank(held_out: Dataset, config: SupervisedConfig) -> list[
 def publish(
     task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, engine: Any, metrics: Metrics
 ) -> None:
-    """Write the result: the model, its adapters, the tokenizer, and how it was made."""
+    """Write the result: the model, its adapters, the tokenizer and the provenance."""
     with publishing(
         config,
         inputs.codec,

@@ -1,4 +1,4 @@
-"""What a supervised program trains. Steps 1 and 2 are two such tasks; a task of your own is one class.
+"""Defines the interface of a supervised task: its data, model, loss and metrics. Steps 1 and 2 are two such tasks.
 
 Everything else (options, data on disk, engines, checkpoints, the loop, the result) is the same for all tasks: see
 `common.supervised.run.run_supervised`.
@@ -33,7 +33,7 @@ class Batching(Generic[BatchT]):
 
     Attributes:
         sampler: the rows of each optimizer step, cut into this rank's micro-batches.
-        collate: from rows and a micro-batch of them to tensors on the CPU.
+        collate: turns a micro-batch of the rows into tensors on the CPU.
     """
 
     sampler: StepSampler
@@ -41,7 +41,7 @@ class Batching(Generic[BatchT]):
 
 
 class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
-    """A loss on rows of data, and what belongs to it. Methods stand in the order in which they are called.
+    """A supervised task. Its methods are listed in the order in which they are called.
 
     Args:
         config: the options of the program.
@@ -49,7 +49,8 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
     Attributes:
         config_class: the class of its options.
         step: name of the task in provenance.json, such as "sft".
-        unit: what the loss is a mean over; the name in `Sums` of how many there are, such as "tokens" or "pairs".
+        unit: the elements over which the loss is a mean, such as "tokens" or "pairs"; also the name of their number
+            in `Sums`.
         sequences_per_row: sequences that the model reads for one row.
     """
 
@@ -62,14 +63,14 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
         self.config = config
 
     def check_model(self, source: str) -> None:
-        """Raises ModelError if the task cannot start from this model. Loads no weights."""
+        """Raise ModelError if the task cannot start from this model. Loads no weights."""
         check_language_model(source, self.config.trust_remote_code)
 
     @abstractmethod
     def prepare(self, codec: Codec) -> PreparedData:
         """The rows to train on and those that are held out, see `common.data.prepare.prepare`.
 
-        Called before ranks depend on one another, so it may take as long as it needs.
+        It is called before the ranks are connected, so no timeout limits its duration.
         """
 
     @abstractmethod
@@ -89,30 +90,30 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
 
         Args:
             engine: the model in its engine, for tasks whose batches depend on what the model can do.
-            config: that of the task, with the size of micro-batches that fits into memory.
+            config: the options, with the micro-batch size that fits into memory.
         """
         return Batching(self.step_sampler(rows, config), lambda rows, batch: self.collate(rows, batch, pad_id))
 
     @abstractmethod
     def count(self, batch: BatchT) -> Tensor:
-        """How many units (tokens, pairs) of this batch the loss sums over: a scalar."""
+        """The number of units (tokens, pairs) in the loss of this batch: a scalar."""
 
     @abstractmethod
     def loss_sum(self, engine: Any, batch: BatchT) -> tuple[Tensor, Sums]:
         """The loss of a batch as a sum over its units, a scalar with a gradient, and statistics as sums.
 
-        A filler of the batch adds nothing. The mean is taken outside, over the whole optimizer step and all ranks, so
-        that a unit weighs the same however the step is cut. The statistics hold `unit`, "loss" and what
+        Filler rows add nothing. The caller divides the sum by the number of units in the whole optimizer step on all
+        ranks, so the weight of a unit does not depend on the micro-batches. The statistics hold `unit`, "loss" and what
         `train_metrics` and `evaluation_metrics` need.
         """
 
     def train_metrics(self, sums: Sums) -> Metrics:
-        """What to log of an optimizer step, from the sums over all of it."""
+        """The metrics to log for an optimizer step, from the sums over the whole step."""
         return self.evaluation_metrics(sums)
 
     @abstractmethod
     def evaluation_metrics(self, sums: Sums) -> Metrics:
-        """What to log of an evaluation, from the sums over all held-out rows."""
+        """The metrics to log for an evaluation, from the sums over all held-out rows."""
 
     def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> Sequence[dict[str, Any]]:
         """Rows for samples/after.jsonl, to be read by people. All ranks call it, without gradients, the model in
@@ -124,7 +125,7 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
         return {}
 
     def step_sampler(self, rows: Dataset, config: ConfigT, pack_to: int = 0) -> StepSampler:
-        """The optimizer steps over prepared rows; see `StepSampler` on `pack_to`."""
+        """The sampler of optimizer steps over prepared rows; for `pack_to` see `StepSampler`."""
         return StepSampler(
             [self.sequences_per_row * length for length in rows["length"]],
             rows_per_micro_batch=config.per_device_train_batch_size,

@@ -1,4 +1,4 @@
-"""One optimizer step of a supervised task, its evaluation, and the probe of what fits into memory."""
+"""Makes an optimizer step of a supervised task, evaluates it, and probes the memory of a micro-batch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
     Args:
         engine: a DeepSpeed engine around the model of the task.
         train, held_out: prepared rows.
-        batching: of the rows to train on.
+        batching: how training rows become batches.
         evaluation_batches: this rank's part of the evaluation.
-        max_skipped_steps: so many optimizer steps skipped in a row end the run.
+        max_skipped_steps: the number of consecutive skipped optimizer steps that ends the run.
 
     Attributes:
-        step: makes or skips optimizer steps, and counts those that were skipped.
+        step: applies or skips optimizer steps, and counts the skipped ones.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
         self.step = AtomicStep({"model": engine}, max_skipped_steps)
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Metrics:
-        """One optimizer step, unless it is skipped; the loss is the mean over its units on all ranks."""
+        """Make one optimizer step, or skip it. The loss is the mean over the units of the step on all ranks."""
         batches = list(self._batches(self.train, micro_batches))
         units = global_sum(torch.stack([self.task.count(batch) for batch in batches]).sum())
         parts: list[Sums] = []
@@ -60,7 +60,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
             parts.append(sums)
             return loss / units
 
-        learning_rate = self.engine.get_lr()[0]  # after the step it is the next one's
+        learning_rate = self.engine.get_lr()[0]  # read before the step, which sets that of the next step
         self.step.accumulate("model", "loss", batches, share_of_mean)
         if self.step.finite_on_all_ranks():
             self.engine.step()
@@ -75,7 +75,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
-        """Over this run's held-out rows on all ranks; nothing where none are held out."""
+        """The metrics over the held-out rows on all ranks; an empty dict if none are held out."""
         if not self.evaluation_batches:
             return {}
         self.engine.eval()
@@ -100,7 +100,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
 
 
 def probe(task: SupervisedTask[ConfigT, BatchT], engine: Any, rows: Dataset, pad_id: int, count: int) -> None:
-    """Forward and backward of a micro-batch of the longest row, `count` times; nothing is kept of it."""
+    """Run forward and backward on a micro-batch of `count` copies of the longest row, and discard the gradients."""
     longest = int(np.argmax(rows["length"]))
     batch = task.collate(rows, MicroBatch((longest,) * count, (True,) * count), pad_id).to(device())
     step = AtomicStep({"model": engine}, limit=1)

@@ -1,4 +1,4 @@
-"""Optimizer steps that all engines of a run make together, or none of them.
+"""Applies each optimizer step to all engines of a run, or to none of them.
 
 A loss or gradient that is not finite, in one model on one rank, would spread to the weights of all ranks, and through
 the next rollout to the other model. So no engine steps before all ranks know that everything is finite. Otherwise all
@@ -22,17 +22,19 @@ from common.training.gradients import discard_gradients
 
 
 class AtomicStep:
-    """Optimizer steps, one after another: the caller calls `accumulate` for each engine, and then, if everything is
-    `finite_on_all_ranks`, the `step` of each engine, otherwise `skip`.
+    """Decides for each optimizer step whether it is applied.
+
+    For each step the caller first calls `accumulate` for every engine. If `finite_on_all_ranks` then returns True, it
+    calls the `step` of every engine; otherwise it calls `skip`.
 
     Args:
         engines: by the name of their model.
-        limit: this many skipped steps in a row end the run.
+        limit: the number of consecutive skipped steps that ends the run.
 
     Attributes:
-        skipped: optimizer steps of the whole run that were not made, including those by which fp16 finds its loss
+        skipped: number of skipped optimizer steps in the whole run, including those that fp16 needs to find its loss
             scale.
-        consecutive_skips: optimizer steps skipped since the last one that was made, without those.
+        consecutive_skips: number of steps skipped since the last applied one, without those that fp16 needs.
     """
 
     def __init__(self, engines: Mapping[str, Engine], limit: int):
@@ -51,7 +53,7 @@ class AtomicStep:
         self.skipped, self.consecutive_skips = state["skipped"], state["consecutive_skips"]
 
     def last_step_applied(self) -> bool:
-        """Whether the last optimizer step was made."""
+        """Whether the last optimizer step was applied."""
         return not self.consecutive_skips
 
     def accumulate(
@@ -73,12 +75,12 @@ class AtomicStep:
     def finite_on_all_ranks(self) -> bool:
         """Whether every loss and gradient that was accumulated is finite on all ranks. The same on each rank.
 
-        If so, the caller makes the step of every engine; otherwise it must call `skip`.
+        If so, the caller calls the `step` of every engine; otherwise it must call `skip`.
         """
         self._not_finite_here, self._not_finite_anywhere = self._find_not_finite()
         if self._not_finite_anywhere:
             return False
-        self._forget()
+        self._reset_sums()
         self.consecutive_skips = 0
         return True
 
@@ -88,20 +90,20 @@ class AtomicStep:
         Raises:
             Diverged: on all ranks alike, if `limit` optimizer steps in a row have been skipped now.
         """
-        here, somewhere = self._not_finite_here, self._not_finite_anywhere
+        here, anywhere = self._not_finite_here, self._not_finite_anywhere
         self.skipped += 1
-        overflown = [name for name in self._engines if f"{name} gradient" in somewhere]
-        if len(overflown) == len(somewhere) and all(searches_loss_scale(self._engines[name]) for name in overflown):
+        overflown = [name for name in self._engines if f"{name} gradient" in anywhere]
+        if len(overflown) == len(anywhere) and all(searches_loss_scale(self._engines[name]) for name in overflown):
             for name in overflown:
                 self._engines[name].step()  # finds the overflow, lowers the loss scale, and changes nothing else
         else:
-            first = somewhere[0]
-            self._count(first, [rank for rank, names in enumerate(gather_objects(here)) if first in names])
+            first = anywhere[0]
+            self._count_skip(first, [rank for rank, names in enumerate(gather_objects(here)) if first in names])
         self.discard()
 
     def discard(self) -> None:
         """Discard losses and gradients: the next optimizer step is, bit for bit, as if they had not been computed."""
-        self._forget()
+        self._reset_sums()
         for engine in self._engines.values():
             discard_gradients(engine)
 
@@ -112,18 +114,18 @@ class AtomicStep:
             **{f"{name} gradient": engine.gradients.squares for name, engine in self._engines.items()},
         }
         flags = torch.stack([~size.isfinite() for size in sizes.values()]).double()
-        here, somewhere = torch.stack([flags, global_sum(flags)]).tolist()
+        here, anywhere = torch.stack([flags, global_sum(flags)]).tolist()
         return (
             [name for name, flag in zip(sizes, here) if flag],
-            [name for name, flag in zip(sizes, somewhere) if flag],
+            [name for name, flag in zip(sizes, anywhere) if flag],
         )
 
-    def _forget(self) -> None:
+    def _reset_sums(self) -> None:
         self._losses = {}
         for engine in self._engines.values():
             engine.gradients.squares.zero_()
 
-    def _count(self, name: str, ranks: list[int]) -> None:
+    def _count_skip(self, name: str, ranks: list[int]) -> None:
         self.consecutive_skips += 1
         problem = f"the {name} on rank {', '.join(map(str, ranks))} is not finite"
         say(f"warning: {problem}: this optimizer step is skipped, {self.consecutive_skips} in a row now")

@@ -1,4 +1,4 @@
-"""The configuration of DeepSpeed, and the engines made with it.
+"""Generates the configuration of DeepSpeed, and creates engines with it.
 
 Every engine runs with `managed_gradient_accumulation` off: an optimizer step is any number of `backward` calls and one
 `step`. So it may have as many micro-batches as its rows need, and the loss carries its own normalisation (see
@@ -21,7 +21,13 @@ from common.config.parser import Config, options
 from common.errors import InputError, named_by
 from common.runtime.distributed import device, on_gpu, world_size
 from common.training.gradients import GradientSize
-from common.training.optim import Untrained, build_optimizer, build_scheduler, parameter_groups, say_shortened_warmup
+from common.training.optim import (
+    WeightChanges,
+    build_optimizer,
+    build_scheduler,
+    parameter_groups,
+    say_shortened_warmup,
+)
 
 Engine = Any  # a DeepSpeedEngine; DeepSpeed has no types
 MicroBatch = TypeVar("MicroBatch")
@@ -33,7 +39,7 @@ def resolve_dtype(name: str) -> torch.dtype:
     """The number format for --dtype: `auto` is bf16 on a GPU that supports it, fp16 on other GPUs, fp32 on a CPU.
 
     Raises:
-        InputError: fp16 without a GPU, where DeepSpeed cannot train in it.
+        InputError: `name` is fp16 and there is no GPU. DeepSpeed cannot train in fp16 on a CPU.
     """
     if name == "auto":
         if not on_gpu():
@@ -55,12 +61,12 @@ def check_engine_options(config: RunOptions) -> None:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How DeepSpeed holds one model.
+    """How DeepSpeed stores and steps one model.
 
     Attributes:
         zero_stage: 0, 1, 2 or 3.
         dtype: of the weights in forward and backward; the optimizer keeps fp32 masters.
-        micro_batch: rows per rank and forward pass; DeepSpeed only reports its throughput by it.
+        micro_batch: rows per rank and forward pass; DeepSpeed uses it only to report its throughput.
         offload: keep optimizer state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory.
         max_grad_norm: clip gradients to this global norm; 0 turns it off.
         override: path of a JSON file that is merged over the generated configuration.
@@ -91,9 +97,9 @@ class OptimizerSettings:
     """How one model learns.
 
     Attributes:
-        learning_rate: the highest, of all parameters but those of adapters.
-        lora_learning_rate: the highest, of adapters.
-        weight_decay: AdamW's.
+        learning_rate: the peak rate of all parameters except those of adapters.
+        lora_learning_rate: the peak rate of adapters.
+        weight_decay: of AdamW.
         scheduler: one of `common.config.groups.SCHEDULES`.
         warmup_steps, total_steps: optimizer steps.
     """
@@ -128,8 +134,8 @@ def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict[s
     """The JSON configuration of one engine, as a dict.
 
     A frozen model is replicated (stage 0) or partitioned (stage 3); stages 1 and 2 partition optimizer state and
-    gradients, which it does not have. fp16 trains at stage 1 at least: DeepSpeed's optimizer for stage 0 divides
-    gradients by the loss scale, by which `engine.backward` has not multiplied the loss there.
+    gradients, which it does not have. fp16 trains at stage 1 or above: at stage 0 DeepSpeed's optimizer divides the
+    gradients by the loss scale, although `engine.backward` has not multiplied the loss by it.
     """
     stage = settings.zero_stage
     if not trainable and stage != 3:
@@ -162,10 +168,10 @@ def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict[s
 
 
 def read_override(path: str) -> dict[str, Any]:
-    """The JSON object in a file that is to be merged over the generated configuration.
+    """Read the JSON object that is merged over the generated configuration.
 
     Raises:
-        InputError: the file cannot be read, or holds something else.
+        InputError: the file cannot be read, or does not hold a JSON object.
     """
     try:
         override = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -216,7 +222,7 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 def training_engine(model: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings) -> Engine:
     """A DeepSpeed engine that trains the parameters of `model` which require gradients.
 
-    It has two attributes of our own: `gradients`, a `GradientSize`, and `untrained`, an `Untrained`.
+    It has two attributes of this project: `gradients`, a `GradientSize`, and `weight_changes`, a `WeightChanges`.
     """
     import deepspeed
 
@@ -225,9 +231,9 @@ def training_engine(model: nn.Module, settings: EngineSettings, optimizer: Optim
     adamw = build_optimizer(groups, "offload_optimizer" in config["zero_optimization"])
     schedule = build_scheduler(adamw, optimizer.scheduler, optimizer.warmup_steps, optimizer.total_steps)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, lr_scheduler=schedule, config=config)
-    _forget_start_up_step(adamw)
+    _reset_step_counter(adamw)
     engine.gradients = GradientSize(model)
-    engine.untrained = Untrained(model)
+    engine.weight_changes = WeightChanges(model)
     engine.train()  # transformers loads models in evaluation mode, without dropout
     return engine
 
@@ -266,12 +272,12 @@ def accumulate(
 
 
 def gradient_norm(engine: Engine) -> float | None:
-    """Global norm of the gradients of the last step, before clipping; None in fp32 at ZeRO 0: DeepSpeed keeps none."""
+    """Global norm of the last step's gradients, before clipping; None in fp32 at ZeRO 0: DeepSpeed has none."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 
-def _forget_start_up_step(optimizer: torch.optim.Optimizer) -> None:
+def _reset_step_counter(optimizer: torch.optim.Optimizer) -> None:
     """Undo the step with zero gradients that some of DeepSpeed's optimizers take to allocate their state.
 
     It advances Adam's step counter, so that bias correction makes the first real updates too small (bf16 at

@@ -1,4 +1,4 @@
-"""The gradients between backward and step, wherever DeepSpeed keeps them: their size, and how to discard them."""
+"""Measures and discards the gradients between backward and step, wherever DeepSpeed keeps them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop of supervised training: evaluate, then epochs of optimizer steps with evaluations between them."""
+"""Runs the loop of supervised training: epochs of optimizer steps, and evaluations before, between and after them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Evaluate = Callable[[], Metrics]
 
 @dataclass
 class SupervisedLoop:
-    """Epochs over a data set.
+    """Trains for a number of epochs over a data set.
 
     Attributes:
         sampler: gives every epoch's optimizer steps.
@@ -72,8 +72,8 @@ class SupervisedLoop:
 
         Args:
             train_step: takes this rank's micro-batches of one optimizer step; returns what to log of it.
-            evaluate: returns metrics over the held-out data; none where nothing is held out.
-            done: optimizer steps that an interrupted run has made already.
+            evaluate: returns metrics over the held-out data; an empty dict if nothing is held out.
+            done: optimizer steps that the resumed run has made already; they are not repeated.
             on_step_end: called after each step but the last, with the number of steps made; it saves a checkpoint, or
                 ends a run that was asked to stop. An evaluation due after that step comes later, so that a resumed run
                 makes it again.
@@ -123,7 +123,7 @@ class SupervisedLoop:
 
 
 def check_finite(value: float, name: str, when: str) -> None:
-    """Raises Diverged if a value is not finite. It must be the same on all ranks, so that all of them end."""
+    """Raise Diverged if a value is not finite. The value must be the same on all ranks, so that all of them end."""
     if not math.isfinite(value):
         raise Diverged(f"the {name} of {when} is {value}: {DIVERGED}")
 

@@ -1,6 +1,6 @@
-"""Memory: --auto_micro_batch measures before training what fits; an allocation that fails ends the run in one line.
+"""Measures how large micro-batches may be (--auto_micro_batch), and reports a failed allocation in one line.
 
-The line names the phase and the options that relieve it. Which these are, their declarations say (`Option.relieves`).
+The line names the phase and the options that reduce its memory. Options declare the phases in `Option.relieves`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from common.runtime.distributed import device, memory_available, on_every_rank, 
 from common.training.engine import Engine
 
 USABLE = 0.8  # of the free memory; the rest is for fragmentation, buffers of the optimizer, and other programs
-_PRECISION = 8  # the bisection ends when the number of rows is known up to one part in this many
+_PRECISION = 8  # the bisection ends when the number of rows is known to within 1/8
 
 ScheduleType = TypeVar("ScheduleType", bound=ScheduleOptions)
 
@@ -31,7 +31,7 @@ class OutOfMemory(TrainingFailure):
     """An allocation failed.
 
     Attributes:
-        phase: of the run, in words.
+        phase: the phase of the run, in words.
     """
 
     def __init__(self, phase: str, size: str):
@@ -41,7 +41,7 @@ class OutOfMemory(TrainingFailure):
 
 @contextlib.contextmanager
 def named_when_out_of_memory(phase: str) -> Iterator[None]:
-    """Within the context an allocation that fails raises OutOfMemory, with the phase and the size.
+    """Within the context, a failed allocation raises OutOfMemory with the phase and the size.
 
     Raises:
         OutOfMemory: on the ranks that ran out.
@@ -49,7 +49,7 @@ def named_when_out_of_memory(phase: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        size = size_asked(error)
+        size = requested_size(error)
         if size is None:
             raise
         raise OutOfMemory(phase, size) from None
@@ -57,7 +57,7 @@ def named_when_out_of_memory(phase: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def advising_on_memory(config: Config) -> Iterator[None]:
-    """Within the context the message of an OutOfMemory goes on to say which options of the program help.
+    """Within the context, the message of an OutOfMemory also says which options of the program help.
 
     Raises:
         TrainingFailure: with the longer message.
@@ -69,25 +69,25 @@ def advising_on_memory(config: Config) -> Iterator[None]:
 
 
 def memory_advice(config_class: type[Config], phase: str) -> str:
-    """How to change the options that relieve a phase, as in "lower --a or --b, or add --c"."""
-    known = options(config_class)
-    relieving = [name for name, meta in known.items() if any(words in phase for words in meta.relieves)] or [
-        name for name, meta in known.items() if ANYWHERE in meta.relieves
+    """How to change the options that reduce the memory of a phase, as in "lower --a or --b, or add --c"."""
+    declared = options(config_class)
+    relieving = [name for name, meta in declared.items() if any(words in phase for words in meta.relieves)] or [
+        name for name, meta in declared.items() if ANYWHERE in meta.relieves
     ]
     flags: dict[str, list[str]] = {}
     for name in relieving:
-        flags.setdefault(known[name].advice, []).append(f"--{name}")
+        flags.setdefault(declared[name].advice, []).append(f"--{name}")
     *others, last = [advice.format(flag=" or ".join(names)) for advice, names in flags.items()]
     return f"{', '.join(others)}, or {last}" if others else last
 
 
-def size_asked(error: Exception) -> str | None:
-    """The size of the allocation that failed, in words; None if the error has another cause."""
+def requested_size(error: Exception) -> str | None:
+    """The size of the allocation that failed, as text; None if the error has another cause."""
     size = re.search(r"(?:tried to allocate|unable to allocate) ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
     if size:
         return size[1]
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "std::bad_alloc" in str(error)
-    return "an unknown amount" if known else None
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "std::bad_alloc" in str(error)
+    return "an unknown amount" if out_of_memory else None
 
 
 def fit_micro_batches(
@@ -98,24 +98,24 @@ def fit_micro_batches(
     longest: int,
     rows: int,
 ) -> ScheduleType:
-    """The config with --max_tokens_per_micro_batch as --auto_micro_batch measures it; unchanged where that is off.
+    """The config with the --max_tokens_per_micro_batch that --auto_micro_batch measures; unchanged without that option.
 
     Optimizer steps keep their rows, so their loss and gradients are the same. Afterwards weights, gradients and random
     state are as before. All ranks must call it.
 
     Args:
-        saved_max_tokens: the value that an interrupted run measured. Rounding depends on it, so a resumed run takes it
-            and measures nothing.
+        saved_max_tokens: the value that the interrupted run measured. Rounding depends on the value, so a resumed run
+            uses it and measures nothing.
         engines: the engines that train.
-        probe: makes forward and backward passes of this many of the longest rows together, and discards the gradients.
+        probe: runs forward and backward on this many of the longest rows together, and discards the gradients.
         longest: tokens of the longest row.
-        rows: of one optimizer step on one rank; a micro-batch has at most these.
+        rows: number of rows of one optimizer step on one rank; a micro-batch has at most as many.
     """
     if not config.auto_micro_batch:
         return config
     max_tokens = saved_max_tokens
     if not max_tokens:
-        free = USABLE * memory_available() - sum(map(optimizer_state_to_come, engines))
+        free = USABLE * memory_available() - sum(map(unallocated_optimizer_state, engines))
         with (
             torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu() else []),
             advising_on_memory(config),
@@ -133,10 +133,10 @@ def fit_micro_batches(
 def most_that_fit(probe: Callable[[int], None], most: int, free: float) -> int:
     """The largest number of rows, at least 1 and at most `most`, whose probe needs at most `free` bytes on any rank.
 
-    A number is tried only if every rank expects it to fit, by the growth between the two largest numbers tried before:
-    a rank that ran out of memory in the middle of a pass would leave the others waiting for it.
+    Before a probe, every rank extrapolates its memory linearly from the two largest probes so far. The probe is run
+    only if all ranks expect it to fit: if one rank ran out of memory during a pass, the others would wait for it.
     """
-    start = _bytes_taken()
+    start = _allocated_bytes()
     taken = {0: 0, 1: _peak_of(lambda: probe(1)) - start}  # one row is tried in any case: the run needs that much
 
     def fits(rows: int) -> bool:
@@ -157,7 +157,7 @@ def most_that_fit(probe: Callable[[int], None], most: int, free: float) -> int:
     return fitting
 
 
-def optimizer_state_to_come(engine: Engine) -> int:
+def unallocated_optimizer_state(engine: Engine) -> int:
     """Bytes on this device that the first step will allocate for AdamW's two moments, in fp32."""
     optimizer = engine.basic_optimizer
     return sum(
@@ -181,7 +181,7 @@ def _peak_of(work: Callable[[], None]) -> int:
     return memory_status("VmHWM")
 
 
-def _bytes_taken() -> int:
+def _allocated_bytes() -> int:
     return torch.cuda.memory_allocated() if on_gpu() else memory_status("VmRSS")
 
 

@@ -1,4 +1,4 @@
-"""Statistics as sums, which are added over micro-batches and ranks; a mean is computed once, at the end."""
+"""Adds statistics over micro-batches and ranks as sums, and computes means from them once, at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Metrics = dict[str, float]  # what is logged, by name
-Sums = dict[str, Tensor]  # name -> float64 scalar: a total over the counted elements, never a mean
+Sums = dict[str, Tensor]  # name -> float64 scalar: a total over elements, never a mean
 GlobalSum = Callable[[Tensor], Tensor]  # returns the sum over all ranks of a tensor of the same shape on each
 
 
@@ -49,5 +49,5 @@ def add_sums(parts: Sequence[Sums], global_sum: GlobalSum = on_this_rank) -> Sum
 
 def means(sums: Sums, count: str) -> dict[str, float]:
     """Every sum divided by the sum named `count`, which is left out. If that is 0, the means are 0."""
-    counted = max(float(sums[count]), 1.0)
-    return {name: float(total) / counted for name, total in sums.items() if name != count}
+    divisor = max(float(sums[count]), 1.0)
+    return {name: float(total) / divisor for name, total in sums.items() if name != count}

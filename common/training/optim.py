@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: AdamW over named groups of parameters."""
+"""Creates AdamW over groups of parameters, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from common.config.groups import ScheduleOptions
 from common.errors import UserError
 from common.runtime.distributed import on_every_rank, on_gpu, say
-from common.training.learning_rate import share_of_highest
+from common.training.learning_rate import fraction_of_peak
 
 BETAS = (0.9, 0.95)  # of AdamW, as in the training of InstructGPT and DeepSpeed-Chat
 
@@ -77,11 +77,11 @@ def say_shortened_warmup(config: ScheduleOptions, total_steps: int) -> None:
 
 def build_scheduler(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, total_steps: int) -> LambdaLR:
     """The learning-rate schedule `name` over `total_steps` optimizer steps."""
-    return LambdaLR(optimizer, lambda step: share_of_highest(name, step, warmup_steps, total_steps))
+    return LambdaLR(optimizer, lambda step: fraction_of_peak(name, step, warmup_steps, total_steps))
 
 
-class Untrained:
-    """Tells whether training has changed no weight of a model, not even by one bit.
+class WeightChanges:
+    """Detects whether training has changed any weight of a model, by checksums of all bits.
 
     It must be created before the first step, and before a checkpoint is loaded: a resumed run starts from the same
     weights.
@@ -90,7 +90,7 @@ class Untrained:
     def __init__(self, model: nn.Module):
         self._model, self._before = model, _checksums(model)
 
-    def still(self) -> bool:
+    def none(self) -> bool:
         """Whether no weight has changed on any rank. All ranks must call it."""
         return on_every_rank(_checksums(self._model) == self._before)
 

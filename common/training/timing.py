@@ -1,4 +1,4 @@
-"""Which part of the work a rank is in, and how long each part takes."""
+"""Measures how long each phase of the work takes, and reports the current phase to the heartbeat."""
 
 from __future__ import annotations
 

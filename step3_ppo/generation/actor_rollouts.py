@@ -1,4 +1,4 @@
-"""The actor generates responses to prompts.
+"""Generates the actor's responses to prompts.
 
 Two ways give the same tokens. In generation mode (see `generation_mode`) every rank decodes its own prompts with
 continuous batching. The plain way calls transformers' `generate` on batches that stay together. It is used where
@@ -52,7 +52,7 @@ class ActorRollouts:
         self.engine, self.slots, self.seed, self.end_ids, self.pad_id = engine, slots, seed, end_ids, pad_id
         self.gather, self.keep_cache = gather, keep_cache
         self.cache: SlotCache | None = None
-        self._said = ""
+        self._last_message = ""
 
     def roll_out(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout | None:
         """`sampling.samples_per_prompt` responses to every prompt.
@@ -66,7 +66,7 @@ class ActorRollouts:
         Returns:
             The responses, in the order of the prompts, those of one prompt together. A response contains `NO_TOKEN`
             where the actor's logits were not finite; that is no error here, since only this rank knows of it. None if
-            this rank was told to stop meanwhile.
+            this rank was asked to stop meanwhile.
         """
         longest = prompts.input_ids.shape[1] + sampling.max_new_tokens
         reason = self._why_plain(longest)
@@ -91,9 +91,9 @@ class ActorRollouts:
         return ""
 
     def _say_once(self, message: str) -> None:
-        if message != self._said:
+        if message != self._last_message:
             say(message)
-            self._said = message
+            self._last_message = message
 
     def _in_generation_mode(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout | None:
         if self.engine.zero_optimization_partition_weights():
@@ -143,8 +143,8 @@ class ActorRollouts:
         return Rollout.concat(parts).select(order)
 
 
-def _bar(answers: int) -> tqdm:
-    return tqdm(total=answers, desc="rollout", leave=False, delay=SECONDS_BEFORE_BAR, disable=not is_main())
+def _bar(responses: int) -> tqdm:
+    return tqdm(total=responses, desc="rollout", leave=False, delay=SECONDS_BEFORE_BAR, disable=not is_main())
 
 
 class _ForcedChoice(LogitsProcessor):
@@ -168,8 +168,8 @@ class _ForcedChoice(LogitsProcessor):
         position = input_ids.shape[1] - self.prompt_width
         scores = without_ends(scores, position < self.limits[:, 0], self.ends)
         tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
-        # Tokens after a response's own limit are cut off later, so end it now to save time. When the run was told to
-        # stop, end all responses: under ZeRO-3 no rank may leave `generate` alone.
+        # Tokens after a response's own limit are cut off later, so end it now to save time. When the run was asked
+        # to stop, end all responses: under ZeRO-3 no rank may leave `generate` alone.
         self.broken |= tokens == NO_TOKEN
         over = self.broken | (position >= self.limits[:, 1]) | bool(stop_requested())
         tokens = torch.where(over, self.ends[0], tokens)

@@ -1,4 +1,4 @@
-"""Attention in the dtype of the key-value cache, which may be wider than the model's.
+"""Computes attention in the dtype of the key-value cache, which may be wider than the model's.
 
 On a CPU, attention of one query at a time is several times slower in bf16 than in fp32. With keys and values kept in
 fp32, only the query is converted at each step.

@@ -1,4 +1,4 @@
-"""Continuous batching: as soon as a response ends, its slot is given to the next prompt.
+"""Generates with continuous batching: as soon as a response ends, its slot is given to the next prompt.
 
 So the cost of decoding grows with the number of real tokens, not with rows times the longest response. A slot is a row
 of a key-value cache that is allocated once. In one forward pass the slots have different lengths; the attention mask
@@ -129,7 +129,7 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class Decoder:
-    """Generates responses with a causal language model whose weights are whole and which is in evaluation mode.
+    """Generates responses with a causal language model with unsharded weights, in evaluation mode.
 
     Args:
         model: of transformers; `can_decode` says whether it can be served.
@@ -160,7 +160,7 @@ class Decoder:
     def run(self, requests: Sequence[Request], progress: Callable[[int], object] | None = None) -> list[list[int]]:
         """The tokens of the response to each request, the end token included.
 
-        A response ends with `NO_TOKEN` where the logits were not finite. When this rank is told to stop, responses are
+        A response ends with `NO_TOKEN` where the logits were not finite. When this rank is asked to stop, responses are
         incomplete.
 
         Args:

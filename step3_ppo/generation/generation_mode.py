@@ -1,4 +1,4 @@
-"""Switch the actor to fast generation and back: whole weights, LoRA folded in, no ZeRO-3 hooks."""
+"""Switches the actor to fast generation and back: unsharded weights, LoRA merged, no ZeRO-3 hooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizer states in CPU memory during a rollout, which needs the GPU's memory."""
+"""Keeps optimizer states in CPU memory during a rollout, which needs the GPU's memory."""
 
 from __future__ import annotations
 

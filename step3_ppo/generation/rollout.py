@@ -1,4 +1,4 @@
-"""The batch that generation gives: prompts, and the responses that the actor wrote to them.
+"""Defines the batch that generation returns: prompts, and the responses that the actor generated.
 
 B rows; L the width of the tokens; R the longest response of the batch, so that column t of a (B, R) tensor
 belongs to response token t. Masks come from lengths alone: an end token that doubles as padding still counts.
@@ -23,9 +23,9 @@ Rows = Tensor | Sequence[int]
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts and the responses written to them.
+    """Prompts and the responses generated to them.
 
-    A filler is a row that only keeps ranks in step (real = False): the models see it, and it counts nowhere.
+    A filler (real = False) only gives all ranks equally many rows: the models process it, and nothing counts it.
     """
 
     tokens: Tensor  # (B, L) long: prompt and response joined without a gap, then padding of any valid id
@@ -55,7 +55,7 @@ class Rollout:
 
     @cached_property
     def attention_mask(self) -> Tensor:
-        """(B, L) long: 1 on prompt and response. Fillers keep theirs, as models dislike empty rows."""
+        """(B, L) long: 1 on prompt and response. Also 1 on fillers, because empty rows give NaN in some models."""
         return length_mask(self.lengths, self.tokens.shape[1]).long()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""How tokens are drawn.
+"""Samples tokens from logits.
 
 Randomness is fixed before decoding: one uniform number per (seed, iteration, prompt, sample, position), turned into
 a token by the inverse of the cumulative distribution. So a response depends on its prompt and the weights alone, not

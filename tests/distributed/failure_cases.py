@@ -1,4 +1,4 @@
-"""Runs that must not end well, of all three programs, in one process per rank; writes down how each ended.
+"""Runs of all three programs that must fail, in one process per rank; writes down how each ended.
 
 Run under the launcher: failure_cases.py INPUTS OUTPUT_DIR
 """

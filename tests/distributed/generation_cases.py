@@ -1,4 +1,4 @@
-"""Rollouts between training steps, at every ZeRO stage, full and LoRA: what they write and what they leave behind.
+"""Rollouts between training steps, at every ZeRO stage, full and LoRA; writes down tokens and changed weights.
 
 Run under the launcher: generation_cases.py [--long] CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the
 rollout of all ranks, the plain way's tokens, and whether weights and training came through bit for bit; `shared`, what

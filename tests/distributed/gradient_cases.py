@@ -1,4 +1,4 @@
-"""One optimizer step of every trainer, cut up in many ways; what Adam saw is written down for comparison.
+"""One optimizer step of every trainer, with many micro-batch layouts; writes down the gradients that Adam gets.
 
 Run under the launcher: gradient_cases.py [--long] CACHE_DIR OUTPUT_DIR. After one step from fresh state Adam's first
 moment is (1 - beta1) times the gradient, at any ZeRO stage, with the reduction over ranks and micro-batches already

@@ -1,4 +1,4 @@
-"""Runs of the three programs that differ in one option each, all in one process; writes down what each has done.
+"""Runs of the three programs that differ in one option each, in one process; writes down the effects of each.
 
 Run under the launcher: option_cases.py INPUTS OUTPUT_DIR STEP...
 """

@@ -41,18 +41,20 @@ def make_inputs(directory: Path, cache_dir: Path) -> None:
     """Models, data and a DeepSpeed configuration, under the names that `option_rows` uses."""
     for seed, prefix in enumerate(("", "other-")):
         _build_language_model(directory / f"{prefix}model", cache_dir, seed)
-        _build_scorer(directory / f"{prefix}model", directory / f"{prefix}scorer")
+        _build_reward_model(directory / f"{prefix}model", directory / f"{prefix}reward_model")
     _add_code(directory / "model", directory / "own-code")
-    _calibrate(directory / "scorer", directory / "calibrated")
+    _calibrate(directory / "reward_model", directory / "calibrated")
     _adapt(directory / "model", directory / "adapted")
-    for name in ("model", "scorer"):
+    for name in ("model", "reward_model"):
         shutil.copytree(directory / name, directory / f"dated-{name}")
         tokenizer = load_tokenizer(str(directory / name))
         tokenizer.chat_template = DATED
         tokenizer.save_pretrained(directory / f"dated-{name}")
-    shutil.copytree(directory / "scorer", directory / "stopping-scorer")
-    stopping = make_codec(load_tokenizer(str(directory / "scorer")), TEMPLATE, add_eot_token=True, eot_token="<|stop|>")
-    stopping.tokenizer.save_pretrained(directory / "stopping-scorer")
+    shutil.copytree(directory / "reward_model", directory / "stopping-reward_model")
+    stopping = make_codec(
+        load_tokenizer(str(directory / "reward_model")), TEMPLATE, add_eot_token=True, eot_token="<|stop|>"
+    )
+    stopping.tokenizer.save_pretrained(directory / "stopping-reward_model")
     _write_rows(directory / "pairs.jsonl", [_pair(number) for number in range(40)])
     _write_rows(
         directory / "several.jsonl", [_pair(number) | {"rejected": ["No.", "Nobody knows."]} for number in range(40)]
@@ -96,11 +98,11 @@ def _build_language_model(directory: Path, cache_dir: Path, seed: int) -> None:
     model.save_pretrained(directory)
 
 
-def _build_scorer(language_model: Path, directory: Path) -> None:
+def _build_reward_model(language_model: Path, directory: Path) -> None:
     torch.manual_seed(0)
-    scorer = hf.AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
-    torch.nn.init.normal_(scorer.score.weight)
-    scorer.save_pretrained(directory)
+    reward_model = hf.AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
+    torch.nn.init.normal_(reward_model.score.weight)
+    reward_model.save_pretrained(directory)
     hf.AutoTokenizer.from_pretrained(language_model).save_pretrained(directory)
 
 
@@ -117,10 +119,10 @@ def _add_code(model: Path, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def _calibrate(scorer: Path, directory: Path) -> None:
-    """The scorer, with the mean and spread of its scores beside it as step 2 writes them."""
-    shutil.copytree(scorer, directory)
-    codec = make_codec(load_tokenizer(str(scorer)), TEMPLATE)
+def _calibrate(reward_model: Path, directory: Path) -> None:
+    """The reward model, with the mean and spread of its scores beside it as step 2 writes them."""
+    shutil.copytree(reward_model, directory)
+    codec = make_codec(load_tokenizer(str(reward_model)), TEMPLATE)
     Provenance(
         step="reward", base="", data_split="1,1,1", eval_fraction=0.2, score_mean=0.5, score_std=2.0, **text_of(codec)
     ).write(directory)

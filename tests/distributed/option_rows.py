@@ -1,4 +1,4 @@
-"""For every option of every step a changed value, and the part of a run in which it must show."""
+"""For every option of every step, a changed value and the part of a run that it must change."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _of_role(role: str) -> dict[str, Row]:
 
 _TEXTS = "--unsupervised_dataset_name {inputs}/texts.jsonl"
 _ADAPTIVE = "--kl_controller adaptive --kl_horizon 20 --num_train_epochs 2"
-_STOPPING_CRITIC = "--critic_model_name_or_path {inputs}/stopping-scorer"  # its tokenizer's end token is <|stop|>
+_STOPPING_CRITIC = "--critic_model_name_or_path {inputs}/stopping-reward_model"  # its tokenizer's end token is <|stop|>
 PPO = {
     **RUN,
     **DATA,
@@ -137,7 +137,7 @@ PPO = {
     **_of_role("actor"),
     **_of_role("critic"),
     "actor_model_name_or_path": Row("metrics", "{inputs}/other-model"),
-    "critic_model_name_or_path": Row("metrics", "{inputs}/other-scorer"),
+    "critic_model_name_or_path": Row("metrics", "{inputs}/other-reward_model"),
     "add_eot_token": Row("error", "true --eot_token <|stop|>", _STOPPING_CRITIC),
     "eot_token": Row("error", "<|stop|>", f"--add_eot_token {_STOPPING_CRITIC}"),
     "trust_remote_code": Row("error", base="--actor_model_name_or_path {inputs}/own-code"),
@@ -146,7 +146,7 @@ PPO = {
         "metrics",
         "2020-02-29",
         "--template chat --actor_model_name_or_path {inputs}/dated-model "
-        "--critic_model_name_or_path {inputs}/dated-scorer",
+        "--critic_model_name_or_path {inputs}/dated-reward_model",
     ),
     "offload": Row("engines", base="--actor_zero_stage 1"),
     "offload_in_rollouts": Row("printed"),
@@ -225,7 +225,7 @@ STEPS = {
         PPO,
         _COMMON
         + (
-            "--actor_model_name_or_path {inputs}/model --critic_model_name_or_path {inputs}/scorer "
+            "--actor_model_name_or_path {inputs}/model --critic_model_name_or_path {inputs}/reward_model "
             "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 --max_prompt_seq_len 32 "
             "--max_answer_seq_len 6 --eval_prompts 3 --num_warmup_steps 0 --actor_zero_stage 0 --critic_zero_stage 0 "
             "--actor_learning_rate 0.01 --critic_learning_rate 0.01"

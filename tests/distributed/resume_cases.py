@@ -1,4 +1,4 @@
-"""Runs that break off after a checkpoint, and their continuation in a new process.
+"""Runs that are interrupted after a checkpoint, and their continuation in a new process.
 
 Run under the launcher: resume_cases.py first|second DATA TEXTS MODEL OUTPUT_DIR, within OUTPUT_DIR/RANKS. `first` makes
 every run whole, in whole/, and once more in broken/, where an exception ends it after its second checkpoint; moved/ has

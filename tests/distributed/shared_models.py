@@ -1,4 +1,4 @@
-"""Step 3's models where LoRA lets the critic be the reward model too, beside a reward model of its own."""
+"""Step 3 with a LoRA critic that is also the reward model, compared with a separate reward model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rollout leaves no trace in training, and its tokens depend on nothing but weights, prompts and the seed."""
+"""A rollout does not change training, and its tokens depend only on weights, prompts and the seed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The gradient of one optimizer step does not depend on how the step was cut up."""
+"""The gradient of one optimizer step does not depend on its division into micro-batches and ranks."""
 
 from itertools import product
 

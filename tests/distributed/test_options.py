@@ -1,4 +1,4 @@
-"""Every option of every step changes what its program does, or is known to have no effect and has none."""
+"""Every option of every step changes what its program does, or is declared to have no effect and has none."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

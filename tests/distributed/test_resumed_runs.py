@@ -1,4 +1,4 @@
-"""A run that broke off and was started again ends as one that did not: every number and every weight, bit for bit."""
+"""A run that was interrupted and resumed ends with the same numbers and weights, bit for bit."""
 
 import json
 from pathlib import Path
@@ -107,7 +107,7 @@ def moved(tmp_path_factory, inputs) -> Path:
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", (1, 2, 4))
 @pytest.mark.parametrize("case", RESHAPED_AT_LENGTH)
-def test_it_does_so_at_every_stage(moved, case, ranks):
+def test_another_number_of_ranks_goes_on_at_every_zero_stage(moved, case, ranks):
     goes_on(moved / str(ranks), case)
 
 

@@ -1,4 +1,4 @@
-"""What the programs of this directory run with: ways to cut up a step, engines that roll out, runs that break off."""
+"""Variants that the tests of this directory run: micro-batch layouts, engines for rollouts, interrupted runs."""
 
 from pathlib import Path
 

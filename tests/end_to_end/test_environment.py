@@ -1,4 +1,4 @@
-"""launch/environment.sh where it must not install, cannot, or is used twice at once."""
+"""launch/environment.sh if it must not install, cannot install, or runs twice at once."""
 
 import os
 import shutil

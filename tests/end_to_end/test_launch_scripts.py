@@ -1,4 +1,4 @@
-"""The launch scripts, each with two ranks, on tiny models; what must hold is that a user's flags and signals arrive."""
+"""The launch scripts with two ranks on tiny models: flags and signals of the user must arrive."""
 
 from __future__ import annotations
 

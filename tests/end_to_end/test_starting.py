@@ -1,4 +1,4 @@
-"""Programs start from anywhere, with and without the launcher, and speak with one voice."""
+"""Programs start from any directory, with and without the launcher, and report errors alike."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Step 1 on damaged checkpoints, on disks that refuse and on hostile files; writes down what each run said.
+"""Step 1 on damaged checkpoints, failing disks and hostile files; writes down the output of each run.
 
 Run under the launcher: checkpoint_cases.py OUTPUT_DIR
 """

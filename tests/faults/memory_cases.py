@@ -1,4 +1,4 @@
-"""Step 1 on a machine whose second rank has no more memory after a step. Run under the launcher, with its flags."""
+"""Step 1 when the second rank has no memory left after a step. Run under the launcher, with its flags."""
 
 from __future__ import annotations
 

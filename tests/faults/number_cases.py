@@ -1,4 +1,4 @@
-"""Numbers that are not finite, on one rank, in every kind of engine and in whole runs; writes down what came of them.
+"""Numbers that are not finite, on one rank, in every kind of engine and in complete runs; writes down the outcome.
 
 Run under the launcher: number_cases.py INPUTS OUTPUT_DIR short|long
 """

@@ -1,4 +1,4 @@
-"""A run goes on from the newest whole checkpoint, whatever befell the others; no disk that refuses a save ends it."""
+"""A run resumes from the newest undamaged checkpoint, and a disk that cannot save does not end it."""
 
 import contextlib
 import json

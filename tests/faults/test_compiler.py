@@ -1,4 +1,4 @@
-"""A machine without compiler and ninja: what does not need them runs, what does says what to install."""
+"""On a machine without compiler and ninja, programs run, or say what to install."""
 
 import os
 import re

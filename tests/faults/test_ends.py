@@ -1,4 +1,4 @@
-"""How a run ends: told by signals or left by its launcher it saves and goes on exactly; hangs and errors end it."""
+"""How a run ends: on a signal, without its launcher, after a hang, and after an error."""
 
 import os
 import signal
@@ -119,7 +119,7 @@ def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, option
         word.format(inputs=option_inputs)
         for word in (
             "--data_path {inputs}/pairs.jsonl --data_split 1,1,8 --eval_fraction 0.2 --actor_model_name_or_path "
-            "{inputs}/model --critic_model_name_or_path {inputs}/scorer --per_device_generation_batch_size 2 "
+            "{inputs}/model --critic_model_name_or_path {inputs}/reward_model --per_device_generation_batch_size 2 "
             "--per_device_training_batch_size 2 --max_prompt_seq_len 32 --max_answer_seq_len 40 "
             "--min_answer_seq_len 30 --eval_prompts 3 --eval_interval 1 --max_iterations 5 --log_interval 1 "
             "--no_enable_tensorboard "
@@ -166,7 +166,7 @@ MORE_ENDINGS = {
 
 
 @pytest.mark.parametrize("endings", [ENDINGS, pytest.param(MORE_ENDINGS, marks=LONG)], ids=["some", "more"])
-def test_nothing_is_left_and_the_last_line_says_why(endings, tmp_path):
+def test_no_process_remains_and_the_last_line_says_why(endings, tmp_path):
     runs = {how: Run(tmp_path / how, case) for how, (case, _) in endings.items()}  # at once: mostly they wait
     for how, run in runs.items():
         run.wait_for_marks()

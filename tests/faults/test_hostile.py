@@ -1,4 +1,4 @@
-"""Files from elsewhere: no code in them runs, and bad rows cost themselves alone, not the memory."""
+"""Hostile files: code in them does not run, and bad rows cost neither other rows nor memory."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run that is killed, however often and at whatever moment, ends as an undisturbed one: the same command goes on."""
+"""A run that is killed at any moment and started again ends as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def supervised(rows: int, epochs: int) -> list[str]:
 
 
 @pytest.mark.parametrize("kills, epochs", [(2, 4), pytest.param(20, 40, marks=pytest.mark.long)])
-def test_no_kill_changes_what_a_run_comes_to(kills, epochs, tmp_path):
+def test_a_killed_run_that_is_restarted_ends_with_the_same_result(kills, epochs, tmp_path):
     victim = Victim(
         "step1_sft",
         tmp_path,

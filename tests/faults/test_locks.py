@@ -1,4 +1,4 @@
-"""Two runs at once: neither in one output directory, nor on one port."""
+"""Two runs at once cannot share an output directory, and do not share a port."""
 
 import contextlib
 import re

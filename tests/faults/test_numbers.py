@@ -1,4 +1,4 @@
-"""What is not finite is skipped by all engines and ranks together; what runs away ends in a line; micro-batches fit."""
+"""Steps with numbers that are not finite are skipped on all ranks, and diverged runs end in one line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What fails while the samples are made costs the result nothing: it is published after them, or not at all."""
+"""If writing the samples fails, no result is published, and the checkpoints stay."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What must hold for a model of every supported architecture, whatever stands beside a row in its batch."""
+"""What must hold for a model of every supported architecture, with any padding beside a row."""
 
 import inspect
 import shutil
@@ -94,7 +94,7 @@ def test_reward_model_scores_alike_in_plain_transformers(directory, codec, batch
 
 
 @torch.no_grad()
-def test_so_it_does_where_the_tokenizer_came_with_its_end_token_for_padding(directory, batch, tmp_path):
+def test_reward_model_scores_alike_if_the_end_token_is_the_padding_token(directory, batch, tmp_path):
     directory = shutil.copytree(directory, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.pad_token = tokenizer.eos_token

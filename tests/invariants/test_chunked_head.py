@@ -1,4 +1,4 @@
-"""The output head at the targets alone, chunk by chunk: what the whole logits say, at a fraction of their memory."""
+"""The output head computed chunk by chunk at the targets: equal results to full logits, in less memory."""
 
 import weakref
 

@@ -1,3 +1,5 @@
+"""Generalised advantage estimation: its definition and its properties."""
+
 import pytest
 import torch
 

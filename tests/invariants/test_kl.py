@@ -1,3 +1,5 @@
+"""The KL estimators k1, k2 and k3 against exact divergences."""
+
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Where the KL to the reference pulls the policy: exact expectations, in float64, against the KL's own gradient.
+"""The gradient of each KL estimator against the exact gradient of the KL, in float64.
 
 The policy is a table: the first token's logits, and for every first token those of the second.
 """

@@ -1,4 +1,4 @@
-"""REINFORCE leave-one-out: a response against the others to its prompt, in float64."""
+"""REINFORCE leave-one-out against its definition, in float64."""
 
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""Log-probabilities, entropies and the next-token loss, and their gradients."""
+
 import math
 
 import pytest

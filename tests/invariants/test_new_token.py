@@ -1,4 +1,4 @@
-"""An end token that the vocabulary had no room for: whatever the architecture, LoRA can make it end answers."""
+"""An end token added to a full vocabulary: with every architecture, LoRA can train a model to use it."""
 
 import pytest
 import torch

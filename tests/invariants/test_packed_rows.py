@@ -1,4 +1,4 @@
-"""Rows that share a sequence train a model exactly as rows on their own do."""
+"""Rows that share a sequence give the same loss and gradients as rows in sequences of their own."""
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def varlen(monkeypatch):
     hf.AttentionInterface.register("varlen", attention)
     hf.AttentionMaskInterface.register("varlen", hf.AttentionMaskInterface()["flash_attention_2"])
     monkeypatch.setattr(packing, "VARLEN", "varlen")
-    monkeypatch.setattr(packing, "varlen_serves", lambda dtype: dtype != torch.float32)
+    monkeypatch.setattr(packing, "supports_varlen", lambda dtype: dtype != torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ IGNORED = [(name, "attention_mask") for name in PACKABLE] + [("opt", "position_i
 
 @pytest.mark.parametrize("name, ignored", IGNORED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_probe_finds_a_model_that_ignores_half_of_what_it_is_told(name, dtype, ignored, tmp_path, builtin_cache):
+def test_the_probe_finds_a_model_that_ignores_the_mask_or_the_positions(name, dtype, ignored, tmp_path, builtin_cache):
     model = load(name, tmp_path, builtin_cache, dtype)
     forward = model.forward
 

@@ -1,3 +1,5 @@
+"""The clipped policy and value losses, and their gradients."""
+
 import pytest
 import torch
 from hypothesis import assume, given, settings

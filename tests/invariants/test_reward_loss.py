@@ -1,3 +1,5 @@
+"""The pairwise loss of the reward model, and the calibration of its scores."""
+
 import math
 
 import pytest

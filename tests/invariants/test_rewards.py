@@ -1,3 +1,5 @@
+"""Score shaping and token rewards."""
+
 import pytest
 import torch
 

@@ -1,4 +1,4 @@
-"""Rollouts: the tokens are the model's own, the frequencies the softmax's, and nothing but the prompt decides."""
+"""Rollouts: tokens are the model's, frequencies are the softmax's, and other rows have no influence."""
 
 import copy
 from dataclasses import replace
@@ -26,8 +26,8 @@ SAMPLED = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_ne
 LENGTHS = [4, 11, 7, 2, 9, 5]
 
 
-class WholeEngine:
-    """What `generate` asks of an engine that holds the whole model."""
+class UnshardedEngine:
+    """Stands for an engine with unsharded weights: has only what `generate` uses."""
 
     def __init__(self, module):
         self.module, self.dp_world_size = module, 1
@@ -47,7 +47,7 @@ def actor(request, tmp_path_factory, builtin_cache):
     directory = build_model(request.param, tmp_path_factory.mktemp(request.param), builtin_cache)
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
     model = load_causal_lm(str(directory), codec, dtype=torch.float32, dropout=0.0)
-    return WholeEngine(model), codec
+    return UnshardedEngine(model), codec
 
 
 def prompts(rows, pad_id) -> PromptBatch:
@@ -167,7 +167,7 @@ def test_a_cache_of_more_precision_changes_no_token(actor):
 def test_greedy_tokens_in_bf16_are_those_that_a_whole_pass_finds_likeliest(actor):
     engine, codec = actor
     model = copy.deepcopy(engine.module).bfloat16().eval()
-    rollout = roll_out((WholeEngine(model), codec), range(len(LENGTHS)), GREEDY)
+    rollout = roll_out((UnshardedEngine(model), codec), range(len(LENGTHS)), GREEDY)
     with torch.no_grad():
         logits = model(input_ids=rollout.tokens).logits[:, :-1].float()
     chosen = logits.gather(2, rollout.tokens[:, 1:, None])[..., 0]
@@ -186,7 +186,7 @@ def test_a_model_that_keeps_its_attention_writes_in_bf16(tmp_path, builtin_cache
         .bfloat16()
         .eval()
     )
-    rollout = roll_out((WholeEngine(model), make_codec(tokenizer, "human_assistant")), range(len(LENGTHS)), GREEDY)
+    rollout = roll_out((UnshardedEngine(model), make_codec(tokenizer, "human_assistant")), range(len(LENGTHS)), GREEDY)
     assert (rollout.response_lengths > 0).all() and model.config._attn_implementation == "sdpa"
 
 
@@ -195,7 +195,7 @@ def test_drawn_lengths_are_exact_and_reach_both_limits(actor, shortest, longest,
     sampling = Sampling(5.0, 1.0, 0, min_new_tokens=shortest, max_new_tokens=longest, draw_lengths=True)
     limits = response_limits(5, 1, torch.arange(200), sampling)
     assert set(limits[:, 0].tolist()) == lengths and torch.equal(limits[:, 0], limits[:, 1])
-    engine, codec = WholeEngine(copy.deepcopy(actor[0].module)), actor[1]
+    engine, codec = UnshardedEngine(copy.deepcopy(actor[0].module)), actor[1]
     engine.module.get_output_embeddings().register_forward_hook(
         lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([codec.end_id]), 50.0)
     )  # it wants to end
@@ -236,7 +236,7 @@ def test_a_rank_that_is_told_to_stop_abandons_its_rollout_on_all_ranks(actor, mo
 def test_windows_shorter_than_the_sequence_are_left_to_the_plain_way(tmp_path, builtin_cache):
     directory = build_model("mistral", tmp_path, builtin_cache, sliding_window=8)
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
-    actor = WholeEngine(load_causal_lm(str(directory), codec, dtype=torch.float32, dropout=0.0)), codec
+    actor = UnshardedEngine(load_causal_lm(str(directory), codec, dtype=torch.float32, dropout=0.0)), codec
     assert can_decode(actor[0].module.config, 8) and not can_decode(actor[0].module.config, 9)
     assert responses(roll_out(actor, range(6), SAMPLED)) == responses(plainly(actor, range(6), SAMPLED))
 

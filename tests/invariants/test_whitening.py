@@ -1,3 +1,5 @@
+"""Whitening of advantages over the response tokens."""
+
 import pytest
 import torch
 

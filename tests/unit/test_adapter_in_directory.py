@@ -1,4 +1,4 @@
-"""A model's directory with an adapter in it, which transformers would load unasked: named, refused, or merged."""
+"""A model directory with an adapter, which transformers would load silently: it is named, refused, or merged."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def alone(request, chat_model, tmp_path):
 
 
 @pytest.fixture
-def beside(chat_model, tmp_path):
+def model_with_adapter(chat_model, tmp_path):
     """A whole model of its own, with an adapter of another base in its directory."""
     directory = tmp_path / "both"
     shutil.copytree(chat_model, directory)
@@ -94,35 +94,44 @@ def refusal(call, *arguments) -> str:
     return str(error.value)
 
 
-def test_every_program_refuses_it_at_the_door(beside, tmp_path):
+def test_every_program_refuses_a_model_directory_with_an_adapter(model_with_adapter, tmp_path):
     output = ["--data_path", "builtin:courtesy", "--output_dir", str(tmp_path / "out"), "--dtype", "fp32"]
     for said in (
-        refusal(step1, ["--model_name_or_path", str(beside), *output]),
-        refusal(step2, ["--model_name_or_path", str(beside), *output]),
+        refusal(step1, ["--model_name_or_path", str(model_with_adapter), *output]),
+        refusal(step2, ["--model_name_or_path", str(model_with_adapter), *output]),
         refusal(
-            step3, ["--actor_model_name_or_path", str(beside), "--critic_model_name_or_path", str(beside), *output]
+            step3,
+            [
+                "--actor_model_name_or_path",
+                str(model_with_adapter),
+                "--critic_model_name_or_path",
+                str(model_with_adapter),
+                *output,
+            ],
         ),
-        refusal(load_actor, str(beside), LoadOptions()),
+        refusal(load_actor, str(model_with_adapter), LoadOptions()),
     ):
-        assert str(beside) in said and "adapter_config.json" in said and "--merge_adapter" in said
+        assert str(model_with_adapter) in said and "adapter_config.json" in said and "--merge_adapter" in said
     assert not (tmp_path / "out").exists()
-    assert "--base" in refusal(merge_lora, ["--path", str(beside), "--output_dir", str(tmp_path / "merged")])
+    assert "--base" in refusal(
+        merge_lora, ["--path", str(model_with_adapter), "--output_dir", str(tmp_path / "merged")]
+    )
 
 
-def test_it_is_laid_over_the_model_beside_it_when_asked_for(beside, chat_model, tmp_path, capsys):
-    source = resolve_model(str(beside), tmp_path / "cache", merge_adapter=True)
-    assert str(beside) in capsys.readouterr().err
-    shutil.copytree(beside, tmp_path / "whole", ignore=shutil.ignore_patterns("adapter*"))
+def test_it_is_laid_over_the_model_beside_it_when_asked_for(model_with_adapter, chat_model, tmp_path, capsys):
+    source = resolve_model(str(model_with_adapter), tmp_path / "cache", merge_adapter=True)
+    assert str(model_with_adapter) in capsys.readouterr().err
+    shutil.copytree(model_with_adapter, tmp_path / "whole", ignore=shutil.ignore_patterns("adapter*"))
     expected = together("causal", tmp_path / "whole", tmp_path / "adapter")
     torch.testing.assert_close(computed("causal", source), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, together("causal", chat_model, tmp_path / "adapter"), atol=0.1)
-    assert read_provenance(source) == read_provenance(beside)
-    actor = load_actor(str(beside), LoadOptions(merge_adapter=True, data_output_path=str(tmp_path / "c")))
+    assert read_provenance(source) == read_provenance(model_with_adapter)
+    actor = load_actor(str(model_with_adapter), LoadOptions(merge_adapter=True, data_output_path=str(tmp_path / "c")))
     with torch.no_grad():
         torch.testing.assert_close(actor.model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_alone_names_the_cure_or_is_merged(alone, chat_model, tmp_path):
+def test_an_adapter_without_a_model_is_refused_with_advice_or_merged(alone, chat_model, tmp_path):
     kind, directory = alone
     said = refusal(resolve_model, str(directory), tmp_path / "cache")
     assert "inference/merge_lora.py" in said and "--merge_adapter" in said and str(directory) in said
@@ -155,7 +164,7 @@ def test_a_base_that_is_gone_is_named(alone, tmp_path):
     assert "./gone" in said and str(directory) in said and "\n" not in said
 
 
-def test_no_room_for_the_sum_is_one_line(alone, tmp_path):
+def test_a_full_disk_for_the_merged_model_is_one_line(alone, tmp_path):
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(UserError) as error:
         with writing_to("--data_output_path", tmp_path / "cache"):

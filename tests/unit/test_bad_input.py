@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one line that names flag, file and row, before any model is loaded."""
+"""Wrong input ends in one line that names flag, file and row, before any model is loaded."""
 
 import json
 
@@ -168,18 +168,20 @@ def test_step_3_refuses_a_scale_that_nothing_can_be_measured_in(good, tmp_path, 
     from common.data.tokenization import load_tokenizer, make_codec
 
     model = good.pop("--model_name_or_path")
-    scorer = tmp_path / "scorer"
-    shutil.copytree(model, scorer)
-    config = json.loads((scorer / "config.json").read_text())
-    (scorer / "config.json").write_text(json.dumps({**config, "architectures": ["OPTForSequenceClassification"]}))
+    reward_model = tmp_path / "reward_model"
+    shutil.copytree(model, reward_model)
+    config = json.loads((reward_model / "config.json").read_text())
+    (reward_model / "config.json").write_text(json.dumps({**config, "architectures": ["OPTForSequenceClassification"]}))
     text = text_of(make_codec(load_tokenizer(model), "human_assistant"))
     Provenance(
         step="reward", base="x", data_split="2,4,4", eval_fraction=0.05, score_mean=0.25, score_std=0.125, **text
-    ).write(scorer)
-    written = (scorer / FILE).read_text()
-    (scorer / FILE).write_text(written.replace("0.25", str(mean)).replace("0.125", str(std)))
-    message = refusal(step3, {**good, "--actor_model_name_or_path": model, "--critic_model_name_or_path": str(scorer)})
-    assert str(scorer) in message and said in message
+    ).write(reward_model)
+    written = (reward_model / FILE).read_text()
+    (reward_model / FILE).write_text(written.replace("0.25", str(mean)).replace("0.125", str(std)))
+    message = refusal(
+        step3, {**good, "--actor_model_name_or_path": model, "--critic_model_name_or_path": str(reward_model)}
+    )
+    assert str(reward_model) in message and said in message
 
 
 def test_provenance_is_strict_json(tmp_path):

@@ -1,4 +1,4 @@
-"""The built-in task: its data keep their promises and its true reward cannot be talked into anything."""
+"""The built-in task: its data follow its rule, and its true reward cannot be gamed."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Chat templates in the shapes of public models: prompt and answer are the ids of the whole rendered dialogue."""
+"""Chat templates like those of public models: prompt and response are the ids of the rendered dialogue."""
 
 import json
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""The chatbot in this process, asked as in a pipe."""
+"""The chatbot in this process, with input as from a pipe."""
 
 import os
 import shutil
@@ -100,13 +100,13 @@ def test_without_provenance_the_tokenizers_own_template_is_used(chat_model, tmp_
 def test_a_template_that_had_to_be_guessed_is_told(chat_model, tmp_path, capfd, monkeypatch):
     foreign = shutil.copytree(chat_model, tmp_path / "foreign")
     (foreign / "provenance.json").unlink()
-    for model, arguments, told in (
+    for model, arguments, note_count in (
         (foreign, [], True),
         (foreign, ["--template", "alpaca"], False),
         (chat_model, [], False),
     ):
         talk(model, tmp_path, monkeypatch, CAPITAL.encode(), "--max_new_tokens", "1", *arguments)
         notes = [line for line in capfd.readouterr().err.splitlines() if "template" in line]
-        assert len(notes) == told
-        for part in (str(foreign), "human_assistant", "--template", "question_answer") if told else ():
+        assert len(notes) == note_count
+        for part in (str(foreign), "human_assistant", "--template", "question_answer") if note_count else ():
             assert part in notes[0]

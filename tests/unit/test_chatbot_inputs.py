@@ -1,4 +1,4 @@
-"""Every model that cannot be talked to, and every wrong option, gets its one clear line."""
+"""Models that the chatbot cannot use, and wrong options, end in one clear line."""
 
 import json
 import os

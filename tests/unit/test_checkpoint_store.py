@@ -1,4 +1,4 @@
-"""A checkpoint is whole, or it is not taken; a save that fails leaves what was there."""
+"""A damaged checkpoint is not used, and a save that fails leaves earlier checkpoints unchanged."""
 
 import itertools
 import os
@@ -52,7 +52,7 @@ def test_as_many_are_kept_as_asked_for(tmp_path, keep):
         assert {path.name for path in store.directory.iterdir()} == {POINTER, *kept}
 
 
-def test_what_cannot_be_read_is_not_taken_for_damaged(store):
+def test_a_read_error_does_not_count_as_damage(store):
     """A disk that answers with an error may answer well later: going on from before would delete what is there."""
     for step in (10, 20):
         store.save(step, content(str(step)))
@@ -141,7 +141,7 @@ def test_a_file_in_the_way_is_a_failed_save(tmp_path):
         CheckpointStore(tmp_path / "checkpoints", keep=1).save(1, content("1"))
 
 
-def test_left_overs_of_an_interrupted_save_block_nothing(store):
+def test_files_of_an_interrupted_save_do_not_block_the_next_save(store):
     store.save(10, content("10"))
     for step in (10, 20):
         _left_over(store, step)
@@ -158,7 +158,7 @@ def _left_over(store, step):
     assert (shards.directory / SHARD).is_file()
 
 
-def test_what_cannot_be_removed_blocks_no_save(store, tmpfs):
+def test_a_directory_that_cannot_be_removed_does_not_block_a_save(store, tmpfs):
     """As over NFS, where a process that hangs keeps its files. A mount serves as well as an obstacle."""
     _left_over(store, 20)
     (left,) = store.directory.glob(f"{PARTIAL}-*")
@@ -167,7 +167,7 @@ def test_what_cannot_be_removed_blocks_no_save(store, tmpfs):
     assert left.exists() and newest(store)[0].name == "step-20"
 
 
-def test_what_lies_ahead_goes_with_the_next_save(store):
+def test_checkpoints_of_later_steps_are_deleted_by_the_next_save(store):
     """Damaged, or of a run that went on from before: neither counts among those that stay."""
     for step in (10, 20, 30):
         store.save(step, content(str(step)))

@@ -1,3 +1,5 @@
+"""Rows of ids become padded tensors with the right targets."""
+
 import pytest
 import torch
 from datasets import Dataset

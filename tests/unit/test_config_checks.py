@@ -1,4 +1,4 @@
-"""Values of options that are refused together, and options that have no effect."""
+"""Combinations of options that are refused, and options that have no effect."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_beams_find_what_transformers_finds(actor):
     ]
 
 
-def test_an_answer_that_is_left_stops_the_model(actor):
+def test_closing_a_response_stream_stops_generation(actor):
     threads = threading.active_count()
     endless = replace(GREEDY, max_new_tokens=450)
     ids = stream_response(actor, actor.codec.encode_prompt(prompt_of((SING,))), endless)
@@ -71,7 +71,7 @@ def test_an_answer_that_is_left_stops_the_model(actor):
     assert threading.active_count() == threads
 
 
-def test_a_failure_of_the_model_reaches_the_listener(actor):
+def test_an_error_in_generation_is_raised_in_the_reader_of_the_stream(actor):
     with pytest.raises((IndexError, RuntimeError)):
         list(stream_response(actor, [10**9], GREEDY))
 
@@ -110,7 +110,7 @@ def test_what_the_models_directory_recommends_changes_nothing(actor):
 
 def test_a_dialogue_keeps_its_newest_turns_and_its_system_prompt(actor):
     codec = actor.codec
-    dialogue = Dialogue(codec, room=80, system="Be brief.")
+    dialogue = Dialogue(codec, max_prompt_tokens=80, system="Be brief.")
     forgotten = 0
     for number in range(6):
         ids, notice = dialogue.ask(f"Question number {number}?")

@@ -17,7 +17,7 @@ from common.training.engine import (
     deepspeed_config,
     resolve_dtype,
 )
-from common.training.optim import Untrained, build_scheduler, parameter_groups
+from common.training.optim import WeightChanges, build_scheduler, parameter_groups
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
@@ -159,28 +159,28 @@ def test_after_the_warm_up_a_schedule_is_that_of_transformers(schedule):
 
 
 @pytest.mark.parametrize(
-    "steps, told",
+    "steps, printed",
     [
         (6, ["note: --num_warmup_steps 100 is shortened to the 6 optimizer steps that this run has"]),
         (100, []),
         (101, []),
     ],
 )
-def test_a_run_shorter_than_its_warm_up_says_so(steps, told, capsys):
+def test_a_run_shorter_than_its_warm_up_says_so(steps, printed, capsys):
     config = SFTConfig(num_warmup_steps=100)
     assert OptimizerSettings.from_config(config, steps).total_steps == steps
-    assert capsys.readouterr().out.splitlines() == told
+    assert capsys.readouterr().out.splitlines() == printed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_change_of_a_trained_weight_is_seen(dtype):
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to(dtype)
     module[0].requires_grad_(False)
-    untrained = Untrained(module)
+    changes = WeightChanges(module)
     with torch.no_grad():
         module[0].weight.add_(1)  # is not trained
-        assert untrained.still()
+        assert changes.none()
         module[1].bias[0] = torch.nextafter(module[1].bias[0].float(), torch.tensor(9.0)).to(dtype)
-        assert untrained.still() is (dtype != torch.float32)  # too small to show in half precision
+        assert changes.none() is (dtype != torch.float32)  # too small to show in half precision
         module[1].bias[0] += 0.01
-    assert not untrained.still()
+    assert not changes.none()

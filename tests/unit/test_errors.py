@@ -1,3 +1,5 @@
+"""Errors about a subject get the flag that named it exactly once."""
+
 import pytest
 
 from common.errors import ModelError, UserError, named_by

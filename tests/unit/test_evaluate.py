@@ -142,7 +142,7 @@ def test_a_huge_data_set_need_not_be_read_whole(chat_model, tmp_path, capsys):
 
 
 def test_what_cannot_be_evaluated_gets_one_line(chat_model, reward_model, tmp_path):
-    model, judge, task = str(chat_model), str(reward_model), "builtin:courtesy"
+    model, reward_path, task = str(chat_model), str(reward_model), "builtin:courtesy"
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "How much is 1?"}\n')
     for arguments, said in [
@@ -150,7 +150,7 @@ def test_what_cannot_be_evaluated_gets_one_line(chat_model, reward_model, tmp_pa
         (["--path", model, model, model, "--data_path", str(data)], "--path"),
         (["--path", model, "--data_path", str(data)], "--which_prompts all"),
         (["--path", model, "--data_path", task, "--reward_model_path", model], "no reward model"),
-        (["--path", judge, "--data_path", task, "--reward_model_path", judge], "is a reward model"),
+        (["--path", reward_path, "--data_path", task, "--reward_model_path", reward_path], "is a reward model"),
         (["--path", model, "./no/model", "--data_path", task], "./no/model"),
     ]:
         with pytest.raises(UserError, match=said):

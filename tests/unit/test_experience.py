@@ -1,3 +1,5 @@
+"""Rollouts and experience: masks, selection, concatenation."""
+
 from dataclasses import fields, replace
 
 import pytest
@@ -79,7 +81,7 @@ def test_concat_of_selections_keeps_every_row_as_it_was(parts):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-def test_on_any_device_a_selection_is_there_whole_and_the_same(device):
+def test_a_selection_has_all_fields_on_its_device_with_the_same_values(device):
     moved = experience().to(device).select([1, 0], real=[True, False])
     here = experience().select([1, 0], real=[True, False])
     for found, expected in ((moved, here), (moved.rollout, here.rollout)):

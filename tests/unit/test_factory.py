@@ -1,4 +1,4 @@
-"""Loading models: what is damaged or incomplete is refused, what is asked for is set."""
+"""Loading models: damaged or incomplete ones are refused, and requested settings are applied."""
 
 import json
 

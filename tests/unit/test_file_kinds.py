@@ -1,4 +1,4 @@
-"""Encodings, packings and what a file is: told by looking at it, not by its name."""
+"""Encodings, compression and kinds of files are recognised by content, not by name."""
 
 import bz2
 import gzip
@@ -109,7 +109,7 @@ def test_an_encoding_that_there_is_not_is_refused_at_the_door(config, words):
             config(encoding=name, **({"data_path": tuple(words)} if words else {})).validate()
 
 
-def test_every_source_of_a_step_is_read_as_is_said():
+def test_the_format_options_apply_to_every_source_of_a_step():
     form = FileFormat("rows", "cp1252")
     said = {"data_field": "rows", "encoding": "cp1252"}
     configs = [SFTConfig(**said, sft_only_data_path=("b",)), PPOConfig(**said, unsupervised_dataset_name="c")]
@@ -171,7 +171,7 @@ def test_a_zip_archive_is_as_a_directory(tmp_path):
         path = zipped(tmp_path / name, files)
         source = open_source(SourceSpec(path))
         assert parts_of(source) == expected
-        assert [row.where for row in source.parts[2].rows()][:1] == [f"{path}/data/train.csv:2"]
+        assert [row.location for row in source.parts[2].rows()][:1] == [f"{path}/data/train.csv:2"]
         (tmp_path / name).rename(tmp_path / "other")
     (tmp_path / "sub").mkdir()
     zipped(tmp_path / "sub" / "more.zip", files)
@@ -261,7 +261,7 @@ def test_each_line_of_plain_text_is_a_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b'One, "two";\r\n\r\n  {three}\nfour')
     assert read(tmp_path / "a.txt") == [{"text": text} for text in ('One, "two";', "", "  {three}", "four")]
     found = list(read_records(parse_data_path([str(tmp_path / "a.txt")]), "text", report=ReadReport()))
-    assert [item.where.rpartition(":")[2] for item in found] == ["1", "3", "4"]
+    assert [item.location.rpartition(":")[2] for item in found] == ["1", "3", "4"]
     asked = read_records(
         parse_data_path([str(tmp_path / "a.txt")]), "prompt", columns={"prompt": "text"}, report=ReadReport()
     )
@@ -290,7 +290,7 @@ def test_values_of_a_table_stay_as_they_are_written(tmp_path):
     assert read(tmp_path / "a.csv") == [{"prompt": "1e3", "response": "007"}, {"prompt": "true", "response": "null"}]
 
 
-def test_what_is_no_file_is_named(tmp_path):
+def test_a_path_that_is_not_a_file_is_named(tmp_path):
     with pytest.raises(UserError, match="--data_path x{200}: cannot be read: File name too long"), naming_flags():
         open_source(SourceSpec("x" * 5000))
     os.mkfifo(tmp_path / "a.jsonl")
@@ -323,7 +323,7 @@ def test_json_in_a_text_file_over_several_lines(tmp_path):
 def test_a_separator_that_the_file_names_or_its_name_does(tmp_path):
     (tmp_path / "a.csv").write_text("sep=;\nprompt;response\nq, 1;a\nr;\n")
     assert read(tmp_path / "a.csv") == [{"prompt": "q, 1", "response": "a"}, {"prompt": "r", "response": ""}]
-    assert [row.where for row in read_rows(tmp_path / "a.csv", "a.csv", FileFormat())] == ["a.csv:3", "a.csv:4"]
+    assert [row.location for row in read_rows(tmp_path / "a.csv", "a.csv", FileFormat())] == ["a.csv:3", "a.csv:4"]
     (tmp_path / "a.tsv").write_text("prompt\tresponse\nq, and, more\ta, b\nr, s, t\tc\n")
     assert read(tmp_path / "a.tsv") == [
         {"prompt": "q, and, more", "response": "a, b"},

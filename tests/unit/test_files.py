@@ -1,5 +1,4 @@
-"""Rows of local files: every good row comes, every bad one is counted with its place, and nothing ends a run
-but a file that cannot be read on."""
+"""Rows of local files: good rows are read, bad ones are counted with their location, unreadable files raise."""
 
 import csv
 import gzip
@@ -28,7 +27,7 @@ TEXTS = [{"text": f'Line {n}: \u00e9, "quoted"; {{b}}\t|'} for n in range(700)]
 
 
 def write(path: Path, rows) -> Path:
-    """Writes ``rows`` in the format that the name of ``path`` asks for."""
+    """Write `rows` in the format that the name of `path` asks for."""
     packing = path.suffix if path.suffix in (".gz", ".zst", ".zip") else ""
     name = path.name.removesuffix(packing)
     if name.endswith(".parquet"):
@@ -61,7 +60,7 @@ def good(path):
 
 
 def bad(path):
-    return [(row.where, row.problem) for row in read_rows(path, path.name) if row.problem is not None]
+    return [(row.location, row.problem) for row in read_rows(path, path.name) if row.problem is not None]
 
 
 @pytest.mark.parametrize("name", [suffix for suffix in files.SUFFIXES if suffix != ".zip"])
@@ -70,7 +69,7 @@ def test_every_format_gives_the_rows_that_were_written(tmp_path, name):
     path = write(tmp_path / f"data{name}", written)
     rows = list(read_rows(path, "data"))
     assert [row.values for row in rows] == written
-    assert len({row.where for row in rows}) == len(ROWS)
+    assert len({row.location for row in rows}) == len(ROWS)
 
 
 def test_a_json_file_may_hold_lines_and_a_byte_order_mark(tmp_path):
@@ -189,7 +188,7 @@ def test_an_open_quote_swallows_no_more_than_the_longest_row(tmp_path):
 def test_a_row_of_several_lines_is_named_by_its_first(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text('prompt,response\n"a\nb",c\n"d\ne",f,g\nh,i\n')
-    assert [row.where for row in read_rows(path, "data.csv")] == ["data.csv:2", "data.csv:4", "data.csv:6"]
+    assert [row.location for row in read_rows(path, "data.csv")] == ["data.csv:2", "data.csv:4", "data.csv:6"]
     assert bad(path) == [("data.csv:4", "3 fields where the header has 2")]
 
 

@@ -1,4 +1,4 @@
-"""A run whose result is there is not made again; any other is."""
+"""A complete run is recognised by the same command, and by no other."""
 
 import json
 from dataclasses import replace
@@ -35,22 +35,24 @@ def finish(config: RewardConfig) -> None:
     Checkpoints(config, ["key"]).discard()
 
 
-def is_there(config: RewardConfig, *data: str) -> bool:
+def is_complete(config: RewardConfig, *data: str) -> bool:
     try:
         return Checkpoints(config, data or ["key"]).find() is not None
-    except AlreadyComplete as there:
-        assert str(there) == (
+    except AlreadyComplete as error:
+        assert str(error) == (
             f"{config.output_dir} holds the result of this command already; --resume never trains it again"
         )
         return True
 
 
 def test_the_same_command_finds_its_result(config):
-    assert not is_there(config)
+    assert not is_complete(config)
     finish(config)
-    assert is_there(config)
-    assert is_there(replace(config, log_interval=3, save_interval=7))
-    assert is_there(replace(config, per_device_train_batch_size=2, gradient_accumulation_steps=4)), "the same batches"
+    assert is_complete(config)
+    assert is_complete(replace(config, log_interval=3, save_interval=7))
+    assert is_complete(replace(config, per_device_train_batch_size=2, gradient_accumulation_steps=4)), (
+        "the same batches"
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,28 +67,28 @@ def test_the_same_command_finds_its_result(config):
         {"model_name_or_path": "owner/other"},
     ],
 )
-def test_another_command_does_not(config, changes):
+def test_another_command_does_not_find_the_result(config, changes):
     finish(config)
-    assert not is_there(replace(config, **changes))
+    assert not is_complete(replace(config, **changes))
 
 
 def test_other_data_another_model_and_a_missing_result_are_not_finished(config):
     finish(config)
-    assert not is_there(config, "other key")
+    assert not is_complete(config, "other key")
     weights = Path(config.model_name_or_path) / "model.safetensors"
     weights.write_bytes(b"changed")
-    assert not is_there(config)
+    assert not is_complete(config)
     weights.write_bytes(b"weights")
-    assert is_there(config)
+    assert is_complete(config)
     (Path(config.output_dir) / "provenance.json").unlink()
-    assert not is_there(config)
+    assert not is_complete(config)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[" * 10_000, json.dumps({"config": {}}), json.dumps({"format": "new"})])
-def test_a_damaged_note_is_none(config, content):
+def test_a_damaged_record_counts_as_missing(config, content):
     finish(config)
     (Path(config.output_dir) / FILE).write_text(content)
-    assert not is_there(config)
+    assert not is_complete(config)
 
 
 @pytest.mark.parametrize("number, age", [(FORMAT - 1, "older"), (FORMAT + 1, "newer")])
@@ -99,32 +101,32 @@ def test_a_record_of_another_format_is_neither_believed_nor_overwritten(config, 
         "use the version that made it, or train again with this one, --resume never"
     )
     with pytest.raises(UserError, match=said):
-        is_there(config)
-    assert not is_there(replace(config, resume="never"))
+        is_complete(config)
+    assert not is_complete(replace(config, resume="never"))
 
 
 def test_fields_of_the_record_that_are_not_known_are_ignored(config):
     finish(config)
     record = Path(config.output_dir) / FILE
     record.write_text(json.dumps(json.loads(record.read_text()) | {"colour": "blue"}))
-    assert is_there(config)
+    assert is_complete(config)
 
 
-def test_while_another_run_is_in_its_place_it_is_not_there(config, tmp_path):
+def test_a_run_that_started_in_the_directory_clears_the_record(config, tmp_path):
     finish(config)
     other = replace(config, seed=9)
     Checkpoints(other, ["key"]).restore(None, TrainingState({}), Tracker(Path(config.output_dir), False))
-    assert not is_there(config) and not is_there(other)
+    assert not is_complete(config) and not is_complete(other)
 
 
-def test_a_result_without_its_weights_is_none(config):
+def test_a_result_without_its_weights_is_not_complete(config):
     weights = Path(config.output_dir) / "actor/model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"learnt")
     finish(config)
-    assert is_there(config)
+    assert is_complete(config)
     weights.unlink()
-    assert not is_there(config)
+    assert not is_complete(config)
 
 
 def test_another_content_of_the_deepspeed_config_is_another_command(config, tmp_path):
@@ -132,9 +134,9 @@ def test_another_content_of_the_deepspeed_config_is_another_command(config, tmp_
     override.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
     config = replace(config, deepspeed_config=str(override))
     finish(config)
-    assert is_there(config)
+    assert is_complete(config)
     override.write_text('{"zero_optimization": {"reduce_bucket_size": 2000}}')
-    assert not is_there(config)
+    assert not is_complete(config)
 
 
 def test_a_program_ends_well_when_there_is_nothing_to_do(capsys):

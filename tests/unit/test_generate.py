@@ -1,4 +1,4 @@
-"""Answers to a file of prompts, as the program writes them."""
+"""Responses to a file of prompts, as inference/generate.py writes them."""
 
 import json
 import shutil

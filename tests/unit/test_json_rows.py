@@ -1,4 +1,4 @@
-"""JSON as people have it: whatever the arrangement, the rows are those that a reader of the file would name."""
+"""JSON in any arrangement of rows is read as a person would read it."""
 
 import gzip
 import json
@@ -129,7 +129,7 @@ def test_comment_lines_are_counted_and_no_bad_rows(tmp_path):
     path.write_text("// my data\n" + jsonl(ROWS[:3]) + "  # and more\n" + jsonl(ROWS[3:]) + "// https://x.y\n")
     report = ReadReport()
     found = list(read_records(parse_data_path([str(path)]), "prompt", report=report))
-    assert [item.where for item in found][:4] == [f"{path}:{line}" for line in (2, 3, 4, 6)]
+    assert [item.location for item in found][:4] == [f"{path}:{line}" for line in (2, 3, 4, 6)]
     assert report.sources[str(path)].total == len(found) == 12 and not report.first_bad
     assert report.notes == [f"{path}: 3 comment lines skipped"]
 

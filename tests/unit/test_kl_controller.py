@@ -1,3 +1,5 @@
+"""The adaptive and the fixed coefficient of the KL penalty."""
+
 import pytest
 
 from step3_ppo.kl_controller import AdaptiveKL, FixedKL
@@ -14,7 +16,7 @@ def test_too_much_kl_raises_beta_and_too_little_lowers_it():
     assert after(6.0) == 0.2
 
 
-def test_a_response_moves_beta_by_no_more_than_a_fifth_of_its_share_of_the_horizon():
+def test_an_update_is_clipped_to_a_fifth_and_scaled_by_responses_over_horizon():
     assert after(1e9, responses=100) == pytest.approx(0.2 * (1 + 0.2 * 100 / 10_000))
     assert after(-1e9, responses=100) == pytest.approx(0.2 * (1 - 0.2 * 100 / 10_000))
 

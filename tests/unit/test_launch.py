@@ -97,7 +97,7 @@ def test_what_the_programs_need_is_not_listed_as_needed_by_the_tests_alone():
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         (["--num-gpus=0"], "error: --num_gpus 0: a whole number above 0 is needed"),
         (["--num_gpus=two"], "error: --num_gpus two: a whole number above 0 is needed"),
@@ -108,13 +108,13 @@ def test_what_the_programs_need_is_not_listed_as_needed_by_the_tests_alone():
         (["--divide-batches=yes"], "error: --divide_batches takes no value"),
     ],
 )
-def test_the_pipeline_knows_its_flags_however_they_are_written(flags, told):
+def test_the_pipeline_knows_its_flags_however_they_are_written(flags, message):
     done = subprocess.run(["bash", str(ROOT / "launch/pipeline.sh"), *flags], capture_output=True, text=True)
-    assert (done.returncode, done.stderr.splitlines()) == (2, [told])
+    assert (done.returncode, done.stderr.splitlines()) == (2, [message])
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         (["--ppo_flags", "--kl_coeff 0.2"], "step 3 (ppo): unknown flag --kl_coeff: did you mean --kl_coef?"),
         (["--reward_flags", "--zero_stage 7"], "step 2 (reward): --zero_stage: expected one of 0, 1, 2, 3"),
@@ -128,7 +128,7 @@ def test_the_pipeline_knows_its_flags_however_they_are_written(flags, told):
         (["--output_dir", "/proc/mine"], "step 1 (sft): --output_dir /proc/mine/sft: cannot be written to"),
     ],
 )
-def test_the_pipeline_refuses_any_steps_flags_before_the_first_step(flags, told, tmp_path):
+def test_the_pipeline_refuses_any_steps_flags_before_the_first_step(flags, message, tmp_path):
     done = subprocess.run(
         ["bash", str(ROOT / "launch/pipeline.sh"), *flags],
         cwd=tmp_path,
@@ -137,12 +137,12 @@ def test_the_pipeline_refuses_any_steps_flags_before_the_first_step(flags, told,
         text=True,
     )
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"error: {told}")
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"error: {message}")
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    "step, flag, value, told",
+    "step, flag, value, message",
     [
         ("reward", "--data_path", "lost.jsonl", "step 2 (reward): --data_path lost.jsonl: it does not exist"),
         (
@@ -166,7 +166,7 @@ def test_the_pipeline_refuses_any_steps_flags_before_the_first_step(flags, told,
         ("ppo", "--actor_model_name_or_path", "./x/../output/sft", ""),
     ],
 )
-def test_it_looks_for_what_any_step_is_to_read(step, flag, value, told, tmp_path, monkeypatch, capsys):
+def test_it_looks_for_what_any_step_is_to_read(step, flag, value, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = {
         "sft": ["--data_path", "builtin:courtesy"],
@@ -184,8 +184,8 @@ def test_it_looks_for_what_any_step_is_to_read(step, flag, value, told, tmp_path
         flags[name] += ["--output_dir", f"output/{name}"]
     flags[step] += [flag, value]
     words = [word for name, rest in flags.items() for word in ("--", name, *rest)][1:]
-    assert check_flags.main(["", *words]) == (2 if told else 0)
-    assert capsys.readouterr().err.startswith(f"error: {told}" if told else "")
+    assert check_flags.main(["", *words]) == (2 if message else 0)
+    assert capsys.readouterr().err.startswith(f"error: {message}" if message else "")
 
 
 @pytest.mark.parametrize("number", ["two", "0", "-1", "1.5"])

@@ -300,7 +300,7 @@ def test_a_pair_and_its_prompt_may_each_have_a_part_of_the_dialogue(row, prompt)
     assert record(row, "comparison") == Comparison(prompt, "good", "bad")
 
 
-def test_nothing_is_put_in_twice():
+def test_text_that_is_already_in_the_prompt_is_not_added_again():
     assert record({"messages": [S("s"), U("q"), A("a")], "system": "s"}, "prompt") == dialogue("q", system="s")
     assert record({"question": "q", "answer": "a", "system": "s", "system_prompt": "s"}, "prompt") == dialogue(
         "q", system="s"
@@ -316,7 +316,7 @@ def test_an_instruction_wins_over_the_rendering_of_it_in_a_prompt():
     assert record(row, "demonstration") == Demonstration(dialogue("q\n\ni"), "a")
 
 
-def test_a_label_counts_beside_messages_too():
+def test_a_label_column_applies_to_messages_too():
     for name in ("label", "kto_tag"):
         with pytest.raises(LeftOut, match="labelled"):
             record({"messages": [U("q"), A("a")], name: False}, "demonstration")
@@ -332,7 +332,7 @@ def test_every_way_to_keep_an_answer_from_training(mark):
     assert record({"messages": [U("q"), A("a", weight=1.0, train="yes")]}, "demonstration").response == "a"
 
 
-def test_answers_in_a_row_are_one():
+def test_consecutive_assistant_messages_are_joined():
     assert record({"messages": [U("q"), A("a1"), A("a2")]}, "demonstration") == Demonstration(dialogue("q"), "a1\n\na2")
     assert record({"messages": [U("q"), A("a1", name="Bot")]}, "demonstration").response == "a1"
     assert record({"messages": [U("q"), A("a1"), A("a2", weight=0)]}, "demonstration").response == "a1"

@@ -1,4 +1,4 @@
-"""How much fits is measured, and what does not fit is said in one line."""
+"""The largest micro-batch that fits is measured, and a lack of memory is reported in one line."""
 
 import mmap
 
@@ -21,9 +21,9 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize(
-    "room, most, least, fitting", [(100, 64, 10, 12), (100, 5, 5, 5), (1, 64, 1, 1), (70, 64, 7, 8)]
+    "free_mib, most, least, fitting", [(100, 64, 10, 12), (100, 5, 5, 5), (1, 64, 1, 1), (70, 64, 7, 8)]
 )
-def test_the_largest_number_that_fits_is_found(room, most, least, fitting):
+def test_the_largest_number_that_fits_is_found(free_mib, most, least, fitting):
     """Each row takes 8 MiB, besides 3 MiB that are taken once."""
     tried = []
 
@@ -33,8 +33,8 @@ def test_the_largest_number_that_fits_is_found(room, most, least, fitting):
             for page in range(0, len(memory), mmap.PAGESIZE):
                 memory[page] = 1
 
-    assert least <= most_that_fit(probe, most, room * MIB) <= fitting
-    assert max(tried) <= max(1, 1.2 * room // 8)  # a machine that swaps or kills must never be driven there
+    assert least <= most_that_fit(probe, most, free_mib * MIB) <= fitting
+    assert max(tried) <= max(1, 1.2 * free_mib // 8)  # a machine that swaps or kills must never be driven there
 
 
 @pytest.mark.parametrize(

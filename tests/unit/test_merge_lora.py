@@ -1,4 +1,4 @@
-"""Adapters, as training leaves them, made into models of their own."""
+"""Adapters from training are merged into complete models."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_an_adapters_directory_is_loaded_as_its_merged_model_is(adapter, tmp_pat
     states = one.model.state_dict(), other.model.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert ids.shape[1] <= one.room(1)
+    assert ids.shape[1] <= one.max_prompt_tokens(1)
 
 
 def test_a_base_that_moved_is_named(adapter, chat_model, tmp_path):

@@ -1,4 +1,4 @@
-"""Model directories of which nothing can be made are named by the file at fault, before anything long begins."""
+"""Unusable model directories are refused with the name of the file at fault, before a long run begins."""
 
 import json
 import pickle
@@ -53,7 +53,7 @@ def refusal(directory) -> str:
         ("eos_token_id", "x"),
     ],
 )
-def test_a_configuration_of_no_model_is_named(name, value, directory):
+def test_a_config_json_that_describes_no_model_is_named(name, value, directory):
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     assert f"{path} describes no model" in refusal(directory)
@@ -63,7 +63,7 @@ def test_a_configuration_of_no_model_is_named(name, value, directory):
     "content",
     ['{"max_new_tokens": -3}', "[]", '{"a":', "[" * 100_000, '"text"', '{"cache_implementation": "nonsense"}'],
 )
-def test_generation_settings_that_are_none_are_named(content, directory):
+def test_a_damaged_generation_config_is_named(content, directory):
     (directory / "generation_config.json").write_text(content)
     assert f"{directory}/generation_config.json describes no model" in refusal(directory)
 
@@ -79,7 +79,7 @@ def test_generation_settings_that_are_none_are_named(content, directory):
     ],
     ids=["absurd", "no json", "empty", "pickle", "longer"],
 )
-def test_a_weight_file_that_is_none_is_named(content, directory):
+def test_a_damaged_weight_file_is_named(content, directory):
     (directory / "model.safetensors").write_bytes(content)
     assert f"{directory}/model.safetensors is damaged and cannot be loaded: " in refusal(directory)
 
@@ -114,8 +114,8 @@ def test_weights_that_are_not_finite_are_found_before_they_are_used(number, dire
     with pytest.raises(UserError, match=f"{directory}: the model's weights are not finite"):
         load_actor(str(directory), LoadOptions())
     path = directory / "config.json"
-    scorer = {**json.loads(path.read_text()), "architectures": ["LlamaForSequenceClassification"]}
-    path.write_text(json.dumps(scorer))
+    values = {**json.loads(path.read_text()), "architectures": ["LlamaForSequenceClassification"]}
+    path.write_text(json.dumps(values))
     weights["score.weight"] = torch.ones(1, weights[key].shape[1])
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"{directory}: the model's weights are not finite"):
@@ -137,7 +137,7 @@ def test_an_adapter_that_is_not_finite_is_found(directory, tmp_path):
         load_actor(str(tmp_path / "adapter"), LoadOptions())
 
 
-def test_the_door_runs_no_code_of_a_model(directory, monkeypatch):
+def test_the_checks_run_no_code_of_a_model(directory, monkeypatch):
     """Not even where a terminal could be asked."""
     (directory / "own.py").write_text(
         "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"

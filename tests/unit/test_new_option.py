@@ -51,7 +51,7 @@ def config(tmp_path) -> ExtendedConfig:
     return ExtendedConfig(output_dir=str(tmp_path / "out"), focus=2.0)
 
 
-def test_a_run_may_not_be_resumed_with_another_result_but_with_other_looks(config):
+def test_a_changed_value_refuses_resume_only_if_the_option_affects_the_result(config):
     first = Checkpoints(config, ["key"])
     first.restore(first.find(), TrainingState({}), NoLog())
     first.save(5, 5)
@@ -62,7 +62,7 @@ def test_a_run_may_not_be_resumed_with_another_result_but_with_other_looks(confi
     assert Checkpoints(replace(config, shout=True), ["key"]).find() == path
 
 
-def test_the_result_of_a_run_is_known_by_it_and_by_the_models_that_it_names(config, tmp_path):
+def test_the_record_of_a_complete_run_covers_its_options_and_models(config, tmp_path):
     def is_complete(config: ExtendedConfig) -> bool:
         return Checkpoints(config, ["key"])._completed_run().exists()
 
@@ -85,7 +85,7 @@ def test_the_key_of_deepspeeds_configuration_that_it_owns_is_refused_with_its_fl
         check_engine_options(replace(config, deepspeed_config=str(path)))
 
 
-def test_it_is_advised_where_memory_runs_out():
+def test_the_advice_for_out_of_memory_names_it():
     assert "--focus" in memory_advice(ExtendedConfig, "the training step")
     assert "--focus" not in memory_advice(ExtendedConfig, "the evaluation")
 

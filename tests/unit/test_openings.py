@@ -1,4 +1,4 @@
-"""Openings that many dialogues of a source share are keyed by more turns; all others by the first."""
+"""Openings that many dialogues of a source share are keyed by more turns, all others by the first turn."""
 
 import random
 
@@ -41,7 +41,7 @@ def test_an_opening_is_extended_when_more_than_a_hundredth_and_more_than_four_sh
     assert all(rule(dialogues).key([f"question {i}"]).turns == 1 for i in range(others)[:20])
 
 
-def test_a_fixed_beginning_of_several_turns_is_passed_over_whole():
+def test_a_shared_beginning_of_several_turns_is_extended_past_its_end():
     dialogues = [["Hello", "Who are you?", f"q{i}", "thanks"] for i in range(30)]
     assert keyed(dialogues, dialogues[7]) == (3, "hello\0who are you?\0q7")
 
@@ -59,7 +59,7 @@ def test_a_prompt_that_continues_another_goes_with_it():
     assert chosen.key(["Hello", "q3"]).dialogue != chosen.key(["Hello", "q4"]).dialogue
 
 
-def test_the_bare_opening_keeps_itself_as_its_key():
+def test_a_dialogue_that_is_only_the_shared_opening_has_its_own_key():
     key = rule([["Hello", f"q{i}"] for i in range(40)] + [["Hello"]]).key(["Hello"])
     assert (key.text, key.turns) == ("Hello", 1)
     assert key.dialogue not in all_keys(["Hello", "q1"])  # a dialogue held out does not take it along
@@ -118,7 +118,7 @@ def test_other_ways_to_key():
 
 
 @pytest.mark.parametrize("bad", ["column", "column:", "column: ", "Auto", "row"])
-def test_a_way_to_split_that_is_none_is_named(bad):
+def test_an_unknown_split_by_is_named(bad):
     with pytest.raises(UserError, match="--split_by.*auto, opening, prompt or column:NAME"), naming_flags():
         parse_split_by(bad)
     assert parse_split_by("column:conv id") == "conv id" and parse_split_by("prompt") is None

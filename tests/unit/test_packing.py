@@ -1,3 +1,5 @@
+"""Bin packing, and rows packed into shared sequences."""
+
 import pytest
 import torch
 from datasets import Dataset
@@ -33,7 +35,7 @@ def test_packed_bins_hold_everything_once_within_the_capacity(pack, sizes, capac
 
 
 @given(some_sizes, st.integers(100, 150))
-def test_no_two_bins_could_be_one(sizes, capacity):
+def test_no_two_bins_fit_into_one(sizes, capacity):
     totals = sums(sizes, best_fit(sizes, capacity))
     assert all(one + other > capacity for number, one in enumerate(totals) for other in totals[:number])
     assert len(packed(sizes, capacity)) == len(totals)

@@ -18,8 +18,8 @@ TEMPERATURE, MEAN, STD = 0.7, 0.5, 4.0
 PROMPTS, RESPONSES = torch.tensor([3, 6]), torch.tensor([5, 2])
 
 
-class WholeEngine:
-    """An engine as it is on one rank at ZeRO 0, without a process group."""
+class UnshardedEngine:
+    """Stands for an engine on one rank at ZeRO 0; needs no process group."""
 
     def __init__(self, module, *settings):
         self.module = module
@@ -33,9 +33,9 @@ def directories(tmp_path_factory, builtin_cache):
     """A language model and a reward model of it, both with dropout."""
     actor = build_model("opt", tmp_path_factory.mktemp("actor"), builtin_cache, dropout=0.5, attention_dropout=0.5)
     codec = make_codec(load_tokenizer(str(actor)), "human_assistant")
-    scorer = load_scalar_model(str(actor), codec, dtype=torch.float32, seed=7)
+    reward_model = load_scalar_model(str(actor), codec, dtype=torch.float32, seed=7)
     reward = tmp_path_factory.mktemp("reward")
-    write_model(scorer, dict(scorer.state_dict()), codec, reward)
+    write_model(reward_model, dict(reward_model.state_dict()), codec, reward)
     return str(actor), str(reward), codec
 
 
@@ -43,7 +43,7 @@ def directories(tmp_path_factory, builtin_cache):
 def models(request, directories, monkeypatch):
     actor, reward, codec = directories
     for name in ("training_engine", "frozen_engine"):
-        monkeypatch.setattr(ppo_models, name, WholeEngine)
+        monkeypatch.setattr(ppo_models, name, UnshardedEngine)
     lora = {"actor_lora_dim": 2, "critic_lora_dim": 2} if request.param == "lora" else {}
     config = PPOConfig(temperature=TEMPERATURE, dtype="fp32", actor_zero_stage=0, critic_zero_stage=0, **lora)
     return build_models(config, codec, actor, reward, Calibration(MEAN, STD), optimizer_steps=10)
@@ -78,7 +78,7 @@ def test_the_critic_starts_as_the_normalised_reward_model(models, rollout):
     torch.testing.assert_close(values, (models.scores(rollout) - MEAN) / STD)
 
 
-def test_no_model_drops_out_even_in_training_mode(models, rollout):
+def test_dropout_is_off_in_all_models_even_in_training_mode(models, rollout):
     for engine in (models.actor, models.critic):
         engine.module.train()
     for numbers in (
@@ -106,7 +106,7 @@ def test_log_probs_are_those_of_the_policy_that_is_sampled_from(models, rollout,
 def test_without_a_critic_the_reward_model_is_an_engine_of_its_own(directories, monkeypatch, rollout):
     actor, reward, codec = directories
     for name in ("training_engine", "frozen_engine"):
-        monkeypatch.setattr(ppo_models, name, WholeEngine)
+        monkeypatch.setattr(ppo_models, name, UnshardedEngine)
     config = PPOConfig(advantage="rloo", answers_per_prompt=2, dtype="fp32", actor_zero_stage=0, actor_lora_dim=2)
     models = build_models(config, codec, actor, reward, Calibration(MEAN, STD), optimizer_steps=10)
     assert models.critic is None and list(models.trained()) == ["actor"]

@@ -1,3 +1,5 @@
+"""Preparing data: rows become ids once, are split, and are found again."""
+
 import os
 import time
 from dataclasses import replace
@@ -105,9 +107,9 @@ def test_what_one_request_holds_out_no_other_trains_on(tmp_path, codec):
     split = request(tmp_path, str(tmp_path / "set"), phase=0, eval_fraction=0.0)
     whole = request(tmp_path, further, eval_fraction=0.0)
     data = prepare_many([split, whole], codec)
-    tested = {dialogue_hash(row["prompt"]) for row in pairs(10, start=45)}
-    assert set(dialogues(data.eval)) < tested and len(data.eval) > 0
-    assert set(dialogues(data.train)).isdisjoint(tested)
+    test_prompts = {dialogue_hash(row["prompt"]) for row in pairs(10, start=45)}
+    assert set(dialogues(data.eval)) < test_prompts and len(data.eval) > 0
+    assert set(dialogues(data.train)).isdisjoint(test_prompts)
     assert len(data.train) == data.report.train_rows == len(prepare(split, codec).train) + 50
     assert rows_read(data) == 120
 

@@ -1,4 +1,4 @@
-"""Whatever the file: what is decoded from the prepared data is what a person reads in it."""
+"""For any file, the decoded prepared data equal the rows of the file."""
 
 import csv
 import gzip

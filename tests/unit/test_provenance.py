@@ -1,4 +1,4 @@
-"""A provenance that is none is named, whatever is wrong with it."""
+"""provenance.json is written and read back, and a damaged one is refused with the reason."""
 
 import json
 
@@ -29,7 +29,7 @@ def written(directory, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_a_written_provenance_reads_back_equal(tmp_path):
     written(tmp_path)
     again = read_provenance(tmp_path)
     assert (again.score_mean, again.score_std, again.template) == (0.5, 2.0, "chat")
@@ -104,14 +104,14 @@ def test_a_value_of_another_type_is_named(name, value, tmp_path):
         b"\x80\x04\x95pickle",
     ],
 )
-def test_a_file_that_is_none_is_named(content, tmp_path):
+def test_a_damaged_file_is_named(content, tmp_path):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(UserError, match=f"{tmp_path / FILE} is damaged") as refused:
         read_provenance(tmp_path)
     assert "\n" not in str(refused.value)
 
 
-def test_one_value_that_lacks_is_named(tmp_path):
+def test_a_missing_field_is_named(tmp_path):
     written(tmp_path)
     values = json.loads((tmp_path / FILE).read_text())
     del values["template"]

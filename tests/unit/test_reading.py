@@ -78,7 +78,7 @@ def test_a_row_has_one_key_whatever_kind_is_read_of_it(hh_data, tmp_path, split_
     )
     by_kind = [
         {
-            item.where: (item.split_key, item.dialogue)
+            item.location: (item.split_key, item.dialogue)
             for item in read([str(hh_data), greeted], kind, split_by=split_by)[0]
         }
         for kind in ("comparison", "demonstration", "prompt")
@@ -108,7 +108,7 @@ def test_bad_rows_are_counted_shown_and_skipped(tmp_path):
         {"prompt": "r", "chosen": "a", "rejected": "b"},
     )
     found, report = read([path], "comparison")
-    assert [item.where for item in found] == [f"{path}:1", f"{path}:6"]
+    assert [item.location for item in found] == [f"{path}:1", f"{path}:6"]
     first_bad = [
         (f"{path}:2", "broken JSON"),
         (f"{path}:3", "chosen and rejected are the same"),

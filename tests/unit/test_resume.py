@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and which it refuses."""
+"""Which checkpoint a run resumes from, and which it refuses."""
 
 import hashlib
 import json
@@ -28,16 +28,16 @@ def checkpoints(tmp_path, *flags, data=("key",), config_class=SFTConfig):
     return Checkpoints(config, data)
 
 
-def saved(tmp_path, step=7, made=None, **changes):
-    made = made or checkpoints(tmp_path)
+def saved(tmp_path, step=7, manager=None, **changes):
+    manager = manager or checkpoints(tmp_path)
     state = {
         "format": FORMAT,
         "step": step,
         "optimizer_steps": step,
         "world_size": 1,
         "data": ["key"],
-        "config": plain_config(made.config),
-        "batches": batches_of_all_ranks(made.config),
+        "config": plain_config(manager.config),
+        "batches": batches_of_all_ranks(manager.config),
         "state_dict": {},
         "tracker": {"step": step, "bytes": 0, "seconds": 1.5},
         **changes,
@@ -50,7 +50,7 @@ def saved(tmp_path, step=7, made=None, **changes):
                 f"rank{number}.safetensors", lambda file: file.write(save({"random.cpu": torch.get_rng_state()}))
             )
 
-    return made.store.save(step, write)
+    return manager.store.save(step, write)
 
 
 def test_the_newest_checkpoint_is_found(tmp_path):
@@ -125,7 +125,7 @@ def test_another_number_of_ranks_goes_on_with_the_flags_it_is_told(tmp_path, mon
 
 def test_both_batches_of_ppo_stay_the_same(tmp_path, monkeypatch):
     """Where one batch of rollouts is too small for an optimizer step, an iteration makes more than it was asked for."""
-    made = checkpoints(
+    manager = checkpoints(
         tmp_path,
         *PPO,
         "--per_device_generation_batch_size",
@@ -134,13 +134,13 @@ def test_both_batches_of_ppo_stay_the_same(tmp_path, monkeypatch):
         "8",
         config_class=PPOConfig,
     )
-    path = saved(tmp_path, made=made)
+    path = saved(tmp_path, manager=manager)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         UserError,
         match="made by 1 rank with 8 prompts per iteration and 8 answers per optimizer step, "
         "and this run of 2 has 36 and 32",
-    ) as told:
+    ) as raised:
         checkpoints(
             tmp_path,
             *PPO,
@@ -152,7 +152,7 @@ def test_both_batches_of_ppo_stay_the_same(tmp_path, monkeypatch):
             "1",
             config_class=PPOConfig,
         ).find()
-    advice = str(told.value).split(": use ")[1].split(",")[0]
+    advice = str(raised.value).split(": use ")[1].split(",")[0]
     assert advice == (
         "--per_device_generation_batch_size 2 --generation_batches 2 "
         "--per_device_training_batch_size 4 --gradient_accumulation_steps 1"
@@ -161,7 +161,7 @@ def test_both_batches_of_ppo_stay_the_same(tmp_path, monkeypatch):
 
 
 def test_ppo_goes_on_with_other_evaluations(tmp_path):
-    path = saved(tmp_path, made=checkpoints(tmp_path, *PPO, config_class=PPOConfig))
+    path = saved(tmp_path, manager=checkpoints(tmp_path, *PPO, config_class=PPOConfig))
     other = checkpoints(
         tmp_path, *PPO, "--eval_interval", "3", "--eval_prompts", "9", "--print_answers", config_class=PPOConfig
     )
@@ -169,9 +169,9 @@ def test_ppo_goes_on_with_other_evaluations(tmp_path):
 
 
 @pytest.mark.parametrize("config_class, models", [(SFTConfig, ()), (RewardConfig, ()), (PPOConfig, PPO)])
-def test_every_setting_that_only_looks_may_change(config_class, models, tmp_path):
+def test_settings_that_do_not_affect_training_may_change(config_class, models, tmp_path):
     """Intervals of evaluation and logging, batch sizes of evaluations, and what is printed."""
-    path = saved(tmp_path, made=checkpoints(tmp_path, *models, config_class=config_class))
+    path = saved(tmp_path, manager=checkpoints(tmp_path, *models, config_class=config_class))
     known, flags = options(config_class), ["--data_output_path", str(tmp_path / "elsewhere")]
     for name in (
         "eval_interval",
@@ -214,7 +214,7 @@ def test_fields_of_the_state_that_are_not_known_are_ignored(tmp_path):
     assert checkpoints(tmp_path).find() == path
 
 
-def test_changes_that_are_meant_are_taken(tmp_path):
+def test_resume_anyway_accepts_a_changed_configuration(tmp_path):
     path = saved(tmp_path, data=["other"])
     assert checkpoints(tmp_path, "--learning_rate", "0.5", "--resume_anyway").find() == path
 
@@ -275,7 +275,7 @@ def with_values(**changes):
         (with_values(world_size=2), "rank1.safetensors cannot be used: No such file"),
     ],
 )
-def test_a_state_that_is_none_is_named_and_the_checkpoint_before_is_taken(content, why, tmp_path, capsys):
+def test_a_damaged_state_json_is_named_and_the_checkpoint_before_is_used(content, why, tmp_path, capsys):
     before, newest = saved(tmp_path, 7), saved(tmp_path, 9)
     replaced(newest, "state.json", content(json.loads((newest / "state.json").read_text())))
     assert checkpoints(tmp_path).find() == before
@@ -295,7 +295,7 @@ def test_a_state_that_is_none_is_named_and_the_checkpoint_before_is_taken(conten
         (save({"other": torch.ones(1)}), "rank0.safetensors has no random.cpu"),
     ],
 )
-def test_a_ranks_file_that_is_none_is_named_and_the_checkpoint_before_is_taken(content, why, tmp_path, capsys):
+def test_a_damaged_rank_file_is_named_and_the_checkpoint_before_is_used(content, why, tmp_path, capsys):
     before, newest = saved(tmp_path, 7), saved(tmp_path, 9)
     replaced(newest, "rank0.safetensors", content)
     assert checkpoints(tmp_path).find() == before
@@ -304,9 +304,9 @@ def test_a_ranks_file_that_is_none_is_named_and_the_checkpoint_before_is_taken(c
 
 
 @pytest.mark.parametrize("values", [{}, {"skipped": "many"}, {"skipped": {}, "consecutive_skips": []}])
-def test_what_was_remembered_of_another_kind_is_one_line(values, tmp_path):
-    made = checkpoints(tmp_path)
-    path = saved(tmp_path, 7, made, state_dict=values)
+def test_a_state_dict_of_another_kind_is_one_error_line(values, tmp_path):
+    manager = checkpoints(tmp_path)
+    path = saved(tmp_path, 7, manager, state_dict=values)
     state = TrainingState({}, load_state_dict=lambda state: int(state["skipped"]) + int(state["consecutive_skips"]))
     with pytest.raises(UserError, match=f"{path} does not hold what this run needs .*--resume never"):
-        made.restore(path, state, Tracker(tmp_path / "out", tensorboard=False))
+        manager.restore(path, state, Tracker(tmp_path / "out", tensorboard=False))

@@ -1,4 +1,4 @@
-"""What a reward sees of the responses, and that its scores are all that the trainer takes from it."""
+"""The inputs of a reward, and the use of its scores."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ RESPONSES = [" down", " left and right", " jumps", " sleeps"]
 ROWS = [2, 0, 0, 1]  # of the data, of each response
 
 
-class WholeEngine(torch.nn.Module):
+class UnshardedEngine(torch.nn.Module):
     """An engine as it is on one rank at ZeRO 0, without a process group."""
 
     def __init__(self, module):
@@ -71,7 +71,7 @@ def test_a_reward_sees_texts_ids_columns_and_ranks(inputs):
 
 
 def trainer_with(reward, model) -> PPOTrainer:
-    actor = WholeEngine(model[0])
+    actor = UnshardedEngine(model[0])
     models = PPOModels(actor, None, actor, None, None, 1.0)
     config = PPOConfig(advantage="rloo", answers_per_prompt=2, per_device_training_batch_size=2)
     return PPOTrainer(models, reward, config, model[1], None, None, ScoreScale(RAW))

@@ -1,3 +1,5 @@
+"""The rows of each optimizer step and each evaluation, on every rank."""
+
 from collections import Counter
 
 import numpy as np

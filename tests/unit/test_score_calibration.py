@@ -1,4 +1,4 @@
-"""The scale that PPO measures scores in: from the reward model's provenance, from the first rollout, or none at all."""
+"""The scale of PPO's scores: from the reward model's provenance, from the first rollout, or none."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from tests.architectures import build_model
 SCORES = torch.tensor([210.0, 190.0, 230.0, 170.0])  # raw, all would be clipped at 5
 
 
-class WholeEngine:
+class UnshardedEngine:
     """An engine as it is on one rank at ZeRO 0, without a process group."""
 
     def __init__(self, module):
@@ -43,9 +43,9 @@ def base(tmp_path_factory, builtin_cache):
 def reward_model(tmp_path_factory, base):
     """A reward model that says nothing of its scores, with its codec."""
     codec = make_codec(load_tokenizer(str(base)), "human_assistant")
-    scorer = load_scalar_model(str(base), codec, dtype=torch.float32, seed=7)
-    directory = tmp_path_factory.mktemp("scorer")
-    write_model(scorer, dict(scorer.state_dict()), codec, directory)
+    model = load_scalar_model(str(base), codec, dtype=torch.float32, seed=7)
+    directory = tmp_path_factory.mktemp("reward_model")
+    write_model(model, dict(model.state_dict()), codec, directory)
     return directory, codec
 
 
@@ -57,11 +57,11 @@ def config(**options) -> PPOConfig:
 def calibrated(reward_model, tmp_path):
     """The same reward model with its provenance, as step 2 writes it."""
     directory, codec = reward_model
-    shutil.copytree(directory, tmp_path / "scorer")
+    shutil.copytree(directory, tmp_path / "reward_model")
     Provenance(
         step="reward", base="x", data_split="2,4,4", eval_fraction=0.05, score_mean=0.5, score_std=2.0, **text_of(codec)
-    ).write(tmp_path / "scorer")
-    return tmp_path / "scorer", codec
+    ).write(tmp_path / "reward_model")
+    return tmp_path / "reward_model", codec
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_scale_that_is_not_there_is_refused_with_what_to_write(reward_model):
     "mean, std",
     [("0.5", 2.0), (0.5, "wide"), (None, 2.0), (True, 2.0), (0.5, 1e-300), (1e300, 2.0), (1e9, 1.0), (0.5, -1.0)],
 )
-def test_a_scale_that_measures_nothing_is_named_at_the_door(calibrated, mean, std):
+def test_an_unusable_scale_is_refused_before_models_are_loaded(calibrated, mean, std):
     directory, codec = calibrated
     written = json.loads((directory / "provenance.json").read_text())
     (directory / "provenance.json").write_text(json.dumps({**written, "score_mean": mean, "score_std": std}))
@@ -119,13 +119,13 @@ def other_chat(codec, template="human_assistant"):
 
 
 @pytest.mark.parametrize("template, said", [("human_assistant", ""), ("chat", "another chat template")])
-def test_another_chat_template_makes_no_other_ids_of_the_same_text(reward_model, template, said, capsys):
+def test_another_chat_template_is_accepted_if_the_ids_are_the_same(reward_model, template, said, capsys):
     directory, codec = reward_model
     assert read_calibration(config(template=template), other_chat(codec, template), str(directory)) is None
     assert said in capsys.readouterr().out
 
 
-def test_nor_does_it_for_a_reward_model_of_our_own_that_never_used_it(calibrated):
+def test_another_chat_template_is_accepted_for_a_reward_model_trained_without_it(calibrated):
     directory, codec = calibrated
     assert read_calibration(config(), other_chat(codec), str(directory)) == Calibration(0.5, 2.0)
 
@@ -156,7 +156,7 @@ def trainer(reward_model, base) -> PPOTrainer:
     actor = load_causal_lm(str(base), codec, dtype=torch.float32)
     scale = ScoreScale(None)
     critic = load_scalar_model(str(directory), codec, dtype=torch.float32, calibration=scale)
-    models = PPOModels(WholeEngine(actor), WholeEngine(critic), None, None, None, 1.0)
+    models = PPOModels(UnshardedEngine(actor), UnshardedEngine(critic), None, None, None, 1.0)
     options = config(missing_eos_penalty=0.0)
     return PPOTrainer(models, TokenRewardModel(models, options), options, codec, None, None, scale)
 
@@ -208,7 +208,7 @@ def test_a_resumed_run_has_the_very_scale(trainer, reward_model):
     state = json.loads(json.dumps(trainer.state_dict()))
     scale = ScoreScale(None)
     critic = load_scalar_model(str(reward_model[0]), trainer.codec, dtype=torch.float32, calibration=scale)
-    models = replace(trainer.models, critic=WholeEngine(critic))
+    models = replace(trainer.models, critic=UnshardedEngine(critic))
     other = PPOTrainer(models, trainer.reward, trainer.config, trainer.codec, None, None, scale)
     other.load_state_dict(state)
     assert other.scale.calibration == trainer.scale.calibration

@@ -89,7 +89,7 @@ def test_hub_sets_are_loaded_by_datasets(tmp_path, monkeypatch):
     source = hub_source(SourceSpec("owner/name"))
     assert sorted(content(source)) == [("test", "c"), ("test", "d"), ("train", "a"), ("train", "b")]
     (train,) = (part for part in source.parts if part.split == "train")
-    assert [row.where for row in train.rows()] == ["owner/name[train]:1", "owner/name[train]:2"]
+    assert [row.location for row in train.rows()] == ["owner/name[train]:1", "owner/name[train]:2"]
     assert train.digest() == train.digest() != source.parts[-1].digest()
 
 

@@ -1,4 +1,4 @@
-"""A step splits data as the steps before it did, or is refused."""
+"""A step must split data by the same rule as the steps before it."""
 
 import shutil
 from dataclasses import replace

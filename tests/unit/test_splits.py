@@ -16,7 +16,7 @@ UF = ["train_prefs", "train_sft", "train_gen", "test_prefs", "test_sft", "test_g
 
 
 @pytest.mark.parametrize(
-    "names, kind, train, test, tested",
+    "names, kind, train, test, test_of_other_uses",
     [
         (UF, "comparison", ["train_prefs"], ["test_prefs"], ["test_sft", "test_gen"]),
         (UF, "demonstration", ["train_sft"], ["test_sft"], ["test_prefs", "test_gen"]),
@@ -41,11 +41,11 @@ UF = ["train_prefs", "train_sft", "train_gen", "test_prefs", "test_sft", "test_g
         (["sft.jsonl", "prefs.jsonl"], "comparison", ["sft.jsonl", "prefs.jsonl"], [], []),
     ],
 )
-def test_the_split_of_the_kind_is_read(names, kind, train, test, tested):
+def test_the_split_of_the_kind_is_read(names, kind, train, test, test_of_other_uses):
     choice = choose_splits(names, kind)
     assert [
         [name for name, split in choice.splits.items() if split == wanted] for wanted in ("train", "test", "excluded")
-    ] == [train, test, tested]
+    ] == [train, test, test_of_other_uses]
 
 
 def ultrafeedback(place: Path, write) -> str:
@@ -74,8 +74,8 @@ def as_saved(place, name, rows):
 )
 def test_each_row_once_and_nothing_that_any_use_tests(tmp_path, write, kind, use, own):
     name = ultrafeedback(tmp_path / "set", write)
-    report, tested = ReadReport(), set()
-    found = list(read_records(parse_data_path([name]), kind, report=report, test_prompt_hashes=tested))
+    report, test_hashes = ReadReport(), set()
+    found = list(read_records(parse_data_path([name]), kind, report=report, test_prompt_hashes=test_hashes))
     asked = [(item.split, item.record.prompt if kind != "prompt" else item.record) for item in found]
     assert [(split, prompt.first_user_turn) for split, prompt in asked] == [
         *(("test", f"q {n}") for n in (6, 7, own)),
@@ -84,7 +84,7 @@ def test_each_row_once_and_nothing_that_any_use_tests(tmp_path, write, kind, use
     if kind != "prompt":
         answers = {getattr(item.record, "chosen", "") or item.record.response for item in found}
         assert all(answer.startswith(use) for answer in answers)
-    assert tested == {key for n in (6, 7, 100, 200, 300) for key in all_keys([f"q {n}"])}
+    assert test_hashes == {key for n in (6, 7, 100, 200, 300) for key in all_keys([f"q {n}"])}
     assert report.sources[name].total == 9
     said = [note for note in report.notes if "several uses" in note]
     assert len(said) == 2 and all(note.startswith(f"{name}: of its parts for several uses") for note in said)

@@ -1,4 +1,4 @@
-"""What signals do to one process, and output that nobody reads any more."""
+"""The effects of signals on one process, and of a closed output."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_before_training_a_signal_ends_the_program_in_one_line(name):
     assert run(f"send(signal.{name}); time.sleep(9)", RANK="1").stderr == ""
 
 
-def test_ctrl_c_is_what_is_said_whatever_the_launcher_makes_of_it():
+def test_ctrl_c_is_reported_even_if_the_launcher_sends_sigterm_first():
     done = run(
         "signals.mark_training_started(); send(signal.SIGTERM); send(signal.SIGINT); time.sleep(0.4); "
         "print(signals.stop_requested())"

@@ -1,4 +1,4 @@
-"""When step 1 and step 2 evaluate, and what ends them."""
+"""When steps 1 and 2 evaluate, and when they end."""
 
 import json
 

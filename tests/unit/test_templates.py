@@ -1,3 +1,5 @@
+"""The text templates, and the checks of chat templates."""
+
 import pytest
 from transformers import AutoTokenizer
 

@@ -1,3 +1,5 @@
+"""Text to ids and back: end tokens, padding, special tokens, fingerprints."""
+
 import json
 
 import pytest

@@ -1,4 +1,4 @@
-"""The files of a run that are deleted, moved or replaced while it writes them."""
+"""Files of a run that are deleted, moved or replaced while the run writes them."""
 
 import errno
 import json
@@ -134,21 +134,21 @@ def test_a_file_where_a_folder_must_be_is_named(output, file):
         open_run(parse(SFTConfig, ["--output_dir", str(output)]))
 
 
-def test_the_models_of_step_3_are_looked_at_where_they_go(output):
+def test_the_model_directories_of_step_3_are_checked(output):
     (output / "model.safetensors").mkdir()
     (output / "critic").write_text("")
     with pytest.raises(UserError, match=f"{output / 'critic'} is in the way"):
         open_run(parse(SFTConfig, ["--output_dir", str(output)]), ["actor", "critic"])
 
 
-def test_a_metrics_file_that_cannot_be_written_is_named_at_the_door(output, tmp_path):
+def test_a_metrics_file_that_cannot_be_written_is_named_before_training(output, tmp_path):
     (output / "logs").mkdir()
     (output / "logs" / "metrics.jsonl").symlink_to(tmp_path / "nowhere" / "metrics.jsonl")
     with pytest.raises(UserError, match="logs/metrics.jsonl cannot be written: No such file or directory"):
         open_run(parse(SFTConfig, ["--output_dir", str(output)]))
 
 
-def test_tensorboard_that_has_no_place_ends_no_run(output, tmp_path, capsys):
+def test_a_tensorboard_directory_that_cannot_be_created_does_not_end_the_run(output, tmp_path, capsys):
     (tmp_path / "events").write_text("")
     tracker = Tracker(output, tensorboard_path=str(tmp_path / "events"))
     tracker.begin()

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates that never end, recurse, fail or fill the memory are refused in one line."""
+"""Tokenizers and chat templates that hang, recurse, fail or fill the memory are refused in one line."""
 
 import json
 

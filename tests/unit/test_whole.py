@@ -1,5 +1,4 @@
-"""What is refused as a model because it is more or less than its config.json says, when it is read and when it is
-written."""
+"""Models with more or fewer weights than their config.json describes are refused when read and when written."""
 
 import json
 
