@@ -14,7 +14,7 @@ from common.batching.sampler import MicroBatch
 from common.models.attention import attends_by
 from common.models.logprobs import response_log_probs
 from common.runtime.distributed import device, on_every_rank, on_gpu
-from common.training.memory import size_asked
+from common.training.memory import requested_size
 
 VARLEN = "flash_attention_2"  # takes concatenated rows of any length, and computes no attention between them
 _SHORT = 16
@@ -76,7 +76,7 @@ def keeps_rows_apart(engine, width: int, packing: Packing) -> bool:
         apart = log_probs(MicroBatch((0, 1), (True, True)), lengths)
         (packed,) = log_probs(MicroBatch((0, 1), (True, True), packs=(2,)), [sum(lengths)])
     except (ImportError, TypeError, ValueError, RuntimeError) as error:  # older GPUs refuse, Falcon with ALiBi the mask
-        if size_asked(error) is not None:  # memory that is refused says nothing about packing
+        if requested_size(error) is not None:  # memory that is refused says nothing about packing
             raise
         return False
     finally:
