@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import save
 
 from common.checkpoints.completed import CompletedRun
-from common.checkpoints.config_changes import batches_of_all_ranks, check_unchanged, config_of_result, plain_config
+from common.checkpoints.config_changes import batches_of_all_ranks, check_unchanged, plain_config
 from common.checkpoints.engine_state import save_engine
 from common.checkpoints.loading import load, naming_checkpoint, random_state
 from common.checkpoints.reshard import load_resharded
@@ -177,17 +177,14 @@ class Checkpoints:
         return self._restored
 
     def _completed_run(self) -> CompletedRun:
-        depends_on = {
-            "config": config_of_result(self.config),
-            "batches": batches_of_all_ranks(self.config),
-            "data": self.data,
-        }
-        return CompletedRun(self.config, depends_on)
+        return CompletedRun(self.config, self.data)
 
     def _check_not_completed(self) -> None:
         completed = self._completed_run()
         completed.check_format()
         if gather_objects(completed.exists() if is_main() else None)[0]:  # all ranks decide alike
+            for note in completed.notes():
+                say(f"note: {note}")
             raise AlreadyComplete(
                 f"{self.config.output_dir} holds the result of this command already; --resume never trains it again"
             )
