@@ -40,7 +40,7 @@ def main(
     """
     config = parse(config_class(advantages, own_reward=reward is not None), argv, prog="step3_ppo/main.py")
     inputs = read_inputs(config)
-    run = start_run(config, *inputs.data, parts=model_parts(config))
+    run = start_run(config, *inputs.data, parts=model_parts(config), pieces={"reward": reward or TokenRewardModel})
     codec, prompts, scale = inputs.codec, inputs.prompts.train, inputs.scale
     sampler = prompt_sampler(config, prompts)
     scheduled = scheduled_iterations(config, sampler)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.artifacts.lock import lock_output
@@ -36,7 +38,9 @@ class Run:
         return self.checkpoints.restore(self.checkpoint, state, self.tracker)
 
 
-def start_run(config: ProgramConfig, *data: PreparedData, parts: Sequence[str] = ("",)) -> Run:
+def start_run(
+    config: ProgramConfig, *data: PreparedData, parts: Sequence[str] = ("",), pieces: Mapping[str, object] | None = None
+) -> Run:
     """Open the output directory, join the process group, and find the checkpoint to go on from. All ranks call it.
 
     It takes the prepared data because preparing must come before: it may last longer than ranks wait for one another.
@@ -45,6 +49,8 @@ def start_run(config: ProgramConfig, *data: PreparedData, parts: Sequence[str] =
     Args:
         data: all that the run reads; a checkpoint of other data is refused.
         parts: as of `open_run`.
+        pieces: what decides the result and no option describes, such as {"task": task}: classes, functions or
+            instances. A run with a piece of another `name_of` is another run.
 
     Raises:
         AlreadyComplete: the result of this very run is in the output directory.
@@ -53,8 +59,23 @@ def start_run(config: ProgramConfig, *data: PreparedData, parts: Sequence[str] =
     tracker = open_run(config, parts)
     start(config.timeout, config.seed)
     agree_on(*data)
-    checkpoints = Checkpoints(config, [item.key for item in data])
+    names = {what: name_of(piece) for what, piece in (pieces or {}).items()}
+    checkpoints = Checkpoints(config, [item.key for item in data], names)
     return Run(tracker, checkpoints, checkpoints.find())
+
+
+def name_of(piece: object) -> str:
+    """Module and qualified name of a class or a function, or of an instance's class: "step1_sft.task.SFTTask".
+
+    In a program that is run as a file, that file's name stands for the module, which Python calls __main__.
+    """
+    while isinstance(piece, partial):
+        piece = piece.func
+    named = piece if hasattr(piece, "__qualname__") else type(piece)
+    module = named.__module__
+    if module == "__main__":
+        module = Path(getattr(sys.modules[module], "__file__", None) or module).stem
+    return f"{module}.{named.__qualname__}"
 
 
 def open_run(config: RunOptions, parts: Sequence[str] = ("",)) -> Tracker:

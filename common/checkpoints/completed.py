@@ -11,6 +11,7 @@ from typing import Any
 
 from common.checkpoints.config_changes import (
     batches_of_all_ranks,
+    changed_pieces,
     config_of_result,
     in_this_version,
     unknown_options,
@@ -31,10 +32,12 @@ class CompletedRun:
     Args:
         config: of the step.
         data: keys of the prepared data.
+        pieces: see `Checkpoints`.
     """
 
-    def __init__(self, config: RunOptions, data: Sequence[str]):
-        self.config, self.data, self.path = config, list(data), Path(config.output_dir) / FILE
+    def __init__(self, config: RunOptions, data: Sequence[str], pieces: Mapping[str, str]):
+        self.config, self.data, self.pieces = config, list(data), pieces
+        self.path = Path(config.output_dir) / FILE
 
     def exists(self) -> bool:
         """Whether the output directory holds this result. If it may, the models that the run starts from are read."""
@@ -47,6 +50,7 @@ class CompletedRun:
                 all(config[name] == value for name, value in config_of_result(self.config).items())
                 and recorded.get("batches") == batches_of_all_ranks(self.config)
                 and recorded.get("data") == self.data
+                and not changed_pieces(self.pieces, recorded["pieces"])
                 and recorded.get("files") == self._files()
                 and self._same_models(recorded["models"])
             )
@@ -75,6 +79,7 @@ class CompletedRun:
                 "config": config_of_result(self.config),
                 "batches": batches_of_all_ranks(self.config),
                 "data": self.data,
+                "pieces": self.pieces,
                 "files": self._files(),
                 "models": {name: _digest(getattr(self.config, name)) for name in self._model_options()},
             }
@@ -91,8 +96,10 @@ class CompletedRun:
             values = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        whole = isinstance(values, dict) and all(isinstance(values.get(name), dict) for name in ("config", "models"))
-        return values if whole else None
+        if not isinstance(values, dict):
+            return None
+        values.setdefault("pieces", {})  # earlier records have none
+        return values if all(isinstance(values.get(name), dict) for name in ("config", "models", "pieces")) else None
 
     def _files(self) -> dict[str, int]:
         """The size of every model file of the result, and of its provenance."""

@@ -51,13 +51,22 @@ def unknown_options(saved: Mapping[str, Any], config: RunOptions, path: Path) ->
     return [f"{path} was made with options that this version does not know and ignores: {words}"] if unknown else []
 
 
-def check_unchanged(config: RunOptions, data: Sequence[str], values: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError if another configuration or other data made the checkpoint, and --resume_anyway is not given.
+def changed_pieces(pieces: Mapping[str, str], saved: Mapping[str, str]) -> list[str]:
+    """Which of a run's pieces have another name than they were saved with. One that was not saved is no change."""
+    return [name for name in pieces if saved.get(name, pieces[name]) != pieces[name]]
+
+
+def check_unchanged(
+    config: RunOptions, data: Sequence[str], pieces: Mapping[str, str], values: Mapping[str, Any], path: Path
+) -> None:
+    """Raise UserError if another configuration, other pieces or other data made the checkpoint, and --resume_anyway is
+    not given.
 
     Another version may have saved it, with other options: see `in_this_version`. A note names those that are ignored.
 
     Args:
         data: keys of the prepared data.
+        pieces: see `Checkpoints`.
         values: state.json of the checkpoint.
         path: of the checkpoint.
     """
@@ -75,6 +84,8 @@ def check_unchanged(config: RunOptions, data: Sequence[str], values: Mapping[str
         for name in sorted(now)
         if name not in may_change and now[name] != before[name]
     ]
+    made_with = values["pieces"]
+    changes += [f"the {name} was {made_with[name]}, now {pieces[name]}" for name in changed_pieces(pieces, made_with)]
     if values["data"] != list(data) and not changes:
         changes = ["the data has other rows, or is prepared in another way"]
     if changes and not config.resume_anyway:

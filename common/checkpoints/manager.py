@@ -8,7 +8,7 @@ configuration. Data order and rollouts follow from the seed and the number of st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,12 @@ class Checkpoints:
     Args:
         config: of the step.
         data: keys of the prepared data; a run with other data is another run.
+        pieces: names of what the run is made of besides its options, such as {"task": "step1_sft.task.SFTTask"}; a
+            run with others is another run.
     """
 
-    def __init__(self, config: RunOptions, data: Sequence[str]):
-        self.config, self.data = config, list(data)
+    def __init__(self, config: RunOptions, data: Sequence[str], pieces: Mapping[str, str] | None = None):
+        self.config, self.data, self.pieces = config, list(data), pieces or {}
         self.store = CheckpointStore(Path(config.output_dir) / DIRECTORY, config.keep_checkpoints, state_problems)
         self.last_saved_at = 0  # optimizer steps at the last save
         self.last_good_step = 0  # the last step that was not skipped; training has not gone on from it yet
@@ -74,7 +76,7 @@ class Checkpoints:
             if problems := self.store.problems(path):
                 raise UserError(f"--resume {resume}: {problems[0]}: name a whole checkpoint, or --resume auto")
         if path is not None:
-            check_unchanged(self.config, self.data, read_state(path), path)
+            check_unchanged(self.config, self.data, self.pieces, read_state(path), path)
         return path
 
     def restore(self, path: Path | None, state: TrainingState, tracker: RunLog) -> int:
@@ -177,7 +179,7 @@ class Checkpoints:
         return self._restored
 
     def _completed_run(self) -> CompletedRun:
-        return CompletedRun(self.config, self.data)
+        return CompletedRun(self.config, self.data, self.pieces)
 
     def _check_not_completed(self) -> None:
         completed = self._completed_run()
@@ -212,6 +214,7 @@ class Checkpoints:
                 "state_dict": state.state_dict(),
                 "tracker": tracker.place(step),
                 "data": self.data,
+                "pieces": self.pieces,
                 "config": plain_config(self.config),
                 "batches": batches_of_all_ranks(self.config),
             }

@@ -23,6 +23,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "data": list,
     "config": dict,
     "batches": dict,
+    "pieces": dict,
 }
 _TRACKER_FIELDS: dict[str, type | tuple[type, ...]] = {"step": int, "bytes": int, "seconds": (int, float)}
 _MAX_RANKS = 100_000
@@ -49,10 +50,13 @@ def read_state(path: Path) -> dict[str, Any]:
     check_format(
         values, FORMAT, path, "go on with the version that made it, or start anew with this one, --resume never"
     )
+    values.setdefault("pieces", {})  # earlier files have none
     _check_types(values, _FIELDS)
     _check_types(values["tracker"], _TRACKER_FIELDS)
     for name, value in values["batches"].items():
         _check_types({name: value}, {name: int})
+    for name, value in values["pieces"].items():
+        _check_types({name: value}, {name: str})
     if not 1 <= values["world_size"] <= _MAX_RANKS:
         raise ValueError(f"world_size is {values['world_size']}")
     return values

@@ -61,7 +61,7 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
         AlreadyComplete: the result is in the output directory already.
     """
     inputs = read_inputs(task, config)
-    run = start_run(config, inputs.data)
+    run = start_run(config, inputs.data, pieces={"task": task})
     with advising_on_memory(config):
         with named_when_out_of_memory("loading the model"):
             engine = build_engine(task, config, inputs, scheduled_steps(config, len(inputs.data.train)))
