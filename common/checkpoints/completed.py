@@ -16,9 +16,9 @@ from common.checkpoints.config_changes import (
     in_this_version,
     unknown_options,
 )
-from common.checkpoints.state import check_format
 from common.config.groups import RunOptions
 from common.config.parser import Option, options
+from common.formats import check_format
 from common.paths import content_digest
 
 FILE = "logs/finished.json"  # in the output directory
@@ -64,11 +64,7 @@ class CompletedRun:
 
     def check_format(self) -> None:
         """Raise InputError if another version of the project made the record. All ranks may call it."""
-        recorded = self._read()
-        if recorded is not None and "format" in recorded:
-            advice = "use the version that made it, or train again with this one, --resume never"
-            with contextlib.suppress(ValueError):  # a damaged record counts as missing
-                check_format(recorded, FORMAT, self.path, advice)
+        self._read()
 
     def record(self) -> None:
         """Write the record. If the disk refuses, the same command will train again; that is all."""
@@ -91,12 +87,14 @@ class CompletedRun:
         self.path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:
-        """The record; None if there is none, or it is damaged."""
+        """The record; None if there is none, or it is damaged. Raises InputError as `check_format`."""
+        advice = "use the version that made it, or train again with this one, --resume never"
         try:
             values = json.loads(self.path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                return None
+            check_format(values, FORMAT, self.path, advice, unnumbered=FORMAT)
         except (OSError, ValueError, RecursionError):
-            return None
-        if not isinstance(values, dict):
             return None
         values.setdefault("pieces", {})  # earlier records have none
         return values if all(isinstance(values.get(name), dict) for name in ("config", "models", "pieces")) else None

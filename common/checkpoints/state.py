@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError
+from common.formats import check_format
 
 STATE = "state.json"
 FORMAT = 1  # of state.json and of the files beside it; raised when older versions could not read them any more
@@ -81,26 +82,6 @@ def state_problems(path: Path) -> list[str]:
         except (OSError, SafetensorError) as error:
             return [f"{rank_file(number)} cannot be used: {getattr(error, 'strerror', None) or error}"]
     return []
-
-
-def check_format(values: Mapping[str, Any], known: int, path: Path, advice: str) -> None:
-    """Compare the field "format" of a file's content with the format that this version reads and writes.
-
-    Args:
-        values: without the field, the file is of a version from before formats had numbers, which counts as 0.
-        path: of the file, for the message.
-        advice: what to do about another format.
-
-    Raises:
-        ValueError: the field is no whole number.
-        InputError: it is another one than `known`; the message names both.
-    """
-    number = values.get("format", 0)
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise ValueError(f"format is {str(number)[:40]!r}")
-    if number != known:
-        age = "an older" if number < known else "a newer"
-        raise InputError(path, f"it has format {number}, {age} one than format {known} of this version: {advice}")
 
 
 def _check_types(values: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:

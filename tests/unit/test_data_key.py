@@ -103,7 +103,11 @@ def relabelled(directory: Path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, said", [(lambda v: v.update(format=99), "format 99"), (lambda v: v.pop("format"), "format unknown")]
+    "change, said",
+    [
+        (lambda v: v.update(format=99), "it has format 99, a newer one than format"),
+        (lambda v: v.pop("format"), "it has format 0, an older one than format"),
+    ],
 )
 def test_data_of_another_format_is_prepared_anew_with_one_line(tmp_path, codec, capsys, change, said):
     asked = request(tmp_path, write(tmp_path / "d.jsonl", pairs(30)))

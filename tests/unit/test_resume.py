@@ -266,6 +266,7 @@ def with_values(**changes):
         (with_values(world_size=True), "world_size is 'True'"),
         (with_values(format="2"), "format is '2'"),
         (with_values(format=True), "format is 'True'"),
+        (with_values(format=float(FORMAT)), f"format is '{float(FORMAT)}'"),
         (with_values(step=-1), "step is -1"),
         (with_values(step=1.5), "step is '1.5'"),
         (with_values(config=[]), r"config is '\[\]'"),
