@@ -12,6 +12,7 @@ from common.artifacts.lock import lock_output
 from common.artifacts.obstacles import check_nothing_in_the_way
 from common.artifacts.tracking import Tracker, quiet_libraries
 from common.checkpoints.manager import Checkpoints
+from common.checkpoints.saver import Saver
 from common.checkpoints.training_state import TrainingState
 from common.config.groups import RunOptions
 from common.data.options import ProgramConfig
@@ -33,8 +34,8 @@ class Run:
     checkpoints: Checkpoints
     checkpoint: Path | None
 
-    def restore(self, state: TrainingState) -> int:
-        """Load the checkpoint into `state`; returns the steps (iterations in step 3) that were done at it."""
+    def restore(self, state: TrainingState) -> Saver:
+        """Load the checkpoint into `state`; returns what saves it from there on, and knows the steps that were done."""
         return self.checkpoints.restore(self.checkpoint, state, self.tracker)
 
 

@@ -67,9 +67,9 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
             engine = build_engine(task, config, inputs, scheduled_steps(config, len(inputs.data.train)))
         trainer, state = build_trainer(task, config, inputs, engine, run)
         loop = SupervisedLoop.from_config(config, trainer.batching.sampler, run.tracker)
-        with run.checkpoints.reporting_last_good():
-            done = run.restore(state)
-            metrics = loop.run(trainer.train_step, trainer.evaluate, done, run.checkpoints.on_step_end)
+        saver = run.restore(state)
+        with saver.reporting_last_good():
+            metrics = loop.run(trainer.train_step, trainer.evaluate, saver.steps_done, saver.on_step_end)
             # Before the result is written: what fails in the samples must not leave half a result.
             run.tracker.samples("after", task.samples(engine, inputs.data.eval, inputs.codec))
             publish(task, config, inputs, engine, metrics)

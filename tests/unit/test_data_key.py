@@ -85,8 +85,7 @@ def test_a_run_resumes_over_the_same_key_and_no_other(tmp_path, codec, monkeypat
     asked = request(tmp_path, path)
     config = parse(SFTConfig, ["--data_path", path, "--output_dir", str(tmp_path / "out")])
     checkpoints = Checkpoints(config, [prepare(asked, codec).key])
-    checkpoints.restore(None, TrainingState({}), Tracker(Path(config.output_dir), False))
-    checkpoints.save(3, 3)
+    checkpoints.restore(None, TrainingState({}), Tracker(Path(config.output_dir), False)).save(3, 3)
     assert Checkpoints(config, [prepare(asked, codec).key]).find() is not None
     for module in (request_module, prepared_files):
         monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)

@@ -78,9 +78,9 @@ def test_the_result_of_a_run_is_known_by_it_and_by_the_models_that_it_names(conf
 
 def save_checkpoint(config: SFTConfig) -> Path:
     first = Checkpoints(config, ["key"])
-    first.restore(first.find(), TrainingState({}), NoLog())
-    first.save(5, 5)
-    return first.saved[1]
+    saver = first.restore(first.find(), TrainingState({}), NoLog())
+    saver.save(5, 5)
+    return saver.saved[1]
 
 
 def test_a_checkpoint_from_before_the_option_counts_as_made_with_its_default(tmp_path):

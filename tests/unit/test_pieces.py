@@ -41,10 +41,9 @@ def config(tmp_path) -> SFTConfig:
 
 
 def save_checkpoint(config: SFTConfig, *pieces) -> Path:
-    made = Checkpoints(config, ["key"], *pieces)
-    made.restore(None, TrainingState({}), NoLog())
-    made.save(5, 5)
-    return made.saved[1]
+    saver = Checkpoints(config, ["key"], *pieces).restore(None, TrainingState({}), NoLog())
+    saver.save(5, 5)
+    return saver.saved[1]
 
 
 def test_a_run_does_not_go_on_with_another_piece_unless_it_is_meant(config):
