@@ -40,7 +40,7 @@ def main(
     """
     config = parse(config_class(advantages, own_reward=reward is not None), argv)
     inputs = read_inputs(config)
-    run = start_run(config, *inputs.data, parts=model_parts(config))
+    run = start_run(config, *inputs.data, parts=model_parts(config), pieces={"reward": reward or TokenRewardModel})
     codec, prompts, scale = inputs.codec, inputs.prompts.train, inputs.scale
     sampler = prompt_sampler(config, prompts)
     scheduled = scheduled_iterations(config, sampler)
@@ -54,10 +54,10 @@ def main(
         texts = text_batches(fitted, inputs.texts.train, codec) if inputs.texts else None
         trainer = PPOTrainer(models, reward or TokenRewardModel(models, fitted), fitted, codec, prompts, texts, scale)
         held_out = evaluation_prompts(config, inputs.prompts.eval)
-        with run.checkpoints.reporting_last_good():
-            done = run.restore(training_state(models, trainer))
+        saver = run.restore(training_state(models, trainer))
+        with saver.reporting_last_good():
             metrics = run_iterations(
-                trainer, held_out, sampler, iterations, run.tracker, done, run.checkpoints.on_step_end
+                trainer, held_out, sampler, iterations, run.tracker, saver.steps_done, saver.on_step_end
             )
             save(config, models, inputs)
     report_done(run.tracker, iterations, metrics, config.output_dir)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from common.data.split import check_eval_fraction, proportions
 from common.errors import UserError, reason_of
+from common.formats import check_format
 from common.paths import from_anywhere
 
 FILE = "provenance.json"
@@ -84,11 +85,8 @@ def read_provenance(model: str | Path) -> Provenance | None:
             values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
             if not isinstance(values, dict):
                 raise ValueError("it is no object")
-            if (written := values.get("format", 1)) != FORMAT:
-                raise UserError(
-                    f"{path} is of format {str(written)[:40]}, and this version of the programs reads format {FORMAT}: "
-                    "use the version that wrote it, or train the model again"
-                )
+            advice = "use the version that wrote it, or train the model again"
+            check_format(values, FORMAT, path, advice, unnumbered=1)
             return _checked(values)
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
@@ -98,9 +96,11 @@ def read_provenance(model: str | Path) -> Provenance | None:
 
 
 def _checked(values: dict) -> Provenance:
-    """Raises ValueError or TypeError if a field is missing or has a wrong value; unknown fields are left out."""
-    names = {field.name for field in fields(Provenance)}
-    provenance = Provenance(**{name: value for name, value in values.items() if name in names})
+    """Raises ValueError or TypeError for what no provenance holds; fields that are unknown are left out."""
+    known = {item.name: item.default is MISSING and item.default_factory is MISSING for item in fields(Provenance)}
+    if missing := [name for name, required in known.items() if required and name not in values]:
+        raise ValueError(f"it has no {', no '.join(missing)}")
+    provenance = Provenance(**{name: value for name, value in values.items() if name in known})
     for name, kind in get_type_hints(Provenance).items():
         if not _fits(getattr(provenance, name), kind):
             raise ValueError(f"{name} is {str(getattr(provenance, name))[:40]!r}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.artifacts.lock import lock_output
 from common.artifacts.obstacles import check_nothing_in_the_way
 from common.artifacts.tracking import Tracker, quiet_libraries
 from common.checkpoints.manager import Checkpoints
+from common.checkpoints.saver import Saver
 from common.checkpoints.training_state import TrainingState
 from common.config.groups import RunOptions
 from common.data.options import ProgramConfig
@@ -31,20 +34,24 @@ class Run:
     checkpoints: Checkpoints
     checkpoint: Path | None
 
-    def restore(self, state: TrainingState) -> int:
-        """Load the checkpoint, if there is one, into `state`. Returns the steps (iterations in step 3) done so far."""
+    def restore(self, state: TrainingState) -> Saver:
+        """Load the checkpoint into `state`; returns what saves it from there on, and knows the steps that were done."""
         return self.checkpoints.restore(self.checkpoint, state, self.tracker)
 
 
-def start_run(config: ProgramConfig, *data: PreparedData, parts: Sequence[str] = ("",)) -> Run:
-    """Open the output directory, join the process group, and find the checkpoint to resume from. All ranks call it.
+def start_run(
+    config: ProgramConfig, *data: PreparedData, parts: Sequence[str] = ("",), pieces: Mapping[str, object] | None = None
+) -> Run:
+    """Open the output directory, join the process group, and find the checkpoint to go on from. All ranks call it.
 
     The data must be prepared before, because that may take longer than the ranks' timeout. Engines are created
     afterwards, so that none is created for a run that is complete already.
 
     Args:
-        data: all data that the run reads; a checkpoint of a run with other data is refused.
-        parts: see `open_run`.
+        data: all that the run reads; a checkpoint of other data is refused.
+        parts: as of `open_run`.
+        pieces: what decides the result and no option describes, such as {"task": task}: classes, functions or
+            instances. A run with a piece of another `name_of` is another run.
 
     Raises:
         AlreadyComplete: the output directory holds the result of this command.
@@ -53,8 +60,23 @@ def start_run(config: ProgramConfig, *data: PreparedData, parts: Sequence[str] =
     tracker = open_run(config, parts)
     start(config.timeout, config.seed)
     agree_on(*data)
-    checkpoints = Checkpoints(config, [item.key for item in data])
+    names = {what: name_of(piece) for what, piece in (pieces or {}).items()}
+    checkpoints = Checkpoints(config, [item.key for item in data], names)
     return Run(tracker, checkpoints, checkpoints.find())
+
+
+def name_of(piece: object) -> str:
+    """Module and qualified name of a class or a function, or of an instance's class: "step1_sft.task.SFTTask".
+
+    In a program that is run as a file, that file's name stands for the module, which Python calls __main__.
+    """
+    while isinstance(piece, partial):
+        piece = piece.func
+    named = piece if hasattr(piece, "__qualname__") else type(piece)
+    module = named.__module__
+    if module == "__main__":
+        module = Path(getattr(sys.modules[module], "__file__", None) or module).stem
+    return f"{module}.{named.__qualname__}"
 
 
 def open_run(config: RunOptions, parts: Sequence[str] = ("",)) -> Tracker:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoints.state import check_format
+from common.checkpoints.config_changes import (
+    batches_of_all_ranks,
+    changed_pieces,
+    config_of_result,
+    in_this_version,
+    unknown_options,
+)
 from common.config.groups import RunOptions
-from common.config.parser import options
+from common.config.parser import Option, options
+from common.formats import check_format
 from common.paths import content_digest
 
 FILE = "logs/finished.json"  # in the output directory
@@ -22,72 +30,100 @@ class CompletedRun:
     """The record of a completed run: everything that its result depends on, and the files of the result.
 
     Args:
-        config: names the output directory and the models that the run starts from.
-        depends_on: what else the result depends on, such as configuration and data, as JSON.
+        config: of the step.
+        data: keys of the prepared data.
+        pieces: see `Checkpoints`.
     """
 
-    def __init__(self, config: RunOptions, depends_on: dict[str, Any]):
-        self.output, self.depends_on = Path(config.output_dir), depends_on
-        self.models: dict[str, str | None] = {
-            name: getattr(config, name) for name, meta in options(type(config)).items() if meta.names_model
-        }
+    def __init__(self, config: RunOptions, data: Sequence[str], pieces: Mapping[str, str]):
+        self.config, self.data, self.pieces = config, list(data), pieces
+        self.path = Path(config.output_dir) / FILE
 
     def exists(self) -> bool:
         """Whether the output directory holds this result. The models that the run starts from are read only if
         everything else agrees."""
         recorded = self._read()
+        if recorded is None:
+            return False
+        config = in_this_version(recorded["config"], self.config)
         try:
             return (
-                recorded is not None
-                and all(recorded.get(name) == value for name, value in self.depends_on.items())
+                all(config[name] == value for name, value in config_of_result(self.config).items())
+                and recorded.get("batches") == batches_of_all_ranks(self.config)
+                and recorded.get("data") == self.data
+                and not changed_pieces(self.pieces, recorded["pieces"])
                 and recorded.get("files") == self._files()
-                and recorded.get("models") == self._digests()
+                and self._same_models(recorded["models"])
             )
         except OSError:
             return False
 
+    def notes(self) -> list[str]:
+        """What to tell of a record that another version of the project made."""
+        recorded = self._read()
+        return [] if recorded is None else unknown_options(recorded["config"], self.config, self.path)
+
     def check_format(self) -> None:
         """Raise InputError if another version of the project made the record. All ranks may call it."""
-        recorded = self._read()
-        if recorded is not None and "format" in recorded:
-            advice = "use the version that made it, or train again with this one, --resume never"
-            with contextlib.suppress(ValueError):  # a damaged record counts as missing
-                check_format(recorded, FORMAT, self.output / FILE, advice)
+        self._read()
 
     def record(self) -> None:
-        """Write the record. A write error is ignored: its only effect is that the same command trains again."""
-        path = self.output / FILE
-        new = path.with_suffix(".new")
+        """Write the record. If the disk refuses, the same command will train again; that is all."""
+        new = self.path.with_suffix(".new")
         with contextlib.suppress(OSError):
-            values = {"format": FORMAT, **self.depends_on, "files": self._files(), "models": self._digests()}
+            values = {
+                "format": FORMAT,
+                "config": config_of_result(self.config),
+                "batches": batches_of_all_ranks(self.config),
+                "data": self.data,
+                "pieces": self.pieces,
+                "files": self._files(),
+                "models": {name: _digest(getattr(self.config, name)) for name in self._model_options()},
+            }
             new.write_text(json.dumps(values, indent=1), encoding="utf-8")
-            os.replace(new, path)
+            os.replace(new, self.path)
 
     def clear(self) -> None:
-        """Remove the record, before a run writes into the output directory."""
-        (self.output / FILE).unlink(missing_ok=True)
+        """Remove the record: a run begins to write into the output directory."""
+        self.path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, Any] | None:
+        """The record; None if there is none, or it is damaged. Raises InputError as `check_format`."""
+        advice = "use the version that made it, or train again with this one, --resume never"
         try:
-            values = json.loads((self.output / FILE).read_text(encoding="utf-8"))
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                return None
+            check_format(values, FORMAT, self.path, advice, unnumbered=FORMAT)
         except (OSError, ValueError, RecursionError):
             return None
-        return values if isinstance(values, dict) else None
+        values.setdefault("pieces", {})  # earlier records have none
+        return values if all(isinstance(values.get(name), dict) for name in ("config", "models", "pieces")) else None
 
     def _files(self) -> dict[str, int]:
         """The size of every model file of the result, and of its provenance."""
+        output = Path(self.config.output_dir)
         return {
-            str(path.relative_to(self.output)): path.stat().st_size
+            str(path.relative_to(output)): path.stat().st_size
             for pattern in ("provenance.json", "*.safetensors", "*/*.safetensors")  # step 3 makes several models
-            for path in self.output.glob(pattern)
+            for path in output.glob(pattern)
         }
 
-    def _digests(self) -> dict[str, str | None]:
-        return {name: model and _digest(Path(model)) for name, model in self.models.items()}
+    def _model_options(self) -> dict[str, Option]:
+        """The options that name the models that the run starts from."""
+        return {name: meta for name, meta in options(type(self.config)).items() if meta.names_model}
+
+    def _same_models(self, recorded: Mapping[str, Any]) -> bool:
+        """Whether the files of the models are those of the record. An option that it lacks had its default."""
+        return all(
+            (recorded[name] if name in recorded else _digest(meta.default)) == _digest(getattr(self.config, name))
+            for name, meta in self._model_options().items()
+        )
 
 
-def _digest(model: Path) -> str:
+def _digest(model: str | None) -> str | None:
     """A hash of the files of a model directory; for anything else, such as a name on the hub, the name itself."""
-    if not model.is_dir():
-        return str(model)
-    return content_digest(sorted(path for path in model.iterdir() if path.suffix in _MODEL_FILES and path.is_file()))
+    if not model or not Path(model).is_dir():
+        return model and str(Path(model))
+    files = (path for path in Path(model).iterdir() if path.suffix in _MODEL_FILES and path.is_file())
+    return content_digest(sorted(files))

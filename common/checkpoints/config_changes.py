@@ -10,7 +10,7 @@ from typing import Any
 from common.config.groups import RunOptions
 from common.config.parser import options
 from common.errors import UserError
-from common.runtime.distributed import world_size
+from common.runtime.distributed import say, world_size
 from common.training.engine import read_override
 
 
@@ -37,24 +37,55 @@ def config_of_result(config: RunOptions) -> dict[str, Any]:
     }
 
 
-def check_unchanged(config: RunOptions, data: Sequence[str], values: Mapping[str, Any], path: Path) -> None:
-    """Raise UserError if another configuration or other data made the checkpoint, and --resume_anyway is not given.
+def in_this_version(saved: Mapping[str, Any], config: RunOptions) -> dict[str, Any]:
+    """A saved `plain_config`, perhaps of another version, with the options of this one: an option that it lacks has its
+    default, and options that this version does not know are left out, see `unknown_options`."""
+    defaults = {name: meta.default for name, meta in options(type(config)).items() if not meta.ignored}
+    return {**json.loads(json.dumps(defaults)), **{name: saved[name] for name in defaults if name in saved}}
+
+
+def unknown_options(saved: Mapping[str, Any], config: RunOptions, path: Path) -> list[str]:
+    """A note if the configuration saved at `path` has options that this version does not know, otherwise nothing."""
+    unknown = [f"--{name} {saved[name]}" for name in sorted(saved.keys() - options(type(config)).keys())]
+    words = ", ".join(unknown)
+    return [f"{path} was made with options that this version does not know and ignores: {words}"] if unknown else []
+
+
+def changed_pieces(pieces: Mapping[str, str], saved: Mapping[str, str]) -> list[str]:
+    """Which of a run's pieces have another name than they were saved with. One that was not saved is no change."""
+    return [name for name in pieces if saved.get(name, pieces[name]) != pieces[name]]
+
+
+def check_unchanged(
+    config: RunOptions, data: Sequence[str], pieces: Mapping[str, str], values: Mapping[str, Any], path: Path
+) -> None:
+    """Raise UserError if another configuration, other pieces or other data made the checkpoint, and --resume_anyway is
+    not given.
+
+    Another version may have saved it, with other options: see `in_this_version`. A note names those that are ignored.
 
     Args:
         data: keys of the prepared data.
+        pieces: see `Checkpoints`.
         values: state.json of the checkpoint.
         path: of the checkpoint.
     """
-    now, before = plain_config(config), values["config"]
+    if values["batches"].keys() != batches_of_all_ranks(config).keys():
+        raise UserError(f"{path} is a checkpoint of another step: name one of this step, or --resume never")
+    for note in unknown_options(values["config"], config, path):
+        say(f"note: {note}")
+    now, before = plain_config(config), in_this_version(values["config"], config)
     may_change = {name for name, meta in options(type(config)).items() if meta.may_change_on_resume}
     if values["world_size"] != world_size():
         _check_batches(config, values, path)
         may_change |= _batch_flags(config)
     changes = [
-        f"--{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted({*now, *before})
-        if name not in may_change and now.get(name) != before.get(name)
+        f"--{name} was {before[name]!r}, now {now[name]!r}"
+        for name in sorted(now)
+        if name not in may_change and now[name] != before[name]
     ]
+    made_with = values["pieces"]
+    changes += [f"the {name} was {made_with[name]}, now {pieces[name]}" for name in changed_pieces(pieces, made_with)]
     if values["data"] != list(data) and not changes:
         changes = ["the data has other rows, or is prepared in another way"]
     if changes and not config.resume_anyway:
@@ -72,8 +103,6 @@ def count_of_ranks(ranks: int) -> str:
 def _check_batches(config: RunOptions, values: Mapping[str, Any], path: Path) -> None:
     """The batch sizes of one rank may change with the number of ranks, those of all ranks together may not."""
     before, now = values["batches"], batches_of_all_ranks(config)
-    if before.keys() != now.keys():
-        raise UserError(f"{path} is a checkpoint of another step: name one of this step, or --resume never")
     changed = [batch for batch in config.batches() if now[batch.what] != before[batch.what]]
     if changed and not config.resume_anyway:
         had = " and ".join(f"{before[batch.what]} {batch.what}" for batch in changed)

@@ -7,49 +7,38 @@ the configuration. Data order and rollouts follow from the seed and the number o
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
 from common.checkpoints.completed import CompletedRun
-from common.checkpoints.config_changes import batches_of_all_ranks, check_unchanged, config_of_result, plain_config
-from common.checkpoints.engine_state import save_engine
-from common.checkpoints.loading import load, naming_checkpoint, random_state
+from common.checkpoints.config_changes import batches_of_all_ranks, check_unchanged, plain_config
+from common.checkpoints.loading import load, naming_checkpoint
 from common.checkpoints.reshard import load_resharded
-from common.checkpoints.shard_writer import Shards
-from common.checkpoints.state import FORMAT, STATE, rank_file, read_state, state_problems
-from common.checkpoints.store import CheckpointStore, NotSaved
+from common.checkpoints.saver import Saver
+from common.checkpoints.state import FORMAT, read_state, state_problems
+from common.checkpoints.store import CheckpointStore
 from common.checkpoints.training_state import RunLog, TrainingState
 from common.config.groups import RunOptions
-from common.errors import AlreadyComplete, Diverged, UserError
-from common.runtime.distributed import gather_objects, is_main, rank, say, world_size
-from common.runtime.heartbeat import set_phase
-from common.runtime.program import stop_agreed
-from common.runtime.signals import Stopped
+from common.errors import AlreadyComplete, UserError
+from common.runtime.distributed import gather_objects, is_main, say, world_size
 
 DIRECTORY = "checkpoints"
 
 
 class Checkpoints:
-    """Saves the state of a run at intervals, and restores it at the start of the next one.
+    """Which checkpoint a run goes on from, and its state restored. A `Saver` makes further ones.
 
     Args:
         config: of the step.
-        data: keys of the prepared data; a checkpoint of a run with other data is refused.
+        data: keys of the prepared data; a run with other data is another run.
+        pieces: names of what the run is made of besides its options, such as {"task": "step1_sft.task.SFTTask"}; a
+            run with others is another run.
     """
 
-    def __init__(self, config: RunOptions, data: Sequence[str]):
-        self.config, self.data = config, list(data)
+    def __init__(self, config: RunOptions, data: Sequence[str], pieces: Mapping[str, str] | None = None):
+        self.config, self.data, self.pieces = config, list(data), pieces or {}
         self.store = CheckpointStore(Path(config.output_dir) / DIRECTORY, config.keep_checkpoints, state_problems)
-        self.last_saved_at = 0  # optimizer steps at the last save
-        self.last_good_step = 0  # the last step that was not skipped; no later step has shown that its weights are good
-        self.saved: tuple[int, Path | None] = (-1, None)  # the newest checkpoint, and the step that it was taken after
-        self.unconfirmed: Path | None = None  # a checkpoint after which no step has succeeded yet
-        self._restored: tuple[TrainingState, RunLog] | None = None
 
     def find(self) -> Path | None:
         """Find the checkpoint to resume from, if there is one, without loading it. All ranks must call it.
@@ -74,23 +63,17 @@ class Checkpoints:
             if problems := self.store.problems(path):
                 raise UserError(f"--resume {resume}: {problems[0]}: name a whole checkpoint, or --resume auto")
         if path is not None:
-            check_unchanged(self.config, self.data, read_state(path), path)
+            check_unchanged(self.config, self.data, self.pieces, read_state(path), path)
         return path
 
-    def restore(self, path: Path | None, state: TrainingState, tracker: RunLog) -> int:
-        """Load the checkpoint at `path`, if there is one, into `state`.
-
-        Returns:
-            The steps (in step 3 iterations) that the checkpoint was taken after, or 0.
-        """
-        self._restored = state, tracker
+    def restore(self, path: Path | None, state: TrainingState, tracker: RunLog) -> Saver:
+        """Load the checkpoint at `path`, if there is one, into `state`; returns what saves the run from there on."""
         if is_main():
             self._completed_run().clear()
         if path is None:
             tracker.begin()
-            return 0
+            return Saver(self.config, self.store, self._identity(), state, tracker)
         values = read_state(path)
-        self.saved = values["step"], path
         if values["world_size"] == world_size():
             load(path, state)
         else:
@@ -98,72 +81,13 @@ class Checkpoints:
         with naming_checkpoint(path):
             state.load_state_dict(values["state_dict"])
         tracker.begin(values["tracker"])
-        self.last_saved_at, self.last_good_step = values["optimizer_steps"], values["step"]
         say(f"resuming from {path}")
-        return values["step"]
-
-    def on_step_end(self, step: int, optimizer_steps: int | None = None) -> None:
-        """Save if a checkpoint is due after `step`. If the disk refuses, that is reported and the run goes on.
-
-        Args:
-            optimizer_steps: made so far, where a step (an iteration of step 3) has several.
-
-        Raises:
-            Stopped: the run was asked to stop; its state is saved first, unless the last step was skipped.
-            TrainingFailure: the output directory has gone.
-        """
-        state, tracker = self._running()
-        interval, done = self.config.save_interval, step if optimizer_steps is None else optimizer_steps
-        reason = stop_agreed(tracker.lost())
-        if state.last_step_applied():
-            self.last_good_step = step
-            if self.unconfirmed is not None:  # the step after it succeeded
-                self.store.prune(self.unconfirmed)
-                self.unconfirmed = None
-            if interval and (done // interval > self.last_saved_at // interval or (reason and self.saved[0] != step)):
-                self.save(step, done)
-        if reason:
-            raise Stopped(
-                f"stopped by {reason} after {step} "
-                f"{'steps' if optimizer_steps is None else 'iterations'}: {self._how_to_go_on()}"
-            )
-
-    def save(self, step: int, optimizer_steps: int) -> None:
-        """Save now."""
-        set_phase("saving")
-        try:
-            path = self.store.save(step, lambda shards: self._write(shards, step, optimizer_steps))
-            self.saved, self.unconfirmed = (step, path), path
-            say(f"checkpoint saved to {path}")
-        except NotSaved as failure:
-            say(f"warning: {failure}; the run goes on and will try again")
-        # After a failure too: the next attempt is made at the next interval, not after every step from here on.
-        self.last_saved_at = optimizer_steps
+        saved = values["step"], path
+        return Saver(self.config, self.store, self._identity(), state, tracker, saved, values["optimizer_steps"])
 
     def saved_value(self, path: Path | None, name: str) -> Any:
         """A value of `TrainingState.state_dict` in the checkpoint at `path`; None if there is none."""
         return None if path is None else read_state(path)["state_dict"].get(name)
-
-    @contextmanager
-    def reporting_last_good(self) -> Iterator[None]:
-        """Within the context, a Diverged error also names the last good checkpoint, and says how to resume from it.
-
-        Raises:
-            Diverged: with the longer message.
-        """
-        try:
-            yield
-        except Diverged as failure:
-            good = self.store.newest_before(self.last_good_step)
-            raise Diverged(
-                f"{failure}; "
-                + (
-                    f"the last good checkpoint is {good}: go on from it with other settings and --resume {good} "
-                    "--resume_anyway"
-                    if good
-                    else "there is no checkpoint from before"
-                )
-            ) from None
 
     def discard(self) -> None:
         """Record that the run is complete, and delete its checkpoints. The result must be published already."""
@@ -171,54 +95,29 @@ class Checkpoints:
             self._completed_run().record()
         self.store.delete()
 
-    def _running(self) -> tuple[TrainingState, RunLog]:
-        if self._restored is None:
-            raise RuntimeError("Checkpoints.restore must be called before anything is saved")
-        return self._restored
+    def _identity(self) -> dict[str, Any]:
+        """The fields of state.json that say which run this is."""
+        return {
+            "format": FORMAT,
+            "world_size": world_size(),
+            "data": self.data,
+            "pieces": self.pieces,
+            "config": plain_config(self.config),
+            "batches": batches_of_all_ranks(self.config),
+        }
 
     def _completed_run(self) -> CompletedRun:
-        depends_on = {
-            "config": config_of_result(self.config),
-            "batches": batches_of_all_ranks(self.config),
-            "data": self.data,
-        }
-        return CompletedRun(self.config, depends_on)
+        return CompletedRun(self.config, self.data, self.pieces)
 
     def _check_not_completed(self) -> None:
         completed = self._completed_run()
         completed.check_format()
         if gather_objects(completed.exists() if is_main() else None)[0]:  # all ranks decide alike
+            for note in completed.notes():
+                say(f"note: {note}")
             raise AlreadyComplete(
                 f"{self.config.output_dir} holds the result of this command already; --resume never trains it again"
             )
-
-    def _how_to_go_on(self) -> str:
-        if self.saved[1] is None:
-            return "there is no checkpoint; the same command starts anew"
-        return (
-            f"run the same command{' with --resume auto' if self.config.resume != 'auto' else ''} to go on from "
-            f"{self.saved[1]}"
-        )
-
-    def _write(self, shards: Shards, step: int, optimizer_steps: int) -> None:
-        state, tracker = self._running()
-        for name, engine in state.engines.items():
-            save_engine(engine, name, shards)
-        tensors = {f"state.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.tensors().items()}
-        shards.add(rank_file(rank()), lambda file: file.write(save({**tensors, **random_state()})))
-        if is_main():
-            values = {
-                "format": FORMAT,
-                "step": step,
-                "optimizer_steps": optimizer_steps,
-                "world_size": world_size(),
-                "state_dict": state.state_dict(),
-                "tracker": tracker.place(step),
-                "data": self.data,
-                "config": plain_config(self.config),
-                "batches": batches_of_all_ranks(self.config),
-            }
-            shards.add(STATE, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
     def _set_aside(self, damaged: bool = False) -> None:
         """Rename the directory of checkpoints, so that this run, which starts anew, does not delete them when it saves.

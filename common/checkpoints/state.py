@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError
+from common.formats import check_format
 
 STATE = "state.json"
 FORMAT = 1  # of state.json and of the files beside it; raised when older versions could not read them any more
@@ -23,6 +24,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "data": list,
     "config": dict,
     "batches": dict,
+    "pieces": dict,
 }
 _TRACKER_FIELDS: dict[str, type | tuple[type, ...]] = {"step": int, "bytes": int, "seconds": (int, float)}
 _MAX_RANKS = 100_000
@@ -49,10 +51,13 @@ def read_state(path: Path) -> dict[str, Any]:
     check_format(
         values, FORMAT, path, "go on with the version that made it, or start anew with this one, --resume never"
     )
+    values.setdefault("pieces", {})  # earlier files have none
     _check_types(values, _FIELDS)
     _check_types(values["tracker"], _TRACKER_FIELDS)
     for name, value in values["batches"].items():
         _check_types({name: value}, {name: int})
+    for name, value in values["pieces"].items():
+        _check_types({name: value}, {name: str})
     if not 1 <= values["world_size"] <= _MAX_RANKS:
         raise ValueError(f"world_size is {values['world_size']}")
     return values
@@ -77,26 +82,6 @@ def state_problems(path: Path) -> list[str]:
         except (OSError, SafetensorError) as error:
             return [f"{rank_file(number)} cannot be used: {getattr(error, 'strerror', None) or error}"]
     return []
-
-
-def check_format(values: Mapping[str, Any], supported: int, path: Path, advice: str) -> None:
-    """Compare the field "format" of a file's content with the format that this version reads and writes.
-
-    Args:
-        values: the content. Files from before formats had numbers lack the field; they count as format 0.
-        path: of the file, for the message.
-        advice: what to do about another format.
-
-    Raises:
-        ValueError: the field is not an integer.
-        InputError: the format is not `supported`; the message names both.
-    """
-    number = values.get("format", 0)
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise ValueError(f"format is {str(number)[:40]!r}")
-    if number != supported:
-        age = "an older" if number < supported else "a newer"
-        raise InputError(path, f"it has format {number}, {age} one than format {supported} of this version: {advice}")
 
 
 def _check_types(values: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import xxhash
 
+from common.formats import other_format
+
 # Raise it whenever the same sources, options, tokenizer and template give other prepared rows, another split or other
 # files than before: what was prepared in an older format is then prepared anew, and a run does not resume over it.
 # A change of code that leaves the rows as they are leaves it as it is.
@@ -56,8 +58,8 @@ def unseal(directory: Path) -> str:
         if checksum != _text_checksum(content):
             raise Damaged(f"{READY} has changed")
         values = json.loads(content)
-        if values.get("format") != FORMAT:
-            raise OtherFormat(f"it is of format {values.get('format', 'unknown')}, and this version uses {FORMAT}")
+        if other := other_format(values, FORMAT):
+            raise OtherFormat(other)
         paths = {directory / name: tuple(written) for name, written in values["files"].items()}
         if not _verified(directory, paths):
             if (total := sum(size for size, _ in paths.values())) > _LARGE:

@@ -56,11 +56,11 @@ class DataRequest:
 
 
 def data_key(request: DataRequest, codec: Codec) -> str:
-    """A hash (32 hex digits) of all that decides the rows: `FORMAT`, the content of the sources, the options, the
-    tokenizer, the template, and the versions of the libraries that apply them.
+    """A hash (32 hex digits) of all that decides the rows: `FORMAT`, the names of the sources as --data_path has them,
+    their content, the options, the tokenizer, the template, and the exact versions of transformers and tokenizers.
 
-    Checkpoints record it, and a run resumes only over data of the same key. So nothing else may change it: neither the
-    source text of this package nor the place of a file.
+    Checkpoints record it, and a run resumes only over data of the same key. So nothing else may change it, such as the
+    source text of this package. A name may be a path: the same file under another path is another source.
     """
     decisive = {
         "format": FORMAT,

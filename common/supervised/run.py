@@ -62,13 +62,13 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
         AlreadyComplete: the result is in the output directory already.
     """
     inputs = read_inputs(task, config)
-    run = start_run(config, inputs.data)
+    run = start_run(config, inputs.data, pieces={"task": task})
     with advising_on_memory(config):
         trainer, state = build(task, config, inputs, run)
         loop = SupervisedLoop.from_config(config, trainer.batching.sampler, run.tracker)
-        with run.checkpoints.reporting_last_good():
-            done = run.restore(state)
-            metrics = loop.run(trainer.train_step, trainer.evaluate, done, run.checkpoints.on_step_end)
+        saver = run.restore(state)
+        with saver.reporting_last_good():
+            metrics = loop.run(trainer.train_step, trainer.evaluate, saver.steps_done, saver.on_step_end)
             # Before the result is written: an error in the samples must not leave an incomplete result.
             run.tracker.samples("after", trainer.samples(inputs.codec))
             publish(task, config, inputs, trainer.engine, metrics)

@@ -85,8 +85,7 @@ def test_a_run_resumes_over_the_same_key_and_no_other(tmp_path, codec, monkeypat
     asked = request(tmp_path, path)
     config = parse(SFTConfig, ["--data_path", path, "--output_dir", str(tmp_path / "out")])
     checkpoints = Checkpoints(config, [prepare(asked, codec).key])
-    checkpoints.restore(None, TrainingState({}), Tracker(Path(config.output_dir), False))
-    checkpoints.save(3, 3)
+    checkpoints.restore(None, TrainingState({}), Tracker(Path(config.output_dir), False)).save(3, 3)
     assert Checkpoints(config, [prepare(asked, codec).key]).find() is not None
     for module in (request_module, prepared_files):
         monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
@@ -103,7 +102,11 @@ def relabelled(directory: Path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, said", [(lambda v: v.update(format=99), "format 99"), (lambda v: v.pop("format"), "format unknown")]
+    "change, said",
+    [
+        (lambda v: v.update(format=99), "it has format 99, a newer one than format"),
+        (lambda v: v.pop("format"), "it has format 0, an older one than format"),
+    ],
 )
 def test_data_of_another_format_is_prepared_anew_with_one_line(tmp_path, codec, capsys, change, said):
     asked = request(tmp_path, write(tmp_path / "d.jsonl", pairs(30)))

@@ -105,6 +105,14 @@ def test_a_record_of_another_format_is_neither_believed_nor_overwritten(config, 
     assert not is_complete(replace(config, resume="never"))
 
 
+@pytest.mark.parametrize("number", [str(FORMAT), True, float(FORMAT), None])
+def test_a_record_whose_format_is_no_whole_number_is_damaged(number, config):
+    finish(config)
+    record = Path(config.output_dir) / FILE
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"format": number}))
+    assert not is_complete(config)
+
+
 def test_fields_of_the_record_that_are_not_known_are_ignored(config):
     finish(config)
     record = Path(config.output_dir) / FILE

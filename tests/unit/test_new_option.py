@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ import yaml
 from common.checkpoints.manager import Checkpoints
 from common.checkpoints.training_state import TrainingState
 from common.config.parser import option, options, parse, save_config
-from common.errors import UserError
+from common.errors import AlreadyComplete, UserError
 from common.training.engine import check_engine_options
 from common.training.memory import memory_advice
 from step1_sft.config import SFTConfig
@@ -52,10 +53,7 @@ def config(tmp_path) -> ExtendedConfig:
 
 
 def test_a_changed_value_refuses_resume_only_if_the_option_affects_the_result(config):
-    first = Checkpoints(config, ["key"])
-    first.restore(first.find(), TrainingState({}), NoLog())
-    first.save(5, 5)
-    path = first.saved[1]
+    path = save_checkpoint(config)
     with pytest.raises(UserError, match=r"--focus was 2.0, now 3.0"):
         Checkpoints(replace(config, focus=3.0), ["key"]).find()
     assert Checkpoints(replace(config, focus=3.0, resume_anyway=True), ["key"]).find() == path
@@ -76,6 +74,61 @@ def test_the_record_of_a_complete_run_covers_its_options_and_models(config, tmp_
     assert not is_complete(replace(config, focus=3.0))
     (judge / "model.safetensors").write_bytes(b"changed")
     assert not is_complete(config)
+
+
+def save_checkpoint(config: SFTConfig) -> Path:
+    first = Checkpoints(config, ["key"])
+    saver = first.restore(first.find(), TrainingState({}), NoLog())
+    saver.save(5, 5)
+    return saver.saved[1]
+
+
+def test_a_checkpoint_from_before_the_option_counts_as_made_with_its_default(tmp_path):
+    path = save_checkpoint(SFTConfig(output_dir=str(tmp_path / "out")))
+    later = ExtendedConfig(output_dir=str(tmp_path / "out"))
+    assert Checkpoints(later, ["key"]).find() == path
+    with pytest.raises(UserError, match=r"made with another configuration: --focus was 1.0, now 3.0: run the same"):
+        Checkpoints(replace(later, focus=3.0), ["key"]).find()
+
+
+@pytest.mark.parametrize("focus", [1.0, 2.0])
+def test_a_checkpoint_with_an_option_that_is_not_known_any_more_is_taken_with_a_note(focus, tmp_path, capsys):
+    path = save_checkpoint(ExtendedConfig(output_dir=str(tmp_path / "out"), focus=focus))
+    capsys.readouterr()
+    without = SFTConfig(output_dir=str(tmp_path / "out"))
+    assert Checkpoints(without, ["key"]).find() == path
+    (note,) = capsys.readouterr().out.splitlines()
+    assert note == (
+        f"note: {path} was made with options that this version does not know and ignores: "
+        f"--focus {focus}, --judge_name_or_path None, --shout False"
+    )
+    with pytest.raises(UserError, match=r"--learning_rate was .*, now 0.5"):
+        Checkpoints(replace(without, learning_rate=0.5), ["key"]).find()
+
+
+def test_a_result_from_before_the_option_is_that_of_its_default(tmp_path):
+    finished = SFTConfig(output_dir=str(tmp_path / "out"))
+    (tmp_path / "out/logs").mkdir(parents=True)
+    Checkpoints(finished, ["key"]).discard()
+    later = ExtendedConfig(output_dir=str(tmp_path / "out"))
+    with pytest.raises(AlreadyComplete):
+        Checkpoints(later, ["key"]).find()
+    assert Checkpoints(replace(later, focus=3.0), ["key"]).find() is None
+    assert Checkpoints(replace(later, judge_name_or_path="owner/judge"), ["key"]).find() is None
+
+
+@pytest.mark.parametrize("focus", [1.0, 2.0])
+def test_a_result_of_an_option_that_is_not_known_any_more_is_found_with_a_note(focus, tmp_path, capsys):
+    (tmp_path / "out/logs").mkdir(parents=True)
+    Checkpoints(ExtendedConfig(output_dir=str(tmp_path / "out"), focus=focus), ["key"]).discard()
+    with pytest.raises(AlreadyComplete):
+        Checkpoints(SFTConfig(output_dir=str(tmp_path / "out")), ["key"]).find()
+    (note,) = capsys.readouterr().out.splitlines()
+    assert note == (
+        f"note: {tmp_path}/out/logs/finished.json was made with options that this version does not know and ignores: "
+        f"--focus {focus}, --judge_name_or_path None"
+    )
+    assert Checkpoints(SFTConfig(output_dir=str(tmp_path / "out"), seed=9), ["key"]).find() is None
 
 
 def test_the_key_of_deepspeeds_configuration_that_it_owns_is_refused_with_its_flag(config, tmp_path):

@@ -1,6 +1,7 @@
 """provenance.json is written and read back, and a damaged one is refused with the reason."""
 
 import json
+import re
 
 import pytest
 
@@ -48,11 +49,22 @@ def test_a_field_that_is_unknown_is_ignored_and_a_file_without_a_format_is_of_th
     assert (again.step, again.score_std) == (WHOLE.step, WHOLE.score_std)
 
 
-@pytest.mark.parametrize("number", [0, FORMAT + 1, "two", None])
-def test_another_format_is_one_sentence(number, tmp_path):
+@pytest.mark.parametrize("number, age", [(FORMAT - 1, "an older"), (FORMAT + 1, "a newer")])
+def test_another_format_is_one_sentence(number, age, tmp_path):
     written(tmp_path, format=number)
-    line = f"{tmp_path / FILE} is of format {number}, and this version of the programs reads format {FORMAT}: use"
+    line = (
+        f"{tmp_path / FILE}: it has format {number}, {age} one than format {FORMAT} of this version: "
+        "use the version that wrote it, or train the model again"
+    )
     with pytest.raises(UserError, match=line):
+        read_provenance(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["two", str(FORMAT), True, float(FORMAT), None, [FORMAT]])
+def test_a_format_that_is_no_whole_number_is_damage(number, tmp_path):
+    written(tmp_path, format=number)
+    line = f"{tmp_path / FILE} is damaged (format is {str(number)!r}): train the model again"
+    with pytest.raises(UserError, match=re.escape(line)):
         read_provenance(tmp_path)
 
 
@@ -111,10 +123,13 @@ def test_a_damaged_file_is_named(content, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_a_missing_field_is_named(tmp_path):
+@pytest.mark.parametrize("names", [["template"], ["step", "end_token", "eval_fraction"]])
+def test_values_that_lack_are_named_in_plain_words(names, tmp_path):
     written(tmp_path)
     values = json.loads((tmp_path / FILE).read_text())
-    del values["template"]
+    for name in [*names, "score_mean"]:  # the last may lack
+        del values[name]
     (tmp_path / FILE).write_text(json.dumps(values))
-    with pytest.raises(UserError, match="template"):
+    line = f"{tmp_path / FILE} is damaged (it has no {', no '.join(names)}): train the model again or remove the file"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         read_provenance(tmp_path)

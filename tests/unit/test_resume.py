@@ -95,7 +95,8 @@ def test_a_certain_checkpoint_is_taken(tmp_path):
             "made by 4 ranks with 64 rows per optimizer step, and this run of 1 has 16: use "
             "--per_device_train_batch_size 16 --gradient_accumulation_steps 4, or --resume never",
         ),
-        ([], {"world_size": 4, "config": {}}, "--learning_rate was None"),
+        (["--learning_rate", "0.5"], {"world_size": 4, "config": {}}, "--learning_rate was 9.65e-06, now 0.5"),
+        ([], {"batches": {"prompts per iteration": 8}}, "is a checkpoint of another step"),
         ([], {"data": ["other"]}, "the data has other rows"),
     ],
 )
@@ -265,6 +266,7 @@ def with_values(**changes):
         (with_values(world_size=True), "world_size is 'True'"),
         (with_values(format="2"), "format is '2'"),
         (with_values(format=True), "format is 'True'"),
+        (with_values(format=float(FORMAT)), f"format is '{float(FORMAT)}'"),
         (with_values(step=-1), "step is -1"),
         (with_values(step=1.5), "step is '1.5'"),
         (with_values(config=[]), r"config is '\[\]'"),

@@ -97,14 +97,14 @@ def test_metrics_wait_while_something_is_in_the_way(output, in_the_way, capsys):
 def test_a_run_whose_output_directory_goes_stops_and_says_where_its_checkpoints_were(output, moved, tmp_path):
     config = parse(SFTConfig, ["--output_dir", str(output)])
     checkpoints = Checkpoints(config, ["key"])
-    checkpoints.restore(None, TrainingState({}), tracker := Tracker(output, tensorboard=False))
-    checkpoints.on_step_end(1)
+    saver = checkpoints.restore(None, TrainingState({}), tracker := Tracker(output, tensorboard=False))
+    saver.on_step_end(1)
     (output / "checkpoints").mkdir()
     os.rename(output, tmp_path / "moved") if moved else shutil.rmtree(output)
     tracker.log("train", 2, {"loss": 1.0})
     tracker.samples("before", [{"prompt": "a"}])
     with pytest.raises(TrainingFailure) as ended:
-        checkpoints.on_step_end(2)
+        saver.on_step_end(2)
     assert f"whose checkpoints were in {output}/checkpoints" in str(ended.value) and "\n" not in str(ended.value)
     assert (f"moved to {tmp_path}/moved under" in str(ended.value)) == moved
     assert not output.exists(), "nothing is made where the directory was"
