@@ -12,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 from common.batching.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations
 from common.batching.sampler import MicroBatch
 from common.models.attention import attends_by
+from common.models.engine import Engine
 from common.models.logprobs import response_log_probs
 from common.runtime.distributed import device, on_every_rank, on_gpu
 
@@ -26,7 +27,7 @@ class Packing(Enum):
     MASKED = "a block-diagonal mask"
 
 
-def packing_of(engine, width: int) -> Packing | None:
+def packing_of(engine: Engine, width: int) -> Packing | None:
     """The best way that keeps the rows of a sequence of `width` tokens apart; None if no way does.
 
     The model is left with the attention that goes with it. All ranks must call it.
@@ -46,7 +47,7 @@ def varlen_serves(dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def keeps_rows_apart(engine, width: int, way: Packing) -> bool:
+def keeps_rows_apart(engine: Engine, width: int, way: Packing) -> bool:
     """Compare the log-probabilities of two rows, packed into a sequence of `width` tokens and on their own.
 
     A mask or positions that the model ignores show in the second row, a window of attention that the block-diagonal

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
@@ -29,6 +28,7 @@ from common.supervised.trainer import SupervisedTrainer, probe
 from common.training.engine import (
     EngineSettings,
     OptimizerSettings,
+    TrainedEngine,
     check_engine_options,
     deepspeed_config,
     training_engine,
@@ -100,7 +100,9 @@ def scheduled_steps(config: SupervisedConfig, rows: int) -> int:
     return config.num_train_epochs * -(-rows // (batch.rows * world_size()))
 
 
-def build_engine(task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, total_steps: int) -> Any:
+def build_engine(
+    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, total_steps: int
+) -> TrainedEngine:
     """The model of the task, with adapters if asked for, in a DeepSpeed engine that trains it."""
     settings = EngineSettings.from_config(config)
     with named_by("--model_name_or_path"):
@@ -128,7 +130,7 @@ def build_engine(task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs:
 
 
 def build_trainer(
-    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, engine: Any, run: Run
+    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, engine: TrainedEngine, run: Run
 ) -> tuple[SupervisedTrainer[ConfigT, BatchT], TrainingState]:
     """The trainer, with micro-batches that fit into memory, and what its checkpoints hold."""
     rows, held_out, pad_id = inputs.data.train, inputs.data.eval, inputs.codec.pad_id
@@ -162,7 +164,7 @@ def evaluated_on_this_rank(held_out: Dataset, config: SupervisedConfig) -> list[
 
 
 def publish(
-    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, engine: Any, metrics: Metrics
+    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, engine: TrainedEngine, metrics: Metrics
 ) -> None:
     """Write the result: the model, its adapters, the tokenizer, and how it was made."""
     with publishing(

@@ -19,6 +19,7 @@ from common.batching.collate import Batch
 from common.batching.sampler import MicroBatch, StepSampler
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
+from common.models.engine import Engine
 from common.models.loading import check_language_model
 from common.runtime.distributed import rank, world_size
 from common.supervised.config import SupervisedConfig
@@ -83,7 +84,7 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
     def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> BatchT:
         """The rows of a micro-batch as tensors on the CPU."""
 
-    def batching(self, engine: Any, rows: Dataset, config: ConfigT, pad_id: int) -> Batching[BatchT]:
+    def batching(self, engine: Engine, rows: Dataset, config: ConfigT, pad_id: int) -> Batching[BatchT]:
         """How `rows` are trained on. All ranks call it.
 
         Args:
@@ -97,7 +98,7 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
         """How many units (tokens, pairs) of this batch the loss sums over: a scalar."""
 
     @abstractmethod
-    def loss_sum(self, engine: Any, batch: BatchT) -> tuple[Tensor, Sums]:
+    def loss_sum(self, engine: Engine, batch: BatchT) -> tuple[Tensor, Sums]:
         """The loss of a batch as a sum over its units, a scalar with a gradient, and statistics as sums.
 
         A filler of the batch adds nothing. The mean is taken outside, over the whole optimizer step and all ranks, so
@@ -114,7 +115,7 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
         """What to log of an evaluation, from the sums over all held-out rows."""
 
     @torch.no_grad()
-    def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> Sequence[dict]:
+    def samples(self, engine: Engine, held_out: Dataset, codec: Codec) -> Sequence[dict]:
         """Rows for samples/after.jsonl, to be read by people. All ranks call it."""
         return []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic
+from typing import Generic
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from common.batching.sampler import MicroBatch
 from common.runtime.distributed import device, global_sum
 from common.supervised.task import Batching, BatchT, ConfigT, SupervisedTask
 from common.training.atomic_step import AtomicStep
-from common.training.engine import gradient_norm
-from common.training.metrics import Metrics, Sums, add_sums
+from common.training.engine import TrainedEngine, gradient_norm
+from common.training.metrics import Metrics, StepMetrics, Sums, add_sums
 
 
 class SupervisedTrainer(Generic[ConfigT, BatchT]):
@@ -35,7 +35,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
     def __init__(
         self,
         task: SupervisedTask[ConfigT, BatchT],
-        engine: Any,
+        engine: TrainedEngine,
         train: Dataset,
         held_out: Dataset,
         batching: Batching[BatchT],
@@ -47,7 +47,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
         self.evaluation_batches = evaluation_batches
         self.step = AtomicStep({"model": engine}, max_skipped_steps)
 
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Metrics:
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
         """One optimizer step, unless it is skipped; the loss is the mean over its units on all ranks."""
         batches = list(self._batches(self.train, micro_batches))
         units = global_sum(torch.stack([self.task.count(batch) for batch in batches]).sum())
@@ -88,7 +88,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
             yield self.batching.collate(rows, micro_batch).to(device())
 
 
-def probe(task: SupervisedTask[ConfigT, BatchT], engine: Any, rows: Dataset, pad_id: int, count: int) -> None:
+def probe(task: SupervisedTask[ConfigT, BatchT], engine: TrainedEngine, rows: Dataset, pad_id: int, count: int) -> None:
     """Forward and backward of a micro-batch of the longest row, `count` times; nothing is kept of it."""
     longest = int(np.argmax(rows["length"]))
     batch = task.collate(rows, MicroBatch((longest,) * count, (True,) * count), pad_id).to(device())

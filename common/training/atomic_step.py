@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import DIVERGED, Diverged
 from common.runtime.distributed import gather_objects, global_sum, say
-from common.training.engine import Engine, MicroBatch, accumulate
+from common.training.engine import Engine, MicroBatch, TrainedEngine, accumulate
 from common.training.gradients import discard_gradients
 
 
@@ -35,7 +35,7 @@ class AtomicStep:
         consecutive_skips: optimizer steps skipped since the last one that was made, without those.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], limit: int):
+    def __init__(self, engines: Mapping[str, TrainedEngine], limit: int):
         self.skipped = self.consecutive_skips = 0
         self._engines, self._limit = dict(engines), limit
         self._losses: dict[str, Tensor] = {}
