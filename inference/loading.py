@@ -134,25 +134,27 @@ def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto
         UserError: --template contradicts the training, or the tokenizer is not the one of the training.
     """
     tokenizer = load_tokenizer(files.tokenizer, trust_remote_code=trust_remote_code)
-    trained = files.provenance
+    trained, ends = files.provenance, published_ends(files.weights)
     if trained is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(files.path, "the tokenizer has no end token, so no answer would ever end")
         guess = "chat" if getattr(tokenizer, "chat_template", None) else _DEFAULT_TEMPLATE
-        codec = make_codec(tokenizer, guess if template == "auto" else template)
-        codec.end_at(published_ends(files.weights))
-        return codec
+        return make_codec(tokenizer, guess if template == "auto" else template, further_ends=ends)
     if template not in ("auto", trained.template):
         raise UserError(
             f"--template {template}: {files.path} was trained with the template {trained.template}: leave --template "
             "out"
         )
-    codec = make_codec(tokenizer, trained.template, date=trained.template_date)
+    codec = make_codec(tokenizer, trained.template, date=trained.template_date, further_ends=ends)
     if codec.end_token != trained.end_token:
         codec = make_codec(
-            tokenizer, trained.template, add_eot_token=True, eot_token=trained.end_token, date=trained.template_date
+            tokenizer,
+            trained.template,
+            add_eot_token=True,
+            eot_token=trained.end_token,
+            date=trained.template_date,
+            further_ends=ends,
         )
-    codec.end_at(published_ends(files.weights))
     if tokenizer_fingerprint(codec.tokenizer) != trained.tokenizer:
         raise ModelError(
             files.path,

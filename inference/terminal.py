@@ -17,7 +17,7 @@ class Terminal:
     In a pipe a response is one line, so line N of the output responds to question N. Notices go to stderr.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):

@@ -12,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 from common.batching.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations
 from common.batching.sampler import MicroBatch
 from common.models.attention import attends_by
+from common.models.engine import Engine
 from common.models.logprobs import response_log_probs
 from common.runtime.distributed import device, on_every_rank, on_gpu
 from common.training.memory import requested_size
@@ -27,7 +28,7 @@ class Packing(Enum):
     MASKED = "a block-diagonal mask"
 
 
-def packing_of(engine, width: int) -> Packing | None:
+def packing_of(engine: Engine, width: int) -> Packing | None:
     """The fastest mechanism that keeps the rows of a sequence of `width` tokens apart; None if neither does.
 
     Sets the attention implementation of the model accordingly. All ranks must call it.
@@ -47,7 +48,7 @@ def supports_varlen(dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def keeps_rows_apart(engine, width: int, packing: Packing) -> bool:
+def keeps_rows_apart(engine: Engine, width: int, packing: Packing) -> bool:
     """Whether two rows have the same log-probabilities packed into a sequence of `width` tokens and on their own.
 
     If the model ignores the mask or the positions, the second row differs. If the block-diagonal mask replaces the

@@ -14,6 +14,7 @@ from common.batching.collate import FlatBatch, PackedBatch, TokenBatch, collate_
 from common.batching.sampler import MicroBatch
 from common.data.prepare import PreparedData, prepare_many
 from common.data.tokenization import Codec
+from common.models.engine import Engine
 from common.models.loading import load_causal_lm
 from common.models.logprobs import next_token_loss_sum
 from common.runtime.distributed import device, say, world_size
@@ -46,7 +47,7 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
     def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> TokenBatch | PackedBatch:
         return collate_demonstrations(rows, micro_batch, pad_id, self.config.train_on_prompt)
 
-    def batching(self, engine: Any, rows: Dataset, config: SFTConfig, pad_id: int) -> Batching[SFTBatch]:
+    def batching(self, engine: Engine, rows: Dataset, config: SFTConfig, pad_id: int) -> Batching[SFTBatch]:
         """With --packing, rows share sequences. If the model cannot keep them apart, micro-batches consist of rows of
         similar length instead, with at most the same number of tokens."""
         if not config.packing:
@@ -70,7 +71,7 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
     def count(self, batch: SFTBatch) -> Tensor:
         return batch.loss_mask[:, 1:].sum()
 
-    def loss_sum(self, engine: Any, batch: SFTBatch) -> tuple[Tensor, Sums]:
+    def loss_sum(self, engine: Engine, batch: SFTBatch) -> tuple[Tensor, Sums]:
         """-log p summed over the target tokens, in nats."""
         loss, tokens = next_token_loss_sum(engine, batch.inputs(engine.module.dtype), batch.loss_mask)
         return loss, {"tokens": tokens.double(), "loss": loss.detach().double()}
@@ -83,13 +84,13 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
         loss = means(sums, "tokens")["loss"]
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
-    def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> list[dict[str, Any]]:
+    def samples(self, engine: Engine, held_out: Dataset, codec: Codec) -> list[dict[str, Any]]:
         """Greedy responses to the first distinct held-out prompts, beside the demonstrations."""
         return greedy_samples(engine, held_out, codec)
 
 
 def greedy_samples(
-    engine: Any, held_out: Dataset, codec: Codec, rows: int = 8, max_new_tokens: int = 64
+    engine: Engine, held_out: Dataset, codec: Codec, rows: int = 8, max_new_tokens: int = 64
 ) -> list[dict[str, Any]]:
     """Greedy responses to the first distinct held-out prompts beside the demonstrations. All ranks must call it."""
     chosen = held_out.select(first_distinct(held_out, rows))

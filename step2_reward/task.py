@@ -14,6 +14,7 @@ from common.batching.sampler import MicroBatch
 from common.data.prepare import PreparedData, prepare
 from common.data.tokenization import Codec
 from common.errors import UserError
+from common.models.engine import Engine
 from common.models.loading import gives_scores, load_scalar_model
 from common.models.scalar import ScalarModel, score_at_last_token
 from common.runtime.distributed import device
@@ -59,7 +60,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
     def count(self, batch: PairBatch) -> Tensor:
         return batch.real.sum()
 
-    def loss_sum(self, engine: Any, batch: PairBatch) -> tuple[Tensor, Sums]:
+    def loss_sum(self, engine: Engine, batch: PairBatch) -> tuple[Tensor, Sums]:
         chosen, rejected = self._scores(engine, batch).chunk(2)
         return bradley_terry_loss_sum(
             chosen, rejected, batch.real, margin=self.config.margin, centring=self.config.centring_coef
@@ -76,7 +77,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
         names = ("loss", "accuracy", "chosen_score", "rejected_score", "margin")
         return {**{name: average[name] for name in names}, "score_mean": mean, "score_std": std}
 
-    def samples(self, engine: Any, held_out: Dataset, codec: Codec, rows: int = 8) -> list[dict]:
+    def samples(self, engine: Engine, held_out: Dataset, codec: Codec, rows: int = 8) -> list[dict[str, Any]]:
         """The first held-out pairs with their scores."""
         pairs = held_out.select(range(min(rows, len(held_out))))
         everything = MicroBatch(tuple(range(len(pairs))), (True,) * len(pairs))
@@ -97,6 +98,6 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
         """The mean and standard deviation by which step 3 normalises scores."""
         return {"score_mean": metrics["score_mean"], "score_std": metrics["score_std"]}
 
-    def _scores(self, engine: Any, batch: PairBatch) -> Tensor:
+    def _scores(self, engine: Engine, batch: PairBatch) -> Tensor:
         """(2B,) raw scores at the last token of each sequence."""
         return score_at_last_token(engine(**unmasked(batch.input_ids)), batch.lengths)

@@ -26,8 +26,8 @@ def open_codec(config: ProgramConfig, source: str, flag: str) -> Codec:
             add_eot_token=config.add_eot_token,
             eot_token=config.eot_token,
             date=config.template_date,
+            further_ends=published_ends(source),
         )
-    codec.end_at(published_ends(source))
     if codec.date:
         say(
             f"note: the chat template of {source} writes the date: prompts of all steps say {codec.date}, whenever "

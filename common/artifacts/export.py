@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from common.data.tokenization import Codec
+from common.models.engine import Engine
 from common.models.lora import has_lora, merged_state_dict, save_adapter
 from common.models.scalar import ScalarModel
-from common.models.training_engine import TrainingEngine
 from common.paths import follow_umask
 from common.runtime.distributed import barrier, is_main
 
 
-def full_state_dict(engine: TrainingEngine) -> dict[str, torch.Tensor] | None:
+def full_state_dict(engine: Engine) -> dict[str, torch.Tensor] | None:
     """The full state of the engine's module on the CPU of rank 0, None on the other ranks. All ranks must call it."""
     state: dict[str, torch.Tensor] | None
     if engine.zero_optimization_partition_weights():
@@ -33,7 +33,7 @@ def full_state_dict(engine: TrainingEngine) -> dict[str, torch.Tensor] | None:
 
 
 def export_model(
-    engine: TrainingEngine, codec: Codec, directory: str | Path, adapter_directory: str | Path | None = None
+    engine: Engine, codec: Codec, directory: str | Path, adapter_directory: str | Path | None = None
 ) -> None:
     """Write model (safetensors), config, generation config and tokenizer. All ranks must call it.
 

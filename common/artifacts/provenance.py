@@ -12,7 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from common.data.split import check_eval_fraction, proportions
 from common.errors import UserError, reason_of
@@ -113,7 +113,7 @@ def _checked(values: dict) -> Provenance:
     return provenance
 
 
-def _fits(value, kind) -> bool:
+def _fits(value: object, kind: Any) -> bool:
     """Whether a value from JSON has a field's type."""
     parts = get_args(kind)
     if isinstance(kind, UnionType):
@@ -127,5 +127,5 @@ def _fits(value, kind) -> bool:
     return type(value) is kind
 
 
-def _refuse_constant(name: str):
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")

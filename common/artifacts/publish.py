@@ -23,8 +23,10 @@ from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
 from common.errors import DIVERGED, Diverged, TrainingFailure
 from common.models.completeness import problem
+from common.models.engine import Engine
 from common.runtime.distributed import barrier, device, is_main, on_every_rank, say
 from common.runtime.heartbeat import set_phase
+from common.training.engine import TrainedEngine
 
 CONFIG_FILE = "run_config.yaml"
 _IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTDIR)  # errors that more disk space does not solve
@@ -34,7 +36,7 @@ _IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTDIR)  # errors that more di
 def publishing(
     config: ProgramConfig,
     codec: Codec,
-    engines: Mapping[str, Any],
+    engines: Mapping[str, TrainedEngine],
     step: str,
     base: str,
     data: PreparedData | None = None,
@@ -97,7 +99,7 @@ def publishing(
 
 
 @torch.no_grad()
-def _check_usable(engine: Any, name: str, codec: Codec) -> None:
+def _check_usable(engine: Engine, name: str, codec: Codec) -> None:
     """Run one small forward pass: without held-out rows, no loss has been computed since the last update."""
     tokens = torch.full((1, 2), codec.end_id, device=device())
     engine.eval()

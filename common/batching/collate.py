@@ -244,7 +244,7 @@ def _token_batch(
 def _packed_batch(
     rows: Sequence[list[int]], prompt_lengths: Sequence[int], micro_batch: MicroBatch, pad_id: int
 ) -> PackedBatch:
-    def joined(of_rows: Iterable[Sequence], padding) -> Tensor:
+    def joined(of_rows: Iterable[Sequence], padding: int) -> Tensor:
         remaining = iter(of_rows)
         return _padded([list(chain.from_iterable(islice(remaining, pack))) for pack in micro_batch.packs], padding)[0]
 

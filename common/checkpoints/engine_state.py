@@ -18,7 +18,7 @@ import torch
 
 from common.checkpoints.shard_writer import Shards
 from common.errors import UserError, reason_of
-from common.training.engine import Engine
+from common.models.engine import Engine
 
 TAG = "engine"  # DeepSpeed's name for a checkpoint within its directory
 _DATA_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # overrules the weights_only=False of DeepSpeed's calls

@@ -23,8 +23,8 @@ from common.checkpoints.state import rank_file
 from common.checkpoints.store import CheckpointStore
 from common.checkpoints.training_state import TrainingState
 from common.errors import TrainingFailure
+from common.models.engine import Engine
 from common.runtime.distributed import barrier, gather_objects, rank, say, seed_rank, world_size
-from common.training.engine import Engine
 
 
 def load_resharded(

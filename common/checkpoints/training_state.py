@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from common.models.engine import Engine
 from common.training.atomic_step import AtomicStep
-from common.training.engine import Engine
 
 
 class RunLog(Protocol):

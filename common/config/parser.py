@@ -198,7 +198,7 @@ def _program(file: Path) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, *arguments, **settings):
+    def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
         # argparse before Python 3.14 takes -1e-3 for a flag; no flag of ours begins with one dash and a number.
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.I)
@@ -210,7 +210,14 @@ class _Parser(argparse.ArgumentParser):
 class _Collect(argparse.Action):
     """Keeps flags and words as they were written; values of flags and of recipes are converted by the same code."""
 
-    def __call__(self, parser, namespace, words, flag=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        words: str | Sequence[Any] | None,
+        flag: str | None = None,
+    ) -> None:
+        assert flag is not None  # there are no positional arguments
         namespace.given.append((flag.removeprefix("--"), [words] if isinstance(words, str) else words or []))
 
 

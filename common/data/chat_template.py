@@ -11,10 +11,14 @@ import re
 from collections.abc import Iterable
 from datetime import datetime
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
 from common.data.errors import TemplateError
 from common.data.records import Message, Prompt, Response, turns_of
 from common.data.templates import CHAT, TEXT_TEMPLATES, Piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DATE = "2025-01-01"  # the date that a template writes, unless another is given
 _PROBE = "\tprobe\t"
@@ -40,8 +44,8 @@ class ChatTemplate:
 
     name = CHAT
 
-    def __init__(self, tokenizer, date: str = DATE):
-        if not getattr(tokenizer, "chat_template", None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, date: str = DATE):
+        if tokenizer is None or not getattr(tokenizer, "chat_template", None):
             raise TemplateError(
                 CHAT, f"the tokenizer has no chat template; choose one of {', '.join(sorted(TEXT_TEMPLATES))}"
             )
@@ -158,13 +162,14 @@ class ChatTemplate:
         messages = [*prompt.messages, *turns]
         tools = self._marked(json.loads(prompt.tools)) if prompt.tools else None
         try:
-            return self._tokenizer.apply_chat_template(
+            rendered = self._tokenizer.apply_chat_template(
                 [self._as_dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=cue,
                 tools=tools,
                 chat_template=at_time(self._tokenizer.get_chat_template(tools=tools), self._now),
             )
+            return cast(str, rendered)
         except TemplateError:
             raise
         except Exception as error:  # a template is a program, which may raise anything
@@ -187,7 +192,7 @@ class ChatTemplate:
         """`text` with marks around its control tokens, which tell them from those of the template."""
         return self._controls.sub(f"{_OPEN}\\g<0>{_CLOSE}", _unmarked(text)) if self._controls.pattern else text
 
-    def _marked(self, value):
+    def _marked(self, value: Any) -> Any:
         """A JSON value with `_mark` applied to all its texts."""
         if isinstance(value, str):
             return self._mark(value)
@@ -216,7 +221,7 @@ def at_time(chat_template: str, now: datetime) -> str:
     return fixed
 
 
-def control_tokens(tokenizer) -> set[str]:
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The tokens that control a model, which no user's text may turn into.
 
     These are the special tokens, and the added tokens that the chat template writes around turns. Markup that responses

@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from common.data.errors import TemplateError
 from common.data.records import Message, Prompt, Response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Piece(NamedTuple):
@@ -153,7 +156,7 @@ def marks(text: str) -> Iterator[str]:
     return (match[0].strip() for match in _MARKS.finditer(text))
 
 
-def get_template(name: str, tokenizer=None, date: str | None = None) -> Template:
+def get_template(name: str, tokenizer: PreTrainedTokenizerBase | None = None, date: str | None = None) -> Template:
     """The template called `name`; `chat` is made from the `tokenizer` it belongs to, see `ChatTemplate`.
 
     Raises:

@@ -70,6 +70,7 @@ def make_codec(
     add_eot_token: bool = False,
     eot_token: str = "<|endoftext|>",
     date: str | None = None,
+    further_ends: Iterable[object] = (),
 ) -> Codec:
     """A tokenizer's codec.
 
@@ -81,6 +82,8 @@ def make_codec(
     Args:
         template_name: one of `templates.TEMPLATE_NAMES`.
         date: YYYY-MM-DD, for chat templates that write the date, see `ChatTemplate`.
+        further_ends: ids of more tokens that end a response, see `published_ends`; values that are no ids of the
+            tokenizer are ignored.
 
     Raises:
         NoEndTokenError: the tokenizer has no end token and none is added.
@@ -98,10 +101,8 @@ def make_codec(
     if end_token is not None and tokenizer.eos_token_id is None:
         tokenizer.eos_token = end_token
     _separate_padding(tokenizer, end_token)
-    codec = Codec(tokenizer, template, end_token or tokenizer.eos_token)
-    if template.end_token is not None:
-        codec.end_at([_id_of(tokenizer, template.end_token)])
-    return codec
+    own_end = [] if template.end_token is None else [_id_of(tokenizer, template.end_token)]
+    return Codec(tokenizer, template, end_token or tokenizer.eos_token, [*own_end, *further_ends])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:
@@ -136,14 +137,19 @@ class Codec:
     Attributes:
         tokenizer, template: as given.
         end_token, end_id: the token that ends every response.
-        end_ids: all tokens that end a response of the model: the end token first, the tokenizer's own, others by
-            `end_at`.
+        end_ids: all tokens that end a response of the model: the end token, the tokenizer's own, and further ones.
         pad_token, pad_id: never equal to the end token.
         date: the date that the template writes, YYYY-MM-DD; '' for a template that writes none.
         shortest_prompt: tokens of the shortest prompt that `cut_prompt` can leave: the start tokens and one more.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, end_token: str):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        end_token: str,
+        further_ends: Iterable[object] = (),
+    ):
         self.tokenizer = tokenizer
         self.template = template
         self.end_token = end_token
@@ -151,8 +157,9 @@ class Codec:
         self.end_id: int = _id_of(tokenizer, end_token)
         self.pad_token: str = tokenizer.pad_token
         self.pad_id: int = tokenizer.pad_token_id
-        self.end_ids: tuple[int, ...] = (self.end_id,)
-        self.end_at([tokenizer.eos_token_id])
+        further = [tokenizer.eos_token_id, *further_ends]
+        known = [end for end in further if type(end) is int and 0 <= end < len(tokenizer)]
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((self.end_id, *known)))
         self._start = _start_ids(tokenizer)
         self.shortest_prompt = len(self._start) + 1
         self._special = _special_ids(tokenizer)
@@ -163,11 +170,6 @@ class Codec:
         # Their decoders remove one leading space again. This one is put before a response that is decoded.
         self._space = self._plain_ids(" ") if self._adds_space else []
         self._lead = self._ids([Piece(template.lead, template.name == CHAT)], continues=True)
-
-    def end_at(self, ids: Iterable[int]) -> None:
-        """Let these tokens end a response too; values that are no ids of the tokenizer are ignored."""
-        known = [end for end in ids if type(end) is int and 0 <= end < len(self.tokenizer)]
-        self.end_ids = tuple(dict.fromkeys((*self.end_ids, *known)))
 
     def encode_prompt(self, prompt: Prompt, max_tokens: int | None = None) -> list[int]:
         """Ids of the prompt up to and including the assistant's cue, cut as `cut_prompt` does.

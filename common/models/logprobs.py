@@ -23,12 +23,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from common.models.training_engine import TrainingEngine
+from common.models.engine import Engine
 
 CHUNK_NUMBERS = 2**25  # logits of one chunk: 128 MiB in float32, and enough rows to keep a matrix product busy
 
 Head = Callable[[Tensor], Tensor]  # hidden states (N, H) -> logits (N, V)
-CausalLM = PreTrainedModel | TrainingEngine
+CausalLM = PreTrainedModel | Engine
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
@@ -30,6 +29,7 @@ from common.supervised.trainer import SupervisedTrainer, probe
 from common.training.engine import (
     EngineSettings,
     OptimizerSettings,
+    TrainedEngine,
     check_engine_options,
     deepspeed_config,
     training_engine,
@@ -102,7 +102,9 @@ def check_sequence_length(config: SupervisedConfig, source: str) -> None:
         )
 
 
-def build_engine(task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, total_steps: int) -> Any:
+def build_engine(
+    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, total_steps: int
+) -> TrainedEngine:
     """The model of the task, with adapters if asked for, in a DeepSpeed engine that trains it."""
     settings = EngineSettings.from_config(config)
     with named_by("--model_name_or_path"):
@@ -176,7 +178,7 @@ def evaluated_on_this_rank(held_out: Dataset, config: SupervisedConfig) -> list[
 
 
 def publish(
-    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, engine: Any, metrics: Metrics
+    task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, engine: TrainedEngine, metrics: Metrics
 ) -> None:
     """Write the result: the model, its adapters, the tokenizer and the provenance."""
     with publishing(

@@ -18,6 +18,7 @@ from common.batching.collate import Batch
 from common.batching.sampler import MicroBatch, StepSampler
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
+from common.models.engine import Engine
 from common.models.loading import check_language_model
 from common.runtime.distributed import rank, world_size
 from common.supervised.config import SupervisedConfig
@@ -85,7 +86,7 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
     def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> BatchT:
         """The rows of a micro-batch as tensors on the CPU."""
 
-    def batching(self, engine: Any, rows: Dataset, config: ConfigT, pad_id: int) -> Batching[BatchT]:
+    def batching(self, engine: Engine, rows: Dataset, config: ConfigT, pad_id: int) -> Batching[BatchT]:
         """How `rows` are trained on. All ranks call it.
 
         Args:
@@ -99,7 +100,7 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
         """The number of units (tokens, pairs) in the loss of this batch: a scalar."""
 
     @abstractmethod
-    def loss_sum(self, engine: Any, batch: BatchT) -> tuple[Tensor, Sums]:
+    def loss_sum(self, engine: Engine, batch: BatchT) -> tuple[Tensor, Sums]:
         """The loss of a batch as a sum over its units, a scalar with a gradient, and statistics as sums.
 
         Filler rows add nothing. The caller divides the sum by the number of units in the whole optimizer step on all
@@ -115,7 +116,7 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
     def evaluation_metrics(self, sums: Sums) -> Metrics:
         """The metrics to log for an evaluation, from the sums over all held-out rows."""
 
-    def samples(self, engine: Any, held_out: Dataset, codec: Codec) -> Sequence[dict[str, Any]]:
+    def samples(self, engine: Engine, held_out: Dataset, codec: Codec) -> Sequence[dict[str, Any]]:
         """Rows for samples/after.jsonl, to be read by people. All ranks call it, without gradients, the model in
         evaluation mode."""
         return []

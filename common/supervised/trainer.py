@@ -15,9 +15,9 @@ from common.data.tokenization import Codec
 from common.runtime.distributed import device, global_sum
 from common.supervised.task import Batching, BatchT, ConfigT, SupervisedTask
 from common.training.atomic_step import AtomicStep
-from common.training.engine import gradient_norm
+from common.training.engine import TrainedEngine, gradient_norm
 from common.training.memory import named_when_out_of_memory
-from common.training.metrics import Metrics, Sums, add_sums
+from common.training.metrics import Metrics, StepMetrics, Sums, add_sums
 
 
 class SupervisedTrainer(Generic[ConfigT, BatchT]):
@@ -37,7 +37,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
     def __init__(
         self,
         task: SupervisedTask[ConfigT, BatchT],
-        engine: Any,
+        engine: TrainedEngine,
         train: Dataset,
         held_out: Dataset,
         batching: Batching[BatchT],
@@ -49,7 +49,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
         self.evaluation_batches = evaluation_batches
         self.step = AtomicStep({"model": engine}, max_skipped_steps)
 
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Metrics:
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepMetrics:
         """Make one optimizer step, or skip it. The loss is the mean over the units of the step on all ranks."""
         batches = list(self._batches(self.train, micro_batches))
         units = global_sum(torch.stack([self.task.count(batch) for batch in batches]).sum())
@@ -99,7 +99,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
             yield self.batching.collate(rows, micro_batch).to(device())
 
 
-def probe(task: SupervisedTask[ConfigT, BatchT], engine: Any, rows: Dataset, pad_id: int, count: int) -> None:
+def probe(task: SupervisedTask[ConfigT, BatchT], engine: TrainedEngine, rows: Dataset, pad_id: int, count: int) -> None:
     """Run forward and backward on a micro-batch of `count` copies of the longest row, and discard the gradients."""
     longest = int(np.argmax(rows["length"]))
     batch = task.collate(rows, MicroBatch((longest,) * count, (True,) * count), pad_id).to(device())

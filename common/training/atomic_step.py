@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import DIVERGED, Diverged
 from common.runtime.distributed import gather_objects, global_sum, say
-from common.training.engine import Engine, MicroBatch, accumulate
+from common.training.engine import Engine, MicroBatch, TrainedEngine, accumulate
 from common.training.gradients import discard_gradients
 
 
@@ -37,7 +37,7 @@ class AtomicStep:
         consecutive_skips: number of steps skipped since the last applied one, without those that fp16 needs.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], limit: int):
+    def __init__(self, engines: Mapping[str, TrainedEngine], limit: int):
         self.skipped = self.consecutive_skips = 0
         self._engines, self._limit = dict(engines), limit
         self._losses: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch import nn
 from common.config.groups import OneModelConfig, RunOptions, ScheduleOptions, TrainedModelOptions
 from common.config.parser import Config, options
 from common.errors import InputError, named_by
+from common.models.engine import Engine
 from common.runtime.distributed import device, on_gpu, world_size
 from common.training.gradients import GradientSize
 from common.training.optim import (
@@ -29,7 +30,6 @@ from common.training.optim import (
     say_shortened_warmup,
 )
 
-Engine = Any  # a DeepSpeedEngine; DeepSpeed has no types
 MicroBatch = TypeVar("MicroBatch")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -57,6 +57,18 @@ def check_engine_options(config: RunOptions) -> None:
     if config.deepspeed_config:
         with named_by("--deepspeed_config"):
             check_override(config.deepspeed_config, type(config))
+
+
+class TrainedEngine(Engine, Protocol):
+    """An engine that trains, as `training_engine` makes it.
+
+    Attributes:
+        gradients: the size of the gradients since the last step, on this rank.
+        weight_changes: tells whether any weight has changed since the engine was made.
+    """
+
+    gradients: GradientSize
+    weight_changes: WeightChanges
 
 
 @dataclass(frozen=True)
@@ -219,11 +231,8 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def training_engine(model: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings) -> Engine:
-    """A DeepSpeed engine that trains the parameters of `model` which require gradients.
-
-    It has two attributes of this project: `gradients`, a `GradientSize`, and `weight_changes`, a `WeightChanges`.
-    """
+def training_engine(model: nn.Module, settings: EngineSettings, optimizer: OptimizerSettings) -> TrainedEngine:
+    """A DeepSpeed engine that trains the parameters of `model` which require gradients."""
     import deepspeed
 
     groups = parameter_groups(model, optimizer.learning_rate, optimizer.weight_decay, optimizer.lora_learning_rate)

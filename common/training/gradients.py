@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from common.models.engine import Engine
 from common.runtime.distributed import device
 
 
@@ -30,7 +29,7 @@ class GradientSize:
         self.squares += torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).square()
 
 
-def discard_gradients(engine: Any) -> None:
+def discard_gradients(engine: Engine) -> None:
     """Discard the gradients that a DeepSpeed engine has accumulated since its last step.
 
     DeepSpeed does this only within `step`, after an overflow; these are the calls that it makes there.

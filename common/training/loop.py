@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from common.batching.sampler import MicroBatch, StepSampler
+from common.config.groups import OneModelConfig
 from common.errors import DIVERGED, Diverged
 from common.runtime import heartbeat
 from common.runtime.distributed import say
 from common.runtime.signals import mark_training_started
 from common.training.memory import named_when_out_of_memory
-from common.training.metrics import Metrics, Recorder
+from common.training.metrics import Metrics, Recorder, StepMetrics
 
-TrainStep = Callable[[Sequence[MicroBatch]], Metrics]
+TrainStep = Callable[[Sequence[MicroBatch]], StepMetrics]
 Evaluate = Callable[[], Metrics]
 
 
@@ -43,7 +44,7 @@ class SupervisedLoop:
     print_steps: bool
 
     @classmethod
-    def from_config(cls, config, sampler: StepSampler, tracker: Recorder) -> SupervisedLoop:
+    def from_config(cls, config: OneModelConfig, sampler: StepSampler, tracker: Recorder) -> SupervisedLoop:
         """The loop of step 1 and step 2."""
         return cls(
             sampler,
@@ -128,6 +129,6 @@ def check_finite(value: float, name: str, when: str) -> None:
         raise Diverged(f"the {name} of {when} is {value}: {DIVERGED}")
 
 
-def describe(metrics: Metrics) -> str:
+def describe(metrics: Mapping[str, float | None]) -> str:
     """Metrics as one line for people."""
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items() if value is not None)

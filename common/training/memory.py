@@ -18,8 +18,8 @@ from common.config.groups import ScheduleOptions
 from common.config.option import ANYWHERE
 from common.config.parser import Config, options
 from common.errors import TrainingFailure
+from common.models.engine import Engine
 from common.runtime.distributed import device, memory_available, on_every_rank, on_gpu, rank, say
-from common.training.engine import Engine
 
 USABLE = 0.8  # of the free memory; the rest is for fragmentation, buffers of the optimizer, and other programs
 _PRECISION = 8  # the bisection ends when the number of rows is known to within 1/8

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Metrics = dict[str, float]  # what is logged, by name
+StepMetrics = dict[str, float | None]  # of an optimizer step; None: DeepSpeed keeps no gradient norm
 Sums = dict[str, Tensor]  # name -> float64 scalar: a total over elements, never a mean
 GlobalSum = Callable[[Tensor], Tensor]  # returns the sum over all ranks of a tensor of the same shape on each
 

@@ -6,6 +6,7 @@ The reference is the model with its adapters off, so that a single model is in m
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,14 +15,18 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository, where 
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 
 from common.artifacts.split_rule import data_request
 from common.batching.collate import PairBatch, collate_comparisons, unmasked
+from common.batching.sampler import MicroBatch
 from common.config.option import PathName, option
 from common.config.parser import parse
 from common.config.shared import same_option
 from common.data.prepare import PreparedData, prepare
+from common.data.tokenization import Codec
+from common.models.engine import Engine
 from common.models.loading import load_causal_lm
 from common.models.logprobs import response_log_probs
 from common.models.lora import adapters_disabled
@@ -49,19 +54,19 @@ class DPOTask(SupervisedTask[DPOConfig, PairBatch]):
 
     config_class, step, unit, sequences_per_row = DPOConfig, "dpo", "pairs", 2
 
-    def prepare(self, codec) -> PreparedData:
+    def prepare(self, codec: Codec) -> PreparedData:
         return prepare(data_request(self.config, "comparison", self.config.max_seq_len), codec)
 
-    def load_model(self, source: str, codec, **settings: Any) -> nn.Module:
+    def load_model(self, source: str, codec: Codec, **settings: Any) -> nn.Module:
         return load_causal_lm(source, codec, **settings)
 
-    def collate(self, rows, micro_batch, pad_id: int) -> PairBatch:
+    def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> PairBatch:
         return collate_comparisons(rows, micro_batch, pad_id)
 
     def count(self, batch: PairBatch) -> Tensor:
         return batch.real.sum()
 
-    def loss_sum(self, engine, batch: PairBatch) -> tuple[Tensor, Sums]:
+    def loss_sum(self, engine: Engine, batch: PairBatch) -> tuple[Tensor, Sums]:
         """-log sigmoid(beta (d_chosen - d_rejected)), d = log pi(response) - log pi_ref(response). (eq. 7)"""
         with torch.no_grad(), adapters_disabled(engine.module):
             reference = self.log_probs(engine, batch)
@@ -71,7 +76,7 @@ class DPOTask(SupervisedTask[DPOConfig, PairBatch]):
         sums = {"accuracy": masked_sum(margin > 0, batch.real), "margin": masked_sum(margin, batch.real)}
         return loss, {"pairs": batch.real.sum(dtype=torch.float64), "loss": loss.detach().double(), **sums}
 
-    def log_probs(self, engine, batch: PairBatch) -> Tensor:
+    def log_probs(self, engine: Engine, batch: PairBatch) -> Tensor:
         """(2B,) log-probability of each whole response, in nats."""
         inputs, lengths = unmasked(batch.input_ids), batch.lengths - batch.prompt_lengths
         return response_log_probs(engine, inputs, batch.prompt_lengths, lengths).sum(1)
@@ -80,7 +85,7 @@ class DPOTask(SupervisedTask[DPOConfig, PairBatch]):
         return means(sums, "pairs")
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     config = parse(DPOConfig, argv)
     run_supervised(DPOTask(config), config)
 

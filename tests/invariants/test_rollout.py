@@ -252,8 +252,7 @@ def test_each_of_several_end_tokens_ends_a_response_and_is_held_back(actor, way)
     engine, codec = actor
     free = responses(way(actor, range(len(LENGTHS)), SAMPLED))
     often = free[0][1]  # a token that the first response has
-    two = copy.copy(codec)
-    two.end_at([often])
+    two = make_codec(codec.tokenizer, codec.template.name, further_ends=[often])
     ended = way((engine, two), range(len(LENGTHS)), SAMPLED)
     for before, after, finished in zip(free, responses(ended), ended.finished.tolist()):
         cut = next((at + 1 for at, token in enumerate(before) if token in two.end_ids), len(before))

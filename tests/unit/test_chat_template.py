@@ -138,7 +138,7 @@ def test_the_tokenizers_own_end_token_ends_an_answer_too(directory):
     own, ids = codec.tokenizer.eos_token_id, codec.encode_response("Hello")
     assert codec.end_ids == (codec.end_id, own) and codec.end_id != own
     assert codec.decode_response([*ids[:-1], own, *ids]) == "Hello"
-    codec.end_at([90, codec.end_id])
+    codec = codec_of(directory, HEADERS, further_ends=[90, codec.end_id])
     assert codec.end_ids == (codec.end_id, own, 90) and codec.end_of([91, 90, 91]) == 1
     assert codec_of(directory, CHATML, add_eot_token=True, eot_token="<|end|>").end_token == "<|end|>"
 
@@ -321,8 +321,12 @@ def test_the_templates_own_end_still_ends_answers_beside_an_added_token(director
     codec = codec_of(directory, CHATML, add_eot_token=True, eot_token="<|end|>")
     ends = codec.tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"])
     assert codec.end_id == ends[0] and codec.end_ids == tuple(ends)
-    codec.end_at([-1, 10**9, True, None, "x"])
-    assert codec.end_ids == tuple(ends)
+
+
+def test_further_ends_that_are_no_ids_are_ignored(directory):
+    options = {"add_eot_token": True, "eot_token": "<|end|>"}
+    codec = codec_of(directory, CHATML, further_ends=[-1, 10**9, True, None, "x"], **options)
+    assert codec.end_ids == codec_of(directory, CHATML, **options).end_ids
 
 
 def test_what_comes_before_a_late_lead_is_not_the_answer(directory):
