@@ -31,7 +31,7 @@ class Estimator:
         estimate: the function itself; see `__call__`.
         needs_critic: whether it reads values; without a critic none is built, trained or saved.
         fewest_answers: the smallest `--answers_per_prompt` that it is defined for.
-        options: names of the options that it reads; those of the other estimators are refused beside it.
+        options: names of the options that it reads; those of the other estimators have no effect beside it.
     """
 
     name: str

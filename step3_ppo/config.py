@@ -12,7 +12,7 @@ from common.config.groups import (
     TrainedModelOptions,
     check_output_dir,
 )
-from common.config.option import ANYWHERE
+from common.config.option import Phase
 from common.config.parser import PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.options import ProgramConfig
@@ -45,7 +45,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     offload: bool = option(
         False,
         "keep optimizer states (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory",
-        relieves=("actor_update", "critic_update", ANYWHERE),
+        relieves=(Phase.ACTOR_UPDATE, Phase.CRITIC_UPDATE, Phase.ANYWHERE),
         advice="add {flag}",
     )
     offload_in_rollouts: bool = option(
@@ -73,7 +73,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         False,
         "give back the memory of keys and values after each rollout",
         affects="nothing",
-        relieves=("generate",),
+        relieves=(Phase.GENERATE,),
         advice="add {flag}",
     )
     inference_tp_size: int = option(1, "", ignored=_NO_TENSOR_PARALLEL, low=1)
@@ -170,12 +170,17 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
             if self.score_calibration == "provenance":
                 raise UserError("--score_calibration provenance is that of a reward model, which gives no scores here")
 
+    def useless_options(self) -> list[str]:
+        """The options that --advantage has no use for."""
+        estimator = self.estimator
+        of_critic = () if estimator.needs_critic else _OF_A_CRITIC
+        of_others = [name for other in ESTIMATORS.values() for name in other.options if name not in estimator.options]
+        return list(dict.fromkeys([*of_critic, *of_others]))
+
     def unused_options(self) -> list[str]:
         """The options that are set, in a recipe or by a flag, but that --advantage has no use for."""
-        known, estimator = options(type(self)), self.estimator
-        unused = [] if estimator.needs_critic else list(_OF_A_CRITIC)
-        unused += [name for other in ESTIMATORS.values() for name in other.options if name not in estimator.options]
-        return [name for name in dict.fromkeys(unused) if getattr(self, name) != known[name].default]
+        known = options(type(self))
+        return [name for name in self.useless_options() if getattr(self, name) != known[name].default]
 
     def _check_default_exists(self, name: str, program: str) -> None:
         # transformers would look up a default directory that does not exist on the hub.

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from common.artifacts.tracking import Tracker
 from common.batching.sampler import MicroBatch, StepSampler
+from common.config.option import Phase
 from common.runtime import heartbeat
 from common.runtime.distributed import say
 from common.runtime.signals import mark_training_started
@@ -84,7 +85,7 @@ def run_iteration(trainer: PPOTrainer, index: int, micro_batches: Sequence[Micro
 def record_evaluation(trainer: PPOTrainer, held_out: Dataset, step: int, iterations: int, tracker: Tracker) -> Metrics:
     """Answer held-out prompts; log the metrics and write the answers to samples/. Nothing where none are held out."""
     heartbeat.set_phase("evaluation")
-    with named_when_out_of_memory("the evaluation"):
+    with named_when_out_of_memory(Phase.EVALUATION):
         metrics, rows = evaluate(trainer, held_out)
     if not rows:
         return {}

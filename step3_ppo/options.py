@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.config.groups import MICRO_BATCH_PHASES, ScheduleOptions, TrainedModelOptions, check_lora
-from common.config.option import ANYWHERE
+from common.config.option import Phase
 from common.config.parser import Config, PathName, option
 from common.config.shared import prefixed, same_option, unprefixed
 from common.errors import UserError
@@ -25,7 +25,7 @@ class RolloutOptions(Config):
         "prompts per rank in one rollout batch, answered at the same time",
         aliases=("per_device_train_batch_size",),
         low=1,
-        relieves=("generate", "evaluation"),
+        relieves=(Phase.GENERATE, Phase.EVALUATION),
         advice="lower {flag}",
     )
     generation_batches: int = option(1, "rollout batches per iteration", aliases=("generation_batch_numbers",), low=1)
@@ -34,11 +34,11 @@ class RolloutOptions(Config):
         "longest prompt; others are cut on the left",
         unit="tokens",
         low=1,
-        relieves=(ANYWHERE,),
+        relieves=(Phase.ANYWHERE,),
         advice="lower {flag}",
     )
     max_answer_seq_len: int = option(
-        256, "longest answer", unit="tokens", low=1, relieves=(ANYWHERE,), advice="lower {flag}"
+        256, "longest answer", unit="tokens", low=1, relieves=(Phase.ANYWHERE,), advice="lower {flag}"
     )
     min_answer_seq_len: int = option(0, "no end token is sampled before", unit="tokens", low=0)
     draw_answer_lengths: bool = option(

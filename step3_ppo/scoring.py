@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from common.config.option import Phase
 from common.training.timing import PhaseClock
 from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
@@ -45,7 +46,7 @@ def score_rollout(
     """
 
     def passes(part: Rollout) -> dict[str, Tensor]:
-        with clock.phase("log_probs"):
+        with clock.phase(Phase.LOG_PROBS):
             log_probs, entropy = models.log_probs_and_entropy(part)
             outputs = {
                 "old_log_probs": log_probs,
@@ -53,13 +54,13 @@ def score_rollout(
                 "entropy": entropy,
             }
         if models.critic is not None:
-            with clock.phase("score"):
+            with clock.phase(Phase.SCORE):
                 outputs["values"] = models.values(part)
         return outputs
 
     with evaluating(models):
         outputs = compute_on_all_ranks(inputs.rollout, passes, config)
-    with clock.phase("score"):
+    with clock.phase(Phase.SCORE):
         scores = reward(inputs)
     if scores.shape != (len(inputs.rollout.tokens),):
         raise ValueError(

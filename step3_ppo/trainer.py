@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.batching.collate import TokenBatch, collate_prompts
 from common.batching.sampler import MicroBatch, StepSampler
+from common.config.option import Phase
 from common.data.tokenization import Codec
 from common.errors import DIVERGED, Diverged
 from common.runtime.distributed import device, on_gpu, rank, say, world_size
@@ -105,7 +106,7 @@ class PPOTrainer:
             Diverged: on all ranks alike, if numbers are not finite or leave the limits that are set.
         """
         self.clock.reset()
-        with self.clock.phase("generate"):
+        with self.clock.phase(Phase.GENERATE):
             rollout = self.roll_out(self.prompts, prompts, index)
         outputs = to_scale(self.score(self.prompts, rollout, index), self.scale)
         with self.clock.phase("advantages"):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from step3_ppo.advantages import gae
-from step3_ppo.options import KL_ESTIMATORS
 from step3_ppo.loss import kl_loss_sum, policy_loss_sum
+from step3_ppo.options import KL_ESTIMATORS
 from step3_ppo.rewards import kl_estimate, token_rewards
 
 TOKENS = 5
