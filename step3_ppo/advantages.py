@@ -121,10 +121,16 @@ def leave_one_out(rewards: Tensor, response_mask: Tensor, groups: Tensor) -> Ten
 
 
 @estimator("gae", needs_critic=True, options=("gamma", "gae_lambda"))
-def _gae(rewards, values, response_mask, groups, config):
+def _gae(
+    rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    if values is None:
+        raise ValueError("gae needs the values of a critic")
     return gae(rewards, values, response_mask, gamma=config.gamma, lam=config.gae_lambda)
 
 
 @estimator("rloo", needs_critic=False, fewest_answers=2)
-def _rloo(rewards, values, response_mask, groups, config):
+def _rloo(
+    rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
+) -> tuple[Tensor, None]:
     return leave_one_out(rewards, response_mask, groups), None

@@ -100,6 +100,12 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         return ESTIMATORS[self.advantage]
 
     @property
+    def trained_models(self) -> dict[str, TrainedModelOptions]:
+        """The options of each model that is trained, by its name."""
+        critic = {"critic": self.critic} if self.estimator.needs_critic else {}
+        return {"actor": self.actor, **critic}
+
+    @property
     def reads_reward_model(self) -> bool:
         """Whether --critic_model_name_or_path is loaded: to give the scores, or as the critic's start."""
         return self.estimator.needs_critic or not self.own_reward
@@ -146,8 +152,9 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
                 "--draw_answer_lengths lets no answer end by itself, so --missing_eos_score would be the "
                 "score of them all: leave one of the two out"
             )
-        if self.offload and self.actor.zero_stage == 0 and self.critic.zero_stage == 0:
-            raise UserError("--offload needs --actor_zero_stage or --critic_zero_stage 1, 2 or 3")
+        if self.offload and not any(model.zero_stage for model in self.trained_models.values()):
+            flags = " or ".join(f"--{name}_zero_stage" for name in self.trained_models)
+            raise UserError(f"--offload needs {flags} 1, 2 or 3")
         self._check_advantage()
         check_output_dir(
             self.output_dir,

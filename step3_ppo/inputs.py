@@ -19,7 +19,6 @@ from common.runtime.distributed import say
 from common.training.engine import check_engine_options
 from step3_ppo.calibration import ScoreScale, read_calibration
 from step3_ppo.config import PPOConfig
-from step3_ppo.trainer import sampling_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def warn(config: PPOConfig) -> None:
     if unused := config.unused_options():
         flags = ", ".join(f"--{name}" for name in unused)
         say(f"note: --advantage {config.advantage} does not use {flags}: without effect")
-    if sampling_of(config).truncated:
+    if config.sampling.truncated:
         say(
             "warning: with --top_p, --top_k or --min_answer_seq_len answers are not sampled from the policy that is "
             "trained: the ratio of new to old policy is then only approximate"

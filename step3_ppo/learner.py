@@ -120,7 +120,8 @@ class Learner:
         return loss, sums
 
     def _value_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
-        assert batch.values is not None and batch.returns is not None  # the critic's experience has both
+        assert self.models.critic is not None  # this is its loss
+        assert batch.values is not None and batch.returns is not None  # the experience has both where there is a critic
         return value_loss_sum(
             response_values(self.models.critic, batch.rollout),
             batch.values,

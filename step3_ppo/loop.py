@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
 
 from datasets import Dataset
+from tqdm import tqdm
 
 from common.artifacts.tracking import Tracker
 from common.batching.sampler import MicroBatch, StepSampler
@@ -69,7 +70,9 @@ def evaluation_is_due(config: PPOConfig, iterations_done: int) -> bool:
     return not iterations_done or (config.eval_interval > 0 and iterations_done % config.eval_interval == 0)
 
 
-def run_iteration(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], tracker: Tracker, bar) -> None:
+def run_iteration(
+    trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], tracker: Tracker, bar: tqdm
+) -> None:
     """One iteration, logged and shown."""
     config, step = trainer.config, index + 1
     heartbeat.set_phase("training")

@@ -43,11 +43,11 @@ def main(
     run = start_run(config, *inputs.data, parts=model_parts(config))
     codec, prompts, scale = inputs.codec, inputs.prompts.train, inputs.scale
     sampler = prompt_sampler(config, prompts)
-    scheduled = scheduled_iterations(config, sampler)
+    scheduled = scheduled_iterations(config, len(prompts))
     iterations = min(scheduled, config.stop_after or sys.maxsize)
     with advising_on_memory(config):
         with named_when_out_of_memory("loading the models"):
-            steps = optimizer_steps(config, prompts, scheduled)
+            steps = optimizer_steps(config, len(prompts), scheduled)
             models = build_models(config, codec, inputs.actor, inputs.reward_model, scale, steps)
         saved_tokens = run.checkpoints.saved_value(run.checkpoint, "max_tokens")
         fitted = fitted_config(config, models, max(prompts["length"]), codec.pad_id, saved_tokens)

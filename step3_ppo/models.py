@@ -24,6 +24,7 @@ from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
 from common.models.lora import adapters_disabled, add_lora
 from common.models.scalar import ScalarModel, Scale, score_at_last_token
+from common.models.training_engine import TrainingEngine
 from common.runtime.distributed import say
 from common.training.engine import (
     EngineSettings,
@@ -55,14 +56,14 @@ class PPOModels:
         temperature: that responses are sampled at.
     """
 
-    actor: Any
-    critic: Any | None
-    reference: Any | None
-    reward_model: Any | None
+    actor: TrainingEngine
+    critic: TrainingEngine | None
+    reference: TrainingEngine | None
+    reward_model: TrainingEngine | None
     ema: EMA | None
     temperature: float
 
-    def trained(self) -> dict[str, Any]:
+    def trained(self) -> dict[str, TrainingEngine]:
         """The engines that learn, by name."""
         return {"actor": self.actor} if self.critic is None else {"actor": self.actor, "critic": self.critic}
 
@@ -83,7 +84,13 @@ class PPOModels:
 
     @torch.no_grad()
     def values(self, rollout: Rollout) -> Tensor:
-        """(B, R) values, each read where the logits emit the response token, in normalised score units."""
+        """(B, R) values, each read where the logits emit the response token, in normalised score units.
+
+        Raises:
+            ValueError: there is no critic.
+        """
+        if self.critic is None:
+            raise ValueError("there are no values: the advantage estimator needs no critic, so none is loaded")
         return response_values(self.critic, rollout)
 
     @torch.no_grad()
@@ -104,7 +111,7 @@ class PPOModels:
             if engine is not None:
                 engine.destroy()
 
-    def _log_probs(self, engine, rollout: Rollout) -> Tensor:
+    def _log_probs(self, engine: TrainingEngine, rollout: Rollout) -> Tensor:
         return response_log_probs(
             engine, inputs_of(rollout), rollout.prompt_lengths, rollout.response_lengths, self.temperature
         )
@@ -115,7 +122,7 @@ def inputs_of(rollout: Rollout) -> dict[str, Tensor]:
     return unmasked(rollout.tokens)
 
 
-def response_values(critic, rollout: Rollout) -> Tensor:
+def response_values(critic: TrainingEngine, rollout: Rollout) -> Tensor:
     """(B, R) the critic's values at the response tokens."""
     return gather_response(critic(**inputs_of(rollout)), rollout.prompt_lengths, rollout.response_lengths)
 

@@ -24,7 +24,7 @@ from step3_ppo.experience import Experience
 from step3_ppo.generation.actor_rollouts import ActorRollouts
 from step3_ppo.generation.optimizer_offload import OptimizerOffload
 from step3_ppo.generation.rollout import Rollout
-from step3_ppo.generation.sampling import NO_TOKEN, Sampling
+from step3_ppo.generation.sampling import NO_TOKEN
 from step3_ppo.kl_controller import kl_controller
 from step3_ppo.learner import Learner
 from step3_ppo.limits import check_limits
@@ -74,7 +74,7 @@ class PPOTrainer:
         self.models, self.reward, self.config, self.codec = models, reward, config, codec
         self.prompts, self.texts, self.scale = prompts, texts, scale
         self.estimator = config.estimator
-        self.sampling = sampling_of(config)
+        self.sampling = config.sampling
         self.rollouts = ActorRollouts(
             models.actor,
             slots=config.per_device_generation_batch_size,
@@ -243,19 +243,6 @@ class PPOTrainer:
     def _moved_too_far(self, step: Sums) -> bool:
         limit = self.config.target_kl
         return limit is not None and float(step["approx_kl"] / step["tokens"].clamp_min(1)) > limit
-
-
-def sampling_of(config: PPOConfig) -> Sampling:
-    """How responses are sampled, by the options of step 3."""
-    return Sampling(
-        config.temperature,
-        config.top_p,
-        config.top_k,
-        config.min_answer_seq_len,
-        config.max_answer_seq_len,
-        config.draw_answer_lengths,
-        config.answers_per_prompt,
-    )
 
 
 def name_of(stream: int) -> str:
