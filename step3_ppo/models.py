@@ -138,8 +138,8 @@ def build_models(
     """Load the models that the options ask for, up to four, and make their engines.
 
     Args:
-        actor_source, critic_source: directory or hub name of the fine-tuned model and of the reward model; the latter
-            is None where neither a critic nor a reward model is wanted.
+        actor_source, critic_source: directory or hub name of the fine-tuned model and of the reward model, or of any
+            model that the critic is to start from; the latter is None where neither is wanted.
         scale: of the shaped scores; the critic's values are in it.
         optimizer_steps: of the whole run, for the learning-rate schedules.
     """
@@ -157,14 +157,15 @@ def build_models(
         )
 
     def load_actor(settings: EngineSettings, trainable: bool) -> nn.Module:
-        with named_by("--actor_model_name_or_path"):
+        with named_by("--actor_model_name_or_path", {actor_source: config.actor_model_name_or_path}):
             loading = _loading(config, config.actor, settings, trainable)
             return load_causal_lm(actor_source, codec, **loading)
 
     def load_critic(settings: EngineSettings, trainable: bool, calibration: Scale) -> ScalarModel:
-        with named_by("--critic_model_name_or_path"):
+        source = str(critic_source)
+        with named_by("--critic_model_name_or_path", {source: config.critic_model_name_or_path}):
             loading = _loading(config, config.critic, settings, trainable)
-            return load_scalar_model(str(critic_source), codec, calibration=calibration, seed=config.seed, **loading)
+            return load_scalar_model(source, codec, calibration=calibration, seed=config.seed, **loading)
 
     def trained(model: nn.Module, options: TrainedModelOptions, settings: EngineSettings) -> Any:
         return training_engine(model, settings, OptimizerSettings.for_model(options, config, optimizer_steps))
@@ -173,7 +174,8 @@ def build_models(
     actor = load_actor(actor_settings, trainable=True)
     if config.actor.lora_dim:
         with named_by("--actor_lora_module_name"):
-            _add_adapters(actor, config.actor, actor_source, config.seed)
+            base = actor_source if config.merge_adapter else config.actor_model_name_or_path
+            _add_adapters(actor, config.actor, base, config.seed)
     critic = None
     critic_settings = settings_of(config.critic.zero_stage, config.offload)
     if config.estimator.needs_critic:
@@ -181,7 +183,8 @@ def build_models(
         if config.critic.lora_dim:
             critic.keep_reward_head()
             with named_by("--critic_lora_module_name"):
-                _add_adapters(critic.classifier, config.critic, str(critic_source), config.seed)
+                base = str(critic_source) if config.merge_adapter else config.critic_model_name_or_path
+                _add_adapters(critic.classifier, config.critic, base, config.seed)
     actor_engine = trained(actor, config.actor, actor_settings)
     critic_engine = None if critic is None else trained(critic, config.critic, critic_settings)
 
@@ -212,14 +215,14 @@ def _loading(
     }
 
 
-def _add_adapters(model: nn.Module, options: TrainedModelOptions, source: str, seed: int) -> None:
+def _add_adapters(model: nn.Module, options: TrainedModelOptions, base_name: str, seed: int) -> None:
     add_lora(
         model,
         dim=options.lora_dim,
         alpha=options.lora_alpha,
         dropout=NO_DROPOUT,
         modules=options.lora_module_name,
-        base_name=source,
+        base_name=base_name,
         seed=seed,
     )
 

@@ -76,5 +76,5 @@ def to_scale(outputs: ModelOutputs, scale: ScoreScale) -> ModelOutputs:
     """The outputs of an iteration in the scale, which is measured on them where it is not known yet."""
     if scale.known:
         return outputs
-    scale.measure(outputs.scores)
+    scale.measure(outputs.scores, with_critic=outputs.values is not None)
     return outputs if outputs.values is None else replace(outputs, values=scale.normalise(outputs.values))

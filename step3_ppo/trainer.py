@@ -16,6 +16,7 @@ from common.data.tokenization import Codec
 from common.errors import DIVERGED, Diverged
 from common.runtime.distributed import device, on_gpu, rank, say, world_size
 from common.training.loop import check_finite
+from common.training.memory import MAX_TOKENS
 from common.training.metrics import Sums
 from common.training.timing import PhaseClock
 from step3_ppo.calibration import ScoreScale
@@ -213,7 +214,7 @@ class PPOTrainer:
             "optimizer_steps": self.optimizer_steps_made,
             "calibration": self.scale.state_dict(),
             "step": self.learner.step.state_dict(),
-            "max_tokens": self.config.max_tokens_per_micro_batch,
+            MAX_TOKENS: self.config.max_tokens_per_micro_batch,
         }
 
     def load_state_dict(self, state: dict) -> None:

@@ -34,7 +34,7 @@ from common.training.engine import (
     training_engine,
 )
 from common.training.loop import SupervisedLoop
-from common.training.memory import advising_on_memory, fit_micro_batches, named_when_out_of_memory
+from common.training.memory import MAX_TOKENS, advising_on_memory, fit_micro_batches, named_when_out_of_memory
 from common.training.metrics import Metrics
 
 
@@ -134,7 +134,7 @@ def build_trainer(
     rows, held_out, pad_id = inputs.data.train, inputs.data.eval, inputs.codec.pad_id
     fitted = fit_micro_batches(
         config,
-        run.checkpoints.saved_value(run.checkpoint, "max_tokens"),
+        run.checkpoints.saved_value(run.checkpoint, MAX_TOKENS),
         [engine],
         partial(probe, task, engine, rows, pad_id),
         task.sequences_per_row * max(rows["length"]),
@@ -150,7 +150,7 @@ def build_trainer(
         config.max_skipped_steps,
     )
     seed_rank(config.seed)
-    state = TrainingState.of_one_engine(engine, trainer.step, max_tokens=fitted.max_tokens_per_micro_batch)
+    state = TrainingState.of_one_engine(engine, trainer.step, **{MAX_TOKENS: fitted.max_tokens_per_micro_batch})
     return trainer, state
 
 

@@ -22,6 +22,7 @@ from common.runtime.distributed import device, memory_available, on_every_rank, 
 from common.training.engine import Engine
 
 USABLE = 0.8  # of the free memory; the rest is for fragmentation, buffers of the optimizer, and other programs
+MAX_TOKENS = "max_tokens"  # key, in a checkpoint's `state_dict`, of the --max_tokens_per_micro_batch that a run used
 _PRECISION = 8  # the bisection ends when the number of rows is known up to one part in this many
 
 ScheduleType = TypeVar("ScheduleType", bound=ScheduleOptions)
