@@ -21,7 +21,7 @@ from step3_ppo.advantages import ESTIMATORS, Estimator, register
 from step3_ppo.options import ActorOptions, CriticOptions, RewardOptions, RolloutOptions, UpdateOptions
 
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
-# Options that mean nothing if no critic is trained. Its ZeRO stage is not one: the reward model has the same.
+# Options that mean nothing if no critic is trained. Its ZeRO stage is not one: a reward model has the same.
 _OF_A_CRITIC = (
     "value_clip_range",
     *(f"critic_{name}" for name in options(TrainedModelOptions) if name != "zero_stage"),
@@ -180,7 +180,8 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     def useless_options(self) -> list[str]:
         """The options that --advantage has no use for."""
         estimator = self.estimator
-        of_critic = () if estimator.needs_critic else _OF_A_CRITIC
+        of_critic = [] if estimator.needs_critic else list(_OF_A_CRITIC)
+        of_critic += [] if self.reads_reward_model else ["critic_zero_stage"]
         of_others = [name for other in ESTIMATORS.values() for name in other.options if name not in estimator.options]
         return list(dict.fromkeys([*of_critic, *of_others]))
 
