@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,16 +39,19 @@ class DataError(InputError):
 
 
 @contextmanager
-def named_by(flag: str, kind: type[InputError] = InputError) -> Iterator[None]:
+def named_by(flag: str, names: Mapping[str, str] | None = None, kind: type[InputError] = InputError) -> Iterator[None]:
     """Within the context an `InputError` becomes a `UserError` that begins with the flag which named its subject.
 
     Args:
+        names: by a subject, what the message says in its place: for a path that the program found, the value of the
+            option that led there.
         kind: the only errors that are changed.
     """
     try:
         yield
     except kind as error:
-        raise UserError(f"{flag} {error}") from error.__cause__
+        subject = (names or {}).get(error.subject, error.subject)
+        raise UserError(f"{flag} {subject}: {error.why}") from error.__cause__
 
 
 class TrainingFailure(Exception):

@@ -31,7 +31,7 @@ class Estimator:
         estimate: the function itself; see `__call__`.
         needs_critic: whether it reads values; without a critic none is built, trained or saved.
         fewest_answers: the smallest `--answers_per_prompt` that it is defined for.
-        options: names of the options that it reads; options of other estimators are refused with it.
+        options: names of the options that it reads; those of the other estimators have no effect beside it.
     """
 
     name: str
@@ -132,10 +132,16 @@ def leave_one_out(rewards: Tensor, response_mask: Tensor, groups: Tensor) -> Ten
 
 
 @estimator("gae", needs_critic=True, options=("gamma", "gae_lambda"))
-def _gae(rewards, values, response_mask, groups, config):
+def _gae(
+    rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    if values is None:
+        raise ValueError("gae needs the values of a critic")
     return gae(rewards, values, response_mask, gamma=config.gamma, lam=config.gae_lambda)
 
 
 @estimator("rloo", needs_critic=False, fewest_answers=2)
-def _rloo(rewards, values, response_mask, groups, config):
+def _rloo(
+    rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
+) -> tuple[Tensor, None]:
     return leave_one_out(rewards, response_mask, groups), None

@@ -50,8 +50,11 @@ class ScoreScale:
         """Include raw scores (B,) in the measurement of the scale."""
         self._observed.append(scores)
 
-    def measure(self, scores: Tensor) -> None:
+    def measure(self, scores: Tensor, with_critic: bool) -> None:
         """Set the scale from raw scores (B,) and those observed before, the same on every rank.
+
+        Args:
+            with_critic: whether there are values, for the message.
 
         Raises:
             UserError: on all ranks alike, if the scores do not vary.
@@ -67,7 +70,8 @@ class ScoreScale:
         self.calibration = measured
         say(
             f"the {len(scores)} scores of the first rollouts have the mean {measured.mean:.4g} and the spread "
-            f"{measured.std:.4g}: from here on scores and values are measured in these"
+            f"{measured.std:.4g}: from here on "
+            f"{'scores and values' if with_critic else 'scores'} are measured in these"
         )
 
     def state_dict(self) -> list[float] | None:
@@ -78,47 +82,70 @@ class ScoreScale:
             self.calibration = Calibration(*state)
 
 
-def read_calibration(config: PPOConfig, codec: Codec, source: str) -> Calibration | None:
-    """The mean and standard deviation by which a reward model's scores are normalised.
+def read_calibration(config: PPOConfig, codec: Codec, source: str | None) -> Calibration | None:
+    """The mean and standard deviation that scores are measured in.
 
     `RAW` if scores are used as they are, None if the first rollout is to measure them.
 
+    Args:
+        source: the reward model, or, with a reward of the program's own, what the critic starts from; None: neither.
+
     Raises:
-        UserError: `source` is no reward model, or was trained on other token ids or another template than the actor.
+        UserError: `source` is no reward model where that gives the scores, or was trained on other token ids, another
+            template or another split of the data than the actor.
     """
-    flag = f"--critic_model_name_or_path {source}"
-    with named_by("--critic_model_name_or_path"):
+    if source is None:
+        return _calibration(config, None)
+    name = config.critic_model_name_or_path
+    with named_by("--critic_model_name_or_path", {source: name}):
         has_head = gives_scores(source, config.trust_remote_code)
     if not has_head:
-        raise UserError(f"{flag} is no reward model: it has no trained score head; make one with step2_reward/main.py")
-    provenance = read_provenance(source)
+        if not config.own_reward:
+            raise UserError(
+                f"--critic_model_name_or_path {name} is no reward model: it has no trained score head; make one with "
+                "step2_reward/main.py"
+            )
+        say(f"the critic starts from the language model {name}, with a new score head")
+    provenance = _checked_provenance(config, codec, source)
+    return _calibration(config, None if config.own_reward else provenance)
+
+
+def _checked_provenance(config: PPOConfig, codec: Codec, source: str) -> Provenance | None:
+    """How the critic's start was trained; raises UserError if it reads other tokens or text than the actor writes, or
+    if its data was split by another rule."""
+    flag = f"--critic_model_name_or_path {config.critic_model_name_or_path}"
     actor = f"--actor_model_name_or_path {config.actor_model_name_or_path}"
-    own = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    provenance = read_provenance(source)
+    with named_by("--critic_model_name_or_path", {source: config.critic_model_name_or_path}):
+        own = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     same_ids, same_text = (
         tokenizer_fingerprint(own, chat_template=text) == tokenizer_fingerprint(codec.tokenizer, chat_template=text)
         for text in (False, True)
     )
     if provenance is None:
         if not same_ids:
-            raise UserError(f"{flag} has another tokenizer than the actor: train a reward model on the actor's tokens")
+            raise UserError(f"{flag} has another tokenizer than the actor: train one on the actor's tokens")
         if not same_text and codec.template.name == "chat":
             say(f"note: {flag} has another chat template than {actor}: it reads what the actor's writes")
-    else:
-        if same_ids and not same_text and provenance.tokenizer == tokenizer_fingerprint(own):
-            if provenance.template == codec.template.name == "chat":
-                raise UserError(
-                    f"{flag} was trained with another chat template than that of {actor}, of the same "
-                    "tokens: train both with one"
-                )
-            # It was not trained with its own chat template, so the difference did not change its training text.
-            provenance = replace(provenance, tokenizer=text_of(codec)["tokenizer"])
-        check_text(provenance, codec, flag, actor)
-        check_split_rule(provenance, config, flag)
-    return _calibration(config, provenance, flag)
+        return None
+    if same_ids and not same_text and provenance.tokenizer == tokenizer_fingerprint(own):
+        if provenance.template == codec.template.name == "chat":
+            raise UserError(
+                f"{flag} was trained with another chat template than that of {actor}, of the same "
+                "tokens: train both with one"
+            )
+        # It was not trained with its own chat template, so the text that it read is the same.
+        provenance = replace(provenance, tokenizer=text_of(codec)["tokenizer"])
+    check_text(provenance, codec, flag, actor)
+    check_split_rule(provenance, config, flag)
+    return provenance
 
 
-def _calibration(config: PPOConfig, provenance: Provenance | None, flag: str) -> Calibration | None:
+def _calibration(config: PPOConfig, provenance: Provenance | None) -> Calibration | None:
+    flag = f"--critic_model_name_or_path {config.critic_model_name_or_path}"
     wanted = config.score_calibration if config.normalize_scores else "none"
+    if wanted == "auto" and config.own_reward:
+        wanted = "rollout"
     mean, std = (provenance.score_mean, provenance.score_std) if provenance is not None else (None, None)
     if wanted == "provenance" and std is None:
         raise UserError(

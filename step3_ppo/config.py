@@ -12,7 +12,7 @@ from common.config.groups import (
     TrainedModelOptions,
     check_output_dir,
 )
-from common.config.option import ANYWHERE
+from common.config.option import Phase
 from common.config.parser import PathName, option, options
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.options import ProgramConfig
@@ -21,7 +21,7 @@ from step3_ppo.advantages import ESTIMATORS, Estimator, register
 from step3_ppo.options import ActorOptions, CriticOptions, RewardOptions, RolloutOptions, UpdateOptions
 
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
-# Options that mean nothing if no critic is trained. Its ZeRO stage is not one: the reward model has the same.
+# Options that mean nothing if no critic is trained. Its ZeRO stage is not one: a reward model has the same.
 _OF_A_CRITIC = (
     "value_clip_range",
     *(f"critic_{name}" for name in options(TrainedModelOptions) if name != "zero_stage"),
@@ -45,7 +45,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     offload: bool = option(
         False,
         "keep optimizer states (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory",
-        relieves=("actor_update", "critic_update", ANYWHERE),
+        relieves=(Phase.ACTOR_UPDATE, Phase.CRITIC_UPDATE, Phase.ANYWHERE),
         advice="add {flag}",
     )
     offload_in_rollouts: bool = option(
@@ -73,7 +73,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         False,
         "give back the memory of keys and values after each rollout",
         affects="nothing",
-        relieves=("generate",),
+        relieves=(Phase.GENERATE,),
         advice="add {flag}",
     )
     inference_tp_size: int = option(1, "", ignored=_NO_TENSOR_PARALLEL, low=1)
@@ -98,6 +98,12 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     def estimator(self) -> Estimator:
         """The advantage estimator that --advantage names."""
         return ESTIMATORS[self.advantage]
+
+    @property
+    def trained_models(self) -> dict[str, TrainedModelOptions]:
+        """The options of each model that is trained, by its name."""
+        critic = {"critic": self.critic} if self.estimator.needs_critic else {}
+        return {"actor": self.actor, **critic}
 
     @property
     def reads_reward_model(self) -> bool:
@@ -146,8 +152,9 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
                 "--draw_answer_lengths lets no answer end by itself, so --missing_eos_score would be the "
                 "score of them all: leave one of the two out"
             )
-        if self.offload and self.actor.zero_stage == 0 and self.critic.zero_stage == 0:
-            raise UserError("--offload needs --actor_zero_stage or --critic_zero_stage 1, 2 or 3")
+        if self.offload and not any(model.zero_stage for model in self.trained_models.values()):
+            flags = " or ".join(f"--{name}_zero_stage" for name in self.trained_models)
+            raise UserError(f"--offload needs {flags} 1, 2 or 3")
         self._check_advantage()
         check_output_dir(
             self.output_dir,
@@ -170,12 +177,18 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
             if self.score_calibration == "provenance":
                 raise UserError("--score_calibration provenance is that of a reward model, which gives no scores here")
 
+    def useless_options(self) -> list[str]:
+        """The options that --advantage has no use for."""
+        estimator = self.estimator
+        of_critic = [] if estimator.needs_critic else list(_OF_A_CRITIC)
+        of_critic += [] if self.reads_reward_model else ["critic_zero_stage"]
+        of_others = [name for other in ESTIMATORS.values() for name in other.options if name not in estimator.options]
+        return list(dict.fromkeys([*of_critic, *of_others]))
+
     def unused_options(self) -> list[str]:
         """The options that are set, in a recipe or by a flag, but that --advantage has no use for."""
-        known, estimator = options(type(self)), self.estimator
-        unused = [] if estimator.needs_critic else list(_OF_A_CRITIC)
-        unused += [name for other in ESTIMATORS.values() for name in other.options if name not in estimator.options]
-        return [name for name in dict.fromkeys(unused) if getattr(self, name) != known[name].default]
+        known = options(type(self))
+        return [name for name in self.useless_options() if getattr(self, name) != known[name].default]
 
     def _check_default_exists(self, name: str, program: str) -> None:
         # transformers would look up a default directory that does not exist on the hub.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from common.artifacts.compatibility import open_codec
 from common.artifacts.model_source import resolve_model
@@ -12,14 +13,12 @@ from common.data.prepare import PreparedData, prepare
 from common.data.request import DataRequest
 from common.data.tokenization import Codec
 from common.errors import named_by
-from common.models.calibration import RAW
 from common.models.loading import check_language_model, check_length, gives_scores
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.training.engine import check_engine_options
 from step3_ppo.calibration import ScoreScale, read_calibration
 from step3_ppo.config import PPOConfig
-from step3_ppo.trainer import sampling_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class RunInputs:
 
     Attributes:
         actor: directory or hub name of the fine-tuned model.
-        reward_model: the same for the reward model, which the critic is initialised from; None if neither is needed.
+        critic: that of the reward model, which is also the critic's start; with a reward of the program's own only
+            the latter. None where neither is wanted.
         codec: the actor's tokenizer and template.
         scale: the scale of the scores.
         prompts: to train and to evaluate on.
@@ -36,7 +36,7 @@ class RunInputs:
     """
 
     actor: str
-    reward_model: str | None
+    critic: str | None
     codec: Codec
     scale: ScoreScale
     prompts: PreparedData
@@ -55,47 +55,39 @@ def read_inputs(config: PPOConfig) -> RunInputs:
         UserError: a model or the data cannot be used.
     """
     check_engine_options(config)
-    with named_by("--actor_model_name_or_path"):
-        actor = checked_model(config, config.actor_model_name_or_path)
-        check_language_model(actor, config.trust_remote_code)
-    reward_model = None
-    if config.reads_reward_model:
-        with named_by("--critic_model_name_or_path"):
-            reward_model = checked_model(config, config.critic_model_name_or_path)
-            gives_scores(reward_model, config.trust_remote_code)  # refuses a classifier of several labels
-    for flag, source in {"--actor_model_name_or_path": actor, "--critic_model_name_or_path": reward_model}.items():
-        if source is not None:
-            with named_by(f"--max_prompt_seq_len and --max_answer_seq_len are too large for {flag}"):
-                check_length(source, config.max_prompt_seq_len + config.max_answer_seq_len, config.trust_remote_code)
-    codec = open_codec(config, actor, "--actor_model_name_or_path")
-    scale = read_scale(config, codec, reward_model)
+    actor = checked_model(config, "actor_model_name_or_path", check_language_model)
+    critic = None
+    if config.reads_reward_model:  # gives_scores refuses a classifier of several labels
+        critic = checked_model(config, "critic_model_name_or_path", gives_scores)
+    with named_by("--actor_model_name_or_path", {actor: config.actor_model_name_or_path}):
+        codec = open_codec(config, actor, "--actor_model_name_or_path")
+    scale = ScoreScale(read_calibration(config, codec, critic))
     with config.naming_flags("--max_prompt_seq_len"):
         prompts = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec)
     say_data(prompts)
     with config.naming_flags("--max_prompt_seq_len and --max_answer_seq_len"):
         texts = prepare(text_request(config), codec) if config.unsupervised_dataset_name else None
     warn(config)
-    return RunInputs(actor, reward_model, codec, scale, prompts, texts)
+    return RunInputs(actor, critic, codec, scale, prompts, texts)
 
 
-def checked_model(config: PPOConfig, name: str) -> str:
-    """The directory or hub name to load a model from; raises ModelError if there is no such model."""
-    with writing_to("--data_output_path", config.data_output_path):
-        return resolve_model(name, config.data_output_path, config.merge_adapter)
+def checked_model(config: PPOConfig, option: str, check: Callable[[str, bool], object]) -> str:
+    """The directory or hub name to load the model from that an option names.
 
-
-def read_scale(config: PPOConfig, codec: Codec, reward_model: str | None) -> ScoreScale:
-    """The scale of the scores, from the reward model's provenance where that gives the scores.
+    Args:
+        check: raises ModelError if it is of the wrong kind; its arguments are the model and --trust_remote_code.
 
     Raises:
-        UserError: the reward model cannot be used with the actor.
+        UserError: there is no such model, or it is of the wrong kind, or too small for the longest prompt and answer.
     """
-    if reward_model is None:
-        wanted = config.normalize_scores and config.score_calibration != "none"
-        return ScoreScale(None if wanted else RAW)
-    if config.own_reward and config.score_calibration == "auto":
-        config = replace(config, score_calibration="rollout")
-    return ScoreScale(read_calibration(config, codec, reward_model))
+    name: str = getattr(config, option)
+    with writing_to("--data_output_path", config.data_output_path), named_by(f"--{option}"):
+        source = resolve_model(name, config.data_output_path, config.merge_adapter)
+    with named_by(f"--{option}", {source: name}):
+        check(source, config.trust_remote_code)
+    with named_by(f"--max_prompt_seq_len and --max_answer_seq_len are too large for --{option}", {source: name}):
+        check_length(source, config.max_prompt_seq_len + config.max_answer_seq_len, config.trust_remote_code)
+    return source
 
 
 def text_request(config: PPOConfig) -> DataRequest:
@@ -118,7 +110,7 @@ def warn(config: PPOConfig) -> None:
     if unused := config.unused_options():
         flags = ", ".join(f"--{name}" for name in unused)
         say(f"note: --advantage {config.advantage} does not use {flags}: without effect")
-    if sampling_of(config).truncated:
+    if config.sampling.truncated:
         say(
             "warning: with --top_p, --top_k or --min_answer_seq_len answers are not sampled from the policy that is "
             "trained: the ratio of new to old policy is then only approximate"

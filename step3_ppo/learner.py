@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.batching.collate import TokenBatch, unmasked
+from common.config.option import Phase
 from common.models.logprobs import next_token_loss_sum, response_log_probs
 from common.runtime.distributed import device, global_sum
 from common.training.atomic_step import AtomicStep
@@ -45,12 +46,12 @@ class Learner:
         if not self.step.finite_on_all_ranks():
             self.step.skip()
             return None
-        with self.clock.phase("actor_update"):
+        with self.clock.phase(Phase.ACTOR_UPDATE):
             self.models.actor.step()
             if self.models.ema is not None:
                 self.models.ema.update()
         if self.models.critic is not None:
-            with self.clock.phase("critic_update"):
+            with self.clock.phase(Phase.CRITIC_UPDATE):
                 self.models.critic.step()
         return {name: total for parts in sums if parts for name, total in add_sums(parts, global_sum).items()}
 
@@ -85,7 +86,7 @@ class Learner:
 
             return loss_of
 
-        with self.clock.phase("actor_update"):
+        with self.clock.phase(Phase.ACTOR_UPDATE):
             self.step.accumulate(
                 "actor", "policy loss", batches, share(partial(self._policy_loss, kl_coef), tokens, policy)
             )
@@ -95,7 +96,7 @@ class Learner:
                     "actor", "text loss", texts, share(self._text_loss, text_tokens, text, self.config.unsup_coef)
                 )
         if self.models.critic is not None:
-            with self.clock.phase("critic_update"):
+            with self.clock.phase(Phase.CRITIC_UPDATE):
                 self.step.accumulate("critic", "value loss", batches, share(self._value_loss, tokens, value))
         return [policy, text, value]
 
@@ -119,7 +120,8 @@ class Learner:
         return loss, sums
 
     def _value_loss(self, batch: Experience) -> tuple[Tensor, Sums]:
-        assert batch.values is not None and batch.returns is not None  # the critic's experience has both
+        assert self.models.critic is not None  # this is its loss
+        assert batch.values is not None and batch.returns is not None  # the experience has both where there is a critic
         return value_loss_sum(
             response_values(self.models.critic, batch.rollout),
             batch.values,

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
 
 from datasets import Dataset
+from tqdm import tqdm
 
 from common.artifacts.tracking import Tracker
 from common.batching.sampler import MicroBatch, StepSampler
+from common.config.option import Phase
 from common.runtime import heartbeat
 from common.runtime.distributed import say
 from common.runtime.signals import mark_training_started
@@ -68,7 +70,9 @@ def evaluation_is_due(config: PPOConfig, iterations_done: int) -> bool:
     return not iterations_done or (config.eval_interval > 0 and iterations_done % config.eval_interval == 0)
 
 
-def run_iteration(trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], tracker: Tracker, bar) -> None:
+def run_iteration(
+    trainer: PPOTrainer, index: int, micro_batches: Sequence[MicroBatch], tracker: Tracker, bar: tqdm
+) -> None:
     """Run one iteration, and log and print its metrics."""
     config, step = trainer.config, index + 1
     heartbeat.set_phase("training")
@@ -84,7 +88,7 @@ def run_iteration(trainer: PPOTrainer, index: int, micro_batches: Sequence[Micro
 def record_evaluation(trainer: PPOTrainer, held_out: Dataset, step: int, iterations: int, tracker: Tracker) -> Metrics:
     """Respond to held-out prompts, if there are any; log the metrics and write the responses to samples/."""
     heartbeat.set_phase("evaluation")
-    with named_when_out_of_memory("the evaluation"):
+    with named_when_out_of_memory(Phase.EVALUATION):
         metrics, rows = evaluate(trainer, held_out)
     if not rows:
         return {}

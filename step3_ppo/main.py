@@ -14,18 +14,16 @@ from collections.abc import Sequence
 from common.artifacts.run import report_done, start_run
 from common.config.parser import parse
 from common.runtime.program import run_program
-from common.training.memory import advising_on_memory, named_when_out_of_memory
+from common.training.memory import advising_on_memory
 from step3_ppo.advantages import Estimator
+from step3_ppo.building import build_trainer
 from step3_ppo.config import config_class
 from step3_ppo.evaluation import evaluation_prompts
-from step3_ppo.fitting import fitted_config
 from step3_ppo.inputs import read_inputs
 from step3_ppo.loop import run_iterations
-from step3_ppo.models import build_models
 from step3_ppo.reward import Reward, TokenRewardModel
 from step3_ppo.saving import model_parts, save, training_state
-from step3_ppo.schedule import optimizer_steps, prompt_sampler, scheduled_iterations, text_batches
-from step3_ppo.trainer import PPOTrainer
+from step3_ppo.schedule import prompt_sampler, scheduled_iterations
 
 
 def main(
@@ -41,28 +39,20 @@ def main(
     config = parse(config_class(advantages, own_reward=reward is not None), argv)
     inputs = read_inputs(config)
     run = start_run(config, *inputs.data, parts=model_parts(config), pieces={"reward": reward or TokenRewardModel})
-    codec, prompts, scale = inputs.codec, inputs.prompts.train, inputs.scale
+    prompts, held_out = inputs.prompts.train, evaluation_prompts(config, inputs.prompts.eval)
     sampler = prompt_sampler(config, prompts)
-    scheduled = scheduled_iterations(config, sampler)
-    iterations = min(scheduled, config.stop_after or sys.maxsize)
+    iterations = min(scheduled_iterations(config, len(prompts)), config.stop_after or sys.maxsize)
     with advising_on_memory(config):
-        with named_when_out_of_memory("loading the models"):
-            steps = optimizer_steps(config, prompts, scheduled)
-            models = build_models(config, codec, inputs.actor, inputs.reward_model, scale, steps)
-        saved_tokens = run.checkpoints.saved_value(run.checkpoint, "max_tokens")
-        fitted = fitted_config(config, models, max(prompts["length"]), codec.pad_id, saved_tokens)
-        texts = text_batches(fitted, inputs.texts.train, codec) if inputs.texts else None
-        trainer = PPOTrainer(models, reward or TokenRewardModel(models, fitted), fitted, codec, prompts, texts, scale)
-        held_out = evaluation_prompts(config, inputs.prompts.eval)
-        saver = run.restore(training_state(models, trainer))
+        trainer = build_trainer(config, inputs, run, reward)
+        saver = run.restore(training_state(trainer))
         with saver.reporting_last_good():
             metrics = run_iterations(
                 trainer, held_out, sampler, iterations, run.tracker, saver.steps_done, saver.on_step_end
             )
-            save(config, models, inputs)
+            save(config, trainer.models, inputs)
     report_done(run.tracker, iterations, metrics, config.output_dir)
     run.checkpoints.discard()
-    models.destroy()
+    trainer.models.destroy()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from common.batching.collate import unmasked
 from common.config.groups import TrainedModelOptions
 from common.data.tokenization import Codec
 from common.errors import named_by
+from common.models.added_token import AddedTokenError
 from common.models.calibration import RAW
+from common.models.engine import Engine
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
 from common.models.lora import adapters_disabled, add_lora
@@ -28,6 +30,7 @@ from common.runtime.distributed import say
 from common.training.engine import (
     EngineSettings,
     OptimizerSettings,
+    TrainedEngine,
     deepspeed_config,
     frozen_engine,
     resolve_dtype,
@@ -55,14 +58,14 @@ class PPOModels:
         temperature: at which responses are sampled.
     """
 
-    actor: Any
-    critic: Any | None
-    reference: Any | None
-    reward_model: Any | None
+    actor: TrainedEngine
+    critic: TrainedEngine | None
+    reference: Engine | None
+    reward_model: Engine | None
     ema: EMA | None
     temperature: float
 
-    def trained(self) -> dict[str, Any]:
+    def trained(self) -> dict[str, TrainedEngine]:
         """The engines that learn, by name."""
         return {"actor": self.actor} if self.critic is None else {"actor": self.actor, "critic": self.critic}
 
@@ -83,7 +86,13 @@ class PPOModels:
 
     @torch.no_grad()
     def values(self, rollout: Rollout) -> Tensor:
-        """(B, R) values, each read where the logits emit the response token, in normalised score units."""
+        """(B, R) values, each read where the logits emit the response token, in normalised score units.
+
+        Raises:
+            ValueError: there is no critic.
+        """
+        if self.critic is None:
+            raise ValueError("there are no values: the advantage estimator needs no critic, so none is loaded")
         return response_values(self.critic, rollout)
 
     @torch.no_grad()
@@ -104,7 +113,7 @@ class PPOModels:
             if engine is not None:
                 engine.destroy()
 
-    def _log_probs(self, engine, rollout: Rollout) -> Tensor:
+    def _log_probs(self, engine: Engine, rollout: Rollout) -> Tensor:
         return response_log_probs(
             engine, inputs_of(rollout), rollout.prompt_lengths, rollout.response_lengths, self.temperature
         )
@@ -115,7 +124,7 @@ def inputs_of(rollout: Rollout) -> dict[str, Tensor]:
     return unmasked(rollout.tokens)
 
 
-def response_values(critic, rollout: Rollout) -> Tensor:
+def response_values(critic: Engine, rollout: Rollout) -> Tensor:
     """(B, R) the critic's values at the response tokens."""
     return gather_response(critic(**inputs_of(rollout)), rollout.prompt_lengths, rollout.response_lengths)
 
@@ -131,8 +140,8 @@ def build_models(
     """Load the models that the options ask for, up to four, and make their engines.
 
     Args:
-        actor_source, critic_source: directory or hub name of the fine-tuned model and of the reward model; the latter
-            is None where neither a critic nor a reward model is wanted.
+        actor_source, critic_source: directory or hub name of the fine-tuned model and of the reward model, or of any
+            model that the critic is to start from; the latter is None where neither is wanted.
         scale: of the shaped scores; the critic's values are in it.
         optimizer_steps: of the whole run, for the learning-rate schedules.
     """
@@ -150,14 +159,15 @@ def build_models(
         )
 
     def load_actor(settings: EngineSettings, trainable: bool) -> nn.Module:
-        with named_by("--actor_model_name_or_path"):
+        with named_by("--actor_model_name_or_path", {actor_source: config.actor_model_name_or_path}):
             loading = _loading(config, config.actor, settings, trainable)
             return load_causal_lm(actor_source, codec, **loading)
 
     def load_critic(settings: EngineSettings, trainable: bool, calibration: Scale) -> ScalarModel:
-        with named_by("--critic_model_name_or_path"):
+        source = str(critic_source)
+        with named_by("--critic_model_name_or_path", {source: config.critic_model_name_or_path}):
             loading = _loading(config, config.critic, settings, trainable)
-            return load_scalar_model(str(critic_source), codec, calibration=calibration, seed=config.seed, **loading)
+            return load_scalar_model(source, codec, calibration=calibration, seed=config.seed, **loading)
 
     def trained(model: nn.Module, options: TrainedModelOptions, settings: EngineSettings) -> Any:
         return training_engine(model, settings, OptimizerSettings.for_model(options, config, optimizer_steps))
@@ -165,16 +175,18 @@ def build_models(
     actor_settings = settings_of(config.actor.zero_stage, config.offload)
     actor = load_actor(actor_settings, trainable=True)
     if config.actor.lora_dim:
-        with named_by("--actor_lora_module_name"):
-            _add_adapters(actor, config.actor, actor_source, config.seed)
+        with named_by("--actor_lora_module_name"), named_by("--add_eot_token", kind=AddedTokenError):
+            base = actor_source if config.merge_adapter else config.actor_model_name_or_path
+            _add_adapters(actor, config.actor, base, config.seed)
     critic = None
     critic_settings = settings_of(config.critic.zero_stage, config.offload)
     if config.estimator.needs_critic:
         critic = load_critic(critic_settings, trainable=True, calibration=scale)
         if config.critic.lora_dim:
             critic.keep_reward_head()
-            with named_by("--critic_lora_module_name"):
-                _add_adapters(critic.classifier, config.critic, str(critic_source), config.seed)
+            with named_by("--critic_lora_module_name"), named_by("--add_eot_token", kind=AddedTokenError):
+                base = str(critic_source) if config.merge_adapter else config.critic_model_name_or_path
+                _add_adapters(critic.classifier, config.critic, base, config.seed)
     actor_engine = trained(actor, config.actor, actor_settings)
     critic_engine = None if critic is None else trained(critic, config.critic, critic_settings)
 
@@ -205,14 +217,14 @@ def _loading(
     }
 
 
-def _add_adapters(model: nn.Module, options: TrainedModelOptions, source: str, seed: int) -> None:
+def _add_adapters(model: nn.Module, options: TrainedModelOptions, base_name: str, seed: int) -> None:
     add_lora(
         model,
         dim=options.lora_dim,
         alpha=options.lora_alpha,
         dropout=NO_DROPOUT,
         modules=options.lora_module_name,
-        base_name=source,
+        base_name=base_name,
         seed=seed,
     )
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common.config.groups import MICRO_BATCH_PHASES, ScheduleOptions, TrainedModelOptions, check_lora
-from common.config.option import ANYWHERE
+from common.config.option import Phase
 from common.config.parser import Config, PathName, option
 from common.config.shared import prefixed, same_option, unprefixed
 from common.errors import UserError
 from step3_ppo.advantages import ESTIMATORS
+
+if TYPE_CHECKING:
+    from step3_ppo.generation.sampling import Sampling
 
 KL_ESTIMATORS = ("k1", "k2", "k3")  # see rewards.kl_estimate
 _FIRST_KL_COEF = {"fixed": 0.1, "adaptive": 0.2}  # by --kl_controller
@@ -25,7 +29,7 @@ class RolloutOptions(Config):
         "prompts per rank in one rollout batch, answered at the same time",
         aliases=("per_device_train_batch_size",),
         low=1,
-        relieves=("generate", "evaluation"),
+        relieves=(Phase.GENERATE, Phase.EVALUATION),
         advice="lower {flag}",
     )
     generation_batches: int = option(1, "rollout batches per iteration", aliases=("generation_batch_numbers",), low=1)
@@ -34,11 +38,11 @@ class RolloutOptions(Config):
         "longest prompt; others are cut on the left",
         unit="tokens",
         low=1,
-        relieves=(ANYWHERE,),
+        relieves=(Phase.ANYWHERE,),
         advice="lower {flag}",
     )
     max_answer_seq_len: int = option(
-        256, "longest answer", unit="tokens", low=1, relieves=(ANYWHERE,), advice="lower {flag}"
+        256, "longest answer", unit="tokens", low=1, relieves=(Phase.ANYWHERE,), advice="lower {flag}"
     )
     min_answer_seq_len: int = option(0, "no end token is sampled before", unit="tokens", low=0)
     draw_answer_lengths: bool = option(
@@ -48,6 +52,21 @@ class RolloutOptions(Config):
     temperature: float = option(1.0, "logits are divided by it, to sample and to train", above=0)
     top_p: float = option(1.0, "sample from the likeliest tokens that make up this share", above=0, high=1)
     top_k: int = option(0, "sample from this many of the likeliest tokens; 0: from all", unit="tokens", low=0)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How responses are sampled."""
+        from step3_ppo.generation.sampling import Sampling  # here, because it imports torch
+
+        return Sampling(
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            self.min_answer_seq_len,
+            self.max_answer_seq_len,
+            self.draw_answer_lengths,
+            self.answers_per_prompt,
+        )
 
     def validate(self) -> None:
         super().validate()

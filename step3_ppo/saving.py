@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from common.artifacts.export import export_model
 from common.artifacts.publish import publishing
 from common.checkpoints.manager import TrainingState
-from common.runtime.distributed import is_main
 from step3_ppo.config import PPOConfig
 from step3_ppo.inputs import RunInputs
 from step3_ppo.models import PPOModels
 from step3_ppo.trainer import PPOTrainer
 
+PARTS = ("actor", "critic", "ema")  # the directories of models that step 3 may write; see `model_parts`
 
-def training_state(models: PPOModels, trainer: PPOTrainer) -> TrainingState:
+
+def training_state(trainer: PPOTrainer) -> TrainingState:
     """All state that a resumed run needs to continue exactly."""
+    models = trainer.models
     average: dict[str, Any] = (
         {"tensors": models.ema.tensors, "reshape": models.ema.reshape} if models.ema is not None else {}
     )
@@ -31,8 +32,8 @@ def training_state(models: PPOModels, trainer: PPOTrainer) -> TrainingState:
 
 
 def model_parts(config: PPOConfig) -> list[str]:
-    """The directories of the result's models."""
-    return ["actor", *(["critic"] if config.estimator.needs_critic else []), *(["ema"] if config.enable_ema else [])]
+    """The directories of the models that this run writes."""
+    return [*config.trained_models, *(["ema"] if config.enable_ema else [])]
 
 
 def save(config: PPOConfig, models: PPOModels, inputs: RunInputs) -> None:
@@ -46,11 +47,10 @@ def save(config: PPOConfig, models: PPOModels, inputs: RunInputs) -> None:
         base=config.actor_model_name_or_path,
         data=inputs.prompts,
         parts=model_parts(config),
+        possible_parts=PARTS,
         score_mean=scale.mean,
         score_std=scale.std,
     ):
-        if models.critic is None and is_main():  # an earlier run may have left one
-            shutil.rmtree(output / "critic", ignore_errors=True)
         for name, engine in models.trained().items():
             export_model(engine, codec, output / name, output / "adapter" / name)
         if models.ema is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from itertools import chain, count, islice
+from itertools import count
 from math import ceil
 
 from datasets import Dataset
@@ -14,6 +14,11 @@ from common.batching.sampler import StepSampler
 from common.data.tokenization import Codec
 from common.runtime.distributed import rank, say, world_size
 from step3_ppo.config import PPOConfig
+
+
+def prompts_per_iteration(config: PPOConfig) -> int:
+    """Prompts of all ranks in an iteration; the last of an epoch has what is left of them."""
+    return config.per_device_generation_batch_size * config.rollout_batches_per_iteration * world_size()
 
 
 def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
@@ -35,29 +40,28 @@ def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
     )
 
 
-def scheduled_iterations(config: PPOConfig, sampler: StepSampler) -> int:
+def scheduled_iterations(config: PPOConfig, prompts: int) -> int:
     """The iterations that the learning rates are scheduled for; a test mode may stop before."""
-    return min(sampler.steps_per_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
+    in_epoch = ceil(prompts / prompts_per_iteration(config))
+    return min(in_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
 
 
-def optimizer_steps(config: PPOConfig, prompts: Dataset, iterations: int) -> int:
-    """How often each engine steps in this many iterations.
+def optimizer_steps(config: PPOConfig, prompts: int, iterations: int) -> int:
+    """How often each engine steps in so many iterations over this number of prompts.
 
-    One iteration of an epoch, and not always its last, has what is left of the prompts, and so perhaps fewer steps.
+    The last iteration of every epoch has what is left of the prompts, and so perhaps fewer steps than the others.
     """
-    rows = config.per_device_generation_batch_size * config.rollout_batches_per_iteration * world_size()
-    on_one_rank = StepSampler(
-        prompts["length"], rows_per_micro_batch=rows, micro_batches_per_step=1, world_size=1, rank=0, seed=config.seed
-    )
-    steps = chain.from_iterable(map(on_one_rank.epoch, count()))
-    return sum(optimizer_steps_per_iteration(config, sum(batch.real)) for (batch,) in islice(steps, iterations))
+    rows = prompts_per_iteration(config)
+    in_epoch = ceil(prompts / rows)
+    usual = optimizer_steps_per_iteration(config, rows)
+    last = optimizer_steps_per_iteration(config, prompts - (in_epoch - 1) * rows)
+    return iterations * usual - iterations // in_epoch * (usual - last)
 
 
 def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
     """How often each engine steps in an iteration that no target_kl cuts short."""
-    rows = config.per_device_generation_batch_size * config.rollout_batches_per_iteration * world_size()
     per_step = config.per_device_training_batch_size * config.gradient_accumulation_steps * world_size()
-    return config.ppo_epochs * ceil(min(rows, prompts) * config.answers_per_prompt / per_step)
+    return config.ppo_epochs * ceil(min(prompts_per_iteration(config), prompts) * config.answers_per_prompt / per_step)
 
 
 def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[list[TokenBatch]]:

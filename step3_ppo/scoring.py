@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from common.config.option import Phase
+from common.errors import UserError
+from common.runtime.distributed import gather_objects
 from common.training.timing import PhaseClock
 from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
@@ -41,11 +44,11 @@ def score_rollout(
         clock: gets the phases log_probs (actor and reference) and score (critic and reward).
 
     Raises:
-        ValueError: the reward did not give one score per response.
+        ValueError, UserError: as of `check_scores`.
     """
 
     def passes(part: Rollout) -> dict[str, Tensor]:
-        with clock.phase("log_probs"):
+        with clock.phase(Phase.LOG_PROBS):
             log_probs, entropy = models.log_probs_and_entropy(part)
             outputs = {
                 "old_log_probs": log_probs,
@@ -53,27 +56,46 @@ def score_rollout(
                 "entropy": entropy,
             }
         if models.critic is not None:
-            with clock.phase("score"):
+            with clock.phase(Phase.SCORE):
                 outputs["values"] = models.values(part)
         return outputs
 
     with evaluating(models):
         outputs = compute_on_all_ranks(inputs.rollout, passes, config)
-    with clock.phase("score"):
+    with clock.phase(Phase.SCORE):
         scores = reward(inputs)
-    if scores.shape != (len(inputs.rollout.tokens),):
-        raise ValueError(
-            f"the reward gave a tensor of shape {tuple(scores.shape)} for {len(inputs.rollout.tokens)} responses: it "
-            "must give one number for each"
-        )
+        check_scores(scores, len(inputs.rollout.tokens), reward)
     return ModelOutputs(
         outputs["old_log_probs"], outputs["ref_log_probs"], outputs["entropy"], outputs.get("values"), scores
     )
+
+
+def check_scores(scores: Tensor, responses: int, reward: Reward) -> None:
+    """Check that a reward keeps to its protocol. All ranks must call it together.
+
+    Raises:
+        ValueError: on all ranks alike, if on one of them there is not one score per response.
+        UserError: on all ranks alike, if they have different scores.
+    """
+    name = getattr(reward, "__qualname__", type(reward).__qualname__)
+    on_ranks = gather_objects(scores.detach().float().cpu())
+    for found in on_ranks:
+        if found.shape != (responses,):
+            raise ValueError(
+                f"the reward {name} gave a tensor of shape {tuple(found.shape)} for {responses} responses: it must "
+                "give one number for each"
+            )
+    for number, found in enumerate(on_ranks):
+        if not torch.allclose(found, on_ranks[0], rtol=0, atol=0, equal_nan=True):
+            raise UserError(
+                f"the reward {name} gave other scores on rank {number} than on rank 0 for the same responses: every "
+                "rank must return the same, so compute them alike, or on one rank and gather them"
+            )
 
 
 def to_scale(outputs: ModelOutputs, scale: ScoreScale) -> ModelOutputs:
     """The outputs of an iteration on the scale, which is measured on them if it is not known yet."""
     if scale.known:
         return outputs
-    scale.measure(outputs.scores)
+    scale.measure(outputs.scores, with_critic=outputs.values is not None)
     return outputs if outputs.values is None else replace(outputs, values=scale.normalise(outputs.values))

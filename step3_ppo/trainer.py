@@ -11,10 +11,12 @@ from torch import Tensor
 
 from common.batching.collate import TokenBatch, collate_prompts
 from common.batching.sampler import MicroBatch, StepSampler
+from common.config.option import Phase
 from common.data.tokenization import Codec
 from common.errors import DIVERGED, Diverged
 from common.runtime.distributed import device, on_gpu, rank, say, world_size
 from common.training.loop import check_finite
+from common.training.memory import MAX_TOKENS
 from common.training.metrics import Sums
 from common.training.timing import PhaseClock
 from step3_ppo.calibration import ScoreScale
@@ -23,7 +25,7 @@ from step3_ppo.experience import Experience
 from step3_ppo.generation.actor_rollouts import ActorRollouts
 from step3_ppo.generation.optimizer_offload import OptimizerOffload
 from step3_ppo.generation.rollout import Rollout
-from step3_ppo.generation.sampling import NO_TOKEN, Sampling
+from step3_ppo.generation.sampling import NO_TOKEN
 from step3_ppo.kl_controller import kl_controller
 from step3_ppo.learner import Learner
 from step3_ppo.limits import check_limits
@@ -73,7 +75,7 @@ class PPOTrainer:
         self.models, self.reward, self.config, self.codec = models, reward, config, codec
         self.prompts, self.texts, self.scale = prompts, texts, scale
         self.estimator = config.estimator
-        self.sampling = sampling_of(config)
+        self.sampling = config.sampling
         self.rollouts = ActorRollouts(
             models.actor,
             slots=config.per_device_generation_batch_size,
@@ -105,7 +107,7 @@ class PPOTrainer:
             Diverged: on all ranks alike, if numbers are not finite or leave the limits that are set.
         """
         self.clock.reset()
-        with self.clock.phase("generate"):
+        with self.clock.phase(Phase.GENERATE):
             rollout = self.roll_out(self.prompts, prompts, index)
         outputs = to_scale(self.score(self.prompts, rollout, index), self.scale)
         with self.clock.phase("advantages"):
@@ -212,7 +214,7 @@ class PPOTrainer:
             "optimizer_steps": self.optimizer_steps_made,
             "calibration": self.scale.state_dict(),
             "step": self.learner.step.state_dict(),
-            "max_tokens": self.config.max_tokens_per_micro_batch,
+            MAX_TOKENS: self.config.max_tokens_per_micro_batch,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -242,19 +244,6 @@ class PPOTrainer:
     def _moved_too_far(self, step: Sums) -> bool:
         limit = self.config.target_kl
         return limit is not None and float(step["approx_kl"] / step["tokens"].clamp_min(1)) > limit
-
-
-def sampling_of(config: PPOConfig) -> Sampling:
-    """How responses are sampled, by the options of step 3."""
-    return Sampling(
-        config.temperature,
-        config.top_p,
-        config.top_k,
-        config.min_answer_seq_len,
-        config.max_answer_seq_len,
-        config.draw_answer_lengths,
-        config.answers_per_prompt,
-    )
 
 
 def name_of(stream: int) -> str:

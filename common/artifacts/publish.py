@@ -41,18 +41,20 @@ def publishing(
     base: str,
     data: PreparedData | None = None,
     parts: Sequence[str] = (),
+    possible_parts: Sequence[str] = (),
     **further: Any,
 ) -> Iterator[None]:
     """Within the context, the caller exports the models. All ranks must enter it.
 
     provenance.json is deleted at the start and written at the end, after every model was checked. So an output
     directory with a provenance.json holds a complete result, even if the directory is used again. The resolved
-    configuration is written too. Adapters and a moving average of an earlier run are removed.
+    configuration is written too. Adapters of an earlier run, and parts that only that run had, are removed.
 
     Args:
         engines: the engines of the models to export, by the names that messages use.
         data: what the models were trained on.
         parts: model directories inside the output directory. Each gets the provenance too, so that it can be moved.
+        possible_parts: all directories that the program writes models into, with other options too.
         further: more fields of the provenance.
 
     Raises:
@@ -71,8 +73,8 @@ def publishing(
     try:
         if is_main():
             (output / PROVENANCE_FILE).unlink(missing_ok=True)
-            for old in (output / "adapter", output / "ema"):
-                shutil.rmtree(old, ignore_errors=True)
+            for leftover in ("adapter", *(part for part in possible_parts if part not in parts)):
+                shutil.rmtree(output / leftover, ignore_errors=True)
         yield
         if is_main():
             for directory in [output / part for part in parts] or [output]:

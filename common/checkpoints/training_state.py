@@ -43,7 +43,7 @@ class TrainingState:
             because the weights may be damaged.
     """
 
-    engines: dict[str, Engine]
+    engines: Mapping[str, Engine]
     tensors: Callable[[], dict[str, torch.Tensor]] = dict
     reshape: Callable[[Callable[[str], list[torch.Tensor]]], None] = lambda parts_of: None
     state_dict: Callable[[], dict[str, Any]] = dict

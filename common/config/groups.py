@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config.option import ANYWHERE
+from common.config.option import Phase
 from common.config.parser import Config, PathName, option, options
 from common.config.shared import same_option, unprefixed
 from common.errors import UserError
@@ -14,7 +14,13 @@ from common.errors import UserError
 # Schedules of the learning rate, see common.training.learning_rate.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # The phases in which a micro-batch passes forward or backward, see Option.relieves.
-MICRO_BATCH_PHASES = ("training step", "log_probs", "score", "actor_update", "critic_update")
+MICRO_BATCH_PHASES = (
+    Phase.TRAINING_STEP,
+    Phase.LOG_PROBS,
+    Phase.SCORE,
+    Phase.ACTOR_UPDATE,
+    Phase.CRITIC_UPDATE,
+)
 
 
 @dataclass(frozen=True)
@@ -188,20 +194,20 @@ class TrainedModelOptions(Config):
         "ZeRO stage",
         choices=(0, 1, 2, 3),
         deepspeed_keys=("zero_optimization.stage",),
-        relieves=("training step", "{prefix}update", ANYWHERE),
+        relieves=(Phase.TRAINING_STEP, Phase.OWN_UPDATE, Phase.ANYWHERE),
         advice="raise {flag}",
     )
     gradient_checkpointing: bool = option(
         False,
         "recompute activations in the backward pass to save memory",
-        relieves=("training step", "{prefix}update"),
+        relieves=(Phase.TRAINING_STEP, Phase.OWN_UPDATE),
         advice="add {flag}",
     )
     lora_dim: int = option(
         0,
         "rank of the LoRA adapters; 0 trains the whole model",
         low=0,
-        relieves=(ANYWHERE,),
+        relieves=(Phase.ANYWHERE,),
         advice="train adapters only with {flag}",
     )
     lora_alpha: float | None = option(
@@ -233,7 +239,7 @@ class SupervisedOptions(ScheduleOptions):
         "rows per rank in one training micro-batch",
         low=1,
         deepspeed_keys=("train_batch_size", "train_micro_batch_size_per_gpu"),
-        relieves=("training step",),
+        relieves=(Phase.TRAINING_STEP,),
         advice="lower {flag}",
     )
     per_device_eval_batch_size: int = option(
@@ -241,11 +247,16 @@ class SupervisedOptions(ScheduleOptions):
         "rows per rank in one evaluation batch",
         low=1,
         affects="evaluation",
-        relieves=("evaluation",),
+        relieves=(Phase.EVALUATION,),
         advice="lower {flag}",
     )
     max_seq_len: int = option(
-        512, "longest prompt and answer together", unit="tokens", low=2, relieves=(ANYWHERE,), advice="lower {flag}"
+        512,
+        "longest prompt and answer together",
+        unit="tokens",
+        low=2,
+        relieves=(Phase.ANYWHERE,),
+        advice="lower {flag}",
     )
     group_by_length: bool = option(
         False, "form optimizer steps of rows of similar length: less padding, but steps are no longer random samples"
@@ -255,7 +266,7 @@ class SupervisedOptions(ScheduleOptions):
     offload: bool = option(
         False,
         "keep optimizer state (at ZeRO 1-3) and parameters (at ZeRO 3) in CPU memory",
-        relieves=("training step", ANYWHERE),
+        relieves=(Phase.TRAINING_STEP, Phase.ANYWHERE),
         advice="add {flag}",
     )
     gradient_checkpointing: bool = same_option(TrainedModelOptions, "gradient_checkpointing")

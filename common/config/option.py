@@ -22,7 +22,21 @@ PathName = NewType("PathName", str)
 
 
 Affects = Literal["result", "evaluation", "length", "nothing"]
-ANYWHERE = "anywhere"  # in `relieves`: every phase that no option relieves by its name
+
+
+class Phase:
+    """The phases of a run that `Option.relieves` may name. Loops enter them under these names; messages say them."""
+
+    TRAINING_STEP = "the training step"
+    EVALUATION = "the evaluation"
+    GENERATE = "generate"
+    LOG_PROBS = "log_probs"
+    SCORE = "score"
+    ACTOR_UPDATE = "actor_update"
+    CRITIC_UPDATE = "critic_update"
+
+    OWN_UPDATE = "{prefix}update"  # of the model whose prefix a shared option has
+    ANYWHERE = "anywhere"  # every phase that no option relieves by its name
 
 
 @dataclass(frozen=True)
@@ -46,8 +60,7 @@ class Option:
         deepspeed_keys: keys of DeepSpeed's configuration, with dots, that the option decides. --deepspeed_config may
             not set them.
         names_model: the value is a model to start from: a directory or a name on the hub.
-        relieves: words of the phases of a run (see `common.runtime.heartbeat.set_phase`) that need less memory with
-            another value; `ANYWHERE` for every other phase. `{prefix}` stands for the prefix of a shared option.
+        relieves: phases of a run, see `Phase`, that need less memory with another value.
         advice: how to change the value for that, such as "lower {flag}".
         name, kind, path, optional, default, group: filled in from the dataclass that has the field.
     """

@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -36,6 +36,10 @@ class Config:
         for name, meta in options(type(self)).items():
             # Paths were expanded when they were read.
             convert(replace(meta, path=False), getattr(self, name), f"--{name}")
+
+    def useless_options(self) -> Collection[str]:
+        """Names of the options that other values leave without effect; they are not advised."""
+        return ()
 
     def only_with(self, requirement: str, met: bool, *names: str) -> None:
         """Raise UserError when one of `names` is set (is not its default) while `requirement` is not met."""

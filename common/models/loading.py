@@ -144,7 +144,7 @@ def check_length(source: str, tokens: int, trust_remote_code: bool = False) -> N
     """Raises ModelError if a model cannot read sequences of so many tokens."""
     positions = max_length(source, trust_remote_code)
     if positions is not None and tokens > positions:
-        raise ModelError(source, f"it has room for {positions} tokens, not for {tokens}")
+        raise ModelError(source, f"it has room for {positions} tokens, not for {tokens}: lower the length")
 
 
 def check_language_model(source: str, trust_remote_code: bool = False) -> None:

@@ -35,7 +35,7 @@ from common.training.engine import (
     training_engine,
 )
 from common.training.loop import SupervisedLoop
-from common.training.memory import advising_on_memory, fit_micro_batches, named_when_out_of_memory
+from common.training.memory import MAX_TOKENS, advising_on_memory, fit_micro_batches, named_when_out_of_memory
 from common.training.metrics import Metrics
 
 
@@ -83,6 +83,7 @@ def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Input
     check_engine_options(config)
     with writing_to("--data_output_path", config.data_output_path), named_by("--model_name_or_path"):
         source = resolve_model(config.model_name_or_path, config.data_output_path, config.merge_adapter)
+    with named_by("--model_name_or_path", {source: config.model_name_or_path}):
         task.check_model(source)
     check_sequence_length(config, source)
     codec = open_codec(config, source, "--model_name_or_path")
@@ -107,7 +108,7 @@ def build_engine(
 ) -> TrainedEngine:
     """The model of the task, with adapters if asked for, in a DeepSpeed engine that trains it."""
     settings = EngineSettings.from_config(config)
-    with named_by("--model_name_or_path"):
+    with named_by("--model_name_or_path", {inputs.source: config.model_name_or_path}):
         model = task.load_model(
             inputs.source,
             inputs.codec,
@@ -118,7 +119,7 @@ def build_engine(
             trust_remote_code=config.trust_remote_code,
         )
     if config.lora_dim:
-        with named_by("--lora_module_name"), named_by("--add_eot_token", AddedTokenError):
+        with named_by("--lora_module_name"), named_by("--add_eot_token", kind=AddedTokenError):
             add_lora(
                 task.adapted_part(model),
                 dim=config.lora_dim,
@@ -144,7 +145,7 @@ def build(
         engine = build_engine(task, config, inputs, scheduled_steps(config, len(rows)))
     fitted = fit_micro_batches(
         config,
-        run.checkpoints.saved_value(run.checkpoint, "max_tokens"),
+        run.checkpoints.saved_value(run.checkpoint, MAX_TOKENS),
         [engine],
         partial(probe, task, engine, rows, pad_id),
         task.sequences_per_row * max(rows["length"]),
@@ -160,7 +161,7 @@ def build(
         config.max_skipped_steps,
     )
     seed_rank(config.seed)
-    state = TrainingState.of_one_engine(engine, trainer.step, max_tokens=fitted.max_tokens_per_micro_batch)
+    state = TrainingState.of_one_engine(engine, trainer.step, **{MAX_TOKENS: fitted.max_tokens_per_micro_batch})
     return trainer, state
 
 

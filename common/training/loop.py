@@ -11,6 +11,7 @@ from typing import Any
 
 from common.batching.sampler import MicroBatch, StepSampler
 from common.config.groups import OneModelConfig
+from common.config.option import Phase
 from common.errors import DIVERGED, Diverged
 from common.runtime import heartbeat
 from common.runtime.distributed import say
@@ -99,7 +100,7 @@ class SupervisedLoop:
     def _train(self, train_step: TrainStep, micro_batches: Sequence[MicroBatch], step: int, bar: Any) -> None:
         heartbeat.set_phase("training")
         start = time.perf_counter()
-        with named_when_out_of_memory("the training step"):
+        with named_when_out_of_memory(Phase.TRAINING_STEP):
             metrics = train_step(micro_batches)
         metrics["step_seconds"] = time.perf_counter() - start
         bar.set_postfix({name: f"{metrics[name]:.4g}" for name in ("loss", "learning_rate")}, refresh=False)
@@ -111,7 +112,7 @@ class SupervisedLoop:
 
     def _evaluate(self, evaluate: Evaluate, step: int) -> Metrics:
         heartbeat.set_phase("evaluation")
-        with named_when_out_of_memory("the evaluation"):
+        with named_when_out_of_memory(Phase.EVALUATION):
             metrics = evaluate()
         if not metrics:
             return {}

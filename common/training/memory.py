@@ -15,13 +15,14 @@ from typing import TypeVar
 import torch
 
 from common.config.groups import ScheduleOptions
-from common.config.option import ANYWHERE
+from common.config.option import Phase
 from common.config.parser import Config, options
 from common.errors import TrainingFailure
 from common.models.engine import Engine
 from common.runtime.distributed import device, memory_available, on_every_rank, on_gpu, rank, say
 
 USABLE = 0.8  # of the free memory; the rest is for fragmentation, buffers of the optimizer, and other programs
+MAX_TOKENS = "max_tokens"  # key, in a checkpoint's `state_dict`, of the --max_tokens_per_micro_batch that a run used
 _PRECISION = 8  # the bisection ends when the number of rows is known to within 1/8
 
 ScheduleType = TypeVar("ScheduleType", bound=ScheduleOptions)
@@ -65,18 +66,24 @@ def advising_on_memory(config: Config) -> Iterator[None]:
     try:
         yield
     except OutOfMemory as failure:
-        raise TrainingFailure(f"{failure}: {memory_advice(type(config), failure.phase)}") from None
+        raise TrainingFailure(f"{failure}: {memory_advice(config, failure.phase)}") from None
 
 
-def memory_advice(config_class: type[Config], phase: str) -> str:
-    """How to change the options that reduce the memory of a phase, as in "lower --a or --b, or add --c"."""
-    declared = options(config_class)
-    relieving = [name for name, meta in declared.items() if any(words in phase for words in meta.relieves)] or [
-        name for name, meta in declared.items() if ANYWHERE in meta.relieves
+def memory_advice(config: Config, phase: str) -> str:
+    """How to change the options that relieve a phase, as in "lower --a or --b, or add --c".
+
+    Options without effect, and those that are on already, are left out.
+    """
+    known, useless = options(type(config)), config.useless_options()
+    helpful = [name for name in known if name not in useless and getattr(config, name) is not True]
+    relieving = [name for name in helpful if phase in known[name].relieves] or [
+        name for name in helpful if Phase.ANYWHERE in known[name].relieves
     ]
+    if not relieving:
+        return "use a smaller model, or more memory"
     flags: dict[str, list[str]] = {}
     for name in relieving:
-        flags.setdefault(declared[name].advice, []).append(f"--{name}")
+        flags.setdefault(known[name].advice, []).append(f"--{name}")
     *others, last = [advice.format(flag=" or ".join(names)) for advice, names in flags.items()]
     return f"{', '.join(others)}, or {last}" if others else last
 

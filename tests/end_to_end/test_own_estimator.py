@@ -1,8 +1,9 @@
-"""docs/examples/reinforce.py: a file of a user's own swaps the estimator and runs the whole of step 3."""
+"""A file of a user's own swaps the estimator (docs/examples/reinforce.py) or the reward, and runs all of step 3."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,24 @@ FLAGS = (
     "--per_device_generation_batch_size 4 --per_device_training_batch_size 2 --max_prompt_seq_len 32 "
     "--max_answer_seq_len 8 --max_iterations 2 --num_warmup_steps 0 --eval_prompts 4 --actor_learning_rate 1e-3"
 )
+
+PROGRAM = f"""
+import sys
+
+sys.path[0] = {str(ROOT)!r}
+
+from common.runtime.distributed import rank
+from common.runtime.program import launch
+from step3_ppo.main import main
+
+
+def length(inputs):
+    return inputs.rollout.response_lengths.float(){{on_rank}}
+
+
+if __name__ == "__main__":
+    launch(main, reward=length)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +88,36 @@ def test_it_builds_measures_and_saves_no_critic(runs):
     assert not [
         name for name in training(runs["reinforce"])[-1] if "critic" in name or "value" in name or "variance" in name
     ]
+
+
+def with_own_reward(place: Path, on_rank: str = "", check: bool = True) -> subprocess.CompletedProcess:
+    """A run on the length of the responses. Both actor and critic start from a language model."""
+    (place / "program.py").write_text(PROGRAM.format(on_rank=on_rank))
+    return launch(
+        place / "program.py",
+        *FLAGS.split(),
+        *("--draw_answer_lengths", "--critic_learning_rate", "1e-3"),
+        *("--actor_model_name_or_path", "builtin:tiny-opt", "--critic_model_name_or_path", "builtin:tiny-opt"),
+        *("--data_output_path", str(place / "data"), "--output_dir", str(place / "output")),
+        ranks=2,
+        check=check,
+    )
+
+
+def test_a_reward_of_ones_own_is_what_is_trained_on_with_a_critic_from_a_language_model(tmp_path):
+    said = with_own_reward(tmp_path).stdout
+    assert "the critic starts from the language model builtin:tiny-opt, with a new score head" in said
+    steps = training(tmp_path / "output")
+    assert [step["reward"] for step in steps] == pytest.approx([step["response_length"] for step in steps])
+    assert len(steps) == 2 and len({step["reward"] for step in steps}) == 2
+    assert all("explained_variance" in step and step["critic_gradient_norm"] > 0 for step in steps)
+    critic = load_file(tmp_path / "output" / "critic" / "model.safetensors")
+    assert critic["score.weight"].shape[0] == 1
+
+
+def test_scores_that_differ_between_ranks_end_the_run_in_one_line(tmp_path):
+    done = with_own_reward(tmp_path, on_rank=" + rank()", check=False)
+    printed = done.stdout + done.stderr
+    assert done.returncode != 0 and "Traceback" not in printed
+    errors = [line for line in printed.splitlines() if "the reward length gave other scores" in line]
+    assert len(errors) == 1 and "rank 1" in errors[0]

@@ -118,6 +118,16 @@ def test_step_3_refuses_a_language_model_as_reward_model(good):
     assert "--critic_model_name_or_path" in message and "no reward model" in message
 
 
+def test_step_3_names_models_as_the_user_did(good):
+    """A built-in model is loaded from a path in the cache, which says nothing to the user."""
+    models = {name: "builtin:tiny-opt" for name in ("--actor_model_name_or_path", "--critic_model_name_or_path")}
+    del good["--model_name_or_path"]
+    assert refusal(step3, {**good, **models}).startswith("--critic_model_name_or_path builtin:tiny-opt is no reward")
+    message = refusal(step3, {**good, **models, "--max_answer_seq_len": "4096"})
+    assert message.startswith("--max_prompt_seq_len and --max_answer_seq_len are too large for --actor_model_name_or_p")
+    assert "builtin:tiny-opt: it has room for 512 tokens" in message and message.endswith("lower the length")
+
+
 def test_a_reward_model_is_not_taken_for_a_language_model(good, tmp_path):
     import shutil
 

@@ -42,6 +42,11 @@ from tests.command_lines import MODELS, message, read, recipe
         (PPOConfig, MODELS + "--unsup_coef 1", "--unsupervised_dataset_name"),
         (PPOConfig, MODELS + "--critic_lora_alpha 4", "--critic_lora_dim"),
         (PPOConfig, MODELS + "--offload --actor_zero_stage 0 --critic_zero_stage 0", "--actor_zero_stage"),
+        (
+            PPOConfig,
+            MODELS + "--offload --advantage rloo --answers_per_prompt 2 --actor_zero_stage 0 --critic_zero_stage 2",
+            "--offload needs --actor_zero_stage 1, 2 or 3",
+        ),
         (PPOConfig, MODELS + "--print_answers_interval 4", "--print_answers"),
         (PPOConfig, MODELS + "--temperature 0", "above 0"),
     ],

@@ -109,7 +109,22 @@ def test_memory_that_is_refused_names_the_phase_the_size_and_what_helps():
     ],
 )
 def test_the_options_that_relieve_a_phase_are_advised(cls, phase, advice):
-    assert memory_advice(cls, phase) == advice
+    assert memory_advice(cls(), phase) == advice
+
+
+@pytest.mark.parametrize(
+    "config, phase, absent, advised",
+    [
+        (SFTConfig(gradient_checkpointing=True), "the training step", "--gradient_checkpointing", "--offload"),
+        (SFTConfig(offload=True, zero_stage=2), "loading the model", "--offload", "--zero_stage"),
+        (PPOConfig(release_inference_cache=True), "generate", "cache", "--per_device_generation_batch_size"),
+        (PPOConfig(advantage="rloo"), "loading the models", "--critic_lora_dim", "--actor_lora_dim"),
+        (PPOConfig(advantage="rloo"), "actor_update", "critic", "--actor_gradient_checkpointing"),
+    ],
+)
+def test_what_is_on_already_or_has_no_effect_is_not_advised(config, phase, absent, advised):
+    advice = memory_advice(config, phase)
+    assert absent not in advice and advised in advice
 
 
 @pytest.mark.parametrize(

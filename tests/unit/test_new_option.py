@@ -11,6 +11,7 @@ import yaml
 
 from common.checkpoints.manager import Checkpoints
 from common.checkpoints.training_state import TrainingState
+from common.config.option import Phase
 from common.config.parser import option, options, parse, save_config
 from common.errors import AlreadyComplete, UserError
 from common.training.engine import check_engine_options
@@ -27,7 +28,7 @@ class ExtendedConfig(SFTConfig):
         "weight of rare tokens",
         above=0,
         deepspeed_keys=("data_efficiency.focus",),
-        relieves=("training step",),
+        relieves=(Phase.TRAINING_STEP,),
         advice="lower {flag}",
     )
     shout: bool = option(False, "print in capitals", affects="nothing")
@@ -139,8 +140,8 @@ def test_the_key_of_deepspeeds_configuration_that_it_owns_is_refused_with_its_fl
 
 
 def test_the_advice_for_out_of_memory_names_it():
-    assert "--focus" in memory_advice(ExtendedConfig, "the training step")
-    assert "--focus" not in memory_advice(ExtendedConfig, "the evaluation")
+    assert "--focus" in memory_advice(ExtendedConfig(), Phase.TRAINING_STEP)
+    assert "--focus" not in memory_advice(ExtendedConfig(), Phase.EVALUATION)
 
 
 def test_it_is_in_the_help_and_in_the_saved_recipe(config, tmp_path, capsys, monkeypatch):

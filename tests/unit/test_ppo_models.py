@@ -11,7 +11,7 @@ from common.models.loading import load_causal_lm, load_scalar_model
 from step3_ppo import models as ppo_models
 from step3_ppo.config import PPOConfig
 from step3_ppo.generation.rollout import Rollout
-from step3_ppo.models import build_models
+from step3_ppo.models import PPOModels, build_models
 from tests.architectures import build_model
 
 TEMPERATURE, MEAN, STD = 0.7, 0.5, 4.0
@@ -47,6 +47,31 @@ def models(request, directories, monkeypatch):
     lora = {"actor_lora_dim": 2, "critic_lora_dim": 2} if request.param == "lora" else {}
     config = PPOConfig(temperature=TEMPERATURE, dtype="fp32", actor_zero_stage=0, critic_zero_stage=0, **lora)
     return build_models(config, codec, actor, reward, Calibration(MEAN, STD), optimizer_steps=10)
+
+
+@pytest.mark.parametrize("merge_adapter", [False, True])
+def test_an_adapter_names_its_base_as_the_user_did_unless_that_was_merged(directories, monkeypatch, merge_adapter):
+    actor, reward, codec = directories
+    monkeypatch.setattr(ppo_models, "training_engine", UnshardedEngine)
+    config = PPOConfig(
+        actor_model_name_or_path="builtin:actor",
+        critic_model_name_or_path="builtin:reward",
+        merge_adapter=merge_adapter,
+        dtype="fp32",
+        actor_zero_stage=0,
+        critic_zero_stage=0,
+        actor_lora_dim=2,
+        critic_lora_dim=2,
+    )
+    models = build_models(config, codec, actor, reward, Calibration(MEAN, STD), optimizer_steps=10)
+    adapted = models.actor.module, models.critic.module.classifier
+    found = [model.lora_config.base_model_name_or_path for model in adapted]
+    assert found == ([actor, reward] if merge_adapter else ["builtin:actor", "builtin:reward"])
+
+
+def test_without_a_critic_there_are_no_values(rollout):
+    with pytest.raises(ValueError, match="none is loaded"):
+        PPOModels(None, None, None, None, None, 1.0).values(rollout)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from step3_ppo.schedule import optimizer_steps, prompt_sampler
 @pytest.mark.parametrize("prompts", [3, 16, 17, 40, 41])
 @pytest.mark.parametrize("iterations", [1, 2, 4, 7])
 def test_the_schedule_has_as_many_steps_as_the_run(monkeypatch, prompts, iterations):
-    """Steps as the updates take them: by the real answers of all ranks, wherever in an epoch its remainder comes."""
+    """Steps as the updates take them: by the real answers of all ranks."""
     config = PPOConfig(
         per_device_generation_batch_size=4,
         generation_batches=2,
@@ -38,7 +38,7 @@ def test_the_schedule_has_as_many_steps_as_the_run(monkeypatch, prompts, iterati
         ).steps_per_epoch
         for count in answers
     ]
-    assert optimizer_steps(config, data, iterations) == sum(taken)
+    assert optimizer_steps(config, len(data), iterations) == sum(taken)
 
 
 @pytest.mark.parametrize("asked, rows", [(0, []), (1, [0]), (3, [0, 3, 6]), (10, [*range(10)]), (99, [*range(10)])])

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 
 from common.data.tokenization import load_tokenizer, make_codec
+from common.errors import UserError
 from common.models.builtin import materialise
 from common.models.calibration import RAW
 from common.models.loading import load_causal_lm
@@ -90,6 +91,22 @@ def test_a_function_is_a_reward_and_an_experience_without_critic_has_no_values(i
     experience = trainer.advantages(rollout, outputs, trainer.rewards(rollout, outputs)[1])
     assert experience.values is None and experience.returns is None
     assert experience.to("cpu").select([1, 0]).values is None
+
+
+@pytest.mark.parametrize("here, there", [([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.5]), ([1.0] * 4, [1.0] * 3)])
+def test_a_reward_that_differs_between_ranks_is_named_on_all_of_them(inputs, model, monkeypatch, here, there):
+    monkeypatch.setattr("step3_ppo.scoring.compute_on_all_ranks", lambda rollout, compute, config: compute(rollout))
+    said = []
+    for own in (here, there):
+
+        def length(inputs: RewardInputs) -> torch.Tensor:
+            return torch.tensor(own)
+
+        monkeypatch.setattr("step3_ppo.scoring.gather_objects", lambda item: [torch.tensor(here), torch.tensor(there)])
+        with pytest.raises((UserError, ValueError)) as error:
+            trainer_with(length, model).score(inputs.dataset, inputs.rollout, 0)
+        said.append(str(error.value))
+    assert said[0] == said[1] and "length gave" in said[0] and "\n" not in said[0]
 
 
 def test_a_reward_that_gives_another_number_of_scores_is_named(inputs, model):

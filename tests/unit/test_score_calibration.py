@@ -16,7 +16,7 @@ from common.models.builtin import materialise
 from common.models.calibration import RAW, Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from step3_ppo.calibration import ScoreScale, read_calibration
-from step3_ppo.config import PPOConfig
+from step3_ppo.config import PPOConfig, config_class
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import PPOModels
 from step3_ppo.reward import TokenRewardModel
@@ -104,7 +104,7 @@ def test_an_unusable_scale_is_refused_before_models_are_loaded(calibrated, mean,
     written = json.loads((directory / "provenance.json").read_text())
     (directory / "provenance.json").write_text(json.dumps({**written, "score_mean": mean, "score_std": std}))
     with pytest.raises(UserError, match="provenance.json is damaged|nothing can be measured in") as error:
-        read_calibration(config(), codec, str(directory))
+        read_calibration(config(critic_model_name_or_path=str(directory)), codec, str(directory))
     assert str(directory) in str(error.value)
 
 
@@ -147,6 +147,33 @@ def test_other_ids_are_refused(reward_model, builtin_cache):
     other = make_codec(load_tokenizer(str(materialise("builtin:tiny-llama", builtin_cache))), "human_assistant")
     with pytest.raises(UserError, match="another tokenizer than the actor"):
         read_calibration(config(), other, str(directory))
+
+
+def test_scores_of_ones_own_need_no_reward_model_but_the_actors_tokens_and_data(
+    base, calibrated, builtin_cache, capsys
+):
+    """The critic may then start from a language model; a scale that a reward model has is not that of the scores."""
+    scorer, codec = calibrated
+    own = lambda **options: config_class(own_reward=True)(actor_model_name_or_path="./actor", **options)
+    with pytest.raises(UserError, match="./model is no reward model"):
+        read_calibration(config(critic_model_name_or_path="./model"), codec, str(base))
+    assert read_calibration(own(critic_model_name_or_path="./model"), codec, str(base)) is None
+    assert "critic starts from the language model ./model, with a new score head\n" in capsys.readouterr().out
+    assert read_calibration(own(), codec, str(scorer)) is None
+    assert read_calibration(own(score_calibration="none"), codec, str(base)) == RAW
+    assert read_calibration(own(), codec, None) is None
+    other = make_codec(load_tokenizer(str(materialise("builtin:tiny-llama", builtin_cache))), "human_assistant")
+    with pytest.raises(UserError, match="another tokenizer than the actor"):
+        read_calibration(own(), other, str(base))
+    with pytest.raises(UserError, match="use the same in every step"):
+        read_calibration(own(), make_codec(codec.tokenizer, "question_answer"), str(scorer))
+
+
+@pytest.mark.parametrize("values, measured", [(torch.zeros(4, 2), "scores and values"), (None, "scores")])
+def test_the_line_on_the_scale_speaks_of_values_only_with_a_critic(values, measured, capsys):
+    outputs = replace(assessed(SCORES)[1], values=values)
+    to_scale(outputs, ScoreScale(None))
+    assert f"from here on {measured} are measured in these" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Models with more or fewer weights than their config.json describes are refused when read and when written."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -126,6 +127,27 @@ DAMAGE = {
     "adapter": (lambda directory: (directory / "adapter_config.json").write_text("{}"), "adapter_config.json"),
     "no config": (lambda directory: (directory / "config.json").unlink(), "config.json"),
 }
+
+
+@pytest.mark.parametrize("parts, left", [(["actor"], ["actor"]), (["actor", "ema"], ["actor", "ema"])])
+def test_what_an_earlier_run_left_of_other_models_is_removed(directory, tmp_path, parts, left):
+    output = tmp_path / "output"
+    for part in ("actor", "critic", "ema"):
+        shutil.copytree(directory, output / part)
+    for other in ("adapter/critic", "notes"):
+        (output / other).mkdir(parents=True)
+    config = parse(SFTConfig, ["--output_dir", str(output), "--model_name_or_path", str(tmp_path)])
+    with publishing(
+        config,
+        codec_of(directory),
+        {},
+        step="ppo",
+        base="x",
+        parts=parts,
+        possible_parts=("actor", "critic", "ema"),
+    ):
+        pass
+    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == [*left, "notes"]
 
 
 @pytest.mark.parametrize("damage, said", DAMAGE.values(), ids=DAMAGE)
