@@ -227,10 +227,10 @@ def each_save(around: Callable):
     """Within the context `around` is called with a save's number, the save, and its `Saver`."""
     usual, number = Saver.save, 0
 
-    def save(checkpoints, *args):
+    def save(saver, *args):
         nonlocal number
         number += 1
-        around(number, lambda: usual(checkpoints, *args), checkpoints)
+        around(number, lambda: usual(saver, *args), saver)
 
     Saver.save = save
     try:

@@ -268,8 +268,8 @@ def breaking_off():
     """Within the context a run ends with an exception right after its second checkpoint."""
     saves, save = [], Saver.save
 
-    def save_twice(checkpoints, *arguments):
-        save(checkpoints, *arguments)
+    def save_twice(saver, *arguments):
+        save(saver, *arguments)
         saves.append(arguments)
         if len(saves) == 2:
             raise Broken
