@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common.checkpoints.manager import Checkpoints
+from common.checkpoints.saver import Saver
 from common.errors import AlreadyComplete, UserError
 from common.runtime.distributed import barrier, is_main, say, world_size
 from common.runtime.program import run_program
@@ -99,18 +99,18 @@ class breaking_off:
     """Within the context a run ends with an exception right after its second checkpoint."""
 
     def __enter__(self):
-        self.saves, self.save = 0, Checkpoints.save
+        self.saves, self.save = 0, Saver.save
 
-        def save(checkpoints, *args):
-            self.save(checkpoints, *args)
+        def save(saver, *args):
+            self.save(saver, *args)
             self.saves += 1
             if self.saves == 2:
                 raise Broken
 
-        Checkpoints.save = save
+        Saver.save = save
 
     def __exit__(self, kind, error, trace):
-        Checkpoints.save = self.save
+        Saver.save = self.save
         barrier()
         assert kind is Broken, "the run was not broken off"
         return True

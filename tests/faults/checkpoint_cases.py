@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from common.checkpoints.manager import Checkpoints
+from common.checkpoints.saver import Saver
 from common.checkpoints.store import MANIFEST, POINTER
 from common.errors import UserError
 from common.runtime.distributed import barrier, gather_objects, is_main, rank
@@ -224,19 +224,19 @@ def hindered(output: Path, name: str, hindrance, where: int, own: bool) -> dict:
 
 @contextlib.contextmanager
 def each_save(around: Callable):
-    """Within the context `around` is called with a save's number, the save, and its `Checkpoints`."""
-    usual, number = Checkpoints.save, 0
+    """Within the context `around` is called with a save's number, the save, and its `Saver`."""
+    usual, number = Saver.save, 0
 
-    def save(checkpoints, *args):
+    def save(saver, *args):
         nonlocal number
         number += 1
-        around(number, lambda: usual(checkpoints, *args), checkpoints)
+        around(number, lambda: usual(saver, *args), saver)
 
-    Checkpoints.save = save
+    Saver.save = save
     try:
         yield
     finally:
-        Checkpoints.save = usual
+        Saver.save = usual
 
 
 def break_off(now: bool) -> None:

@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from common.checkpoints.manager import Checkpoints
+from common.checkpoints.saver import Saver
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure
 from common.models.calibration import RAW
@@ -266,15 +266,15 @@ def poisoning(poison: str):
 @contextmanager
 def breaking_off():
     """Within the context a run ends with an exception right after its second checkpoint."""
-    saves, save = [], Checkpoints.save
+    saves, save = [], Saver.save
 
-    def save_twice(checkpoints, *arguments):
-        save(checkpoints, *arguments)
+    def save_twice(saver, *arguments):
+        save(saver, *arguments)
         saves.append(arguments)
         if len(saves) == 2:
             raise Broken
 
-    Checkpoints.save = save_twice
+    Saver.save = save_twice
     try:
         yield
     except Broken:
@@ -282,7 +282,7 @@ def breaking_off():
     else:
         raise AssertionError(f"the run was not broken off, after the checkpoints {saves}")
     finally:
-        Checkpoints.save = save
+        Saver.save = save
 
 
 if __name__ == "__main__":
