@@ -9,27 +9,38 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    OPTForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from common.artifacts.model_source import resolve_model
 from common.config.parser import Config, PathName, option
 from common.data.blend import parse_data_path
+from common.data.options import ProgramConfig
 from common.data.reading import ReadReport, read_records
+from common.data.records import Prompt
 from common.errors import UserError, named_by
 from common.paths import writing_to
 from common.runtime.distributed import device
 
 GENERATED = "generated"
+Variant = TypeVar("Variant")
+ProgramConfigT = TypeVar("ProgramConfigT", bound=ProgramConfig)
 _ROWS = 3000
 _TOKENS = 4096  # of the tokenizer; a model's vocabulary may be larger
-_NAMED = {  # the published shapes
+_NAMED: dict[str, dict[str, Any]] = {  # the published shapes
     "opt-1.3b": {
         "vocab_size": 50272,
         "hidden_size": 2048,
@@ -63,19 +74,21 @@ class BenchmarkOptions(Config):
     rounds: int = option(2, "rounds of A B B A", low=1)
     only: str | None = option(None, "measure this variant alone, for its memory", choices=("plain", "product"))
 
-    def chosen(self, variants: dict) -> dict:
+    def chosen(self, variants: dict[str, Variant]) -> dict[str, Variant]:
         """The variants to be measured, the plain one first."""
         return variants if self.only is None else {self.only: variants[self.only]}
 
 
-def with_data(config):
+def with_data(config: ProgramConfigT) -> ProgramConfigT:
     """The config with a file in the place of generated data, and prepared data kept with the benchmarks' own."""
     cache = Path(config.output_dir)
-    config = replace(config, data_output_path=str(cache / "data"))
-    return replace(config, data_path=(str(_generated(cache)),)) if config.data_path == (GENERATED,) else config
+    config = replace(config, data_output_path=PathName(str(cache / "data")))
+    if config.data_path == (GENERATED,):
+        config = replace(config, data_path=(PathName(str(_generated(cache))),))
+    return config
 
 
-def random_model(name: str, flag: str, config, *, scores: bool = False) -> str:
+def random_model(name: str, flag: str, config: ProgramConfig, *, scores: bool = False) -> str:
     """The directory of a model: made with random weights for random:opt-LAYERSxWIDTH, random:opt-1.3b and
     random:opt-350m; else as the programs themselves find it.
 
@@ -97,7 +110,7 @@ def random_model(name: str, flag: str, config, *, scores: bool = False) -> str:
     return str(_made(Path(config.output_dir) / short, lambda draft: _write_model(draft, shape, texts, scores)))
 
 
-def _shape(name: str, where: str) -> dict:
+def _shape(name: str, where: str) -> dict[str, Any]:
     if name in _NAMED:
         return _NAMED[name]
     match = re.fullmatch(r"opt-(\d+)x(\d+)", name)
@@ -117,7 +130,7 @@ def _shape(name: str, where: str) -> dict:
     }
 
 
-def _write_model(directory: Path, shape: dict, texts: Sequence[str], scores: bool) -> None:
+def _write_model(directory: Path, shape: dict[str, Any], texts: Sequence[str], scores: bool) -> None:
     tokenizer = _tokenizer(texts)
     tokenizer.save_pretrained(directory)
     # Activations keep their size from layer to layer, so that next tokens are spread as a trained model's are not, but
@@ -126,16 +139,16 @@ def _write_model(directory: Path, shape: dict, texts: Sequence[str], scores: boo
         **shape,
         dropout=0.0,
         init_std=shape["hidden_size"] ** -0.5,
-        num_labels=1,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    config.num_labels = 1
     torch.manual_seed(0)
     with device():
-        model = (OPTForSequenceClassification if scores else OPTForCausalLM)(config)
+        model: PreTrainedModel = OPTForSequenceClassification(config) if scores else OPTForCausalLM(config)
     large = sum(parameter.numel() for parameter in model.parameters()) > 10**8
-    (model.to(torch.bfloat16) if large else model).save_pretrained(directory)
+    (model.bfloat16() if large else model).save_pretrained(directory)
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -167,7 +180,8 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 def _texts(data_path: Sequence[str]) -> list[str]:
     """Up to `_ROWS` prompts of the data."""
     records = read_records(parse_data_path(data_path), "prompt", max_rows=_ROWS, report=ReadReport())
-    return [message.content for record in records for message in record.record.messages]
+    prompts = [record.record for record in records]
+    return [message.content for prompt in prompts if isinstance(prompt, Prompt) for message in prompt.messages]
 
 
 def _generated(cache: Path) -> Path:
@@ -194,7 +208,7 @@ def _write_comparisons(directory: Path) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def _made(directory: Path, write) -> Path:
+def _made(directory: Path, write: Callable[[Path], None]) -> Path:
     """`directory`, filled by `write` unless it is there: by one rank, and moved into place when it is whole."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):

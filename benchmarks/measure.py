@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -21,10 +22,11 @@ from common.training.memory import memory_status
 from common.training.timing import now
 
 MIB = 2**20
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[ResultT]):
     """What one run of a variant did on this rank.
 
     Attributes:
@@ -39,23 +41,23 @@ class Outcome:
     samples: int
     real_tokens: int
     padded_tokens: int
-    result: object
+    result: ResultT
     new_tokens: int = 0
     phases: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Run:
-    outcome: Outcome
+class _Run(Generic[ResultT]):
+    outcome: Outcome[ResultT]
     seconds: float
     device_bytes: int
     resident_bytes: int
 
 
 def compare(
-    variants: Mapping[str, Callable[[], Outcome]],
-    agree: Callable[[object, object], dict],
+    variants: Mapping[str, Callable[[], Outcome[ResultT]]],
+    agree: Callable[[ResultT, ResultT], Mapping[str, float]],
     *,
     rounds: int,
     steps: int,
@@ -70,14 +72,14 @@ def compare(
         steps: optimizer steps (iterations, rollouts) in a run, that its time is divided by.
         about: what was asked for; part of every line.
     """
-    runs: dict[str, list[_Run]] = {name: [] for name in variants}
-    agreement: dict[str, dict] = {name: {} for name in variants}
+    runs: dict[str, list[_Run[ResultT]]] = {name: [] for name in variants}
+    agreement: dict[str, Mapping[str, float]] = {name: {} for name in variants}
     first, *others = variants
     results = {name: _measured(variant).outcome.result for name, variant in variants.items()}
     for name in others:
         agreement[name] = agree(results[first], results[name])
     for _ in range(rounds):
-        for name in (*variants, *reversed(variants)):
+        for name in (*variants, *reversed(list(variants))):
             run = _measured(variants[name])
             agree(results[first], run.outcome.result)
             runs[name].append(run)
@@ -123,7 +125,7 @@ def counted_positions(module: nn.Module, *, training: bool) -> Iterator[list[int
     """A list that gets the size of every batch of ids that `module` is given with gradients on, or with them off."""
     sizes: list[int] = []
 
-    def count(_, args, kwargs) -> None:
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() == training:
             sizes.append((kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel())
 
@@ -147,7 +149,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 5e-2
 
 
-def _measured(variant: Callable[[], Outcome]) -> _Run:
+def _measured(variant: Callable[[], Outcome[ResultT]]) -> _Run[ResultT]:
     _forget_peaks()
     barrier()
     start = now()
@@ -156,24 +158,21 @@ def _measured(variant: Callable[[], Outcome]) -> _Run:
     barrier()
     resident = memory_status("VmHWM")
     held = torch.cuda.max_memory_allocated() if on_gpu() else 0
-    ranks = gather_objects(
-        (outcome.samples, outcome.real_tokens, outcome.padded_tokens, outcome.new_tokens, stop - start, held, resident)
-    )
-    totals = [sum(rank[column] for rank in ranks) for column in range(4)]
-    seconds, held, resident = (max(rank[column] for rank in ranks) for column in (4, 5, 6))
-    samples, real_tokens, padded_tokens, new_tokens = totals
+    counts = outcome.samples, outcome.real_tokens, outcome.padded_tokens, outcome.new_tokens
+    ranks = gather_objects((counts, stop - start, held, resident))
+    samples, real_tokens, padded_tokens, new_tokens = map(sum, zip(*(counts for counts, *_ in ranks)))
     return _Run(
         replace(outcome, samples=samples, real_tokens=real_tokens, padded_tokens=padded_tokens, new_tokens=new_tokens),
-        seconds,
-        held,
-        resident,
+        max(seconds for _, seconds, _, _ in ranks),
+        max(held for _, _, held, _ in ranks),
+        max(resident for _, _, _, resident in ranks),
     )
 
 
-def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
+def _figures(runs: Sequence[_Run[ResultT]], steps: int) -> dict[str, object]:
     seconds = median(run.seconds for run in runs)
     outcome = runs[0].outcome
-    figures: dict[str, object] = {
+    figures: dict[str, float] = {
         "step_seconds": seconds / steps,
         "fastest_step_seconds": min(run.seconds for run in runs) / steps,
         "samples_per_second": outcome.samples / seconds,
@@ -187,7 +186,8 @@ def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
         figures["new_tokens_per_second"] = outcome.new_tokens / seconds
     if on_gpu():
         figures["peak_device_mib"] = max(run.device_bytes for run in runs) / MIB
-    rounded = {"runs": len(runs)} | {name: float(f"{value:.4g}") for name, value in figures.items()}
+    rounded: dict[str, object] = {"runs": len(runs)}
+    rounded |= {name: float(f"{value:.4g}") for name, value in figures.items()}
     if outcome.phases:
         phases = [{**run.outcome.phases, "other": run.seconds - sum(run.outcome.phases.values())} for run in runs]
         rounded["phase_seconds"] = {

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from common.batching.collate import PromptBatch
 from common.batching.sampler import MicroBatch
+from common.models.engine import Engine
 from common.runtime.distributed import gather_objects, rank, world_size
 from step3_ppo.generation.sampling import Sampling, sample_tokens
 
@@ -49,7 +56,14 @@ def padded_to(tensor: Tensor, width: int, value: int | bool) -> Tensor:
 
 
 def cached_generate(
-    engine, prompts: PromptBatch, sampling: Sampling, uniform: Tensor, lengths: Tensor, *, end_id: int, pad_id: int
+    engine: Engine,
+    prompts: PromptBatch,
+    sampling: Sampling,
+    uniform: Tensor,
+    lengths: Tensor,
+    *,
+    end_id: int,
+    pad_id: int,
 ) -> list[list[int]]:
     """Responses of the imposed lengths by transformers' `generate` with a cache, stopping when all have ended.
 
@@ -98,16 +112,20 @@ class _Chosen(LogitsProcessor):
         scores = scores.clone()
         scores[:, self.end_id] = -torch.inf
         tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
-        self.last = torch.where(position + 1 == self.lengths, tokens, self.last)
+        self.last = torch.where(self.lengths == position + 1, tokens, self.last)
         tokens = tokens.masked_fill(position + 1 >= self.lengths, self.end_id)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 @torch.no_grad()
 def generate_batch(
-    model, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, at_a_time: int, pad_id: int
+    model: Any, prompts: Sequence[Sequence[int]], lengths: Sequence[int], *, at_a_time: int, pad_id: int
 ) -> list[list[int]]:
-    """Greedy responses of the imposed lengths by transformers' own continuous batching, as `generate_batch` does it."""
+    """Greedy responses of the imposed lengths by transformers' own continuous batching, as `generate_batch` does it.
+
+    Args:
+        model: of transformers, with a language model's head; its two base classes make no common type.
+    """
     config = GenerationConfig(do_sample=False, max_new_tokens=max(lengths), eos_token_id=-1, pad_token_id=pad_id)
     room = ContinuousBatchingConfig(max_requests_per_batch=at_a_time, num_blocks=4 * at_a_time, max_batch_tokens=512)
     attention = model.config._attn_implementation

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,16 +40,15 @@ class PreparationBenchmark(BenchmarkOptions, SFTConfig):
     words_per_row: int = option(84, "words of each row, of random letters, so that each takes several tokens", low=11)
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the file, prepare it, and start a second time."""
     config = with_data(parse(PreparationBenchmark, argv, prog="benchmarks/preparation.py"))
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
     codec = open_codec(config, source, "--model_name_or_path")
     prepared = Path(config.output_dir) / "preparation"
     shutil.rmtree(prepared, ignore_errors=True)
-    config = replace(
-        config, data_path=(str(write_rows(prepared / "rows.jsonl", config)),), data_output_path=str(prepared)
-    )
+    rows = PathName(str(write_rows(prepared / "rows.jsonl", config)))
+    config = replace(config, data_path=(rows,), data_output_path=PathName(str(prepared)))
     request = data_request(config, "demonstration", config.max_seq_len)
     for start in ("first", "second"):
         peak = PeakMemory()
@@ -94,7 +94,7 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
 
