@@ -1,4 +1,4 @@
-"""Creates models with random weights and generated data, and declares the options that all benchmarks share."""
+"""Models with random weights and data, for programs that are to run anywhere, and the options all benchmarks share."""
 
 from __future__ import annotations
 
@@ -9,27 +9,38 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    OPTForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from common.artifacts.model_source import resolve_model
 from common.config.parser import Config, PathName, option
 from common.data.blend import parse_data_path
+from common.data.options import ProgramConfig
 from common.data.reading import ReadReport, read_records
+from common.data.records import Prompt
 from common.errors import UserError, named_by
 from common.paths import writing_to
 from common.runtime.distributed import device
 
 GENERATED = "generated"
+Variant = TypeVar("Variant")
+ProgramConfigT = TypeVar("ProgramConfigT", bound=ProgramConfig)
 _ROWS = 3000
 _TOKENS = 4096  # of the tokenizer; a model's vocabulary may be larger
-_NAMED = {  # the published shapes
+_NAMED: dict[str, dict[str, Any]] = {  # the published shapes
     "opt-1.3b": {
         "vocab_size": 50272,
         "hidden_size": 2048,
@@ -63,28 +74,30 @@ class BenchmarkOptions(Config):
     rounds: int = option(2, "rounds of A B B A", low=1)
     only: str | None = option(None, "measure this variant alone, for its memory", choices=("plain", "product"))
 
-    def chosen(self, variants: dict) -> dict:
-        """The variants to measure, the plain one first."""
+    def chosen(self, variants: dict[str, Variant]) -> dict[str, Variant]:
+        """The variants to be measured, the plain one first."""
         return variants if self.only is None else {self.only: variants[self.only]}
 
 
-def with_data(config):
-    """The config with `generated` replaced by a file, and prepared data kept in the benchmarks' directory."""
+def with_data(config: ProgramConfigT) -> ProgramConfigT:
+    """The config with a file in the place of generated data, and prepared data kept with the benchmarks' own."""
     cache = Path(config.output_dir)
-    config = replace(config, data_output_path=str(cache / "data"))
-    return replace(config, data_path=(str(_generated(cache)),)) if config.data_path == (GENERATED,) else config
+    config = replace(config, data_output_path=PathName(str(cache / "data")))
+    if config.data_path == (GENERATED,):
+        config = replace(config, data_path=(PathName(str(_generated(cache))),))
+    return config
 
 
-def random_model(name: str, flag: str, config, *, scores: bool = False) -> str:
-    """The directory of a model. random:opt-LAYERSxWIDTH, random:opt-1.3b and random:opt-350m are created with random
-    weights; any other name is resolved as in the programs.
+def random_model(name: str, flag: str, config: ProgramConfig, *, scores: bool = False) -> str:
+    """The directory of a model: made with random weights for random:opt-LAYERSxWIDTH, random:opt-1.3b and
+    random:opt-350m; else as the programs themselves find it.
 
     Args:
-        config: names the data that the tokenizer is trained on, so that tokens have realistic lengths.
-        scores: create a reward model.
+        config: names the data that the tokenizer is trained on, so that a token is as long as in life.
+        scores: make a reward model.
 
     Raises:
-        UserError: the shape is unknown.
+        UserError: no such shape.
     """
     if not name.startswith("random:"):
         with writing_to("--data_output_path", config.data_output_path), named_by(flag):
@@ -94,16 +107,16 @@ def random_model(name: str, flag: str, config, *, scores: bool = False) -> str:
     content = json.dumps([shape, scores, texts, Path(__file__).read_text()])
     kind = "reward" if scores else "language"
     short = f"{name.removeprefix('random:')}-{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    return str(_create_once(Path(config.output_dir) / short, lambda draft: _write_model(draft, shape, texts, scores)))
+    return str(_made(Path(config.output_dir) / short, lambda draft: _write_model(draft, shape, texts, scores)))
 
 
-def _shape(name: str, subject: str) -> dict:
+def _shape(name: str, where: str) -> dict[str, Any]:
     if name in _NAMED:
         return _NAMED[name]
     match = re.fullmatch(r"opt-(\d+)x(\d+)", name)
     if match is None or int(match[2]) % 32:
         raise UserError(
-            f"{subject}: no such shape; there are {', '.join(_NAMED)} and opt-LAYERSxWIDTH, the width a multiple of 32"
+            f"{where}: no such shape; there are {', '.join(_NAMED)} and opt-LAYERSxWIDTH, the width a multiple of 32"
         )
     layers, width = int(match[1]), int(match[2])
     return {
@@ -117,25 +130,25 @@ def _shape(name: str, subject: str) -> dict:
     }
 
 
-def _write_model(directory: Path, shape: dict, texts: Sequence[str], scores: bool) -> None:
+def _write_model(directory: Path, shape: dict[str, Any], texts: Sequence[str], scores: bool) -> None:
     tokenizer = _tokenizer(texts)
     tokenizer.save_pretrained(directory)
-    # With this deviation activations keep their size from layer to layer. The next tokens are then more varied than a
-    # trained model's, and not all the same.
+    # Activations keep their size from layer to layer, so that next tokens are spread as a trained model's are not, but
+    # are not all the same either.
     config = OPTConfig(
         **shape,
         dropout=0.0,
         init_std=shape["hidden_size"] ** -0.5,
-        num_labels=1,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    config.num_labels = 1
     torch.manual_seed(0)
     with device():
-        model = (OPTForSequenceClassification if scores else OPTForCausalLM)(config)
+        model: PreTrainedModel = OPTForSequenceClassification(config) if scores else OPTForCausalLM(config)
     large = sum(parameter.numel() for parameter in model.parameters()) > 10**8
-    (model.to(torch.bfloat16) if large else model).save_pretrained(directory)
+    (model.bfloat16() if large else model).save_pretrained(directory)
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -167,13 +180,14 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 def _texts(data_path: Sequence[str]) -> list[str]:
     """Up to `_ROWS` prompts of the data."""
     records = read_records(parse_data_path(data_path), "prompt", max_rows=_ROWS, report=ReadReport())
-    return [message.content for record in records for message in record.record.messages]
+    prompts = [record.record for record in records]
+    return [message.content for prompt in prompts if isinstance(prompt, Prompt) for message in prompt.messages]
 
 
 def _generated(cache: Path) -> Path:
-    """A directory with a file of comparisons whose lengths in words are distributed as in hh-rlhf."""
+    """A directory with a file of comparisons whose numbers of words are spread as hh-rlhf's."""
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    return _create_once(cache / f"generated-{code}", _write_comparisons)
+    return _made(cache / f"generated-{code}", _write_comparisons)
 
 
 def _write_comparisons(directory: Path) -> None:
@@ -194,8 +208,8 @@ def _write_comparisons(directory: Path) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def _create_once(directory: Path, write) -> Path:
-    """`directory`. If it does not exist, one rank fills a temporary directory with `write` and renames it."""
+def _made(directory: Path, write: Callable[[Path], None]) -> Path:
+    """`directory`, filled by `write` unless it is there: by one rank, and moved into place when it is whole."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if not directory.is_dir():

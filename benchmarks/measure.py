@@ -1,4 +1,4 @@
-"""Runs variants of the same work in turns, and measures the time and memory of each."""
+"""Variants of the same work in turns, and what each of them takes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -21,65 +22,64 @@ from common.training.memory import memory_status
 from common.training.timing import now
 
 MIB = 2**20
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The result of one run of a variant on this rank.
+class Outcome(Generic[ResultT]):
+    """What one run of a variant did on this rank.
 
     Attributes:
         samples: rows, pairs or responses.
-        real_tokens, padded_tokens: positions in the model's passes without and with padding.
-        result: the value on which the variants must agree.
-        new_tokens: generated tokens, in a rollout.
-        phases: seconds of the parts of the run; the rest of the time is reported as `other`.
+        real_tokens, padded_tokens: positions of the model's passes that hold data, and all of them.
+        result: what the variants must agree on.
+        new_tokens: tokens written, in a rollout.
+        phases: seconds of the parts of the run; what they leave over is reported as `other`.
         extra: further figures of this variant.
     """
 
     samples: int
     real_tokens: int
     padded_tokens: int
-    result: object
+    result: ResultT
     new_tokens: int = 0
     phases: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Run:
-    outcome: Outcome
+class _Run(Generic[ResultT]):
+    outcome: Outcome[ResultT]
     seconds: float
     device_bytes: int
     resident_bytes: int
 
 
 def compare(
-    variants: Mapping[str, Callable[[], Outcome]],
-    agree: Callable[[object, object], dict],
+    variants: Mapping[str, Callable[[], Outcome[ResultT]]],
+    agree: Callable[[ResultT, ResultT], Mapping[str, float]],
     *,
     rounds: int,
     steps: int,
     about: Mapping[str, object],
 ) -> None:
-    """Run the variants in turns, A B B A in every round, and print a JSON line for each.
-
-    Each variant first runs once without being measured.
+    """Run the variants in turns and print a JSON line for each: A B B A in every round, after a run of each unmeasured.
 
     Args:
         variants: by name; the first is the one that the others are compared with.
-        agree: is called with the first variant's result and another's. Raises AssertionError unless they agree; returns
-            figures that say how well they agree.
-        steps: optimizer steps (iterations, rollouts) in a run; its time is divided by them.
-        about: the settings; part of every line.
+        agree: given the first variant's result and another's, raises AssertionError unless they agree; returns figures
+            of how well they do.
+        steps: optimizer steps (iterations, rollouts) in a run, that its time is divided by.
+        about: what was asked for; part of every line.
     """
-    runs: dict[str, list[_Run]] = {name: [] for name in variants}
-    agreement: dict[str, dict] = {name: {} for name in variants}
+    runs: dict[str, list[_Run[ResultT]]] = {name: [] for name in variants}
+    agreement: dict[str, Mapping[str, float]] = {name: {} for name in variants}
     first, *others = variants
     results = {name: _measured(variant).outcome.result for name, variant in variants.items()}
     for name in others:
         agreement[name] = agree(results[first], results[name])
     for _ in range(rounds):
-        for name in (*variants, *reversed(variants)):
+        for name in (*variants, *reversed(list(variants))):
             run = _measured(variants[name])
             agree(results[first], run.outcome.result)
             runs[name].append(run)
@@ -98,7 +98,7 @@ def say_line(line: Mapping[str, object]) -> None:
 
 
 def machine() -> dict[str, object]:
-    """The machine that ran the benchmark."""
+    """What the figures were taken on."""
     if on_gpu():
         name = torch.cuda.get_device_name()
     else:
@@ -117,20 +117,15 @@ def machine() -> dict[str, object]:
     }
 
 
-LOAD_AT_START = round(os.getloadavg()[0], 2)  # load by other programs; figures are valid only on an idle machine
+LOAD_AT_START = round(os.getloadavg()[0], 2)  # what else kept the machine busy; figures need a quiet one
 
 
 @contextlib.contextmanager
 def counted_positions(module: nn.Module, *, training: bool) -> Iterator[list[int]]:
-    """Within the context, a list to which the size of every batch of ids is appended.
-
-    Args:
-        module: the model whose calls are counted.
-        training: count calls with gradients enabled, or those with gradients disabled.
-    """
+    """A list that gets the size of every batch of ids that `module` is given with gradients on, or with them off."""
     sizes: list[int] = []
 
-    def count(_, args, kwargs) -> None:
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() == training:
             sizes.append((kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel())
 
@@ -142,53 +137,42 @@ def counted_positions(module: nn.Module, *, training: bool) -> Iterator[list[int
 
 
 def assert_close(first: Mapping[str, float | None], other: Mapping[str, float | None], tolerance: float) -> None:
-    """Raise AssertionError if figures differ by more than `tolerance` times the larger of 1 and the figure."""
+    """Raises AssertionError where figures differ by more than `tolerance` of 1 or, if that is more, of the figure."""
     for name, value in first.items():
-        actual = other[name]
-        if value is not None and actual is not None and not abs(value - actual) <= tolerance * max(1.0, abs(value)):
-            raise AssertionError(f"the variants disagree: {name} is {value:.6g} and {actual:.6g}")
+        found = other[name]
+        if value is not None and found is not None and not abs(value - found) <= tolerance * max(1.0, abs(value)):
+            raise AssertionError(f"the variants disagree: {name} is {value:.6g} and {found:.6g}")
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """The tolerance for losses and gradient norms that are summed in another order."""
+    """By how much losses and gradient norms may differ that are summed in another order."""
     return 1e-4 if dtype == torch.float32 else 5e-2
 
 
-def _measured(variant: Callable[[], Outcome]) -> _Run:
-    _reset_peaks()
+def _measured(variant: Callable[[], Outcome[ResultT]]) -> _Run[ResultT]:
+    _forget_peaks()
     barrier()
     start = now()
     outcome = variant()
     stop = now()
     barrier()
-    resident_bytes = memory_status("VmHWM")
-    device_bytes = torch.cuda.max_memory_allocated() if on_gpu() else 0
-    ranks = gather_objects(
-        (
-            outcome.samples,
-            outcome.real_tokens,
-            outcome.padded_tokens,
-            outcome.new_tokens,
-            stop - start,
-            device_bytes,
-            resident_bytes,
-        )
-    )
-    totals = [sum(rank[column] for rank in ranks) for column in range(4)]
-    seconds, device_bytes, resident_bytes = (max(rank[column] for rank in ranks) for column in (4, 5, 6))
-    samples, real_tokens, padded_tokens, new_tokens = totals
+    resident = memory_status("VmHWM")
+    held = torch.cuda.max_memory_allocated() if on_gpu() else 0
+    counts = outcome.samples, outcome.real_tokens, outcome.padded_tokens, outcome.new_tokens
+    ranks = gather_objects((counts, stop - start, held, resident))
+    samples, real_tokens, padded_tokens, new_tokens = map(sum, zip(*(counts for counts, *_ in ranks)))
     return _Run(
         replace(outcome, samples=samples, real_tokens=real_tokens, padded_tokens=padded_tokens, new_tokens=new_tokens),
-        seconds,
-        device_bytes,
-        resident_bytes,
+        max(seconds for _, seconds, _, _ in ranks),
+        max(held for _, _, held, _ in ranks),
+        max(resident for _, _, _, resident in ranks),
     )
 
 
-def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
+def _figures(runs: Sequence[_Run[ResultT]], steps: int) -> dict[str, object]:
     seconds = median(run.seconds for run in runs)
     outcome = runs[0].outcome
-    figures: dict[str, object] = {
+    figures: dict[str, float] = {
         "step_seconds": seconds / steps,
         "fastest_step_seconds": min(run.seconds for run in runs) / steps,
         "samples_per_second": outcome.samples / seconds,
@@ -202,7 +186,8 @@ def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
         figures["new_tokens_per_second"] = outcome.new_tokens / seconds
     if on_gpu():
         figures["peak_device_mib"] = max(run.device_bytes for run in runs) / MIB
-    rounded = {"runs": len(runs)} | {name: float(f"{value:.4g}") for name, value in figures.items()}
+    rounded: dict[str, object] = {"runs": len(runs)}
+    rounded |= {name: float(f"{value:.4g}") for name, value in figures.items()}
     if outcome.phases:
         phases = [{**run.outcome.phases, "other": run.seconds - sum(run.outcome.phases.values())} for run in runs]
         rounded["phase_seconds"] = {
@@ -211,8 +196,8 @@ def _figures(runs: Sequence[_Run], steps: int) -> dict[str, object]:
     return rounded
 
 
-def _reset_peaks() -> None:
-    """Return freed memory to the system and reset the counters, so that a run's peaks do not include earlier runs."""
+def _forget_peaks() -> None:
+    """So that a run's peaks are its own: what the last one freed goes back, and the counters start again."""
     gc.collect()
     if on_gpu():
         torch.cuda.empty_cache()

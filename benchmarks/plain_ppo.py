@@ -1,4 +1,4 @@
-"""Implements the baseline PPO iteration: cached generation, fixed micro-batches, log-probs from all logits."""
+"""A PPO iteration the standard way: cached generation, fixed micro-batches, log-probs over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.plain import cached_generate, share_of_rows
+from benchmarks.plain import cached_generate, dealt
 from common.batching.collate import collate_prompts
 from common.batching.sampler import MicroBatch
+from common.models.engine import Engine
 from common.models.logprobs import gather_response
 from common.runtime.distributed import device, gather_objects, global_sum
-from common.training.engine import accumulate, gradient_norm
-from common.training.metrics import add_sums, means
+from common.training.engine import TrainedEngine, accumulate, gradient_norm
+from common.training.metrics import Sums, add_sums, means
 from common.training.timing import PhaseClock
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout, join_responses
 from step3_ppo.generation.sampling import response_limits, uniforms
 from step3_ppo.loss import policy_loss_sum, value_loss_sum
+from step3_ppo.metrics import IterationMetrics
 from step3_ppo.scoring import ModelOutputs
 from step3_ppo.sharing import share_rollout
 from step3_ppo.trainer import PPOTrainer
+
+Result = tuple[IterationMetrics, Rollout]
 
 
 @dataclass
@@ -32,27 +36,29 @@ class PlainPPO:
 
     Attributes:
         trainer: the product's; its actor and critic are trained, its rewards and advantages used.
-        reference, reward_model: separate engines, because the baseline holds four models in memory.
+        critic: the trainer's.
+        reference, reward_model: engines of their own, as four models in memory are the standard.
     """
 
     trainer: PPOTrainer
-    reference: object
-    reward_model: object
+    critic: TrainedEngine
+    reference: Engine
+    reward_model: Engine
 
-    def iteration(self, index: int, prompts: Sequence[MicroBatch], clock: PhaseClock) -> tuple[dict, Rollout]:
-        """Does what `PPOTrainer.iteration` does. Returns the metrics to compare, and the rollout."""
+    def iteration(self, index: int, prompts: Sequence[MicroBatch], clock: PhaseClock) -> Result:
+        """As `PPOTrainer.iteration`; returns the metrics that can be compared, and the rollout."""
         trainer, models = self.trainer, self.trainer.models
         with clock.phase("generate"):
             rollout = share_rollout(Rollout.concat([self._generate(batch, index) for batch in prompts]))
-        models.actor.eval(), models.critic.eval()
+        models.actor.eval(), self.critic.eval()
         with torch.no_grad():
             with clock.phase("score"):
                 scores = self._over(rollout, lambda part: last_numbers(self.reward_model, part))
-                values = self._over(rollout, lambda part: response_numbers(models.critic, part))
+                values = self._over(rollout, lambda part: response_numbers(self.critic, part))
             with clock.phase("log_probs"):
                 old = self._over(rollout, lambda part: self._log_probs(models.actor, part))
                 reference = self._over(rollout, lambda part: self._log_probs(self.reference, part))
-        models.actor.train(), models.critic.train()
+        models.actor.train(), self.critic.train()
         with clock.phase("advantages"):
             outputs = ModelOutputs(old, reference, torch.zeros_like(old), values, scores)
             experience = trainer.advantages(rollout, outputs, trainer.rewards(rollout, outputs)[1])
@@ -79,33 +85,32 @@ class PlainPPO:
         return rollout.select(range(len(prompts)), micro_batch.real)
 
     def _over(self, rollout: Rollout, numbers: Callable[[Rollout], Tensor]) -> Tensor:
-        """Numbers (B,) or (B, R) of all rows, on every rank's CPU, computed in micro-batches in the given order."""
+        """Numbers (B,) or (B, R) of all rows, computed in micro-batches in the order given; on the CPU of every
+        rank."""
         mine = []
-        for batch in share_of_rows(range(len(rollout.tokens)), self.trainer.config.per_device_training_batch_size):
-            results = numbers(rollout.select(batch.indices).to(device())).float().cpu()
-            mine += [(row, part) for row, part, real in zip(batch.indices, results, batch.real) if real]
-        of_all_ranks = sorted((item for items in gather_objects(mine) for item in items), key=lambda item: item[0])
+        for batch in dealt(range(len(rollout.tokens)), self.trainer.config.per_device_training_batch_size):
+            found = numbers(rollout.select(batch.indices).to(device())).float().cpu()
+            mine += [(row, part) for row, part, real in zip(batch.indices, found, batch.real) if real]
+        whole = sorted((item for items in gather_objects(mine) for item in items), key=lambda item: item[0])
         width = rollout.response_mask.shape[1]
-        return torch.stack(
-            [part if part.dim() == 0 else F.pad(part, (0, width - len(part))) for _, part in of_all_ranks]
-        )
+        return torch.stack([part if part.dim() == 0 else F.pad(part, (0, width - len(part))) for _, part in whole])
 
-    def _log_probs(self, engine, rollout: Rollout) -> Tensor:
-        """(B, R) log-probs of the response tokens, from fp32 log-probs at all positions."""
+    def _log_probs(self, engine: Engine, rollout: Rollout) -> Tensor:
+        """(B, R) from log-probs in fp32 at all positions."""
         logits = engine(input_ids=rollout.tokens, attention_mask=rollout.attention_mask, use_cache=False).logits
         log_probs = F.log_softmax(logits[:, :-1].float() / self.trainer.config.temperature, -1)
         chosen = log_probs.gather(-1, rollout.tokens[:, 1:, None]).squeeze(-1)
         return gather_response(chosen, rollout.prompt_lengths, rollout.response_lengths)
 
-    def _update(self, experience: Experience, clock: PhaseClock) -> dict:
+    def _update(self, experience: Experience, clock: PhaseClock) -> IterationMetrics:
         """One optimizer step of each model over all rows."""
         models, config = self.trainer.models, self.trainer.config
         batches = [
             experience.select(batch.indices, batch.real).to(device())
-            for batch in share_of_rows(range(len(experience.values)), config.per_device_training_batch_size)
+            for batch in dealt(range(len(experience.advantages)), config.per_device_training_batch_size)
         ]
-        tokens = global_sum(sum(batch.response_mask.sum() for batch in batches))
-        sums: dict[str, list] = {"actor": [], "critic": []}
+        tokens = global_sum(torch.stack([batch.response_mask.sum() for batch in batches]).sum())
+        sums: dict[str, list[Sums]] = {"actor": [], "critic": []}
 
         def actor_loss(batch: Experience) -> Tensor:
             loss, parts = policy_loss_sum(
@@ -119,8 +124,9 @@ class PlainPPO:
             return loss / tokens
 
         def critic_loss(batch: Experience) -> Tensor:
+            assert batch.values is not None and batch.returns is not None  # the estimator needs a critic
             loss, parts = value_loss_sum(
-                response_numbers(models.critic, batch.rollout),
+                response_numbers(self.critic, batch.rollout),
                 batch.values,
                 batch.returns,
                 batch.response_mask,
@@ -133,25 +139,25 @@ class PlainPPO:
             accumulate(models.actor, batches, actor_loss)
             models.actor.step()
         with clock.phase("critic_update"):
-            accumulate(models.critic, batches, critic_loss)
-            models.critic.step()
+            accumulate(self.critic, batches, critic_loss)
+            self.critic.step()
         totals = {name: value for parts in sums.values() for name, value in add_sums(parts, global_sum).items()}
         averages = means(totals, "tokens")
         return {
             "policy_loss": averages["policy_loss"],
             "value_loss": averages["value_loss"],
             "actor_gradient_norm": gradient_norm(models.actor),
-            "critic_gradient_norm": gradient_norm(models.critic),
+            "critic_gradient_norm": gradient_norm(self.critic),
         }
 
 
-def response_numbers(engine, rollout: Rollout) -> Tensor:
-    """(B, R) outputs of a scalar model at the positions that predict response tokens."""
+def response_numbers(engine: Engine, rollout: Rollout) -> Tensor:
+    """(B, R) numbers of a scalar model where response tokens are predicted."""
     numbers = engine(input_ids=rollout.tokens, attention_mask=rollout.attention_mask)
     return gather_response(numbers, rollout.prompt_lengths, rollout.response_lengths)
 
 
-def last_numbers(engine, rollout: Rollout) -> Tensor:
-    """(B,) outputs of a scalar model at the last tokens."""
+def last_numbers(engine: Engine, rollout: Rollout) -> Tensor:
+    """(B,) numbers of a scalar model at the last tokens."""
     numbers = engine(input_ids=rollout.tokens, attention_mask=rollout.attention_mask)
     return numbers.gather(1, (rollout.lengths - 1)[:, None]).squeeze(1)

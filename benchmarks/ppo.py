@@ -1,10 +1,12 @@
-"""Compares a PPO iteration with the same iteration by the baseline of `plain_ppo`. --help lists the options."""
+"""Step 3: a whole PPO iteration against the same iteration done the standard way. --help says all."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -17,14 +19,17 @@ import torch
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import MIB, Outcome, assert_close, compare, counted_positions, tolerance
 from benchmarks.plain import LongTail, fixed_micro_batches, same_responses
-from benchmarks.plain_ppo import PlainPPO
+from benchmarks.plain_ppo import PlainPPO, Result
 from common.artifacts.compatibility import open_codec
 from common.artifacts.split_rule import data_request
 from common.artifacts.tracking import quiet_libraries
+from common.batching.sampler import MicroBatch
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
+from common.data.tokenization import Codec
 from common.errors import UserError, named_by
 from common.models.calibration import RAW
+from common.models.engine import Engine
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.runtime.distributed import is_main, world_size
 from common.runtime.program import run_program, start
@@ -39,6 +44,8 @@ from step3_ppo.schedule import optimizer_steps_per_iteration, prompt_sampler
 from step3_ppo.trainer import PPOTrainer
 
 COMPARED = ("reward", "kl", "policy_loss", "value_loss", "actor_gradient_norm", "critic_gradient_norm")
+
+Iteration = Callable[[], tuple[Result, Mapping[str, float]]]  # returns its result and the seconds of its phases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +62,14 @@ class PPOBenchmark(BenchmarkOptions, PPOConfig):
     draw_answer_lengths: bool = option(True, "random weights do not end their answers, so lengths are drawn")
     prompts: int = option(32, "prompts of an iteration, over all ranks", low=1)
 
+    def validate(self) -> None:
+        super().validate()
+        if not self.estimator.needs_critic:
+            raise UserError(f"--advantage {self.advantage} trains no critic, and both ways are compared with one")
 
-def main(argv=None) -> None:
-    """Both variants start from the same weights. The learning rates are 0, so every run starts from them."""
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Both ways start from the same weights, and the learning rates are 0, so every run starts alike."""
     config = with_data(parse(PPOBenchmark, argv))
     config = one_step_per_iteration(config)
     actor = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
@@ -73,74 +85,100 @@ def main(argv=None) -> None:
     trainer = PPOTrainer(models, TokenRewardModel(models, config), config, codec, data, None, scale)
     trainer.sampling = LongTail(**asdict(trainer.sampling))
     frozen = {} if config.only == "product" else standard_frozen_models(config, codec, actor, critic)
-    engines_of = {
-        "plain": [models.actor, models.critic, *frozen.values()],
-        "product": [models.actor, models.critic, models.reward_model, models.reference],
+    trained = [models.actor, models.critic]
+    variants = {
+        "plain": counted(plain_iteration(trainer, frozen, fixed), trainer, [*trained, *frozen.values()]),
+        "product": counted(
+            product_iteration(trainer, prompts), trainer, [*trained, models.reward_model, models.reference]
+        ),
     }
-
-    def plain() -> tuple[dict, Rollout, dict]:
-        clock = PhaseClock()
-        metrics, rollout = PlainPPO(trainer, **frozen).iteration(0, fixed, clock)
-        return metrics, rollout, clock.seconds
-
-    def product() -> tuple[dict, Rollout, dict]:
-        metrics = trainer.iteration(0, prompts)
-        return metrics, trainer.latest[0], dict(trainer.clock.seconds)
-
-    def measured(name, iteration):
-        weights = weights_mib(engines_of[name])
-
-        def run() -> Outcome:
-            with counted_positions(models.actor.module, training=True) as positions:
-                metrics, rollout, seconds = iteration()
-            # Every rank has the complete rollout; it is counted once.
-            rows = len(rollout.tokens) if is_main() else 0
-            lengths = rollout.lengths[:rows], rollout.response_lengths[:rows]
-            return Outcome(
-                rows,
-                int(lengths[0].sum()) * config.ppo_epochs,
-                sum(positions),
-                (metrics, rollout),
-                int(lengths[1].sum()),
-                seconds,
-                {"weights_mib": weights},
-            )
-
-        return run
-
-    dtype = resolve_dtype(config.dtype)
-    exact = dtype == torch.float32
-
-    def agree(first: tuple, other: tuple) -> dict:
-        agreement = same_responses(responses(first[1]), responses(other[1]), exact)
-        if exact:  # otherwise a token that differs by rounding changes all later tokens
-            assert_close({name: first[0][name] for name in COMPARED}, other[0], tolerance(dtype))
-        return agreement | {"reward": other[0]["reward"]}
-
-    compare(
-        config.chosen({"plain": measured("plain", plain), "product": measured("product", product)}),
-        agree,
-        rounds=config.rounds,
-        steps=1,
-        about={
-            "benchmark": "ppo",
-            "actor": config.actor_model_name_or_path,
-            "critic": config.critic_model_name_or_path,
-            "zero_stage": config.actor_zero_stage,
-            "critic_zero_stage": config.critic_zero_stage,
-            "dtype": str(dtype).removeprefix("torch."),
-            "lora_dim": config.actor_lora_dim,
-            "critic_lora_dim": config.critic_lora_dim,
-            "prompts": config.prompts,
-            "longest_prompt": config.max_prompt_seq_len,
-            "longest_response": config.max_answer_seq_len,
-            "rows_per_micro_batch": config.per_device_training_batch_size,
-            "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch,
-        },
-    )
+    agree = agreement(resolve_dtype(config.dtype))
+    compare(config.chosen(variants), agree, rounds=config.rounds, steps=1, about=described(config))
     models.destroy()
     for engine in frozen.values():
         engine.destroy()
+
+
+def plain_iteration(trainer: PPOTrainer, frozen: Mapping[str, Engine], prompts: Sequence[MicroBatch]) -> Iteration:
+    """The standard way, with a reference and a reward model of its own."""
+
+    def run() -> tuple[Result, Mapping[str, float]]:
+        clock = PhaseClock()
+        critic = trainer.models.critic
+        assert critic is not None
+        return PlainPPO(trainer, critic, **frozen).iteration(0, prompts, clock), clock.seconds
+
+    return run
+
+
+def product_iteration(trainer: PPOTrainer, prompts: Sequence[MicroBatch]) -> Iteration:
+    """The product's way."""
+
+    def run() -> tuple[Result, Mapping[str, float]]:
+        metrics = trainer.iteration(0, prompts)
+        assert trainer.latest is not None
+        return (metrics, trainer.latest[0]), dict(trainer.clock.seconds)
+
+    return run
+
+
+def counted(
+    iteration: Iteration, trainer: PPOTrainer, engines: Iterable[Engine | None]
+) -> Callable[[], Outcome[Result]]:
+    """The iteration as a variant; `engines` are those whose weights it needs."""
+    weights = weights_mib(engines)
+
+    def run() -> Outcome[Result]:
+        with counted_positions(trainer.models.actor.module, training=True) as positions:
+            (metrics, rollout), seconds = iteration()
+        # Every rank holds the whole rollout; it is counted once.
+        rows = len(rollout.tokens) if is_main() else 0
+        return Outcome(
+            rows,
+            int(rollout.lengths[:rows].sum()) * trainer.config.ppo_epochs,
+            sum(positions),
+            (metrics, rollout),
+            int(rollout.response_lengths[:rows].sum()),
+            seconds,
+            {"weights_mib": weights},
+        )
+
+    return run
+
+
+def agreement(dtype: torch.dtype) -> Callable[[Result, Result], dict[str, float]]:
+    """A function that raises AssertionError where two iterations differ; only in fp32 must all tokens be equal."""
+    exact = dtype == torch.float32
+
+    def agree(first: Result, other: Result) -> dict[str, float]:
+        (metrics, rollout), (found, other_rollout) = first, other
+        shares = same_responses(responses(rollout), responses(other_rollout), exact)
+        if exact:  # else a token that differs by rounding changes all after it
+            assert_close({name: metrics[name] for name in COMPARED}, found, tolerance(dtype))
+        reward = found["reward"]
+        assert reward is not None
+        return shares | {"reward": reward}
+
+    return agree
+
+
+def described(config: PPOBenchmark) -> dict[str, object]:
+    """What was asked for."""
+    return {
+        "benchmark": "ppo",
+        "actor": config.actor_model_name_or_path,
+        "critic": config.critic_model_name_or_path,
+        "zero_stage": config.actor_zero_stage,
+        "critic_zero_stage": config.critic_zero_stage,
+        "dtype": str(resolve_dtype(config.dtype)).removeprefix("torch."),
+        "lora_dim": config.actor.lora_dim,
+        "critic_lora_dim": config.critic.lora_dim,
+        "prompts": config.prompts,
+        "longest_prompt": config.max_prompt_seq_len,
+        "longest_response": config.max_answer_seq_len,
+        "rows_per_micro_batch": config.per_device_training_batch_size,
+        "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch,
+    }
 
 
 def one_step_per_iteration(config: PPOBenchmark) -> PPOBenchmark:
@@ -148,6 +186,9 @@ def one_step_per_iteration(config: PPOBenchmark) -> PPOBenchmark:
     if config.prompts % world_size():
         raise UserError(f"--prompts {config.prompts}: must be a multiple of the {world_size()} ranks")
     rows = config.prompts // world_size()
+    no_learning: dict[str, Any] = {
+        f"{model}_{rate}": 0.0 for model in ("actor", "critic") for rate in ("learning_rate", "lora_learning_rate")
+    }
     return replace(
         config,
         per_device_generation_batch_size=rows,
@@ -155,15 +196,12 @@ def one_step_per_iteration(config: PPOBenchmark) -> PPOBenchmark:
         per_device_training_batch_size=min(rows, config.per_device_training_batch_size),
         gradient_accumulation_steps=-(-rows // config.per_device_training_batch_size),
         ppo_epochs=1,
-        actor_learning_rate=0.0,
-        actor_lora_learning_rate=0.0,
-        critic_learning_rate=0.0,
-        critic_lora_learning_rate=0.0,
+        **no_learning,
     )
 
 
-def standard_frozen_models(config: PPOBenchmark, codec, actor: str, critic: str) -> dict:
-    """Separate engines for the reference and the reward model."""
+def standard_frozen_models(config: PPOBenchmark, codec: Codec, actor: str, critic: str) -> dict[str, Engine]:
+    """A reference and a reward model of their own."""
     dtype = resolve_dtype(config.dtype)
 
     def settings(stage: int) -> EngineSettings:
@@ -193,13 +231,13 @@ def standard_frozen_models(config: PPOBenchmark, codec, actor: str, critic: str)
     }
 
 
-def weights_mib(engines) -> float:
-    """Memory of the engines' weights on this rank in MiB; shared weights are counted once."""
-    sizes = {}
+def weights_mib(engines: Iterable[Engine | None]) -> float:
+    """What the engines' weights take on this rank, those that several share counted once."""
+    sizes: dict[int, int] = {}
     for engine in engines:
         for parameter in engine.module.parameters() if engine is not None else ():
-            shard = getattr(parameter, "ds_tensor", parameter)
-            sizes[shard.untyped_storage().data_ptr()] = shard.untyped_storage().nbytes()
+            held = getattr(parameter, "ds_tensor", parameter)
+            sizes[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
     return sum(sizes.values()) / MIB
 
 

@@ -1,4 +1,4 @@
-"""Measures time and memory of preparing many rows, and of a second start, which finds them prepared."""
+"""Preparing many rows of data, and the second start, which finds them prepared: seconds, memory of all processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,16 +40,15 @@ class PreparationBenchmark(BenchmarkOptions, SFTConfig):
     words_per_row: int = option(84, "words of each row, of random letters, so that each takes several tokens", low=11)
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the file, prepare it, and start a second time."""
     config = with_data(parse(PreparationBenchmark, argv))
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
     codec = open_codec(config, source, "--model_name_or_path")
     prepared = Path(config.output_dir) / "preparation"
     shutil.rmtree(prepared, ignore_errors=True)
-    config = replace(
-        config, data_path=(str(write_rows(prepared / "rows.jsonl", config)),), data_output_path=str(prepared)
-    )
+    rows = PathName(str(write_rows(prepared / "rows.jsonl", config)))
+    config = replace(config, data_path=(rows,), data_output_path=PathName(str(prepared)))
     request = data_request(config, "demonstration", config.max_seq_len)
     for start in ("first", "second"):
         peak = PeakMemory()
@@ -69,7 +69,7 @@ def main(argv=None) -> None:
 
 
 def write_rows(path: Path, config: PreparationBenchmark) -> Path:
-    """Write rows of distinct questions and responses, both of random words."""
+    """Questions that all differ, and answers, of random words."""
     draw = random.Random(config.seed)
     words = ["".join(draw.choices("etaoinshrdlucmfwypvbgk", k=draw.randint(2, 8))) for _ in range(2000)]
     path.parent.mkdir(parents=True)
@@ -84,10 +84,8 @@ def write_rows(path: Path, config: PreparationBenchmark) -> Path:
 
 
 class PeakMemory:
-    """Samples the resident memory of this process and its children 20 times a second, and keeps the peak in `bytes`.
-
-    Memory that processes share is counted for each.
-    """
+    """Within the context: the most that this process and its children hold together, memory that they share counted in
+    each; looked at 20 times a second."""
 
     def __enter__(self) -> PeakMemory:
         self.bytes = 0
@@ -96,20 +94,20 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
 
     def _look(self) -> None:
         ours = psutil.Process()
         while not self._over.wait(0.05):
-            resident = 0
+            held = 0
             for process in [ours, *ours.children(recursive=True)]:
                 try:
-                    resident += process.memory_info().rss
+                    held += process.memory_info().rss
                 except psutil.NoSuchProcess:
                     continue
-            self.bytes = max(self.bytes, resident)
+            self.bytes = max(self.bytes, held)
 
 
 if __name__ == "__main__":

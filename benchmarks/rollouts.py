@@ -1,8 +1,9 @@
-"""Compares rollouts by continuous batching with `generate` and a cache. --help lists the options."""
+"""Rollouts: continuous batching in generation mode against `generate` with a cache. --help says all."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ if __package__ in (None, ""):  # run as a file
     require_environment()
 
 import torch
+from datasets import Dataset
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
 from benchmarks.measure import Outcome, compare, counted_positions
@@ -24,14 +26,23 @@ from common.batching.collate import collate_prompts
 from common.batching.sampler import MicroBatch
 from common.config.parser import PathName, option, parse
 from common.data.prepare import prepare
+from common.data.tokenization import Codec
 from common.errors import UserError, named_by
+from common.models.engine import Engine
 from common.models.loading import load_causal_lm
 from common.models.lora import add_lora
 from common.runtime.distributed import device, global_sum, rank, world_size
 from common.runtime.program import run_program, start
-from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
+from common.training.engine import (
+    EngineSettings,
+    OptimizerSettings,
+    TrainedEngine,
+    deepspeed_config,
+    resolve_dtype,
+    training_engine,
+)
 from step3_ppo.config import PPOConfig
-from step3_ppo.generation.continuous_batching import Decoder, Request
+from step3_ppo.generation.continuous_batching import Decoder, Request, SlotCache
 from step3_ppo.generation.generation_mode import generation_mode
 from step3_ppo.generation.sampling import response_limits, uniforms
 
@@ -53,15 +64,18 @@ class RolloutBenchmark(BenchmarkOptions, PPOConfig):
     )
     critic_model_name_or_path: PathName = option("none", "", ignored="no reward model takes part")
 
+    def validate(self) -> None:
+        super().validate()
+        if self.against == "generate_batch" and not (self.greedy and self.actor_zero_stage == 0):
+            raise UserError(
+                "--against generate_batch draws from random numbers of its own and knows no ZeRO-3: add "
+                "--greedy --actor_zero_stage 0"
+            )
 
-def main(argv=None) -> None:
-    """Both variants respond to the same prompts with the same random numbers and imposed lengths."""
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Both ways answer the same prompts with the same random numbers and the same imposed lengths."""
     config = with_data(parse(RolloutBenchmark, argv))
-    if config.against == "generate_batch" and not (config.greedy and config.actor_zero_stage == 0):
-        raise UserError(
-            "--against generate_batch draws from random numbers of its own and knows no ZeRO-3: add "
-            "--greedy --actor_zero_stage 0"
-        )
     if config.prompts % world_size():
         raise UserError(f"--prompts {config.prompts}: must be a multiple of the {world_size()} ranks")
     source = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
@@ -72,96 +86,119 @@ def main(argv=None) -> None:
     quiet_libraries(config.output_dir)
     start(config.timeout, config.seed)
     engine = build_engine(config, source, codec)
-
-    rows = tuple(range(config.prompts))[rank() :: world_size()]
-    prompts = collate_prompts(data, MicroBatch(rows, (True,) * len(rows)), codec.pad_id)
-    sampling = LongTail(
-        0.0 if config.greedy else config.temperature,
-        config.top_p,
-        config.top_k,
-        1,
-        config.max_answer_seq_len,
-        draw_lengths=True,
-    )
-    lengths = response_limits(config.seed, 0, prompts.prompt_index, sampling)[:, 1]
-    uniform = uniforms(config.seed, 0, prompts.prompt_index, config.max_answer_seq_len)
-    requests = [
-        Request(tuple(ids), *rest)
-        for ids, *rest in zip(data[list(rows)]["prompt_ids"], uniform, lengths.tolist(), lengths.tolist())
-    ]
-    cache = None
-    mean_length = float(global_sum(lengths.sum())) / config.prompts
-
-    def plain() -> list[list[int]]:
-        responses = []
-        for start_row, batch in zip(
-            range(0, len(rows), config.per_device_generation_batch_size),
-            prompts.to(device()).split(config.per_device_generation_batch_size),
-        ):
-            these = slice(start_row, start_row + len(batch.lengths))
-            responses += cached_generate(
-                engine, batch, sampling, uniform[these], lengths[these], end_id=codec.end_id, pad_id=codec.pad_id
-            )
-        return responses
-
-    def continuous() -> list[list[int]]:
-        engine.eval()
-        responses = generate_batch(
-            engine.module,
-            [request.prompt for request in requests],
-            lengths.tolist(),
-            at_a_time=config.per_device_generation_batch_size,
-            pad_id=codec.pad_id,
-        )
-        engine.train()
-        return responses
-
-    def product() -> list[list[int]]:
-        nonlocal cache
-        with generation_mode(engine) as model:
-            decoder = Decoder(
-                model, sampling, slots=config.per_device_generation_batch_size, end_ids=codec.end_ids, cache=cache
-            )
-            responses = decoder.run(requests)
-        cache = decoder.cache
-        return responses
-
-    def measured(rollout):
-        def run() -> Outcome:
-            with counted_positions(engine.module, training=False) as positions:
-                responses = rollout()
-            # The last token of a response is never an input.
-            real = int(prompts.lengths.sum()) + int(lengths.sum()) - len(rows)
-            return Outcome(len(rows), real, sum(positions), responses, new_tokens=int(lengths.sum()))
-
-        return run
-
+    work = Rollouts(config, engine, codec, data)
+    mean_length = float(global_sum(work.lengths.sum())) / config.prompts
+    standard = work.generate if config.against == "generate" else work.generate_batch
     exact = config.greedy and engine.module.dtype == torch.float32
-    standard = plain if config.against == "generate" else continuous
     compare(
-        config.chosen({"plain": measured(standard), "product": measured(product)}),
+        config.chosen({"plain": work.counted(standard), "product": work.counted(work.product)}),
         lambda first, other: same_responses(first, other, exact),
         rounds=config.rounds,
         steps=1,
-        about={
-            "benchmark": "rollouts",
-            "model": config.actor_model_name_or_path,
-            "zero_stage": config.actor_zero_stage,
-            "dtype": str(engine.module.dtype).removeprefix("torch."),
-            "against": config.against,
-            "lora_dim": config.actor_lora_dim,
-            "greedy": config.greedy,
-            "prompts": config.prompts,
-            "longest_response": config.max_answer_seq_len,
-            "mean_response": mean_length,
-            "at_a_time": config.per_device_generation_batch_size,
-            "parameters": parameter_count(engine),
-        },
+        about=described(config, engine, mean_length),
     )
     engine.destroy()
 
 
-def build_engine(config: RolloutBenchmark, source: str, codec):
+class Rollouts:
+    """This rank's prompts, and the ways to respond to them; each returns the responses in the order of the prompts.
+
+    Attributes:
+        lengths: (B,) the imposed lengths of the responses.
+    """
+
+    def __init__(self, config: RolloutBenchmark, engine: Engine, codec: Codec, data: Dataset):
+        self.engine, self.codec = engine, codec
+        self.at_a_time = config.per_device_generation_batch_size
+        rows = tuple(range(config.prompts))[rank() :: world_size()]
+        self.prompts = collate_prompts(data, MicroBatch(rows, (True,) * len(rows)), codec.pad_id)
+        self.sampling = LongTail(
+            0.0 if config.greedy else config.temperature,
+            config.top_p,
+            config.top_k,
+            1,
+            config.max_answer_seq_len,
+            draw_lengths=True,
+        )
+        self.lengths = response_limits(config.seed, 0, self.prompts.prompt_index, self.sampling)[:, 1]
+        self.uniform = uniforms(config.seed, 0, self.prompts.prompt_index, config.max_answer_seq_len)
+        limits = self.lengths.tolist()
+        self.requests = [
+            Request(tuple(ids), uniform, length, length)
+            for ids, uniform, length in zip(data[list(rows)]["prompt_ids"], self.uniform, limits)
+        ]
+        self.cache: SlotCache | None = None
+
+    def generate(self) -> list[list[int]]:
+        """By transformers' `generate`, in batches of a fixed size."""
+        responses: list[list[int]] = []
+        for batch in self.prompts.to(device()).split(self.at_a_time):
+            these = slice(len(responses), len(responses) + len(batch.lengths))
+            responses += cached_generate(
+                self.engine,
+                batch,
+                self.sampling,
+                self.uniform[these],
+                self.lengths[these],
+                end_id=self.codec.end_id,
+                pad_id=self.codec.pad_id,
+            )
+        return responses
+
+    def generate_batch(self) -> list[list[int]]:
+        """By transformers' continuous batching."""
+        self.engine.eval()
+        responses = generate_batch(
+            self.engine.module,
+            [request.prompt for request in self.requests],
+            self.lengths.tolist(),
+            at_a_time=self.at_a_time,
+            pad_id=self.codec.pad_id,
+        )
+        self.engine.train()
+        return responses
+
+    def product(self) -> list[list[int]]:
+        """By the product's continuous batching; the cache is kept for the next call."""
+        with generation_mode(self.engine) as model:
+            decoder = Decoder(model, self.sampling, slots=self.at_a_time, end_ids=self.codec.end_ids, cache=self.cache)
+            responses = decoder.run(self.requests)
+        self.cache = decoder.cache
+        return responses
+
+    def counted(self, way: Callable[[], list[list[int]]]) -> Callable[[], Outcome[list[list[int]]]]:
+        """One of the ways as a variant."""
+
+        def run() -> Outcome[list[list[int]]]:
+            with counted_positions(self.engine.module, training=False) as positions:
+                responses = way()
+            rows, new_tokens = len(self.requests), int(self.lengths.sum())
+            # The last token of a response is never fed back.
+            real = int(self.prompts.lengths.sum()) + new_tokens - rows
+            return Outcome(rows, real, sum(positions), responses, new_tokens=new_tokens)
+
+        return run
+
+
+def described(config: RolloutBenchmark, engine: Engine, mean_length: float) -> dict[str, object]:
+    """What was asked for."""
+    return {
+        "benchmark": "rollouts",
+        "model": config.actor_model_name_or_path,
+        "zero_stage": config.actor_zero_stage,
+        "dtype": str(engine.module.dtype).removeprefix("torch."),
+        "against": config.against,
+        "lora_dim": config.actor.lora_dim,
+        "greedy": config.greedy,
+        "prompts": config.prompts,
+        "longest_response": config.max_answer_seq_len,
+        "mean_response": mean_length,
+        "at_a_time": config.per_device_generation_batch_size,
+        "parameters": parameter_count(engine),
+    }
+
+
+def build_engine(config: RolloutBenchmark, source: str, codec: Codec) -> TrainedEngine:
     """The actor in a training engine, as in step 3."""
     settings = EngineSettings(
         config.actor_zero_stage,
@@ -179,21 +216,21 @@ def build_engine(config: RolloutBenchmark, source: str, codec):
             dropout=0.0,
             ds_config=deepspeed_config(settings),
         )
-    if config.actor_lora_dim:
+    if config.actor.lora_dim:
         with named_by("--actor_lora_module_name"):
             add_lora(
                 model,
-                dim=config.actor_lora_dim,
-                alpha=config.actor_lora_alpha,
+                dim=config.actor.lora_dim,
+                alpha=config.actor.lora_alpha,
                 dropout=0.0,
-                modules=config.actor_lora_module_name,
+                modules=config.actor.lora_module_name,
                 base_name=source,
                 seed=config.seed,
             )
     return training_engine(model, settings, OptimizerSettings(0.0, 0.0, 0.0, "constant", 0, 1))
 
 
-def parameter_count(engine) -> int:
+def parameter_count(engine: Engine) -> int:
     """Parameters of the whole model, partitioned or not."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
 
