@@ -90,7 +90,10 @@ def show_response(terminal: Terminal, pieces: Iterator[str]) -> str:
             raise
         terminal.write(" [stopped]")
     terminal.end_response()
-    return "".join(shown)
+    response = "".join(shown)
+    if not response.strip():
+        terminal.notice("note: the response is empty; a model that has seen only single questions may need /reset")
+    return response
 
 
 def run() -> int:

@@ -17,7 +17,7 @@ from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import PPOModels, evaluating
 from step3_ppo.sharing import compute_on_all_ranks
 
-_PREPARED = ("prompt_ids", "length")  # columns that preparation makes; all others are the user's
+_OF_PROMPTS = ("prompt_ids", "length")  # columns that `prompts` and `rollout` hold already
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,12 @@ class RewardInputs:
 
     @cached_property
     def columns(self) -> dict[str, list]:
-        """The other columns of the data, one entry for each response."""
+        """The other columns of the prepared data, one entry for each response.
+
+        Preparation keeps the identity of the dialogue and none of the data's own further columns.
+        """
         rows = self.dataset[self.rollout.prompt_index.tolist()]
-        return {name: list(rows[name]) for name in self.dataset.column_names if name not in _PREPARED}
+        return {name: list(rows[name]) for name in self.dataset.column_names if name not in _OF_PROMPTS}
 
     def select(self, rows: Sequence[int]) -> RewardInputs:
         """The inputs of these responses alone, in this order."""

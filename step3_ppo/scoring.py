@@ -74,19 +74,22 @@ def check_scores(scores: Tensor, responses: int, reward: Reward) -> None:
     """Check that a reward keeps to its protocol. All ranks must call it together.
 
     Raises:
-        ValueError: on all ranks alike, if on one of them there is not one score per response.
-        UserError: on all ranks alike, if they have different scores.
+        UserError: on all ranks alike, if on one of them it is no tensor with one score per response, or if they have
+            different scores.
     """
     name = getattr(reward, "__qualname__", type(reward).__qualname__)
-    on_ranks = gather_objects(scores.detach().float().cpu())
+    is_tensor = isinstance(scores, Tensor)  # a function of the user's own may return anything
+    on_ranks = gather_objects(scores.detach().float().cpu() if is_tensor else type(scores).__name__)
+    tensors = [found for found in on_ranks if isinstance(found, Tensor) and found.shape == (responses,)]
     for found in on_ranks:
-        if found.shape != (responses,):
-            raise ValueError(
-                f"the reward {name} gave a tensor of shape {tuple(found.shape)} for {responses} responses: it must "
-                "give one number for each"
+        if isinstance(found, str) or found.shape != (responses,):
+            what = f"a {found}" if isinstance(found, str) else f"a tensor of shape {tuple(found.shape)}"
+            raise UserError(
+                f"the reward {name} gave {what} for {responses} responses: it must give a torch tensor with one number "
+                f"for each, of shape ({responses},)"
             )
-    for number, found in enumerate(on_ranks):
-        if not torch.allclose(found, on_ranks[0], rtol=0, atol=0, equal_nan=True):
+    for number, found in enumerate(tensors):
+        if not torch.allclose(found, tensors[0], rtol=0, atol=0, equal_nan=True):
             raise UserError(
                 f"the reward {name} gave other scores on rank {number} than on rank 0 for the same responses: every "
                 "rank must return the same, so compute them alike, or on one rank and gather them"

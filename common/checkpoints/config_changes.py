@@ -107,7 +107,9 @@ def _check_batches(config: RunOptions, values: Mapping[str, Any], path: Path) ->
     if changed and not config.resume_anyway:
         had = " and ".join(f"{before[batch.what]} {batch.what}" for batch in changed)
         has = " and ".join(str(now[batch.what]) for batch in changed)
-        advice = " ".join(batch.flags_for(before[batch.what], world_size()) for batch in changed)
+        flags = [batch.flags_for(before[batch.what], world_size()) for batch in changed]
+        undivided = " and ".join(str(before[batch.what]) for batch, words in zip(changed, flags) if words is None)
+        advice = f"a number of ranks that divides {undivided}" if undivided else " ".join(filter(None, flags))
         raise UserError(
             f"{path} was made by {count_of_ranks(values['world_size'])} with {had}, and this run of "
             f"{world_size()} has {has}: use {advice}, or --resume never to start anew"

@@ -116,7 +116,8 @@ class Checkpoints:
             for note in completed.notes():
                 say(f"note: {note}")
             raise AlreadyComplete(
-                f"{self.config.output_dir} holds the result of this command already; --resume never trains it again"
+                f"{self.config.output_dir} holds the result of this command already; give --resume never to train it "
+                "again"
             )
 
     def _set_aside(self, damaged: bool = False) -> None:

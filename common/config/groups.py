@@ -39,11 +39,14 @@ class Batch:
     rows_at_a_time: int
     rows: int
 
-    def flags_for(self, total: int, ranks: int) -> str:
-        """The flags with which `ranks` ranks process `total` rows, each no more at a time than now."""
+    def flags_for(self, total: int, ranks: int) -> str | None:
+        """The flags with which `ranks` ranks process `total` rows, each no more at a time than now.
+
+        None if that many rows cannot be divided among them.
+        """
         rows = total // ranks
         if rows * ranks != total:
-            return f"a number of ranks that divides {total}"
+            return None
         at_a_time = max(number for number in range(1, self.rows_at_a_time + 1) if rows % number == 0)
         return f"--{self.flags[0]} {at_a_time} --{self.flags[1]} {rows // at_a_time}"
 

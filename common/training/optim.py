@@ -71,7 +71,7 @@ def say_shortened_warmup(config: ScheduleOptions, total_steps: int) -> None:
     if config.num_warmup_steps > total_steps and config.lr_scheduler_type != "constant":
         say(
             f"note: --num_warmup_steps {config.num_warmup_steps} is shortened to the {total_steps} optimizer "
-            f"step{'s' if total_steps > 1 else ''} that this run has"
+            f"step{'s' if total_steps > 1 else ''} that this run has, so the learning rate rises to its end"
         )
 
 

@@ -1,6 +1,9 @@
 """Direct preference optimisation (arXiv:2305.18290) as a task of one's own, with all that the programs have.
 
-    deepspeed --num_gpus 2 docs/examples/dpo.py --model_name_or_path output/sft --data_path builtin:courtesy --help
+    deepspeed --num_gpus 2 docs/examples/dpo.py --model_name_or_path output/sft --data_path YOUR_COMPARISONS
+
+A model of the quickstart needs its data and split: --model_name_or_path output/quickstart/sft --data_path
+builtin:courtesy --data_split 3,5,2.
 
 The reference is the model with its adapters off, so that a single model is in memory.
 """

@@ -85,7 +85,9 @@ def test_another_configuration_is_refused_unless_it_is_meant(output, ranks):
     assert said.count("resuming from") == runs + len(RESHAPED) + 1
     assert [record["step"] for record in metrics(output / str(ranks) / "changed")][-1] > 6
     changed = output / str(ranks) / "changed"
-    assert f"finished: {changed} holds the result of this command already; --resume never trains it again" in said
+    assert (
+        f"finished: {changed} holds the result of this command already; give --resume never to train it again" in said
+    )
 
 
 @pytest.mark.parametrize("ranks", (1, 2))

@@ -161,7 +161,13 @@ def test_after_the_warm_up_a_schedule_is_that_of_transformers(schedule):
 @pytest.mark.parametrize(
     "steps, printed",
     [
-        (6, ["note: --num_warmup_steps 100 is shortened to the 6 optimizer steps that this run has"]),
+        (
+            6,
+            [
+                "note: --num_warmup_steps 100 is shortened to the 6 optimizer steps that this run has, so the learning "
+                "rate rises to its end"
+            ],
+        ),
         (100, []),
         (101, []),
     ],

@@ -40,7 +40,7 @@ def is_complete(config: RewardConfig, *data: str) -> bool:
         return Checkpoints(config, data or ["key"]).find() is not None
     except AlreadyComplete as error:
         assert str(error) == (
-            f"{config.output_dir} holds the result of this command already; --resume never trains it again"
+            f"{config.output_dir} holds the result of this command already; give --resume never to train it again"
         )
         return True
 

@@ -159,6 +159,9 @@ def test_both_batches_of_ppo_stay_the_same(tmp_path, monkeypatch):
         "--per_device_training_batch_size 4 --gradient_accumulation_steps 1"
     )
     assert checkpoints(tmp_path, *PPO, *advice.split(), config_class=PPOConfig).find() == path
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="has .*: use a number of ranks that divides 8 and 8, or --resume never"):
+        checkpoints(tmp_path, *PPO, config_class=PPOConfig).find()
 
 
 def test_ppo_goes_on_with_other_evaluations(tmp_path):

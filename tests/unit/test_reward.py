@@ -103,13 +103,18 @@ def test_a_reward_that_differs_between_ranks_is_named_on_all_of_them(inputs, mod
             return torch.tensor(own)
 
         monkeypatch.setattr("step3_ppo.scoring.gather_objects", lambda item: [torch.tensor(here), torch.tensor(there)])
-        with pytest.raises((UserError, ValueError)) as error:
+        with pytest.raises(UserError) as error:
             trainer_with(length, model).score(inputs.dataset, inputs.rollout, 0)
         said.append(str(error.value))
     assert said[0] == said[1] and "length gave" in said[0] and "\n" not in said[0]
 
 
-def test_a_reward_that_gives_another_number_of_scores_is_named(inputs, model):
-    trainer = trainer_with(lambda inputs: torch.zeros(3), model)
-    with pytest.raises(ValueError, match="4 responses"):
-        trainer.score(inputs.dataset, inputs.rollout, 0)
+@pytest.mark.parametrize(
+    "scores, what", [(torch.zeros(3), r"a tensor of shape \(3,\)"), ([0.0] * 4, "a list"), (None, "a NoneType")]
+)
+def test_a_reward_that_gives_no_score_for_each_response_is_named(scores, what, inputs, model):
+    def unfit(inputs: RewardInputs):
+        return scores
+
+    with pytest.raises(UserError, match=f"unfit gave {what} for 4 responses: it must give a torch tensor"):
+        trainer_with(unfit, model).score(inputs.dataset, inputs.rollout, 0)
