@@ -75,6 +75,8 @@ def disturb(run: Run, how: str) -> None:
         ranks[1].suspend()
     elif how == "SIGKILL to rank 1":
         ranks[1].kill()
+    elif how == "an exception":
+        (run.marks / "raise").touch()
     elif how == "SIGKILL to rank 1 under a launcher that is slow":
         time.sleep(3)  # until the ranks have seen each other
         launch.suspend()
