@@ -114,11 +114,10 @@ def _local_part(weight: torch.Tensor) -> torch.Tensor:
 
     ZeRO-3 pads a weight to shards of equal size; the padding is left out, because it is not initialised.
     """
-    if not hasattr(weight, "ds_tensor"):
+    if not (hasattr(weight, "ds_tensor") and hasattr(weight, "ds_numel")):
         return weight
     shard = weight.ds_tensor.flatten()
-    numel: int = getattr(weight, "ds_numel")  # noqa: B009 (an attribute that DeepSpeed adds)
-    return shard[: max(numel - rank() * shard.numel(), 0)]
+    return shard[: max(weight.ds_numel - rank() * shard.numel(), 0)]
 
 
 def _is_finite(weight: torch.Tensor) -> bool:

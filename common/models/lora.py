@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -85,7 +85,7 @@ def add_lora(
         model.score.requires_grad_(True)
         config.modules_to_save = ["score"]
     train_new_row(model)
-    setattr(model, "lora_config", config)  # noqa: B010 (nn.Module declares no such attribute)
+    cast(Any, model).lora_config = config  # for `has_lora` and `save_adapter`; nn.Module declares no such attribute
     return model
 
 
@@ -209,7 +209,7 @@ def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], directory: Pa
         for key, value in state.items()
         if (".lora_" in key and not key.endswith(".lora_new_row")) or key.startswith("score.")
     }
-    config: dict[str, Any] = getattr(model, "lora_config").to_dict()  # noqa: B009 (set by `add_lora`)
+    config: dict[str, Any] = cast(Any, model).lora_config.to_dict()
     # peft saves a trained row in full, and once for tied embeddings.
     rows = {
         id(state[f"{name}.weight"]): (name, module.new_token) for name, module in reversed(_new_rows(model).items())
