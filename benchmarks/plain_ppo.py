@@ -16,18 +16,17 @@ from common.models.engine import Engine
 from common.models.logprobs import gather_response
 from common.runtime.distributed import device, gather_objects, global_sum
 from common.training.engine import TrainedEngine, accumulate, gradient_norm
-from common.training.metrics import Sums, add_sums, means
+from common.training.metrics import StepMetrics, Sums, add_sums, means
 from common.training.timing import PhaseClock
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout, join_responses
 from step3_ppo.generation.sampling import response_limits, uniforms
 from step3_ppo.loss import policy_loss_sum, value_loss_sum
-from step3_ppo.metrics import IterationMetrics
 from step3_ppo.scoring import ModelOutputs
 from step3_ppo.sharing import share_rollout
 from step3_ppo.trainer import PPOTrainer
 
-Result = tuple[IterationMetrics, Rollout]
+Result = tuple[StepMetrics, Rollout]
 
 
 @dataclass
@@ -102,7 +101,7 @@ class PlainPPO:
         chosen = log_probs.gather(-1, rollout.tokens[:, 1:, None]).squeeze(-1)
         return gather_response(chosen, rollout.prompt_lengths, rollout.response_lengths)
 
-    def _update(self, experience: Experience, clock: PhaseClock) -> IterationMetrics:
+    def _update(self, experience: Experience, clock: PhaseClock) -> StepMetrics:
         """One optimizer step of each model over all rows."""
         models, config = self.trainer.models, self.trainer.config
         batches = [

@@ -17,9 +17,9 @@ from common.runtime.signals import mark_training_started
 from common.runtime.terminal import escape_controls
 from common.training.loop import describe
 from common.training.memory import named_when_out_of_memory
+from common.training.metrics import Metrics
 from step3_ppo.config import PPOConfig
 from step3_ppo.evaluation import evaluate, sample_rows
-from step3_ppo.metrics import Metrics
 from step3_ppo.sharing import RolloutAbandoned
 from step3_ppo.trainer import PPOTrainer
 

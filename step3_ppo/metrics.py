@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.training.engine import gradient_norm
-from common.training.metrics import Sums, add_sums, means
+from common.training.metrics import Metrics, StepMetrics, Sums, add_sums, means
 from common.training.timing import PhaseClock
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout
@@ -13,9 +13,6 @@ from step3_ppo.loss import explained_variance, explained_variance_sums
 from step3_ppo.models import PPOModels
 from step3_ppo.rewards import ShapedScores
 from step3_ppo.scoring import ModelOutputs
-
-Metrics = dict[str, float]  # what is logged, by name
-IterationMetrics = dict[str, float | None]  # None for a gradient norm that DeepSpeed does not keep
 
 
 def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutputs) -> Metrics:
@@ -54,7 +51,7 @@ def learning_rates(models: PPOModels) -> Metrics:
     return {f"{name}_learning_rate": engine.get_lr()[0] for name, engine in models.trained().items()}
 
 
-def gradient_norms(models: PPOModels) -> IterationMetrics:
+def gradient_norms(models: PPOModels) -> StepMetrics:
     """Of the last optimizer step."""
     return {f"{name}_gradient_norm": gradient_norm(engine) for name, engine in models.trained().items()}
 

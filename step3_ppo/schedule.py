@@ -10,7 +10,7 @@ from math import ceil
 from datasets import Dataset
 
 from common.batching.collate import TokenBatch, collate_texts
-from common.batching.sampler import StepSampler
+from common.batching.sampler import StepSampler, steps_per_epoch
 from common.data.tokenization import Codec
 from common.runtime.distributed import rank, say, world_size
 from step3_ppo.config import PPOConfig
@@ -42,7 +42,7 @@ def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
 
 def scheduled_iterations(config: PPOConfig, prompts: int) -> int:
     """The iterations that the learning rates are scheduled for; a test mode may stop before."""
-    in_epoch = ceil(prompts / prompts_per_iteration(config))
+    in_epoch = steps_per_epoch(prompts, prompts_per_iteration(config))
     return min(in_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
 
 
@@ -52,7 +52,7 @@ def optimizer_steps(config: PPOConfig, prompts: int, iterations: int) -> int:
     The last iteration of every epoch has what is left of the prompts, and so perhaps fewer steps than the others.
     """
     rows = prompts_per_iteration(config)
-    in_epoch = ceil(prompts / rows)
+    in_epoch = steps_per_epoch(prompts, rows)
     usual = optimizer_steps_per_iteration(config, rows)
     last = optimizer_steps_per_iteration(config, prompts - (in_epoch - 1) * rows)
     return iterations * usual - iterations // in_epoch * (usual - last)

@@ -17,7 +17,7 @@ from common.errors import DIVERGED, Diverged
 from common.runtime.distributed import device, on_gpu, rank, say, world_size
 from common.training.loop import check_finite
 from common.training.memory import MAX_TOKENS
-from common.training.metrics import Sums
+from common.training.metrics import Metrics, StepMetrics, Sums
 from common.training.timing import PhaseClock
 from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
@@ -30,8 +30,6 @@ from step3_ppo.kl_controller import kl_controller
 from step3_ppo.learner import Learner
 from step3_ppo.limits import check_limits
 from step3_ppo.metrics import (
-    IterationMetrics,
-    Metrics,
     experience_metrics,
     gradient_norms,
     learning_rates,
@@ -96,7 +94,7 @@ class PPOTrainer:
         self.learner = Learner(models, config, self.clock)
         self.latest: tuple[Rollout, ModelOutputs] | None = None  # those of the last iteration
 
-    def iteration(self, index: int, prompts: Sequence[MicroBatch]) -> IterationMetrics:
+    def iteration(self, index: int, prompts: Sequence[MicroBatch]) -> StepMetrics:
         """Roll out, score, reward, estimate advantages, update; returns what to log.
 
         Args:
@@ -194,7 +192,7 @@ class PPOTrainer:
 
     def report(
         self, experience: Experience, outputs: ModelOutputs, shaped: ShapedScores, updates: Metrics
-    ) -> IterationMetrics:
+    ) -> StepMetrics:
         """Metrics of an iteration."""
         return {
             **rollout_metrics(experience.rollout, shaped, outputs),

@@ -82,7 +82,7 @@ class StepSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._lengths) // self._global_rows)
+        return steps_per_epoch(len(self._lengths), self._global_rows)
 
     def epoch(self, epoch: int) -> list[list[MicroBatch]]:
         """This rank's micro-batches, one inner list per optimizer step."""
@@ -115,6 +115,11 @@ class StepSampler:
         batches = _batches(rows, self._rows, count=self._micro_batches * self._world_size)
         rounds = [batches[i : i + self._world_size] for i in range(0, len(batches), self._world_size)]
         return [dealt[self._rank if number % 2 == 0 else -1 - self._rank] for number, dealt in enumerate(rounds)]
+
+
+def steps_per_epoch(rows: int, rows_per_step: int) -> int:
+    """Steps that take every row once; the last has what is left."""
+    return -(-rows // rows_per_step)
 
 
 def evaluation_batches(

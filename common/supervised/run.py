@@ -13,13 +13,13 @@ from common.artifacts.export import export_model
 from common.artifacts.model_source import resolve_model
 from common.artifacts.publish import publishing
 from common.artifacts.run import Run, report_done, say_data, start_run
-from common.batching.sampler import MicroBatch, evaluation_batches
+from common.batching.sampler import MicroBatch, evaluation_batches, steps_per_epoch
 from common.checkpoints.training_state import TrainingState
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
-from common.errors import UserError, named_by
+from common.errors import named_by
 from common.models.added_token import AddedTokenError
-from common.models.loading import max_length
+from common.models.loading import check_length
 from common.models.lora import add_lora
 from common.paths import writing_to
 from common.runtime.distributed import rank, seed_rank, world_size
@@ -85,22 +85,13 @@ def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Input
         source = resolve_model(config.model_name_or_path, config.data_output_path, config.merge_adapter)
     with named_by("--model_name_or_path", {source: config.model_name_or_path}):
         task.check_model(source)
-    check_sequence_length(config, source)
+    with named_by("--max_seq_len is too large for --model_name_or_path", {source: config.model_name_or_path}):
+        check_length(source, config.max_seq_len, config.trust_remote_code)
     codec = open_codec(config, source, "--model_name_or_path")
     with config.naming_flags():
         data = task.prepare(codec)
     say_data(data)
     return Inputs(source, codec, data)
-
-
-def check_sequence_length(config: SupervisedConfig, source: str) -> None:
-    """Raises UserError if the model has no room for rows of --max_seq_len."""
-    room = max_length(source, config.trust_remote_code)
-    if room is not None and room < config.max_seq_len:
-        raise UserError(
-            f"--max_seq_len {config.max_seq_len} is too large for --model_name_or_path {config.model_name_or_path}, "
-            f"which has room for {room} tokens: lower it"
-        )
 
 
 def build_engine(
@@ -168,7 +159,7 @@ def build(
 def scheduled_steps(config: SupervisedConfig, rows: int) -> int:
     """Optimizer steps of all epochs, over which the learning rate changes, also where the run stops early."""
     (batch,) = config.batches()
-    return config.num_train_epochs * -(-rows // (batch.rows * world_size()))
+    return config.num_train_epochs * steps_per_epoch(rows, batch.rows * world_size())
 
 
 def evaluated_on_this_rank(held_out: Dataset, config: SupervisedConfig) -> list[MicroBatch]:
