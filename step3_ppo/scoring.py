@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def score_rollout(
         clock: gets the phases log_probs (actor and reference) and score (critic and reward).
 
     Raises:
-        ValueError, UserError: as of `check_scores`.
+        UserError: as of `check_scores`.
     """
 
     def passes(part: Rollout) -> dict[str, Tensor]:
@@ -79,8 +80,7 @@ def check_scores(scores: Tensor, responses: int, reward: Reward) -> None:
     """
     name = getattr(reward, "__qualname__", type(reward).__qualname__)
     is_tensor = isinstance(scores, Tensor)  # a function of the user's own may return anything
-    on_ranks = gather_objects(scores.detach().float().cpu() if is_tensor else type(scores).__name__)
-    tensors = [found for found in on_ranks if isinstance(found, Tensor) and found.shape == (responses,)]
+    on_ranks: list[Any] = gather_objects(scores.detach().float().cpu() if is_tensor else type(scores).__name__)
     for found in on_ranks:
         if isinstance(found, str) or found.shape != (responses,):
             what = f"a {found}" if isinstance(found, str) else f"a tensor of shape {tuple(found.shape)}"
@@ -88,8 +88,8 @@ def check_scores(scores: Tensor, responses: int, reward: Reward) -> None:
                 f"the reward {name} gave {what} for {responses} responses: it must give a torch tensor with one number "
                 f"for each, of shape ({responses},)"
             )
-    for number, found in enumerate(tensors):
-        if not torch.allclose(found, tensors[0], rtol=0, atol=0, equal_nan=True):
+    for number, found in enumerate(on_ranks):  # tensors, all of them
+        if not torch.allclose(found, on_ranks[0], rtol=0, atol=0, equal_nan=True):
             raise UserError(
                 f"the reward {name} gave other scores on rank {number} than on rank 0 for the same responses: every "
                 "rank must return the same, so compute them alike, or on one rank and gather them"
