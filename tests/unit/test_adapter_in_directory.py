@@ -117,9 +117,8 @@ def test_an_adapter_without_a_model_is_refused_with_advice_or_merged(alone, chat
     load(str(directory), LoadOptions())  # inference has always merged it
 
 
+@pytest.mark.parametrize("alone", ["causal"], indirect=True)
 def test_the_merged_model_is_called_in_errors_what_the_user_called_it(alone, tmp_path):
-    if alone[0] == "reward":
-        pytest.skip("step 1 takes no reward model")
     argv = ["--model_name_or_path", str(alone[1]), "--merge_adapter", "--template", "alpaca", "--dtype", "fp32"]
     argv += ["--data_output_path", str(tmp_path / "cache"), "--data_path", "builtin:courtesy"]
     said = refusal(step1, [*argv, "--output_dir", str(tmp_path / "out")])
