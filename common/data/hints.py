@@ -1,6 +1,6 @@
 """Gives advice that names an option of the programs, for notes about rows.
 
-Errors say no option's name (see `common.data.errors`). But notes are printed, and kept with the prepared data, where
+Errors name no option (see `common.data.errors`). But notes are printed, and kept with the prepared data, where
 rows are counted: no program adds anything to them.
 """
 
