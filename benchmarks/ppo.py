@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = one_step_per_iteration(config)
     actor = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
     critic = random_model(config.critic_model_name_or_path, "--critic_model_name_or_path", config, scores=True)
-    codec = open_codec(config, actor, "--actor_model_name_or_path")
+    codec = open_codec(config, actor)
     data = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec).train
     quiet_libraries(config.output_dir)
     start(config.timeout, config.seed)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the file, prepare it, and start a second time."""
     config = with_data(parse(PreparationBenchmark, argv))
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
-    codec = open_codec(config, source, "--model_name_or_path")
+    codec = open_codec(config, source)
     prepared = Path(config.output_dir) / "preparation"
     shutil.rmtree(prepared, ignore_errors=True)
     rows = PathName(str(write_rows(prepared / "rows.jsonl", config)))

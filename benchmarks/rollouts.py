@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.prompts % world_size():
         raise UserError(f"--prompts {config.prompts}: must be a multiple of the {world_size()} ranks")
     source = random_model(config.actor_model_name_or_path, "--actor_model_name_or_path", config)
-    codec = open_codec(config, source, "--actor_model_name_or_path")
+    codec = open_codec(config, source)
     data = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec).train
     if len(data) < config.prompts:
         raise UserError(f"--prompts {config.prompts}: the data have only {len(data)} for step 3")

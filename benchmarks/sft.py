@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = with_data(parse(SFTBenchmark, argv))
     config = replace(config, learning_rate=0.0, lora_learning_rate=0.0, dropout=0.0)
     source = random_model(config.model_name_or_path, "--model_name_or_path", config)
-    codec = open_codec(config, source, "--model_name_or_path")
+    codec = open_codec(config, source)
     task = SFTTask(config)
     inputs = Inputs(source, codec, task.prepare(codec))
     data = inputs.data.train

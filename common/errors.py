@@ -34,13 +34,29 @@ class ModelError(InputError):
     """A model directory or hub name that cannot be used."""
 
 
+class AdapterError(ModelError):
+    """A model directory with an adapter that would have to be merged first."""
+
+
+class RemoteCodeError(ModelError):
+    """A model or tokenizer with code of its own, which was not allowed to run."""
+
+
 class DataError(InputError):
     """A data source, file or column that cannot be used."""
 
 
+# What the options of the programs offer against an error.
+_ADVICE: dict[type[InputError], str] = {
+    AdapterError: ", or add --merge_adapter",
+    RemoteCodeError: ": add --trust_remote_code",
+}
+
+
 @contextmanager
 def named_by(flag: str, names: Mapping[str, str] | None = None, kind: type[InputError] = InputError) -> Iterator[None]:
-    """Within the context an `InputError` becomes a `UserError` that begins with the flag which named its subject.
+    """Within the context an `InputError` becomes a `UserError` that begins with the flag which named its subject, and
+    says which other option may help.
 
     Args:
         names: by a subject, what the message says in its place: for a path that the program found, the value of the
@@ -51,7 +67,7 @@ def named_by(flag: str, names: Mapping[str, str] | None = None, kind: type[Input
         yield
     except kind as error:
         subject = (names or {}).get(error.subject, error.subject)
-        raise UserError(f"{flag} {subject}: {error.why}") from error.__cause__
+        raise UserError(f"{flag} {subject}: {error.why}{_ADVICE.get(type(error), '')}") from error.__cause__
 
 
 class TrainingFailure(Exception):
@@ -68,6 +84,14 @@ class Diverged(TrainingFailure):
     """
 
 
+class TooManySkips(Diverged):
+    """So many optimizer steps in a row were skipped as end a run; `limit` is their number."""
+
+    def __init__(self, problem: str, limit: int):
+        super().__init__(f"{problem}: {limit} optimizer steps in a row are skipped: {DIVERGED}")
+        self.limit = limit
+
+
 class AlreadyComplete(Exception):
     """The result exists already, so there is nothing to do. Programs print the message, one line, and exit with 0."""
 
@@ -79,10 +103,14 @@ DIVERGED = "training stopped and nothing was published; lower the learning rate,
 def reason_of(error: Exception) -> str:
     """The message of a library that could not load a model or a tokenizer, in one line."""
     message = str(error).strip() or type(error).__name__
-    if "trust_remote_code=True" in message:
-        return "it comes with code of its own, which runs only with --trust_remote_code"
     first, *others = message.splitlines()
     return f"{first} {others[0].strip()}" if others and first.endswith(":") else first
+
+
+def refuse_own_code(source: str | Path, error: Exception) -> None:
+    """Raise RemoteCodeError of `source` if a library could not load it because its own code was not allowed to run."""
+    if "trust_remote_code=True" in str(error):
+        raise RemoteCodeError(source, "it comes with code of its own, which runs only where that is allowed") from error
 
 
 def did_you_mean(word: str, known: Iterable[str], lead: str = "; ", before: str = "") -> str:

@@ -1,4 +1,7 @@
-"""Handles paths, and names on the Hugging Face hub, which look alike: `output/sft`, `facebook/opt-1.3b`."""
+"""Handles paths, and names on the Hugging Face hub, which look alike: `output/sft`, `facebook/opt-1.3b`.
+
+Imports no package at once: programs need it before they know that packages are installed.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 
 from common.errors import InputError, UserError, did_you_mean
 
+ROOT = Path(__file__).resolve().parents[1]  # of the repository, with launch/
 OUTPUT = "output"  # where the programs write unless told otherwise
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*|\{[^}]*\})")
 

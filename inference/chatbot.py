@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_options(ChatConfig, argv)
     with named_by("--path"):
         actor = load_actor(config.path, config)
-    dialogue = Dialogue(actor.codec, actor.max_prompt_tokens(config.max_new_tokens), config.system)
+    with named_by("--max_new_tokens"):
+        max_prompt_tokens = actor.max_prompt_tokens(config.max_new_tokens)
+    dialogue = Dialogue(actor.codec, max_prompt_tokens, config.system)
     torch.manual_seed(config.seed)
     terminal = Terminal()
     if terminal.interactive:

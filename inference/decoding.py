@@ -27,6 +27,7 @@ from common.batching.collate import collate_prompts
 from common.batching.sampler import MicroBatch, evaluation_batches
 from common.data.options import naming_flags
 from common.data.records import Prompt
+from common.errors import named_by
 from inference.loading import LoadedModel
 from inference.options import DecodingOptions
 
@@ -57,7 +58,9 @@ def respond(
     Prompts of similar length form a batch, padded on the left. If the model has too few positions, prompts are cut on
     the left, and a note says so.
     """
-    codec, max_prompt_tokens = actor.codec, actor.max_prompt_tokens(decoding.max_new_tokens)
+    codec = actor.codec
+    with named_by("--max_new_tokens"):
+        max_prompt_tokens = actor.max_prompt_tokens(decoding.max_new_tokens)
     encoded = [codec.encode_prompt(prompt) for prompt in prompts]
     if max_prompt_tokens is not None and (cut := sum(len(ids) > max_prompt_tokens for ids in encoded)):
         print(

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.data.errors import TemplateError
 from common.data.options import naming_flags
 from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
-from common.errors import ModelError, UserError
+from common.errors import InputError, ModelError, named_by
 from common.models.checks import check_finite
 from common.models.loading import explained, gives_scores, load_causal_lm, load_scalar_model, max_positions
 from common.models.scalar import ScalarModel
@@ -49,15 +50,14 @@ class LoadedModel:
         """Tokens of the longest prompt if so many tokens are to follow; None if there is no limit.
 
         Raises:
-            UserError: no prompt at all would fit.
+            InputError: no prompt at all would fit.
         """
         if self.positions is None:
             return None
         max_prompt_tokens = self.positions - max_new_tokens
         if max_prompt_tokens < self.codec.shortest_prompt:
-            raise UserError(
-                f"--max_new_tokens {max_new_tokens} leaves no room for a question: the model has {self.positions} "
-                "positions"
+            raise InputError(
+                str(max_new_tokens), f"it leaves no room for a question: the model has {self.positions} positions"
             )
         return max_prompt_tokens
 
@@ -123,7 +123,6 @@ def load_merged(files: ModelFiles, codec: Codec, trust_remote_code: bool, dtype:
         return model.to(dtype)
 
 
-@naming_flags()
 def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto") -> Codec:
     """How text becomes ids for the model, as in its training.
 
@@ -131,7 +130,8 @@ def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto
         template: for a model of unknown origin; auto: its tokenizer's chat template, if there is one.
 
     Raises:
-        UserError: --template contradicts the training, or the tokenizer is not the one of the training.
+        TemplateError: `template` is not the one of the training, or does not suit the tokenizer.
+        ModelError: the tokenizer cannot be used, or is not the one of the training.
     """
     tokenizer = load_tokenizer(files.tokenizer, trust_remote_code=trust_remote_code)
     trained, ends = files.provenance, published_ends(files.weights)
@@ -141,9 +141,8 @@ def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto
         guess = "chat" if getattr(tokenizer, "chat_template", None) else _DEFAULT_TEMPLATE
         return make_codec(tokenizer, guess if template == "auto" else template, further_ends=ends)
     if template not in ("auto", trained.template):
-        raise UserError(
-            f"--template {template}: {files.path} was trained with the template {trained.template}: leave --template "
-            "out"
+        raise TemplateError(
+            template, f"{files.path} was trained with the template {trained.template}: leave the option out"
         )
     codec = make_codec(tokenizer, trained.template, date=trained.template_date, further_ends=ends)
     if codec.end_token != trained.end_token:
@@ -165,11 +164,11 @@ def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one. Raises UserError for a GPU that does not exist."""
+    """`auto` is the first GPU if there is one. Raises InputError for a GPU that does not exist."""
     count = torch.cuda.device_count()
     device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"--device {name}: there is no such GPU ({count} found): use --device cpu or auto")
+        raise InputError(name, f"there is no such GPU ({count} found): use cpu or auto")
     return device
 
 
@@ -205,8 +204,10 @@ def _gives_scores(files: ModelFiles, trust_remote_code: bool) -> bool:
 
 
 def _load(files: ModelFiles, options: LoadOptions) -> LoadedModel:
-    device = choose_device(options.device)
-    codec = open_codec(files, options.trust_remote_code, options.template)
+    with named_by("--device"):
+        device = choose_device(options.device)
+    with naming_flags():
+        codec = open_codec(files, options.trust_remote_code, options.template)
     if files.provenance is None and options.template == "auto":
         print(
             f"note: {files.path} does not say how it was trained (it has no provenance.json): template "

@@ -42,27 +42,21 @@ class ModelFiles:
             yield
 
 
-_ANOTHER_BASE = " (--base of inference/merge_lora.py names another)"
+_ANOTHER_BASE = " (`python inference/merge_lora.py --base MODEL` names another)"
 
 
-def find_model(
-    path: str,
-    cache_dir: str,
-    base: str | None = None,
-    *,
-    merge_adapter: bool = False,
-    cure: str = "add --merge_adapter",
-) -> ModelFiles:
+def find_model(path: str, cache_dir: str, base: str | None = None, *, merge_adapter: bool = False) -> ModelFiles:
     """The files of a model directory, of a step's output directory, of an adapter's directory or of a hub name.
 
     The output directory of step 3 means the actor in it.
 
     Args:
         cache_dir: where built-in and merged models are kept.
-        base: replaces the base model that an adapter names.
-        merge_adapter: merge an adapter that lies beside a whole model; else it is refused, and the message says `cure`.
+        base: replaces the base model that an adapter names; for any other model it has no use.
+        merge_adapter: merge an adapter that lies beside a whole model.
 
     Raises:
+        AdapterError: an adapter lies beside a whole model, and is not to be merged.
         ModelError: there is no such model.
         OSError: the cache cannot be written.
     """
@@ -72,14 +66,12 @@ def find_model(
     if holds_adapter(directory):
         if base is None and (directory / "config.json").exists():
             if not merge_adapter:
-                refuse_adapter(directory, cure)
+                refuse_adapter(directory)
             merged = str(merged_model(directory, Path(cache_dir)))
             return ModelFiles(path, merged, None, merged, False, read_provenance(merged))
         return _find_adapter(path, directory, cache_dir, base)
     if not (directory / "config.json").exists() and (inside := adapters_inside(directory)):
         raise ModelError(path, f"it holds adapters, but is none itself: name {' or '.join(map(str, inside))}")
-    if base is not None:
-        raise ModelError(path, f"it is no adapter, so --base has no use: it holds no {ADAPTER_CONFIG}")
     source = resolve_model(str(directory) if directory.is_dir() else path, cache_dir)
     return ModelFiles(path, source, None, source, False, read_provenance(source))
 

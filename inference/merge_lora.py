@@ -18,7 +18,8 @@ from common.artifacts.model_source import resolve_model
 from common.artifacts.obstacles import check_nothing_in_the_way
 from common.config.groups import check_output_dir
 from common.config.parser import PathName, option
-from common.errors import ModelError, TrainingFailure, UserError, named_by
+from common.data.options import naming_flags
+from common.errors import AdapterError, ModelError, TrainingFailure, UserError, named_by
 from common.models.loading import load_config
 from common.paths import writing_to
 from common.runtime.distributed import say
@@ -56,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with writing_to("--data_output_path", config.data_output_path), named_by("--path"):
         files = find_adapter(config.path, config.data_output_path, base)
     check_output_dir(config.output_dir, base=files.weights)
-    check_nothing_in_the_way(Path(config.output_dir))
-    with named_by("--path"):
+    with named_by("--output_dir"):
+        check_nothing_in_the_way(Path(config.output_dir))
+    with named_by("--path"), naming_flags():
         with files.loading_weights():
             load_config(files.weights, config.trust_remote_code)  # a base that is missing is reported as such
         codec = open_codec(files, config.trust_remote_code)
@@ -89,7 +91,10 @@ def find_adapter(path: str, cache_dir: str, base: str | None) -> ModelFiles:
     Raises:
         ModelError: it is no adapter; the message names adapters inside the directory.
     """
-    files = find_model(path, cache_dir, base, cure="name the base model with --base")
+    try:
+        files = find_model(path, cache_dir, base)
+    except AdapterError as error:
+        raise ModelError(error.subject, f"{error.why}, or name the base model with --base") from None
     if files.adapter is None:
         inside = adapters_inside(Path(path))
         hint = f": name {' or '.join(map(str, inside))}" if inside else ""

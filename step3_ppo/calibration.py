@@ -136,8 +136,9 @@ def _checked_provenance(config: PPOConfig, codec: Codec, source: str) -> Provena
             )
         # It was not trained with its own chat template, so the text that it read is the same.
         provenance = replace(provenance, tokenizer=text_of(codec)["tokenizer"])
-    check_text(provenance, codec, flag, actor)
-    check_split_rule(provenance, config, flag)
+    with named_by("--critic_model_name_or_path", {source: config.critic_model_name_or_path}):
+        check_text(provenance, codec, source, actor)
+        check_split_rule(provenance, config, source)
     return provenance
 
 

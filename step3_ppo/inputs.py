@@ -60,7 +60,7 @@ def read_inputs(config: PPOConfig) -> RunInputs:
     if config.reads_reward_model:  # gives_scores refuses a classifier of several labels
         critic = checked_model(config, "critic_model_name_or_path", gives_scores)
     with named_by("--actor_model_name_or_path", {actor: config.actor_model_name_or_path}):
-        codec = open_codec(config, actor, "--actor_model_name_or_path")
+        codec = open_codec(config, actor)
     scale = ScoreScale(read_calibration(config, codec, critic))
     with config.naming_flags("--max_prompt_seq_len"):
         prompts = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec)

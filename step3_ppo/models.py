@@ -36,7 +36,7 @@ from common.training.engine import (
     resolve_dtype,
     training_engine,
 )
-from common.training.optim import say_shortened_warmup
+from common.training.optim import CannotCompile, say_shortened_warmup
 from step3_ppo.config import PPOConfig
 from step3_ppo.ema import EMA
 from step3_ppo.generation.rollout import Rollout
@@ -170,7 +170,8 @@ def build_models(
             return load_scalar_model(source, codec, calibration=calibration, seed=config.seed, **loading)
 
     def trained(model: nn.Module, options: TrainedModelOptions, settings: EngineSettings) -> Any:
-        return training_engine(model, settings, OptimizerSettings.for_model(options, config, optimizer_steps))
+        with named_by("--offload needs", kind=CannotCompile):
+            return training_engine(model, settings, OptimizerSettings.for_model(options, config, optimizer_steps))
 
     actor_settings = settings_of(config.actor.zero_stage, config.offload)
     actor = load_actor(actor_settings, trainable=True)

@@ -8,15 +8,17 @@ from common.artifacts.provenance import Provenance, read_provenance
 from common.artifacts.split_rule import check_split_rule
 from common.data.options import ProgramConfig
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
-from common.errors import UserError
+from common.errors import ModelError
 from common.runtime.distributed import say
 
 
-def open_codec(config: ProgramConfig, source: str, flag: str) -> Codec:
+def open_codec(config: ProgramConfig, source: str) -> Codec:
     """Load the tokenizer and template for a model. If the model has a provenance, they must be those of its training.
 
     Raises:
-        UserError: the model was trained with another template, end token or tokenizer.
+        ModelError: the tokenizer cannot be loaded, or the model was trained with another template, end token,
+            tokenizer or split of the data.
+        UserError: an option does not suit the tokenizer.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     with config.naming_flags():
@@ -35,25 +37,26 @@ def open_codec(config: ProgramConfig, source: str, flag: str) -> Codec:
         )
     provenance = read_provenance(source)
     if provenance is not None:
-        check_text(provenance, codec, f"{flag} {source}", "this run")
-        check_split_rule(provenance, config, f"{flag} {source}")
+        check_text(provenance, codec, source, "this run")
+        check_split_rule(provenance, config, source)
     return codec
 
 
-def check_text(provenance: Provenance, codec: Codec, trained: str, used: str) -> None:
-    """Raise UserError if a model was trained with another template, end token or tokenizer than `codec` has.
+def check_text(provenance: Provenance, codec: Codec, model: str, used: str) -> None:
+    """Raise ModelError if a model was trained with another template, end token or tokenizer than `codec` has.
 
     Args:
-        trained: names the model of the provenance, for the message.
+        model: directory of the model with this provenance.
         used: names the owner of the codec, for the message.
     """
     now = text_of(codec)
     for what in ("template", "template_date", "end_token", "tokenizer"):
         was = getattr(provenance, what)
         if was != now[what]:
-            raise UserError(
-                f"{trained} was trained with {what.replace('_', ' ')} {was[:24]!r}, but {used} has "
-                f"{now[what][:24]!r}: use the same in every step"
+            raise ModelError(
+                model,
+                f"it was trained with {what.replace('_', ' ')} {was[:24]!r}, but {used} has {now[what][:24]!r}: use "
+                "the same in every step",
             )
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from common.errors import UserError
+from common.errors import InputError
 
 FILE = "logs/run.lock"
 
@@ -24,7 +24,7 @@ def lock_output(directory: Path) -> None:
     locks, nothing is locked.
 
     Raises:
-        UserError: another run has locked it; the message names that run.
+        InputError: another run has locked it; the message names that run.
     """
     path = directory / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,8 +34,8 @@ def lock_output(directory: Path) -> None:
     except (BlockingIOError, PermissionError):
         file.seek(0)
         owner = file.read().strip() or "another process"
-        raise UserError(
-            f"--output_dir {directory} is in use by {owner}: wait until that run has ended, or choose another directory"
+        raise InputError(
+            directory, f"it is in use by {owner}: wait until that run has ended, or choose another directory"
         ) from None
     except OSError:
         pass

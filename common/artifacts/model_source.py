@@ -18,7 +18,7 @@ from torch import nn
 
 from common.artifacts.provenance import Provenance, read_provenance
 from common.data.tokenization import Codec, load_tokenizer, make_codec
-from common.errors import InputError, ModelError, reason_of
+from common.errors import InputError, ModelError, RemoteCodeError, reason_of
 from common.models.adapter import holds_adapter, read_adapter
 from common.models.builtin import BUILTIN_MODELS, materialise
 from common.models.checks import check_files, check_model_name
@@ -68,7 +68,9 @@ def base_of(adapter: Path, cache_dir: str | Path, hint: str = "") -> str:
     name, _ = read_adapter(adapter)
     if not name:
         raise ModelError(
-            adapter, "the adapter does not name its base model: merge it with inference/merge_lora.py --base"
+            adapter,
+            "the adapter does not name its base model: name it with "
+            f"`python inference/merge_lora.py --path {adapter} --base MODEL --output_dir MERGED`",
         )
     with errors_of_base(adapter, hint):
         return resolve_model(name, cache_dir)
@@ -76,7 +78,7 @@ def base_of(adapter: Path, cache_dir: str | Path, hint: str = "") -> str:
 
 @contextmanager
 def errors_of_base(adapter: Path, hint: str = "") -> Iterator[None]:
-    """Within the context, an error about the base model becomes a ModelError that names the adapter.
+    """Within the context, an error about the base model becomes a ModelError of the adapter.
 
     Args:
         hint: what else to say of the base model, such as how to name another one.
@@ -84,7 +86,8 @@ def errors_of_base(adapter: Path, hint: str = "") -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise ModelError(adapter, f"the adapter's base model{hint} {error}") from error.__cause__
+        kind = RemoteCodeError if isinstance(error, RemoteCodeError) else ModelError
+        raise kind(adapter, f"the adapter's base model{hint} {error}") from error.__cause__
 
 
 def adapter_provenance(directory: Path) -> Provenance | None:

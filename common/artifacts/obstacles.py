@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import InputError
 
 _FOLDERS = ("logs", "logs/tensorboard", "checkpoints", "samples", "adapter")
 _FILES = (
@@ -37,13 +37,13 @@ def check_nothing_in_the_way(output: Path, parts: Sequence[str] = ("",), rank: i
         rank: whose log file must be writable.
 
     Raises:
-        UserError: one path is of the wrong kind.
+        InputError: one path is of the wrong kind.
     """
     files = [*_FILES, f"logs/libraries.rank{rank}.log", *(f"{part}/{name}" for part in parts for name in _OF_A_MODEL)]
     for obstacle, wanted in _obstacles(output, [*_FOLDERS, *parts], files):
-        raise UserError(
-            f"--output_dir {output}: {obstacle} is in the way, where {wanted} must be: move it away, or "
-            "choose another directory"
+        raise InputError(
+            output,
+            f"{obstacle} is in the way, where {wanted} must be: move it away, or choose another directory",
         )
 
 

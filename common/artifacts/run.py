@@ -17,7 +17,7 @@ from common.checkpoints.training_state import TrainingState
 from common.config.groups import RunOptions
 from common.data.options import ProgramConfig
 from common.data.prepare import PreparedData, agree_on
-from common.errors import UserError
+from common.errors import UserError, named_by
 from common.runtime.distributed import is_main, rank, say
 from common.runtime.program import start
 
@@ -94,9 +94,11 @@ def open_run(config: RunOptions, parts: Sequence[str] = ("",)) -> Tracker:
     output = Path(config.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        check_nothing_in_the_way(output, parts, rank())
+        with named_by("--output_dir"):
+            check_nothing_in_the_way(output, parts, rank())
+            if is_main():
+                lock_output(output)
         if is_main():
-            lock_output(output)
             open(output / "logs" / "metrics.jsonl", "ab").close()
         quiet_libraries(output)
     except OSError as error:

@@ -15,7 +15,7 @@ from common.data.options import DataOptions
 from common.data.prepare import PreparedData
 from common.data.request import DataRequest
 from common.data.split import proportions
-from common.errors import UserError
+from common.errors import ModelError, UserError
 
 _BY_OPENING = ("auto", "opening")
 
@@ -141,10 +141,10 @@ def check_split_rule(provenance: Provenance, config: DataOptions, model: str) ->
     With another rule, a step could train or evaluate on prompts that another step has trained on.
 
     Args:
-        model: names the model of this provenance, for the message.
+        model: directory of the model with this provenance.
 
     Raises:
-        UserError: this run would split a source that the model was trained on, or one that overlaps, by another rule.
+        ModelError: this run would split a source that the model was trained on, or one that overlaps, by another rule.
     """
     now = _uses(**split_rule_of(config))
     before = _uses(
@@ -157,10 +157,10 @@ def check_split_rule(provenance: Provenance, config: DataOptions, model: str) ->
     for source, use in now:
         for trained_on, used in before:
             if _overlap(source, _place(trained_on)) and not use.agrees(used):
-                raise UserError(
-                    f"{model} was trained on {trained_on} {used}; now {source} would be taken {use}, so "
-                    "prompts would be in two steps or on both sides: use the same in every step, or "
-                    "other data"
+                raise ModelError(
+                    model,
+                    f"it was trained on {trained_on} {used}; now {source} would be taken {use}, so prompts would be in "
+                    "two steps or on both sides: use the same in every step, or other data",
                 )
 
 

@@ -76,7 +76,8 @@ class Tracker:
         self._open_board(place["step"] + 1 if place else None)
 
     def lost(self) -> str | None:
-        """A message if the output directory was moved or deleted during the run, else None; None on other ranks."""
+        """What to say of the output directory if it was moved or deleted during the run, else None; None on other
+        ranks."""
         if self._file is None:
             return None
         try:
@@ -95,7 +96,7 @@ class Tracker:
             (f"been moved to {new_path}", "move it back") if new_path else ("gone", "put them back, if you can")
         )
         return (
-            f"--output_dir {self.directory} has {what} under the run, whose checkpoints were in "
+            f"{self.directory} has {what} under the run, whose checkpoints were in "
             f"{self.directory / 'checkpoints'}: {cure}, and the same command goes on from the newest"
         )
 

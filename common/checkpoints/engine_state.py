@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
+from common.checkpoints.errors import CheckpointError
 from common.checkpoints.shard_writer import Shards
 from common.errors import UserError, reason_of
 from common.models.engine import Engine
@@ -46,7 +47,7 @@ def load_engine(engine: Engine, directory: Path) -> None:
     """Weights, optimizer and schedule as they were saved; frozen weights stay as they were loaded from the model.
 
     Raises:
-        UserError: the directory does not hold a checkpoint of this model, or holds files that could run code.
+        CheckpointError: the directory does not hold a checkpoint of this model, or holds files that could run code.
     """
     try:
         with loading_data_only(directory):
@@ -54,12 +55,11 @@ def load_engine(engine: Engine, directory: Path) -> None:
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # DeepSpeed does not check what it reads
-        raise UserError(
-            f"{directory} cannot be loaded into this model ({type(error).__name__}: {reason_of(error)}): "
-            "go on from another checkpoint, --resume PATH, or start anew, --resume never"
+        raise CheckpointError(
+            directory, f"it cannot be loaded into this model ({type(error).__name__}: {reason_of(error)})"
         ) from error
     if checkpoint_path is None:
-        raise UserError(f"{directory} is no checkpoint of this model")
+        raise CheckpointError(directory, "it is no checkpoint of this model")
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def loading_data_only(directory: Path) -> Iterator[None]:
     """Within the context, torch loads only tensors and plain values, although DeepSpeed asks it to trust the file.
 
     Raises:
-        UserError: a file in `directory` holds anything else; the message names what it would call.
+        CheckpointError: a file in `directory` holds anything else; the message names what it would call.
     """
     previous = os.environ.get(_DATA_ONLY)
     os.environ[_DATA_ONLY] = "1"
@@ -76,9 +76,8 @@ def loading_data_only(directory: Path) -> Iterator[None]:
             yield
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise UserError(
-            f"{directory} holds more than data{f' ({named[1]})' if named else ''}, which could run code: "
-            "resume from another checkpoint"
+        raise CheckpointError(
+            directory, f"it holds more than data{f' ({named[1]})' if named else ''}, which could run code"
         ) from error
     finally:
         del os.environ[_DATA_ONLY]

@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.checkpoints.engine_state import load_engine
+from common.checkpoints.errors import CheckpointError
 from common.checkpoints.state import RANDOM_STATE, rank_file
 from common.checkpoints.training_state import TrainingState
-from common.errors import UserError, reason_of
+from common.errors import reason_of
 from common.runtime.distributed import on_gpu, rank
 
 _CUDA_RANDOM_STATE = "random.cuda"
@@ -23,7 +24,7 @@ def load(path: Path, state: TrainingState) -> None:
     """Load the checkpoint at `path` into the engines and tensors of `state`, and set this rank's random state.
 
     Raises:
-        UserError: the checkpoint is not one of this run's models.
+        CheckpointError: the checkpoint is not one of this run's models.
     """
     for name, engine in state.engines.items():
         load_engine(engine, path / name)
@@ -36,13 +37,12 @@ def load(path: Path, state: TrainingState) -> None:
 
 @contextmanager
 def naming_checkpoint(path: Path) -> Iterator[None]:
-    """Within the context, an error about the checkpoint's content becomes a UserError that names the checkpoint."""
+    """Within the context, an error about the checkpoint's content becomes a CheckpointError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{path} does not hold what this run needs ({type(error).__name__}: {reason_of(error)}): go on "
-            "from another, --resume PATH, or start anew, --resume never"
+        raise CheckpointError(
+            path, f"it does not hold what this run needs ({type(error).__name__}: {reason_of(error)})"
         ) from error
 
 

@@ -7,12 +7,14 @@ the configuration. Data order and rollouts follow from the seed and the number o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from common.checkpoints.completed import CompletedRun
 from common.checkpoints.config_changes import batches_of_all_ranks, check_unchanged, plain_config
+from common.checkpoints.errors import CheckpointError
 from common.checkpoints.loading import load, naming_checkpoint
 from common.checkpoints.reshard import load_resharded
 from common.checkpoints.saver import Saver
@@ -48,38 +50,35 @@ class Checkpoints:
             UserError: the checkpoint of `--resume PATH` is damaged, or the checkpoint has another format, or is of a
                 run with another configuration.
         """
-        resume = self.config.resume
-        if resume == "never":
+        if self.config.resume == "never":
             self._set_aside()
             return None
         self.store.clean()
-        if resume == "auto":
-            path = self.store.newest_whole(say)
-            if path is None:
-                self._check_not_completed()
-                self._set_aside(damaged=True)
-        else:
-            path = Path(resume)
-            if problems := self.store.problems(path):
-                raise UserError(f"--resume {resume}: {problems[0]}: name a whole checkpoint, or --resume auto")
-        if path is not None:
-            check_unchanged(self.config, self.data, self.pieces, read_state(path), path)
+        with self._advising():
+            path = self._newest() if self.config.resume == "auto" else self._named()
+            if path is not None:
+                check_unchanged(self.config, self.data, self.pieces, read_state(path), path)
         return path
 
     def restore(self, path: Path | None, state: TrainingState, tracker: RunLog) -> Saver:
-        """Load the checkpoint at `path`, if there is one, into `state`; returns what saves the run from there on."""
+        """Load the checkpoint at `path`, if there is one, into `state`; returns what saves the run from there on.
+
+        Raises:
+            UserError: the checkpoint does not fit this run.
+        """
         if is_main():
             self._completed_run().clear()
         if path is None:
             tracker.begin()
             return Saver(self.config, self.store, self._identity(), state, tracker)
-        values = read_state(path)
-        if values["world_size"] == world_size():
-            load(path, state)
-        else:
-            load_resharded(path, state, values, self.store, self.config.seed)
-        with naming_checkpoint(path):
-            state.load_state_dict(values["state_dict"])
+        with self._advising():
+            values = read_state(path)
+            if values["world_size"] == world_size():
+                load(path, state)
+            else:
+                load_resharded(path, state, values, self.store, self.config.seed)
+            with naming_checkpoint(path):
+                state.load_state_dict(values["state_dict"])
         tracker.begin(values["tracker"])
         say(f"resuming from {path}")
         saved = values["step"], path
@@ -94,6 +93,32 @@ class Checkpoints:
         if is_main():
             self._completed_run().record()
         self.store.delete()
+
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Within the context, the error of a checkpoint says how to go on without it."""
+        try:
+            yield
+        except CheckpointError as error:
+            cure = f"{error.cure}, or " if error.cure else ""
+            raise UserError(
+                f"{error}: {cure}go on from another checkpoint, --resume PATH, or start anew, --resume never"
+            ) from error.__cause__
+
+    def _newest(self) -> Path | None:
+        """The newest whole checkpoint, if there is one."""
+        path = self.store.newest_whole(say)
+        if path is None:
+            self._check_not_completed()
+            self._set_aside(damaged=True)
+        return path
+
+    def _named(self) -> Path:
+        """The checkpoint that --resume names. Raises UserError if it is not whole."""
+        path = Path(self.config.resume)
+        if problems := self.store.problems(path):
+            raise UserError(f"--resume {self.config.resume}: {problems[0]}: name a whole checkpoint, or --resume auto")
+        return path
 
     def _identity(self) -> dict[str, Any]:
         """The fields of state.json that say which run this is."""

@@ -39,7 +39,7 @@ def load_resharded(
 
     Raises:
         TrainingFailure: the joined parameters could not be written.
-        UserError: the checkpoint is not one of this run's models.
+        CheckpointError: the checkpoint is not one of this run's models.
     """
     sharded = [name for name, engine in state.engines.items() if engine.zero_optimization()]
     unsharded = store.scratch()

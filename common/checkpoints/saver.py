@@ -17,7 +17,7 @@ from common.checkpoints.state import STATE, rank_file
 from common.checkpoints.store import CheckpointStore, NotSaved
 from common.checkpoints.training_state import RunLog, TrainingState
 from common.config.groups import RunOptions
-from common.errors import Diverged
+from common.errors import Diverged, TooManySkips
 from common.runtime.distributed import is_main, rank, say
 from common.runtime.heartbeat import set_phase
 from common.runtime.program import stop_agreed
@@ -64,7 +64,8 @@ class Saver:
             TrainingFailure: the output directory has gone.
         """
         interval, done = self.config.save_interval, step if optimizer_steps is None else optimizer_steps
-        reason = stop_agreed(self.tracker.lost())
+        lost = self.tracker.lost()
+        reason = stop_agreed(lost and f"--output_dir {lost}")
         if self.state.last_step_applied():
             self.last_good_step = step
             if self.unconfirmed is not None:  # training has gone on well from it
@@ -101,15 +102,14 @@ class Saver:
             yield
         except Diverged as failure:
             good = self.store.newest_before(self.last_good_step)
-            raise Diverged(
-                f"{failure}; "
-                + (
-                    f"the last good checkpoint is {good}: go on from it with other settings and --resume {good} "
-                    "--resume_anyway"
-                    if good
-                    else "there is no checkpoint from before"
-                )
-            ) from None
+            limit = f"; --max_skipped_steps {failure.limit} allows no more" if isinstance(failure, TooManySkips) else ""
+            how_to_go_on = (
+                f"the last good checkpoint is {good}: go on from it with other settings and --resume {good} "
+                "--resume_anyway"
+                if good
+                else "there is no checkpoint from before"
+            )
+            raise Diverged(f"{failure}{limit}; {how_to_go_on}") from None
 
     def _how_to_go_on(self) -> str:
         if self.saved[1] is None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from common.errors import InputError
-from common.formats import check_format
+from common.checkpoints.errors import CheckpointError
+from common.formats import other_format
 
 STATE = "state.json"
 FORMAT = 1  # of state.json and of the files beside it; raised when older versions could not read them any more
@@ -40,7 +40,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file has other content; the message says what is wrong with it.
-        InputError: the checkpoint has another format than that of this version.
+        CheckpointError: the checkpoint has another format than that of this version.
     """
     try:
         values = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -48,9 +48,8 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError("it is nested too deep") from None
     if not isinstance(values, dict):
         raise ValueError("it is no object")
-    check_format(
-        values, FORMAT, path, "go on with the version that made it, or start anew with this one, --resume never"
-    )
+    if other := other_format(values, FORMAT):
+        raise CheckpointError(path, other, cure="use the version that made it")
     values.setdefault("pieces", {})  # earlier files have none
     _check_types(values, _FIELDS)
     _check_types(values["tracker"], _TRACKER_FIELDS)
@@ -70,7 +69,7 @@ def state_problems(path: Path) -> list[str]:
     """
     try:
         values = read_state(path)
-    except InputError:
+    except CheckpointError:
         return []
     except (OSError, ValueError) as error:
         return [f"{STATE} cannot be used: {getattr(error, 'strerror', None) or error}"]

@@ -20,8 +20,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from common.checkpoints.errors import CheckpointError
 from common.checkpoints.shard_writer import Shards
-from common.errors import UserError
 from common.runtime.distributed import barrier, gather_objects, is_main, rank, world_size
 
 MANIFEST = "manifest.json"
@@ -75,7 +75,7 @@ class CheckpointStore:
         """The newest checkpoint that is whole, or None; `say` is called with a warning about each that is not.
 
         Raises:
-            UserError: see `problems`.
+            CheckpointError: see `problems`.
         """
         for path in self._by_age():
             problems = self.problems(path)
@@ -89,7 +89,8 @@ class CheckpointStore:
         Empty if it is whole.
 
         Raises:
-            UserError: on all ranks alike, if a file cannot be read because of the disk: its content may be undamaged.
+            CheckpointError: on all ranks alike, if a file cannot be read because of the disk: its content may be
+                undamaged.
         """
         refused: list[str] = []
         try:
@@ -105,10 +106,7 @@ class CheckpointStore:
         everyone = gather_objects((problems, refused))
         for _, refusals in everyone:
             if refusals:
-                raise UserError(
-                    f"checkpoint {path} cannot be read: {refusals[0]}: see to the disk and start again, or "
-                    "go on from another, --resume PATH, or anew, --resume never"
-                )
+                raise CheckpointError(path, f"it cannot be read: {refusals[0]}", cure="see to the disk and start again")
         problems = sorted({problem for of_rank, _ in everyone for problem in of_rank})
         return problems or gather_objects(self.further_problems(path) if is_main() else [])[0]
 

@@ -27,9 +27,8 @@ from pathlib import PurePath
 from typing import Any
 
 from common.data.dialogues import make_prompt
-from common.data.errors import ColumnsError
+from common.data.errors import ColumnsError, UnknownLayoutError
 from common.data.examples import Example, Layout
-from common.data.hints import NAME_COLUMNS
 from common.data.layouts import (
     COMPARISONS,
     DEMONSTRATIONS,
@@ -43,7 +42,7 @@ from common.data.layouts import (
 from common.data.prompt_columns import as_question
 from common.data.records import Message
 from common.data.values import BadRow, clean_response, clean_text
-from common.errors import UserError, did_you_mean
+from common.errors import DataError, did_you_mean
 
 _CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
 
@@ -238,7 +237,8 @@ def choose_layout(
         rows: some of its rows, which decide where the columns alone do not.
 
     Raises:
-        UserError: no layout fits the columns, or none that fits gives that kind.
+        UnknownLayoutError: no layout fits the columns.
+        DataError: none that fits gives that kind.
     """
     named = named_layout(name)
     understood = [*([named] if named else []), *LAYOUTS, *_OTHERS]
@@ -252,10 +252,10 @@ def choose_layout(
     listed = ", ".join(sorted(columns)) or "none"
     if fitting:
         able = " and ".join(_PLURALS[given] for given in fitting[0].kinds)
-        raise UserError(
-            f"{label}: its columns ({listed}) give {able}, not {_PLURALS[kind]}, which need {described(kind)}"
+        raise DataError(
+            label, f"its columns ({listed}) give {able}, not {_PLURALS[kind]}, which need {described(kind)}"
         )
-    raise UserError(
-        f"{label}: unknown layout; columns found: {listed}; understood: {described()}, "
-        f"{', '.join(map(str, _OTHERS))}; {NAME_COLUMNS}"
+    raise UnknownLayoutError(
+        label,
+        f"unknown layout; columns found: {listed}; understood: {described()}, {', '.join(map(str, _OTHERS))}",
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import codecs
 import re
 
-from common.data.hints import LOOKS_WESTERN, NAME_ENCODING
+from common.data.errors import NotUnicodeError
 from common.data.kinds import is_binary
 from common.data.rows import FileFormat
-from common.errors import UserError
+from common.errors import DataError
 
 # The marks of UTF-32 begin with those of UTF-16.
 _MARKS = (
@@ -45,7 +45,8 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
         cut: whether the file is longer than `head`.
 
     Raises:
-        UserError: the file is not text, or it is not UTF-8 and `form` names no encoding.
+        DataError: the file is not text.
+        NotUnicodeError: it is not UTF-8, and `form` names no encoding.
     """
     for mark, name in _MARKS:
         if head.startswith(mark):
@@ -54,10 +55,8 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
         if ascii_text.match(head):
             return name
     if is_binary(head) and not form.encoding:
-        raise UserError(
-            f"{label}: it is no text: {head.count(0) / len(head):.0%} of its bytes are NUL; "
-            "is it damaged, or of another format?"
-        )
+        share = head.count(0) / len(head)
+        raise DataError(label, f"it is no text: {share:.0%} of its bytes are NUL; is it damaged, or of another format?")
     if head.isascii():
         return form.encoding or "utf-8"
     rows = [row for row in _ROWS.split(head)[: -1 if cut else None] if row.strip()]
@@ -68,9 +67,9 @@ def encoding_of(head: bytes, cut: bool, form: FileFormat, label: str) -> str:
     if form.encoding:
         return form.encoding
     if _is_western(invalid) and len(invalid) > _FEW * len(rows):
-        raise UserError(f"{label}: it is not UTF-8; {LOOKS_WESTERN}")
+        raise NotUnicodeError(label, "it is not UTF-8; it looks like Windows-1252", "cp1252")
     if len(invalid) > max(1, len(rows) / 2):
-        raise UserError(f"{label}: it is not UTF-8: {NAME_ENCODING}")
+        raise NotUnicodeError(label, "it is not UTF-8", "cp1251, gb18030, big5, shift_jis or euc_kr")
     return "utf-8"
 
 

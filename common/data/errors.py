@@ -33,6 +33,26 @@ class DataFieldError(DataError):
     """A key of the rows that a JSON file does not have."""
 
 
+class SeveralKeysError(DataError):
+    """A JSON file of one object with rows under several keys."""
+
+
+class UnknownLayoutError(DataError):
+    """A file whose columns fit no layout."""
+
+
+class NotUnicodeError(DataError):
+    """A text file that is not UTF-8, where no other encoding was named.
+
+    Args:
+        examples: names of encodings that it may have.
+    """
+
+    def __init__(self, file: str, why: str, examples: str):
+        super().__init__(file, why)
+        self.examples = examples
+
+
 class BadRowsError(DataError):
     """A source with more unusable rows than allowed."""
 

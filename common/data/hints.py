@@ -1,16 +1,12 @@
-"""Gives advice that names an option of the programs, for messages and log lines about rows and files.
+"""Gives advice that names an option of the programs, for notes about rows.
 
-The rest of this package raises errors without any option's name (see `common.data.errors`). The texts here are part of
-a longer message that is made where a file is read, far from the options.
+Errors name no option (see `common.data.errors`). But notes are printed, and kept with the prepared data, where
+rows are counted: no program adds anything to them.
 """
 
 from __future__ import annotations
 
-NAME_COLUMNS = "name others with --columns"
 USE_COLUMN = "--columns gives a column a meaning, as in --columns context=NAME, which puts it behind the question"
-CHOOSE_FIELD = "say which are meant with --data_field NAME"
-LOOKS_WESTERN = "it looks like Windows-1252: convert it, or --encoding cp1252"
-NAME_ENCODING = "convert it, or say what it is, such as --encoding cp1251, gb18030, big5, shift_jis or euc_kr"
 SPLIT_BY = "by which to split (--split_by)"
 HOLD_OUT_MORE = "raise --eval_fraction or give more data"
 TEXT_HAS_TEMPLATE = (

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, TextIO
 
-from common.data.errors import DataFieldError
-from common.data.hints import CHOOSE_FIELD
+from common.data.errors import DataFieldError, SeveralKeysError
 from common.data.json_cursor import COMMENTS, Broken, Cursor
 from common.data.rows import TOO_LONG, FileFormat, Note, Row, lines, row_of
 from common.errors import UserError, did_you_mean
@@ -210,7 +209,7 @@ def _object_rows(
             f"{label} is one JSON object without that key; it has {_named(members)}{did_you_mean(field, members)}",
         )
     if field is None and len(holding) > 1:
-        raise UserError(f"{label}: it is one JSON object with rows under {_named(holding)}: {CHOOSE_FIELD}")
+        raise SeveralKeysError(label, f"it is one JSON object with rows under {_named(holding)}")
     if field is None and not holding:
         yield from _table_rows(_read_whole(opened(), label), label)
         return

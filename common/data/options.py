@@ -17,10 +17,13 @@ from common.data.errors import (
     DataFieldError,
     NoEndTokenError,
     NothingToTrainOnError,
+    NotUnicodeError,
+    SeveralKeysError,
     SourceError,
     SplitByError,
     TemplateError,
     TooLongError,
+    UnknownLayoutError,
 )
 from common.data.rows import FileFormat
 from common.data.split import parse_data_split, parse_split_by
@@ -35,6 +38,13 @@ _FLAGS: dict[type[InputError], str] = {
     DataFieldError: "--data_field",
     TemplateError: "--template",
     NotWritable: "--data_output_path",
+}
+# The options that help against errors of each class.
+_ADVICE: dict[type[InputError], str] = {
+    BadRowsError: "; mend them, or raise --max_bad_rows",
+    UnknownLayoutError: "; name others with --columns",
+    SeveralKeysError: ": say which are meant with --data_field NAME",
+    NoEndTokenError: ": pass --add_eot_token (and --eot_token for its name)",
 }
 
 
@@ -138,8 +148,9 @@ def naming_flags(
     """
     try:
         yield
-    except BadRowsError as error:
-        raise UserError(f"{error}; mend them, or raise --max_bad_rows") from error.__cause__
+    except NotUnicodeError as error:
+        advice = f"convert it, or say what it is, such as --encoding {error.examples}"
+        raise UserError(f"{error}: {advice}") from error.__cause__
     except (TooLongError, NothingToTrainOnError) as error:
         flags = " and ".join(dict.fromkeys(map(source_flag, error.sources)))
         advice = (
@@ -150,10 +161,7 @@ def naming_flags(
         raise UserError(f"{flags} {error}{advice}") from error.__cause__
     except SourceError as error:
         raise UserError(f"{source_flag(error.source)} {error}") from error.__cause__
-    except NoEndTokenError as error:
-        raise UserError(f"{error}: pass --add_eot_token (and --eot_token for its name)") from error.__cause__
-    except (DataError, TemplateError, NotWritable) as error:
-        flag = next((flag for kind, flag in _FLAGS.items() if isinstance(error, kind)), None)
-        if flag is None:
-            raise
-        raise UserError(f"{flag} {error}") from error.__cause__
+    except (DataError, TemplateError, NoEndTokenError, NotWritable) as error:
+        flag = next((f"{flag} " for kind, flag in _FLAGS.items() if isinstance(error, kind)), "")
+        advice = next((advice for kind, advice in _ADVICE.items() if isinstance(error, kind)), "")
+        raise UserError(f"{flag}{error}{advice}") from error.__cause__

@@ -15,7 +15,7 @@ from common.data.errors import NoEndTokenError
 from common.data.records import Prompt, Response
 from common.data.templates import CHAT, Piece, Template, get_template
 from common.data.trial import try_template, try_tokenizer
-from common.errors import UserError, reason_of
+from common.errors import ModelError, UserError, reason_of, refuse_own_code
 from common.paths import unreachable_hub
 
 # Each usual normalizer and pre-tokenizer changes something in this text: case, accents (composed and not),
@@ -39,16 +39,17 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     The choice of that token depends on the tokenizer alone, so models that share a tokenizer share it too.
 
     Raises:
-        UserError: there is no usable tokenizer at `name_or_path`.
+        ModelError: there is no usable tokenizer at `name_or_path`.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a missing or damaged file can raise almost any type
+        refuse_own_code(name_or_path, error)
         reason = unreachable_hub(error) or reason_of(error)
-        raise UserError(f"cannot load the tokenizer of {name_or_path}: {reason}") from error
+        raise ModelError(name_or_path, f"the tokenizer cannot be loaded: {reason}") from error
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         # transformers creates an empty tokenizer for a model that has a config but no tokenizer files.
-        raise UserError(f"{name_or_path} holds no tokenizer: put its files into the model's directory")
+        raise ModelError(name_or_path, "it holds no tokenizer: put its files into the model's directory")
     try_tokenizer(tokenizer, name_or_path)
     _separate_padding(tokenizer)
     return tokenizer

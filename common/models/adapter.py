@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from common.errors import ModelError
+from common.errors import AdapterError, ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -15,20 +15,20 @@ def holds_adapter(directory: Path) -> bool:
     return (directory / ADAPTER_CONFIG).is_file()
 
 
-def refuse_adapter(directory: Path, cure: str) -> None:
-    """Raises ModelError if the directory holds an adapter; `cure` says how to get the adapter merged."""
+def refuse_adapter(directory: Path) -> None:
+    """Raises AdapterError if the directory holds an adapter."""
     if not holds_adapter(directory):
         return
     if (directory / "config.json").is_file():
-        raise ModelError(
+        raise AdapterError(
             directory,
             f"an adapter ({ADAPTER_CONFIG}) lies beside the whole model, which may or may not have it merged already: "
-            f"{cure}, or move the adapter's files elsewhere to take the model alone",
+            "move the adapter's files elsewhere to take the model alone",
         )
-    raise ModelError(
+    raise AdapterError(
         directory,
         "it is an adapter without its base model: make one model of them with "
-        f"`python inference/merge_lora.py --path {directory} --output_dir MERGED`, or {cure}",
+        f"`python inference/merge_lora.py --path {directory} --output_dir MERGED`",
     )
 
 

@@ -54,7 +54,7 @@ def check_model_name(name: str, merge_adapter: bool = False) -> None:
     if path.is_dir():
         if merge_adapter and holds_adapter(path):
             return
-        refuse_adapter(path, "add --merge_adapter")
+        refuse_adapter(path)
         config = path / "config.json"
         if not config.is_file():
             raise ModelError(name, "the directory holds no config.json, so it is no Hugging Face model")

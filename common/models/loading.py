@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from common.data.tokenization import Codec
-from common.errors import ModelError, UserError, reason_of
+from common.errors import ModelError, UserError, reason_of, refuse_own_code
 from common.models.added_token import start_row
 from common.models.calibration import RAW
 from common.models.checks import check_finite
@@ -166,6 +166,7 @@ def explained(source: str | Path) -> Iterator[None]:
             "its weights are a pickle that holds more than tensors, which could run code: convert them to safetensors",
         ) from error
     except Exception as error:  # a missing or damaged file may raise anything, deep in the libraries
+        refuse_own_code(source, error)
         reason = unreachable_hub(error) or reason_of(error)
         if "ignore_mismatched_sizes" in reason:
             reason = (

@@ -9,10 +9,10 @@ import os
 import resource
 import sys
 from importlib.util import find_spec
-from os.path import join, relpath
-from pathlib import Path
+from os.path import relpath
 from typing import NoReturn
 
+from common.paths import ROOT
 from common.runtime.streams import reopen_closed
 
 # Whatever installs these installs the rest. A package that is installed but broken keeps its own ImportError.
@@ -47,8 +47,7 @@ def require_environment() -> None:
     reopen_closed()
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
-        root = Path(__file__).resolve().parents[2]
-        script = relpath(join(root, "launch", "environment.sh"))
+        script = relpath(ROOT / "launch" / "environment.sh")
         _exit_with_error(f"{sys.executable} has no {', '.join(missing)}: run `source {script}` first")
     _require_open_files()
 

@@ -37,6 +37,7 @@ from common.training.engine import (
 from common.training.loop import SupervisedLoop
 from common.training.memory import MAX_TOKENS, advising_on_memory, fit_micro_batches, named_when_out_of_memory
 from common.training.metrics import Metrics
+from common.training.optim import CannotCompile
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Input
         task.check_model(source)
     with named_by("--max_seq_len is too large for --model_name_or_path", {source: config.model_name_or_path}):
         check_length(source, config.max_seq_len, config.trust_remote_code)
-    codec = open_codec(config, source, "--model_name_or_path")
+    with named_by("--model_name_or_path", {source: config.model_name_or_path}):
+        codec = open_codec(config, source)
     with config.naming_flags():
         data = task.prepare(codec)
     say_data(data)
@@ -120,7 +122,8 @@ def build_engine(
                 seed=config.seed,
                 base_name=inputs.source if config.merge_adapter else config.model_name_or_path,
             )
-    return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
+    with named_by("--offload needs", kind=CannotCompile):
+        return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
 
 
 def build(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import DIVERGED, Diverged
+from common.errors import TooManySkips
 from common.runtime.distributed import gather_objects, global_sum, say
 from common.training.engine import Engine, MicroBatch, TrainedEngine, accumulate
 from common.training.gradients import discard_gradients
@@ -88,7 +88,7 @@ class AtomicStep:
         """Discard the gradients, after `finite_on_all_ranks` has returned False.
 
         Raises:
-            Diverged: on all ranks alike, if `limit` optimizer steps in a row have been skipped now.
+            TooManySkips: on all ranks alike, if `limit` optimizer steps in a row have been skipped now.
         """
         here, anywhere = self._not_finite_here, self._not_finite_anywhere
         self.skipped += 1
@@ -130,9 +130,7 @@ class AtomicStep:
         problem = f"the {name} on rank {', '.join(map(str, ranks))} is not finite"
         say(f"warning: {problem}: this optimizer step is skipped, {self.consecutive_skips} in a row now")
         if self.consecutive_skips >= self._limit:
-            raise Diverged(
-                f"{problem}: optimizer steps skipped in a row reach --max_skipped_steps {self._limit}: {DIVERGED}"
-            )
+            raise TooManySkips(problem, self._limit)
 
 
 def searches_loss_scale(engine: Engine) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.config.groups import ScheduleOptions
-from common.errors import UserError
+from common.errors import InputError
 from common.runtime.distributed import on_every_rank, on_gpu, say
 from common.training.learning_rate import fraction_of_peak
 
@@ -48,21 +48,25 @@ def build_optimizer(groups: list[dict[str, Any]], offload: bool) -> torch.optim.
     return torch.optim.AdamW(groups, betas=BETAS, fused=on_gpu())
 
 
+class CannotCompile(InputError):
+    """A kernel that is not compiled yet, and that cannot be compiled here."""
+
+
 def cpu_adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """DeepSpeed's AdamW for CPUs.
 
     Raises:
-        UserError: its kernel is not compiled yet, and no compiler is installed.
+        CannotCompile: its kernel is not compiled yet, and no compiler is installed.
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     try:
         return DeepSpeedCPUAdam(groups, betas=BETAS, adamw_mode=True)
     except RuntimeError as error:
-        raise UserError(
-            "--offload needs DeepSpeed's optimizer for CPUs, which cannot be compiled here: install a C++ "
-            "compiler and ninja (on Debian and Ubuntu: apt install g++ ninja-build), or leave --offload "
-            f"out ({error.__cause__ or error})"
+        raise CannotCompile(
+            "DeepSpeed's optimizer for CPUs",
+            "it cannot be compiled here: install a C++ compiler and ninja (on Debian and Ubuntu: apt install g++ "
+            f"ninja-build), or leave the option out ({error.__cause__ or error})",
         ) from error
 
 

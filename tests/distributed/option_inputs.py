@@ -14,7 +14,7 @@ from datasets.arrow_writer import ArrowWriter
 from common.artifacts.compatibility import text_of
 from common.artifacts.provenance import Provenance
 from common.data.tokenization import load_tokenizer, make_codec
-from common.models.lora import add_lora, save_adapter
+from tests.adapters import write_adapter
 from tests.architectures import build_model
 
 TEMPLATE = "human_assistant"
@@ -131,16 +131,7 @@ def _calibrate(reward_model: Path, directory: Path) -> None:
 def _adapt(model: Path, directory: Path) -> None:
     """The model, with an adapter of it in its directory."""
     shutil.copytree(model, directory)
-    adapted = add_lora(
-        hf.AutoModelForCausalLM.from_pretrained(model),
-        dim=2,
-        alpha=4,
-        dropout=0.0,
-        modules="auto",
-        base_name=str(model),
-        seed=0,
-    )
-    save_adapter(adapted, adapted.state_dict(), directory)
+    write_adapter("causal", model, directory)
 
 
 def _pair(number: int) -> dict[str, str]:

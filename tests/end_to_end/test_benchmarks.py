@@ -19,7 +19,8 @@ ALWAYS = {
     "padding_share",
     "peak_resident_mib",
 }
-TRAINED = ("--max_seq_len", "256", "--steps", "2", "--rounds", "1", "--per_device_train_batch_size", "4")
+# The plain way pads to a length that few rows have, and few rows share a micro-batch: much of it is padding.
+TRAINED = ("--max_seq_len", "768", "--steps", "2", "--rounds", "1", "--per_device_train_batch_size", "2")
 MODEL = ("--model_name_or_path", "random:opt-2x32")
 SMALL = (
     "--actor_model_name_or_path",
@@ -79,7 +80,7 @@ def test_preparation_is_measured_at_the_first_start_and_the_second(tmp_path):
 @pytest.mark.parametrize("program", ["sft", "reward"])
 def test_training_is_compared_with_equal_losses(bench, program, ranks, stage):
     lines = bench(program, *MODEL, *TRAINED, "--zero_stage", str(stage), ranks=ranks)
-    assert lines["product"]["padding_share"] < lines["plain"]["padding_share"]
+    assert lines["product"]["padding_share"] < lines["plain"]["padding_share"] - 0.1
     assert lines["product"]["loss"] > 0
 
 

@@ -5,11 +5,11 @@ import pty
 import select
 import subprocess
 import sys
-from pathlib import Path
 
+from common.paths import ROOT
 from tests.chat_model import AGAIN, ANSWERS, CAPITAL, RED, SING, one_line
 
-PROGRAM = str(Path(__file__).resolve().parents[2] / "inference" / "chatbot.py")
+PROGRAM = str(ROOT / "inference" / "chatbot.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 DEADLINE = 120  # seconds; only a chatbot that hangs comes near
 

@@ -1,5 +1,7 @@
 """The cases of `number_cases.py`."""
 
+from common.errors import DIVERGED
+
 # Name: step, where the NaN arises, ZeRO stage, dtype, LoRA, offload.
 ENGINES = {
     f"{step}-{where.replace(' ', '-')}-zero{stage}-{dtype}{'-lora' if lora else ''}{'-offload' if offload else ''}": (
@@ -40,29 +42,37 @@ _SAVING = "--save_interval 1 --keep_checkpoints 1 --num_train_epochs 4"
 _SFT = f"{_SAVING} --per_device_train_batch_size 2 --max_skipped_steps 2"
 _PPO = f"{_SAVING} --num_train_epochs 8 --per_device_training_batch_size 4 --max_skipped_steps 2"
 _RUNAWAY = "--actor_learning_rate 0.1 --kl_coef 0 --num_warmup_steps 8"
-_ENOUGH = "on rank 1 is not finite: optimizer steps skipped in a row reach --max_skipped_steps"
+
+
+def _skipped(times: int) -> str:
+    return (
+        f"on rank 1 is not finite: {times} optimizer steps in a row are skipped: {DIVERGED}; --max_skipped_steps "
+        f"{times} allows no more"
+    )
+
+
 # Name: step, flags, what is poisoned, what is said, the checkpoints that are left.
 RUNS = {
-    "loss": ("sft", f"{_SFT} --zero_stage 3", "loss", f"the loss {_ENOUGH} 2", ["step-2", "step-3"]),
+    "loss": ("sft", f"{_SFT} --zero_stage 3", "loss", f"the loss {_skipped(2)}", ["step-2", "step-3"]),
     "first": (
         "reward",
         "--max_skipped_steps 1 --save_interval 0 --num_train_epochs 4",
         "gradient",
-        f"the model gradient {_ENOUGH} 1",
+        f"the model gradient {_skipped(1)}",
         [],
     ),
     "value-loss": (
         "ppo",
         f"{_PPO} --critic_zero_stage 2",
         "critic loss",
-        f"the value loss {_ENOUGH} 2",
+        f"the value loss {_skipped(2)}",
         ["step-2", "step-3"],
     ),
     "actor-gradient": (
         "ppo",
         f"{_PPO} --actor_zero_stage 3 --dtype bf16",
         "actor gradient",
-        f"the actor gradient {_ENOUGH} 2",
+        f"the actor gradient {_skipped(2)}",
         ["step-2", "step-3"],
     ),
     "kl": (

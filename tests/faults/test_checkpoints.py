@@ -76,7 +76,8 @@ def test_a_checkpoint_that_would_run_code_is_refused(case, found, output):
         harmful = torch.serialization.get_unsafe_globals_in_checkpoint(checkpoint / name)
         assert ("posix.mkdir" in harmful) == (case == "hostile-weights" or name == OPTIMIZER)
     for error in found[case]["errors"]:
-        assert f"{checkpoint}/model holds more than data" in error and "\n" not in error and "mkdir" in error
+        assert f"{checkpoint}/model: it holds more than data" in error and "\n" not in error and "mkdir" in error
+        assert "--resume never" in error
     assert not (output / case / "canary").exists()
 
 

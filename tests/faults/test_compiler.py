@@ -45,8 +45,10 @@ def test_programs_run_without(bare, tmp_path):
 def test_what_must_be_compiled_says_what_to_install(bare):
     program = (
         "import torch; from common.runtime.program import prepare_environment; prepare_environment()\n"
-        "from common.errors import UserError; from common.training.optim import cpu_adam\n"
-        "try: cpu_adam([{'params': [torch.nn.Parameter(torch.ones(3))], 'lr': 1e-3, 'weight_decay': 0.0}])\n"
+        "from common.errors import UserError, named_by; from common.training.optim import cpu_adam\n"
+        "try:\n"
+        " with named_by('--offload needs'):\n"
+        "  cpu_adam([{'params': [torch.nn.Parameter(torch.ones(3))], 'lr': 1e-3, 'weight_decay': 0.0}])\n"
         "except UserError as error: print('error:', error)\n"
     )
     done = subprocess.run(

@@ -153,7 +153,7 @@ def test_code_in_a_model_directory_never_runs_unasked(program, flag, model, bomb
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2
     assert line == (
-        f"error: {flag} {model}: the model cannot be loaded: it comes with code of its own, which runs "
-        "only with --trust_remote_code"
+        f"error: {flag} {model}: it comes with code of its own, which runs only where that is allowed: add "
+        "--trust_remote_code"
     )
     assert not bomb.canary.exists()

@@ -70,7 +70,7 @@ def test_a_second_run_is_refused_and_the_first_goes_on(run, tmp_path):
         assert second.wait(timeout=120) == 2, (tmp_path / name).read_text()
         assert "Traceback" not in (tmp_path / name).read_text()
     assert re.fullmatch(
-        f"error: --output_dir {output} is in use by process {rank_0} on {socket.gethostname()} since "
+        f"error: --output_dir {output}: it is in use by process {rank_0} on {socket.gethostname()} since "
         r"[-0-9]+ [:0-9]+: wait until that run has ended, or choose another directory",
         error(tmp_path / "same directory"),
     )

@@ -6,14 +6,13 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from common.artifacts.model_source import resolve_model
 from common.artifacts.provenance import read_provenance
 from common.data.tokenization import load_tokenizer, make_codec
-from common.errors import UserError
+from common.errors import UserError, named_by
 from common.models.loading import load_causal_lm, load_scalar_model
-from common.models.lora import add_lora, save_adapter
 from common.paths import writing_to
 from inference.loading import load_actor, load_reward_model
 from inference.merge_lora import main as merge_lora
@@ -21,34 +20,10 @@ from inference.options import LoadOptions
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
+from tests.adapters import base_model, write_adapter
 from tests.chat_model import provenance_of
 
 IDS = torch.arange(10, 30)[None]
-
-
-def base_model(kind, directory):
-    torch.manual_seed(5)  # of a new score head
-    if kind == "reward":
-        return AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1)
-    return AutoModelForCausalLM.from_pretrained(directory)
-
-
-def write_adapter(kind, base, directory) -> None:
-    """One that changes its base visibly."""
-    model = add_lora(
-        base_model(kind, base),
-        dim=4,
-        alpha=8,
-        dropout=0.0,
-        modules="auto",
-        base_name=str(base),
-        seed=3,
-    )
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or name.startswith("score"):
-            torch.nn.init.normal_(parameter, std=0.2)
-    save_adapter(model, model.state_dict(), directory)
 
 
 @pytest.fixture(params=["causal", "reward"])
@@ -109,7 +84,7 @@ def test_every_program_refuses_a_model_directory_with_an_adapter(model_with_adap
                 *output,
             ],
         ),
-        refusal(load_actor, str(model_with_adapter), LoadOptions()),
+        refusal(named_by("--path")(load_actor), str(model_with_adapter), LoadOptions()),
     ):
         assert str(model_with_adapter) in said and "adapter_config.json" in said and "--merge_adapter" in said
     assert not (tmp_path / "out").exists()
@@ -133,13 +108,22 @@ def test_it_is_laid_over_the_model_beside_it_when_asked_for(model_with_adapter, 
 
 def test_an_adapter_without_a_model_is_refused_with_advice_or_merged(alone, chat_model, tmp_path):
     kind, directory = alone
-    said = refusal(resolve_model, str(directory), tmp_path / "cache")
+    said = refusal(named_by("--model_name_or_path")(resolve_model), str(directory), tmp_path / "cache")
     assert "inference/merge_lora.py" in said and "--merge_adapter" in said and str(directory) in said
     source = resolve_model(str(directory), tmp_path / "cache", merge_adapter=True)
     torch.testing.assert_close(computed(kind, source), together(kind, chat_model, directory), rtol=1e-4, atol=1e-4)
     assert read_provenance(source) == read_provenance(directory)
     load = {"causal": load_actor, "reward": load_reward_model}[kind]
     load(str(directory), LoadOptions())  # inference has always merged it
+
+
+@pytest.mark.parametrize("alone", ["causal"], indirect=True)
+def test_the_merged_model_is_called_in_errors_what_the_user_called_it(alone, tmp_path):
+    argv = ["--model_name_or_path", str(alone[1]), "--merge_adapter", "--template", "alpaca", "--dtype", "fp32"]
+    argv += ["--data_output_path", str(tmp_path / "cache"), "--data_path", "builtin:courtesy"]
+    said = refusal(step1, [*argv, "--output_dir", str(tmp_path / "out")])
+    assert said.startswith(f"--model_name_or_path {alone[1]}: it was trained with template 'question_answer', but ")
+    assert str(tmp_path / "cache") not in said
 
 
 def test_it_is_merged_once_until_the_adapter_changes(alone, tmp_path):

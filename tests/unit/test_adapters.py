@@ -178,7 +178,7 @@ def test_rows_that_cannot_be_used_say_why(row, kind, why):
 
 
 def test_an_unknown_layout_lists_what_is_there_and_what_is_understood():
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error, naming_flags():
         record({"frage": "q", "antwort": "a"}, "demonstration")
     for part in (
         "data.jsonl",

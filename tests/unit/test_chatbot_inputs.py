@@ -122,7 +122,7 @@ def adapter_without_its_base(model, target):
         (no_weights, "cannot be loaded"),
         (weights_of_another_shape, "shapes differ"),
         (a_pickle_that_runs_code, "pickle"),
-        (code_of_its_own, "cannot be loaded"),
+        (code_of_its_own, "with code of its own, which runs only where that is allowed: add --trust_remote_code"),
         (no_tokenizer, "tokenizer"),
         (another_tokenizer, "tokenizer"),
         (broken_provenance, "damaged"),

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
+from common.checkpoints.errors import CheckpointError
 from common.checkpoints.shard_writer import Shards
 from common.checkpoints.store import MANIFEST, PARTIAL, POINTER, CheckpointStore, NotSaved
-from common.errors import UserError
 
 SHARD = "actor/engine/shard"
 
@@ -62,11 +62,11 @@ def test_a_read_error_does_not_count_as_damage(store):
     shard.symlink_to("/proc/self/mem")  # whose reading is an I/O error
     manifest = store.directory / "step-20" / MANIFEST
     manifest.write_text(manifest.read_text().replace(str(size), "0"))
-    with pytest.raises(UserError, match=f"{SHARD}: Input/output error.* --resume"):
+    with pytest.raises(CheckpointError, match=f"step-20: it cannot be read: {SHARD}: Input/output error"):
         newest(store)
     manifest.unlink()
     manifest.symlink_to("/proc/self/mem")
-    with pytest.raises(UserError, match=f"{MANIFEST}: Input/output error"):
+    with pytest.raises(CheckpointError, match=f"{MANIFEST}: Input/output error"):
         newest(store)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from common.paths import ROOT
+
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 # What the script that pip installs for a command does.
 START = "import sys; from {module} import {function}; sys.argv[0] = {name!r}; sys.exit({function}())"

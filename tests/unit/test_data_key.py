@@ -20,11 +20,11 @@ from common.data.prepared_files import READY
 from common.data.request import data_key
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError
+from common.paths import ROOT
 from step1_sft.config import SFTConfig
 from tests.preparation import pairs, request, write
 from tests.tokenizers_built import byte_level_bpe
 
-ROOT = Path(__file__).parents[2]
 OF_A_COPY = """
 import sys
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""The documents: short where they must be, and true of the tree: links, files, options."""
+"""Documents and programs are short where they must be; documents are true of the tree: links, files, options."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -7,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from common.config.parser import Config, options
+from common.paths import ROOT
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 ARCHITECTURE = ROOT / "docs/architecture.md"
@@ -108,6 +109,13 @@ def test_what_may_change_on_resume_is_listed():
         if option.may_change_on_resume and not option.ignored
     }
     assert listed == may_change
+
+
+@pytest.mark.parametrize("step", ["step1_sft", "step2_reward", "step3_ppo"])
+def test_the_main_of_each_step_fits_on_a_screen(step):
+    tree = ast.parse((ROOT / step / "main.py").read_text(encoding="utf-8"))
+    (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    assert main.end_lineno is not None and main.end_lineno - main.lineno + 1 <= 40
 
 
 def subclasses(parent: type) -> list[type]:

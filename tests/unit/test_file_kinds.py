@@ -41,7 +41,7 @@ def read(path, form=FileFormat()):
 
 
 def refusal(path, form=FileFormat()) -> str:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error, naming_flags():
         read(path, form)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
     return str(error.value)
@@ -72,7 +72,7 @@ def test_another_encoding_is_named_and_can_be_given(tmp_path, name, text):
     content = text.encode("cp1252")
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert refusal(tmp_path / name) == (
-        f"{name}: it is not UTF-8; it looks like Windows-1252: convert it, or --encoding cp1252"
+        f"{name}: it is not UTF-8; it looks like Windows-1252: convert it, or say what it is, such as --encoding cp1252"
     )
     assert read(tmp_path / name, FileFormat(encoding="cp1252")) == ROWS
 

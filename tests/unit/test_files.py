@@ -20,6 +20,7 @@ from common.data.blend import SourceSpec
 from common.data.files import MAX_ROW_BYTES, read_rows
 from common.data.reading import ReadReport, read_records
 from common.errors import UserError
+from common.paths import ROOT
 from tests.json_strategies import json_values, texts
 
 ROWS = [{"prompt": f'Question {n}? \u00e9\n"quoted", [a] {{b}}', "response": f"Answer {n}"} for n in range(700)]
@@ -146,7 +147,7 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path):
         [sys.executable, "-c", program, str(path)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     assert run.stdout.strip() == "['line longer than 8 MiB', None]", run.stderr

@@ -5,7 +5,6 @@ import json
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +17,7 @@ from common.data.options import naming_flags
 from common.data.reading import ReadReport, fingerprint, read_records
 from common.data.rows import FileFormat
 from common.errors import UserError
+from common.paths import ROOT
 from tests.json_strategies import json_values, texts
 
 ROWS = [{"prompt": f"Question {n}? \u00e9\n[{{", "response": f"Answer {n}"} for n in range(12)]
@@ -97,7 +97,7 @@ def test_one_row_is_a_row(tmp_path):
 def test_the_key_of_the_rows_is_told_or_asked_for(tmp_path):
     path = tmp_path / "data.json"
     text = json.dumps({"version": "1", "train": ROWS[:4], "test": ROWS[4:]}, indent=1)
-    with pytest.raises(UserError, match=r"data.json: .* 'train', 'test': .*--data_field") as error:
+    with pytest.raises(UserError, match=r"data.json: .* 'train', 'test': .*--data_field") as error, naming_flags():
         read(path, text)
     assert "\n" not in str(error.value)
     assert read(path, text, FileFormat("test"))[0] == ROWS[4:]
@@ -198,7 +198,7 @@ def test_rows_under_a_key_do_not_fill_the_memory(tmp_path):
         [sys.executable, "-c", program, str(path)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     assert run.stdout.strip() == str(512 * 2**20), run.stderr

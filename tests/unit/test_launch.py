@@ -15,13 +15,13 @@ import yaml
 from packaging.requirements import Requirement
 
 from common.config.parser import Config, parse
+from common.paths import ROOT
 from launch import check_flags
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from tests.launching import environment
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "launch/recipes").rglob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci/run"])

@@ -8,43 +8,23 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from common.artifacts.provenance import read_provenance
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
-from common.models.lora import add_lora, save_adapter
 from inference.loading import load_actor, load_reward_model
 from inference.merge_lora import main
 from inference.options import LoadOptions
+from tests.adapters import CLASSES, base_model, with_adapter, write_adapter
 from tests.chat_model import CAPITAL, prompt_of, provenance_of
-
-CLASSES = {"causal": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
-
-
-def base_model(kind: str, directory):
-    torch.manual_seed(5)  # of a new score head
-    return CLASSES[kind].from_pretrained(directory, **({"num_labels": 1} if kind == "reward" else {}))
 
 
 @pytest.fixture(params=CLASSES)
 def adapter(request, chat_model, tmp_path):
     """(kind, directory) of an adapter that changes its base visibly, in a step's output directory."""
-    model = add_lora(
-        base_model(request.param, chat_model),
-        dim=4,
-        alpha=8,
-        dropout=0.0,
-        modules="auto",
-        base_name=str(chat_model),
-        seed=3,
-    )
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or name.startswith("score"):
-            torch.nn.init.normal_(parameter, std=0.2)
     directory = tmp_path / "output" / "adapter"
-    save_adapter(model, model.state_dict(), directory)
+    write_adapter(request.param, chat_model, directory)
     codec = make_codec(load_tokenizer(str(chat_model)), "question_answer")
     provenance_of(codec, "reward" if request.param == "reward" else "sft").write(tmp_path / "output")
     return request.param, directory
@@ -123,17 +103,7 @@ def test_a_base_that_is_nowhere_can_be_named_with_a_flag(base, adapter, tmp_path
 def test_a_base_given_relative_to_the_working_directory_is_found_from_any_other(chat_model, tmp_path, monkeypatch):
     monkeypatch.chdir(chat_model.parent)
     relative = chat_model.name
-    model = add_lora(
-        base_model("causal", chat_model),
-        dim=2,
-        alpha=4,
-        dropout=0.0,
-        modules="auto",
-        base_name=relative,
-        seed=3,
-    )
-    directory = tmp_path / "output" / "adapter"
-    save_adapter(model, model.state_dict(), directory)
+    write_adapter("causal", relative, tmp_path / "output" / "adapter")
     codec = make_codec(load_tokenizer(relative), "question_answer")
     replace(provenance_of(codec, "sft"), base=relative).write(tmp_path / "output")
 
@@ -146,15 +116,7 @@ def test_a_base_given_relative_to_the_working_directory_is_found_from_any_other(
 
 @pytest.mark.parametrize("base", ["facebook/opt-1.3b", "builtin:tiny-opt"])
 def test_a_base_that_is_no_directory_is_recorded_as_given(base, chat_model, tmp_path):
-    model = add_lora(
-        base_model("causal", chat_model),
-        dim=2,
-        alpha=4,
-        dropout=0.0,
-        modules="auto",
-        base_name=base,
-        seed=3,
-    )
+    model = with_adapter(base_model("causal", chat_model), base)
     assert model.lora_config.base_model_name_or_path == base
     replace(provenance_of(make_codec(load_tokenizer(str(chat_model)), "alpaca"), "sft"), base=base).write(tmp_path)
     assert read_provenance(tmp_path).base == base

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from common.batching.bin_packing import balanced, best_fit, packed
 from common.batching.collate import block_causal_mask, collate_demonstrations
-from common.batching.sampler import MicroBatch, StepSampler
+from common.batching.sampler import MicroBatch
+from tests.sampling import ranks, real_rows
 
 some_sizes = st.lists(st.integers(1, 100), max_size=60)
 capacities = st.integers(1, 150)
@@ -63,27 +64,13 @@ small = st.integers(1, 3)
 @given(lengths_of_rows, small, small, small, st.integers(60, 120), st.sampled_from([0, 30, 60, 250]))
 def test_packing_changes_how_a_step_is_cut_and_not_its_rows(lengths, rows, micro_batches, world_size, width, tokens):
     def steps(**packing):
-        samplers = [
-            StepSampler(
-                lengths,
-                rows_per_micro_batch=rows,
-                micro_batches_per_step=micro_batches,
-                world_size=world_size,
-                rank=rank,
-                seed=0,
-                **packing,
-            )
-            for rank in range(world_size)
-        ]
-        return list(zip(*(sampler.epoch(0) for sampler in samplers)))
+        return list(zip(*ranks(lengths, rows, micro_batches, world_size, **packing)))
 
-    def real_rows(step):
-        return sorted(
-            row for of_rank in step for batch in of_rank for row, real in zip(batch.indices, batch.real) if real
-        )
+    def rows_of(step):
+        return sorted(row for batches in step for row in real_rows(batches))
 
     plain, found = steps(), steps(pack_to=width, max_tokens=tokens)
-    assert [real_rows(step) for step in found] == [real_rows(step) for step in plain]
+    assert [rows_of(step) for step in found] == [rows_of(step) for step in plain]
     for step in found:
         assert len({len(of_rank) for of_rank in step}) == 1
         assert len(step[0]) <= micro_batches or tokens

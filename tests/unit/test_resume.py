@@ -204,7 +204,7 @@ def test_a_checkpoint_of_another_format_is_not_passed_over(number, age, tmp_path
     replaced(path, "state.json", json.dumps(state).encode())
     said = (
         f"{path}: it has format {number or 0}, an? {age} one than format {FORMAT} of this version: "
-        "go on with the version that made it, or start anew with this one, --resume never"
+        "use the version that made it, or go on from another checkpoint, --resume PATH, or start anew, --resume never"
     )
     for flags in ((), ("--resume", str(path))):
         with pytest.raises(UserError, match=said):
@@ -308,10 +308,21 @@ def test_a_damaged_rank_file_is_named_and_the_checkpoint_before_is_used(content,
     assert f"{newest} is not whole ({why}" in line
 
 
+def test_a_checkpoint_that_the_disk_does_not_give_is_not_passed_over(tmp_path):
+    """The disk may give it later; a run that goes on from the one before would delete it."""
+    saved(tmp_path, 7)
+    path = saved(tmp_path, 9)
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").symlink_to("/proc/self/mem")  # whose reading is an I/O error
+    said = f"{path}: it cannot be read: .*: see to the disk and start again, or .* --resume PATH, .* --resume never"
+    with pytest.raises(UserError, match=said):
+        checkpoints(tmp_path).find()
+
+
 @pytest.mark.parametrize("values", [{}, {"skipped": "many"}, {"skipped": {}, "consecutive_skips": []}])
 def test_a_state_dict_of_another_kind_is_one_error_line(values, tmp_path):
     manager = checkpoints(tmp_path)
     path = saved(tmp_path, 7, manager, state_dict=values)
     state = TrainingState({}, load_state_dict=lambda state: int(state["skipped"]) + int(state["consecutive_skips"]))
-    with pytest.raises(UserError, match=f"{path} does not hold what this run needs .*--resume never"):
+    with pytest.raises(UserError, match=f"{path}: it does not hold what this run needs .*--resume never"):
         manager.restore(path, state, Tracker(tmp_path / "out", tensorboard=False))

@@ -10,33 +10,10 @@ from hypothesis import strategies as st
 from common.batching.sampler import MicroBatch, StepSampler, evaluation_batches, token_budget_batches
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
+from tests.sampling import ranks, real_rows
 
 some_lengths = st.lists(st.integers(1, 500), min_size=1, max_size=150)
 small = st.integers(1, 4)
-
-
-def ranks(
-    lengths, rows, micro_batches, world_size, seed=0, epoch=0, max_tokens=0, group_by_length=False
-) -> list[list[list[MicroBatch]]]:
-    """An epoch as every rank sees it: [rank][step][micro-batch]."""
-    samplers = [
-        StepSampler(
-            lengths,
-            rows_per_micro_batch=rows,
-            micro_batches_per_step=micro_batches,
-            world_size=world_size,
-            rank=rank,
-            seed=seed,
-            max_tokens=max_tokens,
-            group_by_length=group_by_length,
-        )
-        for rank in range(world_size)
-    ]
-    return [sampler.epoch(epoch) for sampler in samplers]
-
-
-def real_rows(batches) -> list[int]:
-    return [row for batch in batches for row, real in zip(batch.indices, batch.real) if real]
 
 
 def step_rows(seen) -> list[Counter]:

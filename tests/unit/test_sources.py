@@ -15,11 +15,9 @@ from common.data.options import naming_flags
 from common.data.reading import fingerprint
 from common.data.sources import hub_source, open_source
 from common.errors import UserError
-from common.paths import unreachable_hub
+from common.paths import ROOT, unreachable_hub
 from step1_sft.config import SFTConfig
 from step3_ppo.config import PPOConfig
-
-ROOT = Path(__file__).parents[2]
 
 
 def lines(path: Path, *prompts: str) -> Path:
