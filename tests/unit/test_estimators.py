@@ -17,7 +17,8 @@ RLOO = ["--advantage", "rloo", "--answers_per_prompt", "2"]
 def own(monkeypatch) -> Estimator:
     """An estimator of a user's own; the registry is as before after the test."""
     monkeypatch.setattr("step3_ppo.advantages.ESTIMATORS", known := dict(ESTIMATORS))
-    monkeypatch.setattr("step3_ppo.config.ESTIMATORS", known)
+    for reader in ("config", "loss_options"):
+        monkeypatch.setattr(f"step3_ppo.{reader}.ESTIMATORS", known)
     return Estimator("own", lambda rewards, *_: (rewards, None), needs_critic=False)
 
 
