@@ -10,6 +10,7 @@ import torch
 from common.models.logprobs import length_mask
 from step3_ppo.loss import kl_loss_sum, loss_units, policy_loss_sum, value_loss_sum
 from step3_ppo.loss_options import AGGREGATIONS, POLICY_LOSSES
+from step3_ppo.metrics import update_metrics
 from step3_ppo.options import KL_ESTIMATORS
 
 LONGEST = 11
@@ -208,6 +209,24 @@ def test_without_a_range_the_value_loss_is_half_the_squared_error():
     assert float(loss) == pytest.approx(float(0.5 * (values - returns)[mask].square().sum()))
     torch.testing.assert_close(gradient, (values - returns).masked_fill(~mask, 0))
     assert value_loss_sum(values, old, returns, mask, None)[1]["value_clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_logged_losses_are_those_that_were_minimised(aggregation):
+    """Means over two steps, each weighed by what it was divided by; the other metrics stay means over tokens."""
+    steps, losses, units = [], [], []
+    for seed in (0, 1):
+        log_probs, old, advantages, mask = batch(seed)
+        loss, sums = policy_loss_sum(log_probs, old, advantages, mask, 0.2, aggregation=aggregation)
+        units.append(loss_units(mask, aggregation, LONGEST).double())
+        losses.append(float(loss / units[-1]))
+        steps.append({**sums, "policy_units": units[-1]})
+    logged = update_metrics(steps)
+    weights = [float(unit / sum(units)) for unit in units]
+    assert logged["policy_loss"] == pytest.approx(sum(w * loss for w, loss in zip(weights, losses)))
+    tokens = sum(step["tokens"] for step in steps)
+    assert logged["clip_fraction"] == pytest.approx(float(sum(step["clip_fraction"] for step in steps) / tokens))
+    assert "policy_units" not in logged
 
 
 def test_unknown_names_are_refused():
