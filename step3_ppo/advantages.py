@@ -182,7 +182,7 @@ def returns_to_go(rewards: Tensor, response_mask: Tensor, gamma: float) -> Tenso
     for t in reversed(range(rewards.shape[1])):
         total = rewards[:, t] + gamma * total
         advantages[:, t] = total
-    return advantages.masked_fill(~response_mask, 0)
+    return advantages
 
 
 def group_relative(rewards: Tensor, response_mask: Tensor, groups: Tensor, *, divide_by_std: bool) -> Tensor:
