@@ -171,6 +171,8 @@ def test_a_dual_clip_blocks_bad_tokens_that_have_become_far_likelier_and_nothing
         blocked = (with_ == 0) & (without != 0)
         assert blocked.tolist() == [[False, False, False, sign < 0, sign < 0]]
         assert torch.equal(with_[~blocked], without[~blocked])
+        _, sums = policy_loss_sum(*tensors, 0.2, dual_clip=3.0)
+        assert sums["clip_fraction"] == (with_ == 0).sum()
 
 
 def test_cispo_lets_every_tokens_gradient_through():
