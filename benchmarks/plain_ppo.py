@@ -61,8 +61,10 @@ class PlainPPO:
         with clock.phase("advantages"):
             outputs = ModelOutputs(old, reference, torch.zeros_like(old), values, scores)
             experience = trainer.advantages(rollout, outputs, trainer.rewards(rollout, outputs)[1])
+        kl = outputs.response_kl()
+        assert kl is not None  # there is a reference
         metrics = self._update(experience, clock)
-        return {"reward": float(scores.mean()), "kl": float(outputs.response_kl().mean()), **metrics}, rollout
+        return {"reward": float(scores.mean()), "kl": float(kl.mean()), **metrics}, rollout
 
     def _generate(self, micro_batch: MicroBatch, index: int) -> Rollout:
         trainer = self.trainer

@@ -186,7 +186,8 @@ def _figures(report: Report) -> Iterator[str]:
         yield row("        TRUE reward, 0 to 1", report.truth.reward)
         yield row("        answers that are correct", report.truth.correct, share)
         yield row("        answers that are courteous", report.truth.courteous, share)
-    yield row("        KL to the fine-tuned model, nats", report.kl)
+    if report.kl is not None or report.reward is None:  # --kl_placement none measures none
+        yield row("        KL to the fine-tuned model, nats", report.kl)
     yield row("        tokens in an answer", report.response_length, "{:.1f}")
     minutes = [seconds / 60 for seconds in report.seconds.values()]
     yield ""

@@ -32,6 +32,9 @@ class Estimator:
         needs_critic: whether it reads values; without a critic none is built, trained or saved.
         fewest_answers: the smallest `--answers_per_prompt` that it is defined for.
         options: names of the options that it reads; those of the other estimators have no effect beside it.
+        whitens: whether its definition brings the advantages of a batch to mean 0 and variance 1.
+        aggregation: the `--loss_aggregation` of its paper.
+        kl_placement: the `--kl_placement` of its paper.
     """
 
     name: str
@@ -39,6 +42,9 @@ class Estimator:
     needs_critic: bool
     fewest_answers: int = 1
     options: tuple[str, ...] = ()
+    whitens: bool = True
+    aggregation: str = "token"
+    kl_placement: str = "reward"
 
     def __call__(
         self, rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
@@ -73,13 +79,24 @@ def register(estimator: Estimator) -> Estimator:
 
 
 def estimator(
-    name: str, *, needs_critic: bool, fewest_answers: int = 1, options: tuple[str, ...] = ()
+    name: str,
+    *,
+    needs_critic: bool,
+    fewest_answers: int = 1,
+    options: tuple[str, ...] = (),
+    whitens: bool = True,
+    aggregation: str = "token",
+    kl_placement: str = "reward",
 ) -> Callable[[Estimate], Estimator]:
     """Decorator that registers a function as an `Estimator`; the arguments are its attributes."""
-    return lambda estimate: register(Estimator(name, estimate, needs_critic, fewest_answers, options))
+    return lambda estimate: register(
+        Estimator(name, estimate, needs_critic, fewest_answers, options, whitens, aggregation, kl_placement)
+    )
 
 
-def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation, and the returns R = A + V. (arXiv:1506.02438, eq. 16)
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  after the end both are 0.
@@ -87,6 +104,7 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     Args:
         rewards, values: (B, R).
         response_mask: (B, R) bool, true on a prefix of each row.
+        lam: one for all responses, or (B,) one for each.
 
     Returns:
         Advantages and returns, both (B, R) and 0 outside the mask.
@@ -131,13 +149,85 @@ def leave_one_out(rewards: Tensor, response_mask: Tensor, groups: Tensor) -> Ten
     return advantages[:, None].expand(rewards.shape).masked_fill(~response_mask, 0)
 
 
-@estimator("gae", needs_critic=True, options=("gamma", "gae_lambda"))
+def length_adaptive_lambda(response_mask: Tensor, alpha: float) -> Tensor:
+    """lam = 1 - 1 / (alpha l) of a response of l tokens, never below 0. (arXiv:2504.05118, sec. 4.2)
+
+    So the weights lam^k of the errors of later tokens add up to alpha l: the horizon grows with the response.
+
+    Args:
+        response_mask: (B, R) bool.
+
+    Returns:
+        (B,) float64.
+    """
+    lengths = response_mask.sum(1).double()
+    return (1 - 1 / (alpha * lengths.clamp_min(1))).clamp_min(0)
+
+
+def returns_to_go(rewards: Tensor, response_mask: Tensor, gamma: float) -> Tensor:
+    """The rewards still to come, discounted. (arXiv:2501.03262, the advantage of REINFORCE++ before normalisation)
+
+    A_t = sum over k >= t of gamma^(k - t) r_k. With the KL in the rewards and gamma 1 that is the score less beta times
+    the log-ratios of this token and of those after it.
+
+    Args:
+        rewards: (B, R).
+        response_mask: (B, R) bool, true on a prefix of each row.
+
+    Returns:
+        (B, R), 0 outside the mask.
+    """
+    rewards = rewards.masked_fill(~response_mask, 0)
+    advantages, total = rewards.new_zeros(rewards.shape), rewards.new_zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        total = rewards[:, t] + gamma * total
+        advantages[:, t] = total
+    return advantages
+
+
+def group_relative(rewards: Tensor, response_mask: Tensor, groups: Tensor, *, divide_by_std: bool) -> Tensor:
+    """A response's reward less the mean of its group, itself included, and perhaps divided by the group's spread.
+
+    With G the sum of a response's token rewards: A = G - mean(G) (Dr. GRPO, arXiv:2503.20783, sec. 3.2), or
+    A = (G - mean(G)) / (std(G) + 1e-6) (GRPO, arXiv:2402.03300, sec. 4.1.2), the same for each token of the response.
+    std is the sample's, with k - 1 for k responses; the paper leaves that open. Groups of equal rewards have A = 0.
+
+    Args:
+        rewards: (B, R).
+        response_mask: (B, R) bool.
+        groups: (B,) long, the same number for all responses to one prompt.
+
+    Returns:
+        (B, R) advantages, 0 outside the mask.
+
+    Raises:
+        ValueError: a response is alone in its group.
+    """
+    # In float64, since the rounding of a mean in float32 would be taken for a spread where all rewards are equal.
+    totals = rewards.double().masked_fill(~response_mask, 0).sum(1)
+    _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
+    if not (sizes > 1).all():
+        raise ValueError("comparing answers needs two responses or more to every prompt")
+    over_groups = lambda numbers: totals.new_zeros(len(sizes)).index_add(0, group, numbers)
+    advantages = totals - (over_groups(totals) / sizes)[group]
+    if divide_by_std:
+        advantages = advantages / ((over_groups(advantages.square()) / (sizes - 1)).sqrt() + 1e-6)[group]
+    return advantages[:, None].expand(rewards.shape).masked_fill(~response_mask, 0).to(rewards.dtype)
+
+
+@estimator("gae", needs_critic=True, options=("gamma", "gae_lambda", "gae_lambda_alpha", "critic_gae_lambda"))
 def _gae(
     rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
 ) -> tuple[Tensor, Tensor]:
     if values is None:
         raise ValueError("gae needs the values of a critic")
-    return gae(rewards, values, response_mask, gamma=config.gamma, lam=config.gae_lambda)
+    lam: float | Tensor = config.gae_lambda
+    if config.gae_lambda_alpha is not None:
+        lam = length_adaptive_lambda(response_mask, config.gae_lambda_alpha).to(rewards.dtype)
+    advantages, returns = gae(rewards, values, response_mask, gamma=config.gamma, lam=lam)
+    if config.critic_gae_lambda is not None:
+        returns = gae(rewards, values, response_mask, gamma=config.gamma, lam=config.critic_gae_lambda)[1]
+    return advantages, returns
 
 
 @estimator("rloo", needs_critic=False, fewest_answers=2)
@@ -145,3 +235,31 @@ def _rloo(
     rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
 ) -> tuple[Tensor, None]:
     return leave_one_out(rewards, response_mask, groups), None
+
+
+@estimator("grpo", needs_critic=False, fewest_answers=2, whitens=False, aggregation="sequence", kl_placement="loss")
+def _grpo(
+    rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
+) -> tuple[Tensor, None]:
+    return group_relative(rewards, response_mask, groups, divide_by_std=True), None
+
+
+@estimator("dr_grpo", needs_critic=False, fewest_answers=2, whitens=False, aggregation="constant", kl_placement="loss")
+def _dr_grpo(
+    rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
+) -> tuple[Tensor, None]:
+    return group_relative(rewards, response_mask, groups, divide_by_std=False), None
+
+
+@estimator("reinforce++", needs_critic=False, options=("gamma",))
+def _reinforce_plus_plus(
+    rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
+) -> tuple[Tensor, None]:
+    return returns_to_go(rewards, response_mask, config.gamma), None
+
+
+@estimator("reinforce++_baseline", needs_critic=False, fewest_answers=2, kl_placement="loss")
+def _reinforce_plus_plus_baseline(
+    rewards: Tensor, values: Tensor | None, response_mask: Tensor, groups: Tensor, config: PPOConfig
+) -> tuple[Tensor, None]:
+    return group_relative(rewards, response_mask, groups, divide_by_std=False), None

@@ -18,6 +18,7 @@ from common.data.blend import SourceSpec, parse_data_path
 from common.data.options import ProgramConfig
 from common.errors import UserError, named_by
 from step3_ppo.advantages import ESTIMATORS, Estimator, register
+from step3_ppo.loss_options import LossOptions
 from step3_ppo.options import ActorOptions, CriticOptions, RewardOptions, RolloutOptions, UpdateOptions
 
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
@@ -26,11 +27,21 @@ _OF_A_CRITIC = (
     "value_clip_range",
     *(f"critic_{name}" for name in options(TrainedModelOptions) if name != "zero_stage"),
 )
+# Options that mean nothing without a reference.
+_OF_A_REFERENCE = (
+    "kl_coef",
+    "kl_controller",
+    "kl_estimator",
+    "kl_target",
+    "kl_horizon",
+    "max_kl",
+    "offload_reference_model",
+)
 _NO_TENSOR_PARALLEL = "every rank generates for its own prompts with the whole model"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, CriticOptions, ProgramConfig):
+class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, LossOptions, ActorOptions, CriticOptions, ProgramConfig):
     """Step 3: PPO"""
 
     phase: ClassVar[int] = 2
@@ -95,11 +106,6 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
             )
 
     @property
-    def estimator(self) -> Estimator:
-        """The advantage estimator that --advantage names."""
-        return ESTIMATORS[self.advantage]
-
-    @property
     def trained_models(self) -> dict[str, TrainedModelOptions]:
         """The options of each model that is trained, by its name."""
         critic = {"critic": self.critic} if self.estimator.needs_critic else {}
@@ -109,6 +115,24 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     def reads_reward_model(self) -> bool:
         """Whether --critic_model_name_or_path is loaded: to give the scores, or as the critic's start."""
         return self.estimator.needs_critic or not self.own_reward
+
+    @property
+    def kl_place(self) -> str:
+        """Where the KL pulls: "reward", "loss" or "none"; --kl_placement, or as the paper of the estimator has it."""
+        return self.estimator.kl_placement if self.kl_placement == "auto" else self.kl_placement
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference to measure the KL to."""
+        return self.kl_place != "none"
+
+    @property
+    def update_rule(self) -> str:
+        """What the actor learns from, as the flags that say it in full."""
+        return (
+            f"--advantage {self.advantage} --whiten_advantages {str(self.whitens).lower()} --policy_loss "
+            f"{self.policy_loss} --loss_aggregation {self.aggregation} --kl_placement {self.kl_place}"
+        )
 
     @property
     def kl_limit(self) -> float:
@@ -172,23 +196,41 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
                 f"--advantage {self.advantage} compares the answers to one prompt: it needs --answers_per_prompt "
                 f"{estimator.fewest_answers} or more, not {self.answers_per_prompt}"
             )
+        if self.kl_place == "reward" and self.kl_estimator != "k1":
+            raise UserError(
+                f"--kl_estimator {self.kl_estimator} in the reward pulls with next to none of the KL's "
+                f"gradient: leave it out, or add --kl_placement loss"
+            )
         if self.own_reward:
             self.only_with("the scores of a reward model", False, "offload_reward_model")
             if self.score_calibration == "provenance":
                 raise UserError("--score_calibration provenance is that of a reward model, which gives no scores here")
 
     def useless_options(self) -> list[str]:
-        """The options that --advantage has no use for."""
+        """The options that --advantage, --policy_loss and --kl_placement have no use for."""
+        return list(dict.fromkeys(name for names in self._useless_beside().values() for name in names))
+
+    def unused_options(self) -> dict[str, list[str]]:
+        """The options that are set, in a recipe or by a flag, but without effect, by the choice that does not use
+        them."""
+        known = options(type(self))
+        unused = {
+            choice: [name for name in dict.fromkeys(names) if getattr(self, name) != known[name].default]
+            for choice, names in self._useless_beside().items()
+        }
+        return {choice: names for choice, names in unused.items() if names}
+
+    def _useless_beside(self) -> dict[str, list[str]]:
+        """Choices, as their flags, and the options that each has no use for."""
         estimator = self.estimator
         of_critic = [] if estimator.needs_critic else list(_OF_A_CRITIC)
         of_critic += [] if self.reads_reward_model else ["critic_zero_stage"]
         of_others = [name for other in ESTIMATORS.values() for name in other.options if name not in estimator.options]
-        return list(dict.fromkeys([*of_critic, *of_others]))
-
-    def unused_options(self) -> list[str]:
-        """The options that are set, in a recipe or by a flag, but that --advantage has no use for."""
-        known = options(type(self))
-        return [name for name in self.useless_options() if getattr(self, name) != known[name].default]
+        return {
+            f"--advantage {self.advantage}": [*of_critic, *of_others],
+            f"--policy_loss {self.policy_loss}": ["dual_clip"] if self.policy_loss == "cispo" else [],
+            f"--kl_placement {self.kl_place}": [] if self.has_reference else list(_OF_A_REFERENCE),
+        }
 
     def _check_default_exists(self, name: str, program: str) -> None:
         # transformers would look up a default directory that does not exist on the hub.

@@ -46,16 +46,18 @@ def evaluate(trainer: PPOTrainer, prompts: Dataset) -> tuple[Metrics, list[dict]
 
 
 def sample_rows(rollout: Rollout, outputs: ModelOutputs, codec: Codec, dataset: Dataset, rows: int) -> list[dict]:
-    """The first `rows` responses, each with prompt, response, reward, kl, finished."""
+    """The first `rows` responses, each with prompt, response, reward, kl (where there is a reference), finished."""
     rows = min(rows, len(rollout.tokens))
     texts = RewardInputs(rollout, codec, dataset).select(range(rows))
-    columns = (texts.prompts, texts.responses, outputs.scores, outputs.response_kl(), rollout.finished)
+    kl = outputs.response_kl()
+    of_kl = [{} for _ in range(rows)] if kl is None else [{"kl": number} for number in kl.tolist()]
+    columns = (texts.prompts, texts.responses, outputs.scores, of_kl, rollout.finished)
     return [
         {
             "prompt": prompt,
             "response": response,
             "reward": float(reward),
-            "kl": float(kl),
+            **kl,
             "finished": bool(finished),
         }
         for prompt, response, reward, kl, finished in zip(*columns)

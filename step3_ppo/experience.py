@@ -20,7 +20,7 @@ class Experience:
 
     rollout: Rollout
     old_log_probs: Tensor  # (B, R) nats, of the actor as it was before the update
-    ref_log_probs: Tensor  # (B, R) nats, of the reference
+    ref_log_probs: Tensor | None  # (B, R) nats, of the reference; None without one
     values: Tensor | None  # (B, R) of the critic as it was before the update; None without a critic
     advantages: Tensor  # (B, R) whitened if whitening is on
     returns: Tensor | None  # (B, R) targets of the critic, from the unwhitened advantages; None without a critic
@@ -52,6 +52,6 @@ class Experience:
         return replace(self, rollout=self.rollout.to(device), **moved)
 
     def _aligned(self) -> dict[str, Tensor]:
-        """The (B, R) tensors by name, without those that a critic-free experience lacks."""
+        """The (B, R) tensors by name, without those of a critic or a reference that is not there."""
         names = [field.name for field in fields(self) if field.name != "rollout"]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

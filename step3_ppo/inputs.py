@@ -67,6 +67,7 @@ def read_inputs(config: PPOConfig) -> RunInputs:
     say_data(prompts)
     with config.naming_flags("--max_prompt_seq_len and --max_answer_seq_len"):
         texts = prepare(text_request(config), codec) if config.unsupervised_dataset_name else None
+    say(f"the actor's update: {config.update_rule}")
     warn(config)
     return RunInputs(actor, critic, codec, scale, prompts, texts)
 
@@ -107,9 +108,9 @@ def text_request(config: PPOConfig) -> DataRequest:
 
 def warn(config: PPOConfig) -> None:
     """Print a note or a warning about options that are allowed but rarely intended."""
-    if unused := config.unused_options():
+    for choice, unused in config.unused_options().items():
         flags = ", ".join(f"--{name}" for name in unused)
-        say(f"note: --advantage {config.advantage} does not use {flags}: without effect")
+        say(f"note: {choice} does not use {flags}: without effect")
     if config.sampling.truncated:
         say(
             "warning: with --top_p, --top_k or --min_answer_seq_len answers are not sampled from the policy that is "

@@ -18,7 +18,7 @@ from common.training.timing import PhaseClock
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout
-from step3_ppo.loss import kl_loss_sum, policy_loss_sum, value_loss_sum
+from step3_ppo.loss import kl_loss_sum, loss_units, policy_loss_sum, value_loss_sum
 from step3_ppo.models import PPOModels, inputs_of, response_values
 
 
@@ -73,7 +73,7 @@ class Learner:
         self, batches: Sequence[Experience], texts: Sequence[TokenBatch], kl_coef: float
     ) -> list[list[Sums]]:
         """Accumulate gradients in all trained engines. Returns the sums of policy, text and value loss."""
-        tokens = global_sum(torch.stack([batch.response_mask.sum() for batch in batches]).sum())
+        tokens, units = global_sum(torch.stack([self._counts(batch) for batch in batches]).sum(0))
         policy: list[Sums] = []
         text: list[Sums] = []
         value: list[Sums] = []
@@ -88,7 +88,7 @@ class Learner:
 
         with self.clock.phase(Phase.ACTOR_UPDATE):
             self.step.accumulate(
-                "actor", "policy loss", batches, share(partial(self._policy_loss, kl_coef), tokens, policy)
+                "actor", "policy loss", batches, share(partial(self._policy_loss, kl_coef), units, policy)
             )
             if texts:
                 text_tokens = global_sum(torch.stack([batch.loss_mask[:, 1:].sum() for batch in texts]).sum())
@@ -100,21 +100,41 @@ class Learner:
                 self.step.accumulate("critic", "value loss", batches, share(self._value_loss, tokens, value))
         return [policy, text, value]
 
+    def _counts(self, batch: Experience) -> Tensor:
+        """(2,) long: tokens, by which the value loss is divided, and what the policy loss is divided by."""
+        mask = batch.response_mask
+        return torch.stack([mask.sum(), loss_units(mask, self.config.aggregation, self.config.max_answer_seq_len)])
+
     def _policy_loss(self, kl_coef: float, batch: Experience) -> tuple[Tensor, Sums]:
-        rollout = batch.rollout
+        config, rollout = self.config, batch.rollout
         log_probs = response_log_probs(
             self.models.actor,
             inputs_of(rollout),
             rollout.prompt_lengths,
             rollout.response_lengths,
-            self.config.temperature,
+            config.temperature,
         )
         loss, sums = policy_loss_sum(
-            log_probs, batch.old_log_probs, batch.advantages, batch.response_mask, self.config.clip_range
+            log_probs,
+            batch.old_log_probs,
+            batch.advantages,
+            batch.response_mask,
+            config.clip_range,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip,
+            policy_loss=config.policy_loss,
+            aggregation=config.aggregation,
         )
-        if self.config.kl_placement == "loss":
+        sums["policy_units"] = self._counts(batch)[1].double()
+        if config.kl_place == "loss":
+            assert batch.ref_log_probs is not None  # the experience has them where there is a reference
             kl_loss, kl_sums = kl_loss_sum(
-                log_probs, batch.old_log_probs, batch.ref_log_probs, batch.response_mask, self.config.kl_estimator
+                log_probs,
+                batch.old_log_probs,
+                batch.ref_log_probs,
+                batch.response_mask,
+                config.kl_estimator,
+                config.aggregation,
             )
             loss, sums = loss + kl_coef * kl_loss, {**sums, **kl_sums}
         return loss, sums

@@ -11,8 +11,10 @@ from step3_ppo.scoring import ModelOutputs
 
 def check_limits(config: PPOConfig, outputs: ModelOutputs, when: str) -> None:
     """Raise Diverged on all ranks alike, before the update, if KL or reward is beyond a limit of the options."""
+    kl = outputs.response_kl()
+    of_kl = [] if kl is None else [("KL to the reference", kl.mean(), "max_kl", config.kl_limit, torch.gt)]
     for what, mean, flag, limit, exceeded in (
-        ("KL to the reference", outputs.response_kl().mean(), "max_kl", config.kl_limit, torch.gt),
+        *of_kl,
         ("reward", outputs.scores.mean(), "max_reward", config.max_reward, torch.gt),
         ("reward", outputs.scores.mean(), "min_reward", config.min_reward, torch.lt),
     ):

@@ -77,7 +77,7 @@ def run_iteration(
     config, step = trainer.config, index + 1
     heartbeat.set_phase("training")
     metrics = trainer.iteration(index, micro_batches)
-    bar.set_postfix({name: f"{metrics[name]:.4g}" for name in SHOWN_METRICS}, refresh=False)
+    bar.set_postfix({name: f"{metrics[name]:.4g}" for name in SHOWN_METRICS if name in metrics}, refresh=False)
     bar.update()
     if step % config.log_interval == 0:
         tracker.log("train", step, metrics)
@@ -103,5 +103,5 @@ def print_responses(trainer: PPOTrainer) -> None:
     if trainer.latest is None:
         return
     for row in sample_rows(*trainer.latest, trainer.codec, trainer.prompts, PRINTED_RESPONSES):
-        say(f"--- reward {row['reward']:.3f}, kl {row['kl']:.3f}")
+        say("--- " + ", ".join(f"{name} {row[name]:.3f}" for name in ("reward", "kl") if name in row))
         say(escape_controls(f"{row['prompt'].strip()}\n>>> {row['response'].strip()}"))

@@ -16,15 +16,15 @@ from step3_ppo.scoring import ModelOutputs
 
 
 def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutputs) -> Metrics:
-    """Metrics of the responses: rewards, lengths, KL."""
-    scores = means(shaped.sums, "responses")
+    """Metrics of the responses: rewards, lengths, and KL where there is a reference."""
+    scores, kl = means(shaped.sums, "responses"), outputs.response_kl()
     return {
         "reward": scores["raw_score"],
         "shaped_score": scores["score"],
         "score_clip_fraction": scores["clipped"],
         "response_length": float(rollout.response_lengths.float().mean()),
         "eos_fraction": scores["finished"],
-        "kl": float(outputs.response_kl().mean()),
+        **({} if kl is None else {"kl": float(kl.mean())}),
     }
 
 
@@ -44,7 +44,13 @@ def update_metrics(steps: Sequence[Sums]) -> Metrics:
         return {"optimizer_steps": 0}
     sums = add_sums(steps)
     texts: Sums = {name: sums.pop(name) for name in ("text_loss", "text_tokens") if name in sums}
-    return {**means(sums, "tokens"), **(means(texts, "text_tokens") if texts else {}), "optimizer_steps": len(steps)}
+    policy: Sums = {name: sums.pop(name) for name in ("policy_loss", "kl_loss", "policy_units") if name in sums}
+    return {
+        **means(sums, "tokens"),
+        **means(policy, "policy_units"),
+        **(means(texts, "text_tokens") if texts else {}),
+        "optimizer_steps": len(steps),
+    }
 
 
 def learning_rates(models: PPOModels) -> Metrics:

@@ -51,7 +51,8 @@ class PPOModels:
     Attributes:
         actor: trained.
         critic: trained; None where the advantage estimator needs none.
-        reference: frozen, the actor as it was at the start; None where that is the actor with its adapters off.
+        reference: frozen, the actor as it was at the start; None where that is the actor with its adapters off, and
+            where the KL is measured nowhere.
         reward_model: frozen; None where that is the critic with its adapters off and the head it kept, and where the
             program brings a reward of its own.
         ema: moving average of the actor's weights, if wanted.
@@ -192,7 +193,7 @@ def build_models(
     critic_engine = None if critic is None else trained(critic, config.critic, critic_settings)
 
     reference = None
-    if not config.actor.lora_dim:
+    if config.has_reference and not config.actor.lora_dim:
         stage = _frozen_stage(config.actor.zero_stage, config.offload_reference_model)
         settings = settings_of(stage, config.offload_reference_model)
         reference = frozen_engine(load_actor(settings, trainable=False), settings)
@@ -231,7 +232,7 @@ def _add_adapters(model: nn.Module, options: TrainedModelOptions, base_name: str
 
 
 def _say_what_is_shared(config: PPOConfig) -> None:
-    if config.actor.lora_dim and config.offload_reference_model:
+    if config.has_reference and config.actor.lora_dim and config.offload_reference_model:
         say(
             "note: --offload_reference_model has nothing to move: with --actor_lora_dim the reference is the actor "
             "with its adapters off"

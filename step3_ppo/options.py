@@ -10,7 +10,6 @@ from common.config.option import Phase
 from common.config.parser import Config, PathName, option
 from common.config.shared import prefixed, same_option, unprefixed
 from common.errors import UserError
-from step3_ppo.advantages import ESTIMATORS
 
 if TYPE_CHECKING:
     from step3_ppo.generation.sampling import Sampling
@@ -86,10 +85,12 @@ class RewardOptions(Config):
     )
     kl_controller: str = option("fixed", "whether the weight is steered to --kl_target", choices=tuple(_FIRST_KL_COEF))
     kl_placement: str = option(
-        "reward",
+        "auto",
         "where the KL pulls: reward: taken off every token's reward, which also counts what a token does to "
-        "the KL of later ones; loss: a term of the actor's loss with the gradient of each token's KL",
-        choices=("reward", "loss"),
+        "the KL of later ones; loss: a term of the actor's loss with the gradient of each token's KL; none: nowhere, "
+        "and no reference is loaded; auto: as the paper of --advantage: loss for grpo, dr_grpo and "
+        "reinforce++_baseline, reward for the others",
+        choices=("auto", "reward", "loss", "none"),
     )
     kl_estimator: str = option(
         "k1",
@@ -127,11 +128,6 @@ class RewardOptions(Config):
                 f"--no_normalize_scores and --score_calibration {self.score_calibration} contradict each "
                 "other: keep one"
             )
-        if self.kl_placement == "reward" and self.kl_estimator != "k1":
-            raise UserError(
-                f"--kl_estimator {self.kl_estimator} in the reward pulls with next to none of the KL's "
-                f"gradient: leave it out, or add --kl_placement loss"
-            )
         adaptive = self.kl_controller == "adaptive"
         self.only_with("--kl_controller adaptive", adaptive, "kl_target", "kl_horizon")
         if adaptive and self.kl_coef == 0:
@@ -155,20 +151,6 @@ class UpdateOptions(ScheduleOptions):
         advice="lower {flag}",
     )
     ppo_epochs: int = option(1, "passes over each iteration's rollouts", low=1)
-    clip_range: float = option(0.2, "clip the ratio of new to old policy to 1 plus or minus this", above=0)
-    value_clip_range: float = option(
-        0.2, "keep new values this close to the old ones", unit="normalised score", above=0
-    )
-    advantage: str = option(
-        "gae",
-        "how advantages are estimated; gae needs a critic; rloo has none and compares the answers to one prompt",
-        choices=tuple(ESTIMATORS),
-    )
-    gamma: float = option(1.0, "discount per token", low=0, high=1)
-    gae_lambda: float = option(0.95, "bias against variance in the advantages (GAE)", low=0, high=1)
-    whiten_advantages: bool = option(
-        True, "bring advantages, of any --advantage, to mean 0 and variance 1 over all ranks"
-    )
     target_kl: float | None = option(
         None, "leave an iteration's updates when the policy has moved this far", unit="nats per token", above=0
     )

@@ -80,14 +80,14 @@ def shape_scores(
     return ShapedScores(shaped, sums)
 
 
-def token_rewards(log_ratio: Tensor, scores: Tensor, response_mask: Tensor, beta: float) -> Tensor:
+def token_rewards(log_ratio: Tensor | None, scores: Tensor, response_mask: Tensor, beta: float) -> Tensor:
     """r_t = -beta * d_t, plus the score at the last response token; 0 outside the mask.
 
     No other estimator of the KL than d itself belongs here: E[d grad log pi] is the gradient of the KL, while that of
     d^2 / 2 or exp(-d) - 1 + d nearly vanishes near the reference. Source: arXiv:2203.02155, eq. 2; arXiv:2510.01555.
 
     Args:
-        log_ratio: (B, R), d = log pi - log pi_ref in nats.
+        log_ratio: (B, R), d = log pi - log pi_ref in nats; None: there is no reference, and d counts as 0.
         scores: (B,) shaped.
         response_mask: (B, R) bool.
 
@@ -95,5 +95,6 @@ def token_rewards(log_ratio: Tensor, scores: Tensor, response_mask: Tensor, beta
         (B, R) rewards.
     """
     last = response_mask.sum(1, keepdim=True) - 1
-    at_last = torch.arange(response_mask.shape[1], device=log_ratio.device) == last
-    return (-beta * log_ratio).masked_fill(~response_mask, 0) + torch.where(at_last, scores[:, None], 0.0)
+    at_last = torch.arange(response_mask.shape[1], device=response_mask.device) == last
+    score = torch.where(at_last, scores[:, None], 0.0)
+    return score if log_ratio is None else (-beta * log_ratio).masked_fill(~response_mask, 0) + score

@@ -25,14 +25,19 @@ class ModelOutputs:
     """The models' outputs for a rollout, row by row, on the CPU of every rank."""
 
     old_log_probs: Tensor  # (B, R) nats, of the actor
-    ref_log_probs: Tensor  # (B, R) nats, of the reference
+    ref_log_probs: Tensor | None  # (B, R) nats, of the reference; None without one
     entropy: Tensor  # (B, R) nats, of the actor's next-token distribution
     values: Tensor | None  # (B, R) normalised score units, of the critic; None without one
     scores: Tensor  # (B,) raw scores of the reward
 
-    def response_kl(self) -> Tensor:
-        """(B,) log-ratio of actor to reference summed over each response: the k1 estimate of its KL, in nats."""
-        return (self.old_log_probs - self.ref_log_probs).sum(1)
+    def log_ratio(self) -> Tensor | None:
+        """(B, R) log-ratio of actor to reference, in nats; None without a reference."""
+        return None if self.ref_log_probs is None else self.old_log_probs - self.ref_log_probs
+
+    def response_kl(self) -> Tensor | None:
+        """(B,) log-ratio summed over each response: the k1 estimate of its KL, in nats; None without a reference."""
+        log_ratio = self.log_ratio()
+        return None if log_ratio is None else log_ratio.sum(1)
 
 
 @torch.no_grad()
@@ -51,11 +56,9 @@ def score_rollout(
     def passes(part: Rollout) -> dict[str, Tensor]:
         with clock.phase(Phase.LOG_PROBS):
             log_probs, entropy = models.log_probs_and_entropy(part)
-            outputs = {
-                "old_log_probs": log_probs,
-                "ref_log_probs": models.reference_log_probs(part),
-                "entropy": entropy,
-            }
+            outputs = {"old_log_probs": log_probs, "entropy": entropy}
+            if config.has_reference:
+                outputs["ref_log_probs"] = models.reference_log_probs(part)
         if models.critic is not None:
             with clock.phase(Phase.SCORE):
                 outputs["values"] = models.values(part)
@@ -67,7 +70,7 @@ def score_rollout(
         scores = reward(inputs)
         check_scores(scores, len(inputs.rollout.tokens), reward)
     return ModelOutputs(
-        outputs["old_log_probs"], outputs["ref_log_probs"], outputs["entropy"], outputs.get("values"), scores
+        outputs["old_log_probs"], outputs.get("ref_log_probs"), outputs["entropy"], outputs.get("values"), scores
     )
 
 

@@ -115,7 +115,8 @@ class PPOTrainer:
         self.latest = rollout, outputs
         updates = self.update(experience, index)
         metrics = self.report(experience, outputs, shaped, updates)
-        self.kl.update(float(outputs.response_kl().mean()), len(rollout.tokens))
+        if (kl := outputs.response_kl()) is not None:
+            self.kl.update(float(kl.mean()), len(rollout.tokens))
         return metrics
 
     def roll_out(self, dataset: Dataset, micro_batches: Sequence[MicroBatch], stream: int) -> Rollout:
@@ -163,16 +164,14 @@ class PPOTrainer:
             missing_eos_penalty=config.missing_eos_penalty,
             missing_eos_score=config.missing_eos_score,
         )
-        beta = self.kl.beta if config.kl_placement == "reward" else 0.0
-        return shaped, token_rewards(
-            outputs.old_log_probs - outputs.ref_log_probs, shaped.scores, rollout.response_mask, beta
-        )
+        beta = self.kl.beta if config.kl_place == "reward" else 0.0
+        return shaped, token_rewards(outputs.log_ratio(), shaped.scores, rollout.response_mask, beta)
 
     def advantages(self, rollout: Rollout, outputs: ModelOutputs, rewards: Tensor) -> Experience:
         """The experience that the update learns from. Every rank holds all of it, so whitening needs no reduction."""
         mask = rollout.response_mask
         advantages, returns = self.estimator(rewards, outputs.values, mask, rollout.prompt_index, self.config)
-        if self.config.whiten_advantages:
+        if self.config.whitens:
             advantages = whiten(advantages, mask)
         return Experience(rollout, outputs.old_log_probs, outputs.ref_log_probs, outputs.values, advantages, returns)
 
@@ -196,7 +195,7 @@ class PPOTrainer:
         """Metrics of an iteration."""
         return {
             **rollout_metrics(experience.rollout, shaped, outputs),
-            "kl_coef": self.kl.beta,
+            **({"kl_coef": self.kl.beta} if self.config.has_reference else {}),
             **experience_metrics(experience, outputs),
             **updates,
             "skipped_steps": self.learner.step.skipped,

@@ -8,6 +8,7 @@ done.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -36,7 +37,7 @@ from step3_ppo.reward import TokenRewardModel
 from step3_ppo.schedule import text_batches
 from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
-from tests.distributed.variants import DEEPSPEED, VARIANTS, VARIANTS_AT_LENGTH, Tokens
+from tests.distributed.variants import DEEPSPEED, LOSSES_IN, VARIANTS, VARIANTS_AT_LENGTH, Tokens
 from tests.supervised import reward_trainer, sft_trainer
 
 WHOLE = logprobs.CHUNK_NUMBERS
@@ -54,7 +55,7 @@ def main() -> None:
     for name, variant in variants.items():
         # The others are compared with these two: what one chunk of the output head says, many must say.
         logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
-        for step in (sft_step, reward_step, ppo_step):
+        for step in (sft_step, reward_step, ppo_step, *((gspo_step, cispo_step) if name in LOSSES_IN else ())):
             engines = step(str(model_dir), codec, *variant)
             gradients = {
                 f"{number}.{parameter}": gradient
@@ -123,22 +124,54 @@ def reward_step(model: str, codec, stage: int, micro_batch: int, *held: bool) ->
 
 
 def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
+    config = ppo_config(micro_batch, unsup_coef=0.5)
+    texts = text_batches(config, rows(["input_ids"]), codec)
+    return updated(
+        config, actor(model, codec, stage, *held), critic(model, codec, stage, *held), codec, texts, experience()
+    )
+
+
+def gspo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
+    """The mean over responses of each one's mean, KL among it."""
+    config = ppo_config(micro_batch, advantage="grpo", answers_per_prompt=2, policy_loss="gspo", clip_range=0.5)
+    return updated(config, actor(model, codec, stage, *held), None, codec, None, without_critic(experience()))
+
+
+def cispo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
+    """The sum over tokens by a constant length."""
+    config = ppo_config(
+        micro_batch,
+        advantage="dr_grpo",
+        answers_per_prompt=2,
+        policy_loss="cispo",
+        loss_aggregation="constant",
+        max_answer_seq_len=20,
+    )
+    return updated(config, actor(model, codec, stage, *held), None, codec, None, without_critic(experience()))
+
+
+def ppo_config(micro_batch: int, **options) -> PPOConfig:
     rows_per_rank, accumulation, max_tokens = cut(micro_batch)
-    config = PPOConfig(
+    return PPOConfig(
         per_device_training_batch_size=rows_per_rank,
-        unsup_coef=0.5,
         kl_placement="loss",
         kl_coef=0.5,
         gradient_accumulation_steps=accumulation,
         max_tokens_per_micro_batch=max_tokens,
+        **options,
     )
-    models = PPOModels(
-        actor(model, codec, stage, *held), critic(model, codec, stage, *held), None, None, None, temperature=0.9
-    )
-    texts = text_batches(config, rows(["input_ids"]), codec)
+
+
+def updated(config: PPOConfig, actor_, critic_, codec, texts, learnt_from: Experience) -> list:
+    """The trained engines after one update from an experience."""
+    models = PPOModels(actor_, critic_, None, None, None, temperature=0.9)
     reward = TokenRewardModel(models, config)
-    PPOTrainer(models, reward, config, codec, None, texts, ScoreScale(RAW)).update(experience(), 0)
-    return [models.actor, models.critic]
+    PPOTrainer(models, reward, config, codec, None, texts, ScoreScale(RAW)).update(learnt_from, 0)
+    return list(models.trained().values())
+
+
+def without_critic(whole: Experience) -> Experience:
+    return replace(whole, values=None, returns=None)
 
 
 def actor(model: str, codec, stage: int, checkpointing: bool, lora: bool, offload: bool):

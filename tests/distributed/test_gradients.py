@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.variants import VARIANTS, VARIANTS_AT_LENGTH
+from tests.distributed.variants import LOSSES_IN, VARIANTS, VARIANTS_AT_LENGTH
 from tests.launching import ROOT, at_length, launch_each
 
 PROGRAM = ROOT / "tests" / "distributed" / "gradient_cases.py"
@@ -20,9 +20,19 @@ def gradients(tmp_path_factory, builtin_cache, length):
     return directory
 
 
-@pytest.mark.parametrize("step, ranks", product(STEPS, (1, 2)))
+@pytest.mark.parametrize("step, ranks", [*product(STEPS, (1, 2))])
 @pytest.mark.parametrize("variant", [*VARIANTS, *at_length(VARIANTS_AT_LENGTH)])
 def test_gradients_agree(gradients, step, ranks, variant):
+    agree(gradients, step, ranks, variant)
+
+
+@pytest.mark.parametrize("step, ranks", [*product(("gspo_step", "cispo_step"), (1, 2))])
+@pytest.mark.parametrize("variant", LOSSES_IN)
+def test_gradients_of_other_losses_and_means_agree(gradients, step, ranks, variant):
+    agree(gradients, step, ranks, variant)
+
+
+def agree(gradients, step, ranks, variant):
     reference = load_file(gradients / f"{step}.1.{'lora' if variant.startswith('lora') else 'whole'}.safetensors")
     found = load_file(gradients / f"{step}.{ranks}.{variant}.safetensors")
     assert found.keys() == reference.keys()

@@ -23,6 +23,9 @@ VARIANTS = {
     "tokens-zero3": (3, Tokens(40), True, False, False),
 }
 
+# Those that the policy losses besides PPO's own run in, critic-free.
+LOSSES_IN = ("whole", "accumulated", "zero2", "tokens-zero3")
+
 # The same, at length.
 VARIANTS_AT_LENGTH = {
     "checkpointed": (0, 8, True, False, False),
@@ -87,6 +90,19 @@ RESUMED = {
         ),
     ),
     "ppo-zero2-rloo": ("ppo", ("--advantage", "rloo", "--answers_per_prompt", "2", "--score_calibration", "rollout")),
+    "ppo-zero3-grpo": (
+        "ppo",
+        (
+            "--actor_zero_stage",
+            "3",
+            "--advantage",
+            "grpo",
+            "--answers_per_prompt",
+            "2",
+            "--kl_placement",
+            "none",
+        ),
+    ),
 }
 
 # Name: step, flags; then those that are added when it is resumed, which only change its evaluations.

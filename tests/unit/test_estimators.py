@@ -1,5 +1,7 @@
 """Advantage estimators: what the registry and the command line take, and what a run without a critic is made of."""
 
+from dataclasses import replace
+
 import pytest
 
 from common.config.parser import parse
@@ -17,7 +19,8 @@ RLOO = ["--advantage", "rloo", "--answers_per_prompt", "2"]
 def own(monkeypatch) -> Estimator:
     """An estimator of a user's own; the registry is as before after the test."""
     monkeypatch.setattr("step3_ppo.advantages.ESTIMATORS", known := dict(ESTIMATORS))
-    monkeypatch.setattr("step3_ppo.config.ESTIMATORS", known)
+    for reader in ("config", "loss_options"):
+        monkeypatch.setattr(f"step3_ppo.{reader}.ESTIMATORS", known)
     return Estimator("own", lambda rewards, *_: (rewards, None), needs_critic=False)
 
 
@@ -32,9 +35,42 @@ def test_an_unknown_name_is_refused_with_those_that_there_are():
     assert "--advantage" in message and "'rlo'" in message and all(name in message for name in ESTIMATORS)
 
 
-def test_comparing_answers_takes_two_to_a_prompt():
-    message = refusal("--advantage", "rloo")
-    assert "--advantage rloo" in message and "--answers_per_prompt 2 or more" in message
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dr_grpo", "reinforce++_baseline"])
+def test_comparing_answers_takes_two_to_a_prompt(name):
+    message = refusal("--advantage", name)
+    assert f"--advantage {name}" in message and "--answers_per_prompt 2 or more" in message
+
+
+def test_one_answer_to_a_prompt_is_enough_for_the_others():
+    for name in ("gae", "reinforce++"):
+        assert parse(PPOConfig, [*MODELS, "--advantage", name]).answers_per_prompt == 1
+
+
+@pytest.mark.parametrize(
+    "words, whitens, aggregation, kl",
+    [
+        ("", True, "token", "reward"),
+        ("--advantage rloo", True, "token", "reward"),
+        ("--advantage grpo", False, "sequence", "loss"),
+        ("--advantage dr_grpo", False, "constant", "loss"),
+        ("--advantage reinforce++", True, "token", "reward"),
+        ("--advantage reinforce++_baseline", True, "token", "loss"),
+        ("--policy_loss gspo", True, "sequence", "reward"),
+        ("--advantage dr_grpo --policy_loss cispo", False, "token", "loss"),
+        ("--no_whiten_advantages --loss_aggregation constant --kl_placement loss", False, "constant", "loss"),
+        (
+            "--advantage grpo --whiten_advantages --policy_loss gspo --loss_aggregation token --kl_placement none",
+            True,
+            "token",
+            "none",
+        ),
+    ],
+)
+def test_what_is_not_set_is_as_in_the_papers_of_estimator_and_loss(words, whitens, aggregation, kl):
+    config = parse(PPOConfig, [*MODELS, "--answers_per_prompt", "2", *words.split()])
+    assert (config.whitens, config.aggregation, config.kl_place) == (whitens, aggregation, kl)
+    again = parse(PPOConfig, [*MODELS, "--answers_per_prompt", "2", *config.update_rule.split()])
+    assert again.update_rule == config.update_rule
 
 
 @pytest.mark.parametrize(
@@ -47,6 +83,8 @@ def test_comparing_answers_takes_two_to_a_prompt():
         ("--value_clip_range", "0.5"),
         ("--gae_lambda", "0.5"),
         ("--gamma", "0.5"),
+        ("--critic_gae_lambda", "1"),
+        ("--gae_lambda_alpha", "0.05"),
     ],
 )
 def test_options_that_an_estimator_does_not_use_are_noted_so_that_a_recipe_serves_any(words, capsys):
@@ -54,6 +92,15 @@ def test_options_that_an_estimator_does_not_use_are_noted_so_that_a_recipe_serve
     assert capsys.readouterr().out == f"note: --advantage rloo does not use {words[0]}: without effect\n"
     warn(parse(PPOConfig, [*MODELS, *words]))
     assert not capsys.readouterr().out
+
+
+def test_options_that_a_loss_or_no_reference_leaves_without_effect_are_noted(capsys):
+    config = parse(PPOConfig, [*MODELS, "--policy_loss", "cispo", "--dual_clip", "3", "--kl_placement", "none"])
+    warn(replace(config, kl_controller="adaptive", max_kl=3.0, offload_reference_model=True))
+    assert capsys.readouterr().out.splitlines() == [
+        "note: --policy_loss cispo does not use --dual_clip: without effect",
+        "note: --kl_placement none does not use --kl_controller, --max_kl, --offload_reference_model: without effect",
+    ]
 
 
 def test_without_a_critic_there_is_no_directory_for_it():

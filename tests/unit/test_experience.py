@@ -97,6 +97,8 @@ def test_without_a_critic_there_are_neither_values_nor_returns():
     part = free.to("cpu").select([2, 0])
     assert part.values is None and part.returns is None
     assert counted(part, "advantages") == counted(experience(width=9).select([2, 0]), "advantages")
+    without_reference = replace(free, ref_log_probs=None)
+    assert without_reference.to("cpu").select([2, 0]).ref_log_probs is None
     with pytest.raises(ValueError, match="values and returns"):
         replace(free, values=free.advantages)
 

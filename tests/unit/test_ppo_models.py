@@ -128,6 +128,17 @@ def test_log_probs_are_those_of_the_policy_that_is_sampled_from(models, rollout,
                 torch.testing.assert_close(found[row, token], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("lora", [0, 2])
+def test_where_the_kl_is_measured_nowhere_no_reference_is_loaded(directories, monkeypatch, lora, capsys):
+    actor, reward, codec = directories
+    frozen = []
+    monkeypatch.setattr(ppo_models, "training_engine", UnshardedEngine)
+    monkeypatch.setattr(ppo_models, "frozen_engine", lambda module, *_: frozen.append(module))
+    config = PPOConfig(kl_placement="none", dtype="fp32", actor_zero_stage=0, critic_zero_stage=0, actor_lora_dim=lora)
+    models = build_models(config, codec, actor, reward, Calibration(MEAN, STD), optimizer_steps=10)
+    assert models.reference is None and len(frozen) == 1  # the reward model
+
+
 def test_without_a_critic_the_reward_model_is_an_engine_of_its_own(directories, monkeypatch, rollout):
     actor, reward, codec = directories
     for name in ("training_engine", "frozen_engine"):

@@ -66,6 +66,12 @@ def test_first_and_last_evaluation_are_before_and_after(outputs):
     assert (report.reward, report.kl) == (Change(-1.0, 2.0), Change(0.0, 4.0))
 
 
+def test_a_kl_that_was_measured_nowhere_has_no_row(outputs):
+    assert "KL to the fine-tuned model" in render(report_of(outputs))
+    write_rows(outputs / "ppo/logs/metrics.jsonl", evaluations({"reward": -1.0}, {"reward": 2.0}))
+    assert "KL to the fine-tuned model" not in render(report_of(outputs))
+
+
 def test_the_truth_is_that_of_the_answers(outputs):
     truth = report_of(outputs).truth
     assert truth.correct == Change(0.0, 1.0) and truth.courteous.before == 0.0

@@ -11,7 +11,10 @@ from common.models.calibration import RAW
 from common.models.loading import load_causal_lm
 from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
+from step3_ppo.evaluation import sample_rows
 from step3_ppo.generation.rollout import Rollout
+from step3_ppo.limits import check_limits
+from step3_ppo.metrics import rollout_metrics
 from step3_ppo.models import PPOModels
 from step3_ppo.reward import RewardInputs
 from step3_ppo.trainer import PPOTrainer
@@ -71,10 +74,10 @@ def test_a_reward_sees_texts_ids_columns_and_ranks(inputs):
     assert part.columns == {"answer": [None, "down"]} and part.rollout.made_by.tolist() == [0, 1]
 
 
-def trainer_with(reward, model) -> PPOTrainer:
+def trainer_with(reward, model, **options) -> PPOTrainer:
     actor = UnshardedEngine(model[0])
     models = PPOModels(actor, None, actor, None, None, 1.0)
-    config = PPOConfig(advantage="rloo", answers_per_prompt=2, per_device_training_batch_size=2)
+    config = PPOConfig(advantage="rloo", answers_per_prompt=2, per_device_training_batch_size=2, **options)
     return PPOTrainer(models, reward, config, model[1], None, None, ScoreScale(RAW))
 
 
@@ -91,6 +94,23 @@ def test_a_function_is_a_reward_and_an_experience_without_critic_has_no_values(i
     experience = trainer.advantages(rollout, outputs, trainer.rewards(rollout, outputs)[1])
     assert experience.values is None and experience.returns is None
     assert experience.to("cpu").select([1, 0]).values is None
+
+
+def test_without_a_reference_there_is_no_kl_and_the_rewards_are_the_scores(inputs, model, monkeypatch):
+    def one_each(inputs: RewardInputs) -> torch.Tensor:
+        return torch.arange(4.0)
+
+    trainer = trainer_with(one_each, model, kl_placement="none")
+    monkeypatch.setattr(PPOModels, "reference_log_probs", None)  # is not called
+    outputs = trainer.score(inputs.dataset, inputs.rollout, 0)
+    assert outputs.ref_log_probs is None and outputs.log_ratio() is None and outputs.response_kl() is None
+    shaped, rewards = trainer.rewards(inputs.rollout, outputs)
+    assert torch.equal(rewards.sum(1), shaped.scores)
+    check_limits(trainer.config, outputs, "iteration 1")
+    metrics = rollout_metrics(inputs.rollout, shaped, outputs)
+    assert "kl" not in metrics and metrics["reward"] == 1.5
+    rows = sample_rows(inputs.rollout, outputs, inputs.codec, inputs.dataset, 2)
+    assert [row["reward"] for row in rows] == [0.0, 1.0] and "kl" not in rows[0]
 
 
 @pytest.mark.parametrize("here, there", [([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.5]), ([1.0] * 4, [1.0] * 3)])
