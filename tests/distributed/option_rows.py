@@ -82,6 +82,7 @@ SUPERVISED = {
     "max_seq_len": Row("metrics", "20"),
     "group_by_length": Row("metrics", "", "--per_device_train_batch_size 1"),
     "weight_decay": Row("weights", "0.5"),
+    "adam_epsilon": Row("weights", "0.1"),
     "zero_stage": Row("engines", "1"),
     "offload": Row("engines", base="--zero_stage 1"),
     "gradient_checkpointing": Row("passes"),
@@ -118,6 +119,7 @@ def _of_role(role: str) -> dict[str, Row]:
     return {
         f"{role}_learning_rate": Row("weights", "0.002"),
         f"{role}_weight_decay": Row("weights", "0.5"),
+        f"{role}_adam_epsilon": Row("weights", "0.1"),
         f"{role}_zero_stage": Row("engines", "1"),
         f"{role}_gradient_checkpointing": Row("passes"),
         f"{role}_lora_dim": Row("weights", "2"),
