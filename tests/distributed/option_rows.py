@@ -131,6 +131,7 @@ def _of_role(role: str) -> dict[str, Row]:
 
 _TEXTS = "--unsupervised_dataset_name {inputs}/texts.jsonl"
 _ADAPTIVE = "--kl_controller adaptive --kl_horizon 20 --num_train_epochs 2"
+_EQUAL = "--answers_per_prompt 2 --top_k 1"  # all answers to a prompt are the same
 _STOPPING_CRITIC = "--critic_model_name_or_path {inputs}/stopping-reward_model"  # its tokenizer's end token is <|stop|>
 PPO = {
     **RUN,
@@ -194,6 +195,12 @@ PPO = {
     "max_kl": Row("error", "1e-9", "--num_train_epochs 4 --max_iterations 8"),
     "max_reward": Row("error", "-100"),
     "min_reward": Row("error", "100"),
+    "drop_equal_groups": Row("weights", "", _EQUAL),
+    "max_refills": Row("metrics", "2", f"{_EQUAL} --drop_equal_groups"),
+    "mask_truncated_answers": Row("weights"),
+    "overlong_buffer": Row("weights", "4"),
+    "overlong_penalty": Row("weights", "3", "--overlong_buffer 4"),
+    "critic_warmup_iterations": Row("weights", "1"),
     "target_kl": Row("weights", "0.0000001", "--ppo_epochs 2"),
     "enable_ema": Row("weights"),
     "ema_decay": Row("weights", "0.5", "--enable_ema"),

@@ -75,6 +75,31 @@ def test_without_a_critic_none_is_saved_or_measured(output, ranks):
     assert trained and not {"explained_variance", "value_loss", "critic_learning_rate"} & {*trained[-1]}
 
 
+def test_equal_groups_are_replaced_alike_on_any_number_of_ranks(output):
+    one, two = ([*train_records(output / ranks / "whole" / "ppo-groups")] for ranks in ("1", "2"))
+    assert all(0 < record["equal_groups"] < 1 for record in one)
+    assert any(record["responses"] > 16 for record in one)  # 8 prompts, 2 responses to each
+    assert all(0 < record["trained_responses"] <= 16 for record in one)
+    for record, other in zip(one, two, strict=True):
+        assert other == pytest.approx(record, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_the_actor_stays_as_it_is_while_the_critic_warms_up(output, ranks):
+    *warming, last = train_records(output / str(ranks) / "broken" / "ppo-critic-warmup")
+    assert [record["step"] for record in warming] == [1, 2, 3, 4, 5]
+    assert all(abs(record["kl"]) < 1e-5 for record in (*warming, last))  # the last was sampled before the first step
+    assert not any({"policy_loss", "actor_learning_rate"} & {*record} for record in warming)
+    assert last["policy_loss"] and last["actor_learning_rate"] == pytest.approx(1e-3 / 2)  # the first of its warm-up
+    assert len({record["kl_coef"] for record in warming}) == 1
+
+
+def train_records(run: Path) -> list[dict]:
+    """What was logged of each iteration, numbers alone."""
+    records = [record for record in metrics(run) if record["phase"] == "train"]
+    return [{name: value for name, value in record.items() if name != "phase"} for record in records]
+
+
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_another_configuration_is_refused_unless_it_is_meant(output, ranks):
     said = (output / f"{ranks}.said").read_text()

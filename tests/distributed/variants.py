@@ -87,7 +87,25 @@ RESUMED = {
         ),
     ),
     "ppo-zero2-rloo": ("ppo", ("--advantage", "rloo", "--answers_per_prompt", "2", "--score_calibration", "rollout")),
+    "ppo-groups": (
+        "ppo",
+        (
+            "--advantage",
+            "rloo",
+            "--answers_per_prompt",
+            "2",
+            "--drop_equal_groups",
+            "--max_refills",
+            "2",
+            "--mask_truncated_answers",
+            "--overlong_buffer",
+            "4",
+        ),
+    ),
+    "ppo-critic-warmup": ("ppo", ("--critic_warmup_iterations", "5", "--enable_ema")),
 }
+# Those of RESUMED with a function as reward: half of the groups of two responses are equal.
+WITH_FUNCTION = ("ppo-groups",)
 
 # Name: step, flags; then those that are added when it is resumed, which only change its evaluations.
 EVALUATED_OTHERWISE = {
@@ -110,7 +128,7 @@ RESUMED_AT_LENGTH = {
 }
 
 # Those of RESUMED that are also continued by another number of ranks; without dropout, which is drawn by rank.
-RESHAPED = ("sft-zero3-lora", "ppo-ema")
+RESHAPED = ("sft-zero3-lora", "ppo-ema", "ppo-groups")
 
 # The same, at length.
 _SUPERVISED_LORA = ("--lora_dim", "4", "--lora_learning_rate", "2e-3")
