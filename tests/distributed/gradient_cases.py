@@ -8,6 +8,7 @@ done.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -34,9 +35,10 @@ from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import PPOModels
 from step3_ppo.reward import TokenRewardModel
 from step3_ppo.schedule import text_batches
+from step3_ppo.scoring import ModelOutputs
 from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
-from tests.distributed.variants import DEEPSPEED, VARIANTS, VARIANTS_AT_LENGTH, Tokens
+from tests.distributed.variants import DEEPSPEED, TRUNCATED, VARIANTS, VARIANTS_AT_LENGTH, Tokens
 from tests.supervised import reward_trainer, sft_trainer
 
 WHOLE = logprobs.CHUNK_NUMBERS
@@ -54,7 +56,7 @@ def main() -> None:
     for name, variant in variants.items():
         # The others are compared with these two: what one chunk of the output head says, many must say.
         logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
-        for step in (sft_step, reward_step, ppo_step):
+        for step in (sft_step, reward_step, ppo_step, *((truncated_ppo_step,) if name in TRUNCATED else ())):
             engines = step(str(model_dir), codec, *variant)
             gradients = {
                 f"{number}.{parameter}": gradient
@@ -123,6 +125,24 @@ def reward_step(model: str, codec, stage: int, micro_batch: int, *held: bool) ->
 
 
 def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
+    trainer = ppo_trainer(model, codec, stage, micro_batch, *held)
+    trainer.update(experience(), 0)
+    return [trainer.models.actor, trainer.models.critic]
+
+
+def truncated_ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
+    """As `ppo_step`, with three responses that were cut by length and are left out."""
+    trainer = ppo_trainer(model, codec, stage, micro_batch, *held, mask_truncated_answers=True)
+    whole = experience()
+    rollout = replace(whole.rollout, finished=torch.tensor([True, False, True, True, False, True, True, False]))
+    outputs = ModelOutputs(
+        whole.old_log_probs, whole.ref_log_probs, torch.zeros_like(whole.values), whole.values, torch.zeros(ROWS)
+    )
+    trainer.update(trainer.experience(rollout, outputs, whole.advantages, None), 0)
+    return [trainer.models.actor, trainer.models.critic]
+
+
+def ppo_trainer(model: str, codec, stage: int, micro_batch: int, *held: bool, **options: bool) -> PPOTrainer:
     rows_per_rank, accumulation, max_tokens = cut(micro_batch)
     config = PPOConfig(
         per_device_training_batch_size=rows_per_rank,
@@ -131,14 +151,14 @@ def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> li
         kl_coef=0.5,
         gradient_accumulation_steps=accumulation,
         max_tokens_per_micro_batch=max_tokens,
+        **options,
     )
     models = PPOModels(
         actor(model, codec, stage, *held), critic(model, codec, stage, *held), None, None, None, temperature=0.9
     )
     texts = text_batches(config, rows(["input_ids"]), codec)
     reward = TokenRewardModel(models, config)
-    PPOTrainer(models, reward, config, codec, None, texts, ScoreScale(RAW)).update(experience(), 0)
-    return [models.actor, models.critic]
+    return PPOTrainer(models, reward, config, codec, None, texts, ScoreScale(RAW))
 
 
 def actor(model: str, codec, stage: int, checkpointing: bool, lora: bool, offload: bool):

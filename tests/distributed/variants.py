@@ -23,7 +23,10 @@ VARIANTS = {
     "tokens-zero3": (3, Tokens(40), True, False, False),
 }
 
-# The same, at length.
+# Those that also make a step of PPO in which truncated responses are left out.
+TRUNCATED = ("whole", "accumulated", "zero3")
+
+# As VARIANTS, at length.
 VARIANTS_AT_LENGTH = {
     "checkpointed": (0, 8, True, False, False),
     "tokens": (0, Tokens(40), False, False, False),
@@ -97,9 +100,8 @@ RESUMED = {
             "--drop_equal_groups",
             "--max_refills",
             "2",
-            "--mask_truncated_answers",
-            "--overlong_buffer",
-            "4",
+            "--actor_adam_epsilon",
+            "1e-6",  # so that gradients of nothing but rounding, as of OPT's key biases, move nothing
         ),
     ),
     "ppo-critic-warmup": ("ppo", ("--critic_warmup_iterations", "5", "--enable_ema")),
