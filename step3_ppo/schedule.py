@@ -49,7 +49,7 @@ def scheduled_iterations(config: PPOConfig, prompts: int) -> int:
     """
     in_epoch = steps_per_epoch(prompts, prompts_per_iteration(config))
     iterations = min(in_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
-    if config.critic_warmup_iterations >= iterations:
+    if config.critic_warmup_iterations and config.critic_warmup_iterations >= iterations:
         raise UserError(
             f"--critic_warmup_iterations {config.critic_warmup_iterations} leaves the actor none of the run's "
             f"{iterations} iterations: lower it, or raise --num_train_epochs or --max_iterations"

@@ -241,6 +241,7 @@ class PPOTrainer:
             return {**update_metrics([]), **rates}
         steps: list[Sums] = []
         for batches in self._optimizer_steps(experience, index):
+            # Each optimizer step reads its share, one of the critic alone too: their number says where a run goes on.
             texts = [text.to(device()) for text in next(self.texts)] if self.texts is not None else []
             sums = self.learner.learn(batches, texts, self.kl.beta, engines)
             self.optimizer_steps_made += 1
