@@ -19,8 +19,7 @@ from step3_ppo.config import PPOConfig
 from step3_ppo.generation.rollout import Rollout, Rows
 from step3_ppo.scoring import ModelOutputs
 
-# Scores this close are equal: absolutely, or relative to the larger one where that is above 1. A model's scores of the
-# same response differ by rounding from batch to batch.
+# Scores this close are equal: absolutely, or relative to the larger one where that is above 1.
 TOLERANCE = 1e-6
 _REFILL = (
     1  # ends the key of the order of prompts; numpy takes missing words of a key for 0, and epochs have shorter ones
@@ -47,23 +46,32 @@ class Responses:
         )
 
 
-def in_equal_group(scores: Tensor, groups: Tensor) -> Tensor:
-    """(B,) bool: whether all responses to the same prompt have the same score, but for `TOLERANCE`.
+def in_equal_group(rollout: Rollout, scores: Tensor) -> Tensor:
+    """(B,) bool: whether all responses to the same prompt have the same score, or are the same response.
 
     Args:
         scores: (B,) raw.
-        groups: (B,) long; responses with equal numbers answer the same prompt.
     """
-    _, group = groups.unique(return_inverse=True)
+    _, group = rollout.prompt_index.unique(return_inverse=True)
+    scores = scores[first_of_its_kind(rollout)]
     extremes = scores.new_zeros(len(scores))
     highest = extremes.scatter_reduce(0, group, scores, "amax", include_self=False)[group]
     lowest = extremes.scatter_reduce(0, group, scores, "amin", include_self=False)[group]
     return highest - lowest <= TOLERANCE * torch.maximum(highest.abs(), lowest.abs()).clamp_min(1)
 
 
-def equal_fraction(scores: Tensor, groups: Tensor) -> float:
-    """The share of groups whose responses all have the same score."""
-    return len(groups[in_equal_group(scores, groups)].unique()) / len(groups.unique())
+def first_of_its_kind(rollout: Rollout) -> Tensor:
+    """(B,) long: for each row the first row with the same tokens. A reward model's scores of such rows are the same but
+    for rounding, which differs from batch to batch and is coarse in bf16."""
+    _, kind = rollout.tokens.masked_fill(rollout.attention_mask == 0, -1).unique(dim=0, return_inverse=True)
+    rows = torch.arange(len(kind))
+    return torch.full_like(kind, len(kind)).scatter_reduce(0, kind, rows, "amin")[kind]
+
+
+def equal_fraction(rollout: Rollout, scores: Tensor) -> float:
+    """The share of prompts to which all responses have the same score."""
+    groups = rollout.prompt_index
+    return len(groups[in_equal_group(rollout, scores)].unique()) / len(groups.unique())
 
 
 def refilled(
@@ -106,7 +114,7 @@ def refilled(
 def unequal_rows(responses: Responses, groups: int) -> Tensor:
     """(N,) long: the rows of the first so many groups whose scores are not all equal."""
     prompt_index = responses.rollout.prompt_index
-    rows = (~in_equal_group(responses.outputs.scores, prompt_index)).nonzero().squeeze(1)
+    rows = (~in_equal_group(responses.rollout, responses.outputs.scores)).nonzero().squeeze(1)
     first = list(dict.fromkeys(prompt_index[rows].tolist()))[:groups]
     return rows[torch.isin(prompt_index[rows], torch.tensor(first, dtype=torch.long))]
 

@@ -29,7 +29,7 @@ def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutput
         "response_length": float(rollout.response_lengths.float().mean()),
         "eos_fraction": scores["finished"],
         "kl": float(outputs.response_kl().mean()),
-        **({"equal_groups": equal_fraction(outputs.scores, groups)} if several else {}),
+        **({"equal_groups": equal_fraction(rollout, outputs.scores)} if several else {}),
         **({"overlong_penalty": scores["overlong_penalty"]} if "overlong_penalty" in scores else {}),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -41,16 +42,33 @@ def test_a_group_is_equal_if_any_two_of_its_scores_are(case):
     pairs = combinations(range(len(scores)), 2)
     unequal = {int(groups[a]) for a, b in pairs if groups[a] == groups[b] and scores[a] != scores[b]}
     expected = [int(group) not in unequal for group in groups]
-    assert in_equal_group(scores, groups).tolist() == expected
-    assert equal_fraction(scores, groups) == pytest.approx(1 - len(unequal) / len(set(groups.tolist())))
+    rollout = distinct(groups)
+    assert in_equal_group(rollout, scores).tolist() == expected
+    assert equal_fraction(rollout, scores) == pytest.approx(1 - len(unequal) / len(set(groups.tolist())))
 
 
 @pytest.mark.parametrize("score", [0.0, 1.0, -3e4])
 def test_rounding_makes_no_difference_and_more_does(score):
     step = 1e-7 * max(1.0, abs(score))
-    groups = torch.zeros(2, dtype=torch.long)
-    assert in_equal_group(torch.tensor([score, score + step]), groups).all()
-    assert not in_equal_group(torch.tensor([score, score + 100 * step]), groups).any()
+    rollout = distinct(torch.zeros(2, dtype=torch.long))
+    assert in_equal_group(rollout, torch.tensor([score, score + step])).all()
+    assert not in_equal_group(rollout, torch.tensor([score, score + 100 * step])).any()
+
+
+def test_the_same_response_has_the_same_score_whatever_rounding_says_and_whatever_pads():
+    whole = distinct(torch.tensor([4, 4, 5, 5]))
+    tokens = torch.tensor([[4, 1, 2, 9], [4, 1, 2, 7], [5, 1, 2, 3], [5, 1, 2, 2]])
+    lengths = torch.tensor([2, 2, 2, 3])
+    rollout = replace(whole, tokens=tokens, response_lengths=lengths)
+    assert in_equal_group(rollout, torch.tensor([0.5, 0.51, 0.5, 0.51])).tolist() == [True, True, False, False]
+
+
+def distinct(groups: torch.Tensor) -> Rollout:
+    """Responses to the prompts of these numbers, each of one token of its own."""
+    rows = len(groups)
+    ones = torch.ones(rows, dtype=torch.long)
+    tokens = torch.stack([groups, torch.arange(rows)], 1)
+    return Rollout(tokens, ones, ones, ones.bool(), groups, ones.bool(), ones)
 
 
 def responses(prompts: list[int], equal) -> Responses:
@@ -61,7 +79,7 @@ def responses(prompts: list[int], equal) -> Responses:
     lengths = 1 + index % 4
     rows, width = len(index), int(lengths.max())
     rollout = Rollout(
-        index[:, None].expand(rows, width + 1).clone(),
+        (ANSWERS * index + sample)[:, None].expand(rows, width + 1).clone(),
         torch.ones(rows, dtype=torch.long),
         lengths,
         torch.ones(rows, dtype=torch.bool),
