@@ -220,7 +220,7 @@ class PPOTrainer:
         """The experience of all these responses. Every rank holds all of it, so whitening needs no reduction."""
         mask = rollout.response_mask
         advantages, returns = self.estimator(rewards, outputs.values, mask, rollout.prompt_index, self.config)
-        if self.config.whiten_advantages:
+        if self.config.whiten_advantages:  # over what will be learnt from; before, truncated ones were compared with
             masked = self.config.mask_truncated_answers
             advantages = whiten(advantages, mask & rollout.finished[:, None] if masked else mask)
         return Experience(rollout, outputs.old_log_probs, outputs.ref_log_probs, outputs.values, advantages, returns)
