@@ -27,7 +27,8 @@ def build_trainer(config: PPOConfig, inputs: RunInputs, run: Run, reward: Reward
     codec, prompts = inputs.codec, inputs.prompts.train
     with named_when_out_of_memory("loading the models"):
         steps = optimizer_steps(config, len(prompts), scheduled_iterations(config, len(prompts)))
-        models = build_models(config, codec, inputs.actor, inputs.critic, inputs.scale, steps)
+        of_critic_alone = optimizer_steps(config, len(prompts), config.critic_warmup_iterations)
+        models = build_models(config, codec, inputs.actor, inputs.critic, inputs.scale, steps, of_critic_alone)
     saved_tokens = run.checkpoints.saved_value(run.checkpoint, MAX_TOKENS)
     fitted = fitted_config(config, models, max(prompts["length"]), codec.pad_id, saved_tokens)
     texts = text_batches(fitted, inputs.texts.train, codec) if inputs.texts else None

@@ -18,6 +18,7 @@ from common.data.blend import SourceSpec, parse_data_path
 from common.data.options import ProgramConfig
 from common.errors import UserError, named_by
 from step3_ppo.advantages import ESTIMATORS, Estimator, register
+from step3_ppo.group_options import SelectionOptions
 from step3_ppo.loss_options import LossOptions
 from step3_ppo.options import ActorOptions, CriticOptions, RewardOptions, RolloutOptions, UpdateOptions
 
@@ -41,7 +42,16 @@ _NO_TENSOR_PARALLEL = "every rank generates for its own prompts with the whole m
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, LossOptions, ActorOptions, CriticOptions, ProgramConfig):
+class PPOConfig(
+    RolloutOptions,
+    RewardOptions,
+    UpdateOptions,
+    LossOptions,
+    SelectionOptions,
+    ActorOptions,
+    CriticOptions,
+    ProgramConfig,
+):
     """Step 3: PPO"""
 
     phase: ClassVar[int] = 2
@@ -180,6 +190,7 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, LossOptions, Actor
             flags = " or ".join(f"--{name}_zero_stage" for name in self.trained_models)
             raise UserError(f"--offload needs {flags} 1, 2 or 3")
         self._check_advantage()
+        self._check_selection()
         check_output_dir(
             self.output_dir,
             actor_model_name_or_path=self.actor_model_name_or_path,
@@ -205,6 +216,27 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, LossOptions, Actor
             self.only_with("the scores of a reward model", False, "offload_reward_model")
             if self.score_calibration == "provenance":
                 raise UserError("--score_calibration provenance is that of a reward model, which gives no scores here")
+
+    def _check_selection(self) -> None:
+        if self.drop_equal_groups and self.answers_per_prompt < 2:
+            raise UserError(
+                "--drop_equal_groups compares the scores of the answers to one prompt: it needs --answers_per_prompt 2 "
+                "or more"
+            )
+        if self.overlong_buffer > self.max_answer_seq_len:
+            raise UserError(
+                f"--overlong_buffer {self.overlong_buffer} is above --max_answer_seq_len {self.max_answer_seq_len}"
+            )
+        if self.draw_answer_lengths and (self.mask_truncated_answers or self.overlong_buffer):
+            raise UserError(
+                "--draw_answer_lengths lets no answer end by itself: leave it out, or --mask_truncated_answers and "
+                "--overlong_buffer"
+            )
+        if self.critic_warmup_iterations and not self.estimator.needs_critic:
+            raise UserError(
+                f"--critic_warmup_iterations {self.critic_warmup_iterations} trains the critic alone, and --advantage "
+                f"{self.advantage} has none: leave it out"
+            )
 
     def useless_options(self) -> list[str]:
         """The options that --advantage, --policy_loss and --kl_placement have no use for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -34,23 +34,27 @@ class Learner:
         self.models, self.config, self.clock = models, config, clock
         self.step = AtomicStep(models.trained(), config.max_skipped_steps)
 
-    def learn(self, batches: Sequence[Experience], texts: Sequence[TokenBatch], kl_coef: float) -> Sums | None:
-        """Make a step of all trained engines. Returns sums over all its tokens, or None if it was skipped.
+    def learn(
+        self, batches: Sequence[Experience], texts: Sequence[TokenBatch], kl_coef: float, engines: Collection[str]
+    ) -> Sums | None:
+        """Make a step of some trained engines. Returns sums over all its tokens, or None if it was skipped.
 
         Args:
             batches: this rank's micro-batches.
             texts: micro-batches of plain text, whose loss is added to the actor's.
             kl_coef: weight of the KL, if it is part of the loss.
+            engines: the names of those that step; the others stay as they are.
         """
-        sums = self._accumulate(batches, texts, kl_coef)
+        sums = self._accumulate(batches, texts, kl_coef, engines)
         if not self.step.finite_on_all_ranks():
             self.step.skip()
             return None
-        with self.clock.phase(Phase.ACTOR_UPDATE):
-            self.models.actor.step()
-            if self.models.ema is not None:
-                self.models.ema.update()
-        if self.models.critic is not None:
+        if "actor" in engines:
+            with self.clock.phase(Phase.ACTOR_UPDATE):
+                self.models.actor.step()
+                if self.models.ema is not None:
+                    self.models.ema.update()
+        if self.models.critic is not None and "critic" in engines:
             with self.clock.phase(Phase.CRITIC_UPDATE):
                 self.models.critic.step()
         return {name: total for parts in sums if parts for name, total in add_sums(parts, global_sum).items()}
@@ -66,13 +70,14 @@ class Learner:
         of_critic = None if self.models.critic is None else zeros
         experience = Experience(rollout, zeros, zeros, of_critic, zeros, of_critic).to(device())
         text = TokenBatch(rollout.tokens, rollout.attention_mask, rollout.attention_mask.bool(), rollout.lengths)
-        self._accumulate([experience], [text.to(device())] if self.config.unsupervised_dataset_name else [], 1.0)
+        texts = [text.to(device())] if self.config.unsupervised_dataset_name else []
+        self._accumulate([experience], texts, 1.0, self.models.trained())
         self.step.discard()
 
     def _accumulate(
-        self, batches: Sequence[Experience], texts: Sequence[TokenBatch], kl_coef: float
+        self, batches: Sequence[Experience], texts: Sequence[TokenBatch], kl_coef: float, engines: Collection[str]
     ) -> list[list[Sums]]:
-        """Accumulate gradients in all trained engines. Returns the sums of policy, text and value loss."""
+        """Accumulate gradients in the engines of these names. Returns the sums of policy, text and value loss."""
         tokens, units = global_sum(torch.stack([self._counts(batch) for batch in batches]).sum(0))
         policy: list[Sums] = []
         text: list[Sums] = []
@@ -86,16 +91,17 @@ class Learner:
 
             return loss_of
 
-        with self.clock.phase(Phase.ACTOR_UPDATE):
-            self.step.accumulate(
-                "actor", "policy loss", batches, share(partial(self._policy_loss, kl_coef), units, policy)
-            )
-            if texts:
-                text_tokens = global_sum(torch.stack([batch.loss_mask[:, 1:].sum() for batch in texts]).sum())
+        if "actor" in engines:
+            with self.clock.phase(Phase.ACTOR_UPDATE):
                 self.step.accumulate(
-                    "actor", "text loss", texts, share(self._text_loss, text_tokens, text, self.config.unsup_coef)
+                    "actor", "policy loss", batches, share(partial(self._policy_loss, kl_coef), units, policy)
                 )
-        if self.models.critic is not None:
+                if texts:
+                    text_tokens = global_sum(torch.stack([batch.loss_mask[:, 1:].sum() for batch in texts]).sum())
+                    self.step.accumulate(
+                        "actor", "text loss", texts, share(self._text_loss, text_tokens, text, self.config.unsup_coef)
+                    )
+        if "critic" in engines:
             with self.clock.phase(Phase.CRITIC_UPDATE):
                 self.step.accumulate("critic", "value loss", batches, share(self._value_loss, tokens, value))
         return [policy, text, value]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from common.training.engine import gradient_norm
+from common.training.engine import TrainedEngine, gradient_norm
 from common.training.metrics import Metrics, StepMetrics, Sums, add_sums, means
 from common.training.timing import PhaseClock
+from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout
+from step3_ppo.groups import equal_fraction
 from step3_ppo.loss import explained_variance, explained_variance_sums
-from step3_ppo.models import PPOModels
 from step3_ppo.rewards import ShapedScores
 from step3_ppo.scoring import ModelOutputs
 
 
 def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutputs) -> Metrics:
-    """Metrics of the responses: rewards, lengths, and KL where there is a reference."""
+    """Metrics of all responses that were made: rewards, lengths, KL where there is a reference; where prompts got
+    several, `equal_groups`, the share of prompts to which all responses have the same raw score."""
     scores, kl = means(shaped.sums, "responses"), outputs.response_kl()
+    groups = rollout.prompt_index
+    several = len(groups.unique()) < len(groups)
     return {
         "reward": scores["raw_score"],
         "shaped_score": scores["score"],
@@ -25,45 +29,49 @@ def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutput
         "response_length": float(rollout.response_lengths.float().mean()),
         "eos_fraction": scores["finished"],
         **({} if kl is None else {"kl": float(kl.mean())}),
+        **({"equal_groups": equal_fraction(rollout, outputs.scores)} if several else {}),
+        **({"overlong_penalty": scores["overlong_penalty"]} if "overlong_penalty" in scores else {}),
     }
 
 
-def experience_metrics(experience: Experience, outputs: ModelOutputs) -> Metrics:
-    """Metrics of the models before the update."""
-    mask = experience.response_mask
-    metrics: Metrics = {"entropy": float(outputs.entropy[mask].mean())}
-    if experience.values is not None and experience.returns is not None:
-        sums = explained_variance_sums(experience.values, experience.returns, mask)
+def experience_metrics(experience: Experience | None, config: PPOConfig) -> Metrics:
+    """Metrics of the responses that are learnt from, before the update: where options leave some out, their number; the
+    fit of the critic. None: there are no such responses."""
+    metrics: Metrics = {}
+    if config.leaves_responses_out:
+        metrics["trained_responses"] = 0 if experience is None else len(experience.rollout.tokens)
+    if experience is not None and experience.values is not None and experience.returns is not None:
+        sums = explained_variance_sums(experience.values, experience.returns, experience.response_mask)
         metrics["explained_variance"] = explained_variance(sums)
     return metrics
 
 
 def update_metrics(steps: Sequence[Sums]) -> Metrics:
     """Means over the optimizer steps made, from the sums of each."""
-    if not steps:  # all were skipped
+    if not steps:  # all were skipped, or there was nothing to learn from
         return {"optimizer_steps": 0}
     sums = add_sums(steps)
     texts: Sums = {name: sums.pop(name) for name in ("text_loss", "text_tokens") if name in sums}
     policy: Sums = {name: sums.pop(name) for name in ("policy_loss", "kl_loss", "policy_units") if name in sums}
     return {
         **means(sums, "tokens"),
-        **means(policy, "policy_units"),
+        **(means(policy, "policy_units") if policy else {}),
         **(means(texts, "text_tokens") if texts else {}),
         "optimizer_steps": len(steps),
     }
 
 
-def learning_rates(models: PPOModels) -> Metrics:
-    return {f"{name}_learning_rate": engine.get_lr()[0] for name, engine in models.trained().items()}
+def learning_rates(engines: Mapping[str, TrainedEngine]) -> Metrics:
+    return {f"{name}_learning_rate": engine.get_lr()[0] for name, engine in engines.items()}
 
 
-def gradient_norms(models: PPOModels) -> StepMetrics:
+def gradient_norms(engines: Mapping[str, TrainedEngine]) -> StepMetrics:
     """Of the last optimizer step."""
-    return {f"{name}_gradient_norm": gradient_norm(engine) for name, engine in models.trained().items()}
+    return {f"{name}_gradient_norm": gradient_norm(engine) for name, engine in engines.items()}
 
 
 def time_metrics(clock: PhaseClock, responses: int) -> Metrics:
-    """Seconds of each phase, and how fast responses went through the iteration."""
+    """Seconds of each phase, and how fast all responses that were made went through the iteration."""
     seconds = clock.total()
     return {
         **{f"seconds_{name}": seconds for name, seconds in clock.seconds.items()},

@@ -137,6 +137,7 @@ def build_models(
     critic_source: str | None,
     scale: Scale,
     optimizer_steps: int,
+    of_critic_alone: int = 0,
 ) -> PPOModels:
     """Load the models that the options ask for, up to four, and make their engines.
 
@@ -145,8 +146,9 @@ def build_models(
             model that the critic is to start from; the latter is None where neither is wanted.
         scale: of the shaped scores; the critic's values are in it.
         optimizer_steps: of the whole run, for the learning-rate schedules.
+        of_critic_alone: how many of them, the first, the critic makes alone; the actor's schedule begins after them.
     """
-    say_shortened_warmup(config, optimizer_steps)
+    say_shortened_warmup(config, optimizer_steps - of_critic_alone)
     _say_what_is_shared(config)
 
     def settings_of(stage: int, offload: bool) -> EngineSettings:
@@ -170,9 +172,9 @@ def build_models(
             loading = _loading(config, config.critic, settings, trainable)
             return load_scalar_model(source, codec, calibration=calibration, seed=config.seed, **loading)
 
-    def trained(model: nn.Module, options: TrainedModelOptions, settings: EngineSettings) -> Any:
+    def trained(model: nn.Module, options: TrainedModelOptions, settings: EngineSettings, steps: int) -> Any:
         with named_by("--offload needs", kind=CannotCompile):
-            return training_engine(model, settings, OptimizerSettings.for_model(options, config, optimizer_steps))
+            return training_engine(model, settings, OptimizerSettings.for_model(options, config, steps))
 
     actor_settings = settings_of(config.actor.zero_stage, config.offload)
     actor = load_actor(actor_settings, trainable=True)
@@ -189,8 +191,8 @@ def build_models(
             with named_by("--critic_lora_module_name"), named_by("--add_eot_token", kind=AddedTokenError):
                 base = str(critic_source) if config.merge_adapter else config.critic_model_name_or_path
                 _add_adapters(critic.classifier, config.critic, base, config.seed)
-    actor_engine = trained(actor, config.actor, actor_settings)
-    critic_engine = None if critic is None else trained(critic, config.critic, critic_settings)
+    actor_engine = trained(actor, config.actor, actor_settings, optimizer_steps - of_critic_alone)
+    critic_engine = None if critic is None else trained(critic, config.critic, critic_settings, optimizer_steps)
 
     reference = None
     if config.has_reference and not config.actor.lora_dim:

@@ -35,7 +35,8 @@ def kl_estimate(log_probs: Tensor, other_log_probs: Tensor, estimator: str) -> T
 class ShapedScores:
     """Scores as PPO sees them, and sums over the real responses.
 
-    sums: `responses` (their number), `raw_score`, `score` (shaped), `clipped`, `finished` (how many were).
+    sums: `responses` (their number), `raw_score`, `score` (shaped), `clipped`, `finished` (how many were), and, where
+    there is one, `overlong_penalty`.
     """
 
     scores: Tensor  # (B,) float32
@@ -52,32 +53,56 @@ def shape_scores(
     clip: float = 5.0,
     missing_eos_penalty: float = 0.0,
     missing_eos_score: float | None = None,
+    overlong: Tensor | None = None,
 ) -> ShapedScores:
-    """Normalise scores, clip them to +-clip, then lower those of responses that were cut by length.
+    """Normalise scores, clip them to +-clip, then lower those of responses that are too long or were cut by length.
 
     Args:
         scores: (B,) raw.
         finished, real: (B,) bool.
         mean, std: of the reward model's raw scores, from its provenance.
         missing_eos_penalty: subtracted from the score of an unfinished response, in normalised units.
-        missing_eos_score: if given, the score of an unfinished response.
+        missing_eos_score: if given, the score of an unfinished response, whatever else would come off it.
+        overlong: (B,) subtracted from the scores, in normalised units; see `overlong_penalties`. None: nothing.
     """
     if std <= 0:
         raise ValueError(f"the standard deviation of the reward model's scores must be positive, not {std}")
     normalised = (scores.float() - mean) / std
     clipped = normalised.clamp(-clip, clip)
+    shaped = clipped if overlong is None else clipped - overlong
     if missing_eos_score is None:
-        shaped = clipped - missing_eos_penalty * (~finished)
+        shaped = shaped - missing_eos_penalty * (~finished)
     else:
-        shaped = clipped.masked_fill(~finished, missing_eos_score)
+        shaped = shaped.masked_fill(~finished, missing_eos_score)
     sums = {
         "responses": masked_sum(torch.ones_like(shaped), real),
         "raw_score": masked_sum(scores, real),
         "score": masked_sum(shaped, real),
         "clipped": masked_sum(normalised != clipped, real),
         "finished": masked_sum(finished, real),
+        **({} if overlong is None else {"overlong_penalty": masked_sum(overlong, real)}),
     }
     return ShapedScores(shaped, sums)
+
+
+def overlong_penalties(response_lengths: Tensor, longest: int, buffer: int, most: float) -> Tensor | None:
+    """The soft penalty of over-long responses: most * clip((length - (longest - buffer)) / buffer, 0, 1).
+
+    0 up to `longest - buffer` tokens, then linear, `most` at `longest`. Source: DAPO, arXiv:2503.14476, eq. 13, which
+    has most = 1 and the opposite sign.
+
+    Args:
+        response_lengths: (B,) long, tokens, the end token included.
+        longest: tokens after which a response is cut.
+        buffer: tokens, at most `longest`; 0: there is no penalty.
+        most: in normalised score.
+
+    Returns:
+        (B,) float32, at least 0; None if there is no penalty.
+    """
+    if not buffer:
+        return None
+    return most * ((response_lengths - (longest - buffer)).float() / buffer).clamp(0, 1)
 
 
 def token_rewards(log_ratio: Tensor | None, scores: Tensor, response_mask: Tensor, beta: float) -> Tensor:

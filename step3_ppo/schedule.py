@@ -12,6 +12,7 @@ from datasets import Dataset
 from common.batching.collate import TokenBatch, collate_texts
 from common.batching.sampler import StepSampler, steps_per_epoch
 from common.data.tokenization import Codec
+from common.errors import UserError
 from common.runtime.distributed import rank, say, world_size
 from step3_ppo.config import PPOConfig
 
@@ -41,15 +42,27 @@ def prompt_sampler(config: PPOConfig, prompts: Dataset) -> StepSampler:
 
 
 def scheduled_iterations(config: PPOConfig, prompts: int) -> int:
-    """The iterations that the learning rates are scheduled for; a test mode may stop before."""
+    """The iterations that the learning rates are scheduled for; a test mode may stop before.
+
+    Raises:
+        UserError: the critic's warm-up leaves none of them to the actor.
+    """
     in_epoch = steps_per_epoch(prompts, prompts_per_iteration(config))
-    return min(in_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
+    iterations = min(in_epoch * config.num_train_epochs, config.max_iterations or sys.maxsize)
+    if config.critic_warmup_iterations and config.critic_warmup_iterations >= iterations:
+        raise UserError(
+            f"--critic_warmup_iterations {config.critic_warmup_iterations} leaves the actor none of the run's "
+            f"{iterations} iterations: lower it, or raise --num_train_epochs or --max_iterations"
+        )
+    return iterations
 
 
 def optimizer_steps(config: PPOConfig, prompts: int, iterations: int) -> int:
-    """How often each engine steps in so many iterations over this number of prompts.
+    """How often an engine that learns in all of them steps in so many iterations over this number of prompts.
 
-    The last iteration of every epoch has what is left of the prompts, and so perhaps fewer steps than the others.
+    Fewer, where responses are left out of the updates (--drop_equal_groups, --mask_truncated_answers) or --target_kl
+    cuts them short. The last iteration of every epoch has what is left of the prompts, and so perhaps fewer steps than
+    the others.
     """
     rows = prompts_per_iteration(config)
     in_epoch = steps_per_epoch(prompts, rows)
@@ -59,13 +72,13 @@ def optimizer_steps(config: PPOConfig, prompts: int, iterations: int) -> int:
 
 
 def optimizer_steps_per_iteration(config: PPOConfig, prompts: int) -> int:
-    """How often each engine steps in an iteration that no target_kl cuts short."""
+    """How often each engine that learns steps in a whole iteration."""
     per_step = config.per_device_training_batch_size * config.gradient_accumulation_steps * world_size()
     return config.ppo_epochs * ceil(min(prompts_per_iteration(config), prompts) * config.answers_per_prompt / per_step)
 
 
 def text_batches(config: PPOConfig, texts: Dataset, codec: Codec) -> Iterator[list[TokenBatch]]:
-    """Endless plain text: for every optimizer step as many rows as it has responses."""
+    """Endless plain text: for every optimizer step as many rows as a full one has responses."""
     sampler = StepSampler(
         texts["length"],
         rows_per_micro_batch=config.per_device_training_batch_size,

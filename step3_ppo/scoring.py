@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from common.runtime.distributed import gather_objects
 from common.training.timing import PhaseClock
 from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
-from step3_ppo.generation.rollout import Rollout
+from step3_ppo.generation.rollout import Rollout, Rows, concat_rows
 from step3_ppo.models import PPOModels, evaluating
 from step3_ppo.reward import Reward, RewardInputs
 from step3_ppo.sharing import compute_on_all_ranks
@@ -38,6 +39,25 @@ class ModelOutputs:
         """(B,) log-ratio summed over each response: the k1 estimate of its KL, in nats; None without a reference."""
         log_ratio = self.log_ratio()
         return None if log_ratio is None else log_ratio.sum(1)
+
+    def select(self, rows: Rows, width: int) -> ModelOutputs:
+        """These rows (N,) long, in this order, for responses of at most `width` tokens."""
+        rows = torch.as_tensor(rows, dtype=torch.long)
+        chosen = {name: tensor[rows] for name, tensor in self._tensors().items()}
+        return replace(
+            self, **{name: tensor[:, :width] if tensor.dim() > 1 else tensor for name, tensor in chosen.items()}
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[ModelOutputs]) -> ModelOutputs:
+        """All rows of `parts`, padded with 0 to the widest."""
+        names = parts[0]._tensors()
+        return replace(parts[0], **{name: concat_rows([getattr(part, name) for part in parts]) for name in names})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, without those that there are not."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 @torch.no_grad()

@@ -15,9 +15,10 @@ from common.config.option import Phase
 from common.data.tokenization import Codec
 from common.errors import DIVERGED, Diverged
 from common.runtime.distributed import device, on_gpu, rank, say, world_size
+from common.training.engine import TrainedEngine
 from common.training.loop import check_finite
 from common.training.memory import MAX_TOKENS
-from common.training.metrics import Metrics, StepMetrics, Sums
+from common.training.metrics import StepMetrics, Sums
 from common.training.timing import PhaseClock
 from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
@@ -26,6 +27,7 @@ from step3_ppo.generation.actor_rollouts import ActorRollouts
 from step3_ppo.generation.optimizer_offload import OptimizerOffload
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.generation.sampling import NO_TOKEN
+from step3_ppo.groups import Responses, refill_batches, refilled
 from step3_ppo.kl_controller import kl_controller
 from step3_ppo.learner import Learner
 from step3_ppo.limits import check_limits
@@ -39,7 +41,7 @@ from step3_ppo.metrics import (
 )
 from step3_ppo.models import PPOModels
 from step3_ppo.reward import Reward, RewardInputs
-from step3_ppo.rewards import ShapedScores, shape_scores, token_rewards
+from step3_ppo.rewards import ShapedScores, overlong_penalties, shape_scores, token_rewards
 from step3_ppo.scoring import ModelOutputs, score_rollout, to_scale
 from step3_ppo.sharing import share_rollout
 from step3_ppo.whitening import whiten
@@ -105,19 +107,41 @@ class PPOTrainer:
             Diverged: on all ranks alike, if numbers are not finite or leave the limits that are set.
         """
         self.clock.reset()
-        with self.clock.phase(Phase.GENERATE):
-            rollout = self.roll_out(self.prompts, prompts, index)
-        outputs = to_scale(self.score(self.prompts, rollout, index), self.scale)
+        responses, chosen = self.responses(prompts, index)
+        rollout, outputs = responses.rollout, to_scale(responses.outputs, self.scale)
         with self.clock.phase("advantages"):
             shaped, rewards = self.rewards(rollout, outputs)
             check_limits(self.config, outputs, name_of(index))
-            experience = self.advantages(rollout, outputs, rewards)
+            experience = self.experience(rollout, outputs, rewards, chosen)
         self.latest = rollout, outputs
         updates = self.update(experience, index)
-        metrics = self.report(experience, outputs, shaped, updates)
-        if (kl := outputs.response_kl()) is not None:
+        metrics = self.report(rollout, outputs, shaped, experience, updates)
+        kl = outputs.response_kl()
+        if kl is not None and "actor" in self.learning(index):  # while it is frozen there is no KL to steer
             self.kl.update(float(kl.mean()), len(rollout.tokens))
         return metrics
+
+    def responses(self, prompts: Sequence[MicroBatch], index: int) -> tuple[Responses, Tensor | None]:
+        """Scored responses to the prompts of an iteration and, with --drop_equal_groups, to further ones.
+
+        Returns:
+            All that were made, the same on every rank; and the rows (N,) long that are learnt from, None for all.
+        """
+        first = self.respond(prompts, index)
+        if not self.config.drop_equal_groups:
+            return first, None
+
+        def respond(rows: list[int]) -> Responses:
+            lengths, slots = self.prompts[rows]["length"], self.config.per_device_generation_batch_size
+            return self.respond(refill_batches(rows, lengths, slots, world_size(), rank()), index)
+
+        return refilled(first, respond, len(self.prompts), index, self.config)
+
+    def respond(self, prompts: Sequence[MicroBatch], index: int) -> Responses:
+        """Responses of all ranks to training prompts, and what the models and the reward say of them."""
+        with self.clock.phase(Phase.GENERATE):
+            rollout = self.roll_out(self.prompts, prompts, index)
+        return Responses(rollout, self.score(self.prompts, rollout, index))
 
     def roll_out(self, dataset: Dataset, micro_batches: Sequence[MicroBatch], stream: int) -> Rollout:
         """Responses of all ranks to the prompts of `micro_batches`, on every rank.
@@ -163,44 +187,86 @@ class PPOTrainer:
             clip=config.score_clip,
             missing_eos_penalty=config.missing_eos_penalty,
             missing_eos_score=config.missing_eos_score,
+            overlong=overlong_penalties(
+                rollout.response_lengths, config.max_answer_seq_len, config.overlong_buffer, config.overlong_penalty
+            ),
         )
         beta = self.kl.beta if config.kl_place == "reward" else 0.0
         return shaped, token_rewards(outputs.log_ratio(), shaped.scores, rollout.response_mask, beta)
 
+    def experience(
+        self, rollout: Rollout, outputs: ModelOutputs, rewards: Tensor, chosen: Tensor | None
+    ) -> Experience | None:
+        """What the update learns from; None if nothing is left.
+
+        Args:
+            rewards: (B, R) token rewards.
+            chosen: (N,) long, the rows of the groups that are learnt from; None: all.
+        """
+        if chosen is not None:
+            if not len(chosen):
+                return None
+            responses = Responses(rollout, outputs).select(chosen)
+            rollout, outputs = responses.rollout, responses.outputs
+            rewards = rewards[chosen, : rollout.response_mask.shape[1]]
+        experience = self.advantages(rollout, outputs, rewards)
+        if self.config.mask_truncated_answers:
+            ended = rollout.finished.nonzero().squeeze(1)
+            return experience.select(ended) if len(ended) else None
+        return experience
+
     def advantages(self, rollout: Rollout, outputs: ModelOutputs, rewards: Tensor) -> Experience:
-        """The experience that the update learns from. Every rank holds all of it, so whitening needs no reduction."""
+        """The experience of all these responses. Every rank holds all of it, so whitening needs no reduction."""
         mask = rollout.response_mask
         advantages, returns = self.estimator(rewards, outputs.values, mask, rollout.prompt_index, self.config)
-        if self.config.whitens:
-            advantages = whiten(advantages, mask)
+        if self.config.whitens:  # over what will be learnt from; before, truncated ones were compared with
+            masked = self.config.mask_truncated_answers
+            advantages = whiten(advantages, mask & rollout.finished[:, None] if masked else mask)
         return Experience(rollout, outputs.old_log_probs, outputs.ref_log_probs, outputs.values, advantages, returns)
 
-    def update(self, experience: Experience, index: int) -> Metrics:
+    def learning(self, index: int) -> dict[str, TrainedEngine]:
+        """The engines that learn in an iteration, by name: in the first ones perhaps the critic alone."""
+        engines = self.models.trained()
+        if index < self.config.critic_warmup_iterations:
+            del engines["actor"]
+        return engines
+
+    def update(self, experience: Experience | None, index: int) -> StepMetrics:
         """PPO epochs over the experience; leaves them early where the policy has moved past `target_kl`."""
-        rates = learning_rates(self.models)
+        engines = self.learning(index)
+        rates = learning_rates(engines)
+        if experience is None:
+            say(f"note: no response of {name_of(index)} is left to learn from: it makes no optimizer step")
+            return {**update_metrics([]), **rates}
         steps: list[Sums] = []
         for batches in self._optimizer_steps(experience, index):
+            # Each optimizer step reads its share, one of the critic alone too: their number says where a run goes on.
             texts = [text.to(device()) for text in next(self.texts)] if self.texts is not None else []
-            sums = self.learner.learn(batches, texts, self.kl.beta)
+            sums = self.learner.learn(batches, texts, self.kl.beta, engines)
             self.optimizer_steps_made += 1
             if sums is not None:
                 steps.append(sums)
                 if self._moved_too_far(sums):
                     break
-        return {**update_metrics(steps), **rates}
+        return {**update_metrics(steps), **rates, **gradient_norms(engines)}
 
     def report(
-        self, experience: Experience, outputs: ModelOutputs, shaped: ShapedScores, updates: Metrics
+        self,
+        rollout: Rollout,
+        outputs: ModelOutputs,
+        shaped: ShapedScores,
+        experience: Experience | None,
+        updates: StepMetrics,
     ) -> StepMetrics:
-        """Metrics of an iteration."""
+        """Metrics of an iteration: of all responses that were made, and of the experience that was learnt from."""
         return {
-            **rollout_metrics(experience.rollout, shaped, outputs),
+            **rollout_metrics(rollout, shaped, outputs),
             **({"kl_coef": self.kl.beta} if self.config.has_reference else {}),
-            **experience_metrics(experience, outputs),
+            "entropy": float(outputs.entropy[rollout.response_mask].mean()),
+            **experience_metrics(experience, self.config),
             **updates,
             "skipped_steps": self.learner.step.skipped,
-            **gradient_norms(self.models),
-            **time_metrics(self.clock, len(experience.rollout.tokens)),
+            **time_metrics(self.clock, len(rollout.tokens)),
         }
 
     def state_dict(self) -> dict:
@@ -240,7 +306,9 @@ class PPOTrainer:
 
     def _moved_too_far(self, step: Sums) -> bool:
         limit = self.config.target_kl
-        return limit is not None and float(step["approx_kl"] / step["tokens"].clamp_min(1)) > limit
+        return (
+            limit is not None and "approx_kl" in step and float(step["approx_kl"] / step["tokens"].clamp_min(1)) > limit
+        )
 
 
 def name_of(stream: int) -> str:

@@ -192,6 +192,7 @@ class TrainedModelOptions(Config):
 
     learning_rate: float = option(1e-5, "highest learning rate", low=0, deepspeed_keys=("optimizer",))
     weight_decay: float = option(0.0, "AdamW's weight decay; biases and norms have none", low=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon, added to the root of the second moment", above=0)
     zero_stage: int = option(
         0,
         "ZeRO stage",
@@ -265,6 +266,7 @@ class SupervisedOptions(ScheduleOptions):
         False, "form optimizer steps of rows of similar length: less padding, but steps are no longer random samples"
     )
     weight_decay: float = same_option(TrainedModelOptions, "weight_decay")
+    adam_epsilon: float = same_option(TrainedModelOptions, "adam_epsilon")
     zero_stage: int = same_option(TrainedModelOptions, "zero_stage")
     offload: bool = option(
         False,

@@ -25,7 +25,8 @@ class AtomicStep:
     """Decides for each optimizer step whether it is applied.
 
     For each step the caller first calls `accumulate` for every engine. If `finite_on_all_ranks` then returns True, it
-    calls the `step` of every engine; otherwise it calls `skip`.
+    calls the `step` of every engine; otherwise it calls `skip`. An engine that is to stay as it is in a step takes no
+    part in it: neither `accumulate` nor `step` is called for it.
 
     Args:
         engines: by the name of their model.
@@ -41,6 +42,7 @@ class AtomicStep:
         self.skipped = self.consecutive_skips = 0
         self._engines, self._limit = dict(engines), limit
         self._losses: dict[str, Tensor] = {}
+        self._accumulated: set[str] = set()  # the engines that take part in the current step
         self._not_finite_here: list[str] = []
         self._not_finite_anywhere: list[str] = []
 
@@ -69,6 +71,7 @@ class AtomicStep:
             name: of the engine.
             loss: the name of its loss in messages.
         """
+        self._accumulated.add(name)
         self._losses[loss] = accumulate(self._engines[name], micro_batches, loss_of)
         return self._losses[loss]
 
@@ -103,9 +106,10 @@ class AtomicStep:
 
     def discard(self) -> None:
         """Discard losses and gradients: the next optimizer step is, bit for bit, as if they had not been computed."""
+        for name, engine in self._engines.items():
+            if name in self._accumulated:
+                discard_gradients(engine)
         self._reset_sums()
-        for engine in self._engines.values():
-            discard_gradients(engine)
 
     def _find_not_finite(self) -> tuple[list[str], list[str]]:
         """The losses, and then the gradients, that are not finite: on this rank, and on any rank."""
@@ -121,7 +125,7 @@ class AtomicStep:
         )
 
     def _reset_sums(self) -> None:
-        self._losses = {}
+        self._losses, self._accumulated = {}, set()
         for engine in self._engines.values():
             engine.gradients.squares.zero_()
 

@@ -23,6 +23,7 @@ from common.models.engine import Engine
 from common.runtime.distributed import device, on_gpu, world_size
 from common.training.gradients import GradientSize
 from common.training.optim import (
+    EPSILON,
     WeightChanges,
     build_optimizer,
     build_scheduler,
@@ -114,6 +115,7 @@ class OptimizerSettings:
         weight_decay: of AdamW.
         scheduler: one of `common.config.groups.SCHEDULES`.
         warmup_steps, total_steps: optimizer steps.
+        epsilon: of AdamW.
     """
 
     learning_rate: float
@@ -122,6 +124,7 @@ class OptimizerSettings:
     scheduler: str
     warmup_steps: int
     total_steps: int
+    epsilon: float = EPSILON
 
     @classmethod
     def from_config(cls, config: OneModelConfig, total_steps: int) -> OptimizerSettings:
@@ -139,6 +142,7 @@ class OptimizerSettings:
             schedule.lr_scheduler_type,
             schedule.num_warmup_steps,
             total_steps,
+            model.adam_epsilon,
         )
 
 
@@ -237,7 +241,7 @@ def training_engine(model: nn.Module, settings: EngineSettings, optimizer: Optim
 
     groups = parameter_groups(model, optimizer.learning_rate, optimizer.weight_decay, optimizer.lora_learning_rate)
     config = deepspeed_config(settings)
-    adamw = build_optimizer(groups, "offload_optimizer" in config["zero_optimization"])
+    adamw = build_optimizer(groups, optimizer.epsilon, "offload_optimizer" in config["zero_optimization"])
     schedule = build_scheduler(adamw, optimizer.scheduler, optimizer.warmup_steps, optimizer.total_steps)
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, lr_scheduler=schedule, config=config)
     _reset_step_counter(adamw)

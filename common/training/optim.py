@@ -14,6 +14,7 @@ from common.runtime.distributed import on_every_rank, on_gpu, say
 from common.training.learning_rate import fraction_of_peak
 
 BETAS = (0.9, 0.95)  # of AdamW, as in the training of InstructGPT and DeepSpeed-Chat
+EPSILON = 1e-8  # of AdamW, unless an option says otherwise
 
 
 def parameter_groups(
@@ -41,18 +42,18 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(groups: list[dict[str, Any]], offload: bool) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], epsilon: float, offload: bool) -> torch.optim.Optimizer:
     """AdamW: torch's, fused on a GPU; DeepSpeed's CPU kernel where the optimizer is offloaded from one."""
     if offload and on_gpu():
-        return cpu_adam(groups)
-    return torch.optim.AdamW(groups, betas=BETAS, fused=on_gpu())
+        return cpu_adam(groups, epsilon)
+    return torch.optim.AdamW(groups, betas=BETAS, eps=epsilon, fused=on_gpu())
 
 
 class CannotCompile(InputError):
     """A kernel that is not compiled yet, and that cannot be compiled here."""
 
 
-def cpu_adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def cpu_adam(groups: list[dict[str, Any]], epsilon: float = EPSILON) -> torch.optim.Optimizer:
     """DeepSpeed's AdamW for CPUs.
 
     Raises:
@@ -61,7 +62,7 @@ def cpu_adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     try:
-        return DeepSpeedCPUAdam(groups, betas=BETAS, adamw_mode=True)
+        return DeepSpeedCPUAdam(groups, betas=BETAS, eps=epsilon, adamw_mode=True)
     except RuntimeError as error:
         raise CannotCompile(
             "DeepSpeed's optimizer for CPUs",

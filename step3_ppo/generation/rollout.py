@@ -76,7 +76,7 @@ class Rollout:
     def concat(parts: Sequence[Rollout]) -> Rollout:
         """All rows of `parts`, padded to the widest."""
         names = [field.name for field in fields(Rollout)]
-        return Rollout(**{name: _concat([getattr(part, name) for part in parts]) for name in names})
+        return Rollout(**{name: concat_rows([getattr(part, name) for part in parts]) for name in names})
 
     def to(self, device: torch.device | str) -> Rollout:
         return Rollout(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
@@ -130,8 +130,8 @@ def to_rollout(sequences: Tensor, prompts: PromptBatch, end_ids: Sequence[int], 
     return Rollout(tokens, prompts.lengths, response_lengths, finished, prompts.prompt_index, prompts.real, made_by)
 
 
-def _concat(tensors: Sequence[Tensor]) -> Tensor:
-    """Joins (B_i,) tensors, or (B_i, W_i) ones padded with 0 on the right to the widest."""
+def concat_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Join (B_i,) tensors, or (B_i, W_i) ones padded with 0 on the right to the widest."""
     if tensors[0].dim() == 1:
         return torch.cat(list(tensors))
     width = max(tensor.shape[1] for tensor in tensors)

@@ -35,9 +35,10 @@ from step3_ppo.generation.rollout import Rollout
 from step3_ppo.models import PPOModels
 from step3_ppo.reward import TokenRewardModel
 from step3_ppo.schedule import text_batches
+from step3_ppo.scoring import ModelOutputs
 from step3_ppo.trainer import PPOTrainer
 from tests.architectures import build_model
-from tests.distributed.variants import DEEPSPEED, LOSSES_IN, VARIANTS, VARIANTS_AT_LENGTH, Tokens
+from tests.distributed.variants import DEEPSPEED, LOSSES_IN, TRUNCATED, VARIANTS, VARIANTS_AT_LENGTH, Tokens
 from tests.supervised import reward_trainer, sft_trainer
 
 WHOLE = logprobs.CHUNK_NUMBERS
@@ -55,7 +56,10 @@ def main() -> None:
     for name, variant in variants.items():
         # The others are compared with these two: what one chunk of the output head says, many must say.
         logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
-        for step in (sft_step, reward_step, ppo_step, *((gspo_step, cispo_step) if name in LOSSES_IN else ())):
+        steps = [sft_step, reward_step, ppo_step]
+        steps += [gspo_step, cispo_step] if name in LOSSES_IN else []
+        steps += [truncated_ppo_step] if name in TRUNCATED else []
+        for step in steps:
             engines = step(str(model_dir), codec, *variant)
             gradients = {
                 f"{number}.{parameter}": gradient
@@ -124,17 +128,27 @@ def reward_step(model: str, codec, stage: int, micro_batch: int, *held: bool) ->
 
 
 def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
-    config = ppo_config(micro_batch, unsup_coef=0.5)
-    texts = text_batches(config, rows(["input_ids"]), codec)
-    return updated(
-        config, actor(model, codec, stage, *held), critic(model, codec, stage, *held), codec, texts, experience()
+    trainer = whole_ppo_trainer(model, codec, stage, micro_batch, *held)
+    trainer.update(experience(), 0)
+    return list(trainer.models.trained().values())
+
+
+def truncated_ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
+    """As `ppo_step`, with three responses that were cut by length and are left out."""
+    trainer = whole_ppo_trainer(model, codec, stage, micro_batch, *held, mask_truncated_answers=True)
+    whole = experience()
+    rollout = replace(whole.rollout, finished=torch.tensor([True, False, True, True, False, True, True, False]))
+    outputs = ModelOutputs(
+        whole.old_log_probs, whole.ref_log_probs, torch.zeros_like(whole.values), whole.values, torch.zeros(ROWS)
     )
+    trainer.update(trainer.experience(rollout, outputs, whole.advantages, None), 0)
+    return list(trainer.models.trained().values())
 
 
 def gspo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
     """The mean over responses of each one's mean, KL among it."""
     config = ppo_config(micro_batch, advantage="grpo", answers_per_prompt=2, policy_loss="gspo", clip_range=0.5)
-    return updated(config, actor(model, codec, stage, *held), None, codec, None, without_critic(experience()))
+    return updated_without_critic(config, actor(model, codec, stage, *held), codec)
 
 
 def cispo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
@@ -147,7 +161,14 @@ def cispo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> 
         loss_aggregation="constant",
         max_answer_seq_len=20,
     )
-    return updated(config, actor(model, codec, stage, *held), None, codec, None, without_critic(experience()))
+    return updated_without_critic(config, actor(model, codec, stage, *held), codec)
+
+
+def whole_ppo_trainer(model: str, codec, stage: int, micro_batch: int, *held: bool, **options) -> PPOTrainer:
+    """With a critic and plain text."""
+    config = ppo_config(micro_batch, unsup_coef=0.5, **options)
+    texts = text_batches(config, rows(["input_ids"]), codec)
+    return trainer_of(config, actor(model, codec, stage, *held), critic(model, codec, stage, *held), codec, texts)
 
 
 def ppo_config(micro_batch: int, **options) -> PPOConfig:
@@ -162,16 +183,17 @@ def ppo_config(micro_batch: int, **options) -> PPOConfig:
     )
 
 
-def updated(config: PPOConfig, actor_, critic_, codec, texts, learnt_from: Experience) -> list:
-    """The trained engines after one update from an experience."""
+def updated_without_critic(config: PPOConfig, actor_, codec) -> list:
+    """The actor's engine after one update from an experience without values."""
+    trainer = trainer_of(config, actor_, None, codec, None)
+    trainer.update(replace(experience(), values=None, returns=None), 0)
+    return [actor_]
+
+
+def trainer_of(config: PPOConfig, actor_, critic_, codec, texts) -> PPOTrainer:
     models = PPOModels(actor_, critic_, None, None, None, temperature=0.9)
     reward = TokenRewardModel(models, config)
-    PPOTrainer(models, reward, config, codec, None, texts, ScoreScale(RAW)).update(learnt_from, 0)
-    return list(models.trained().values())
-
-
-def without_critic(whole: Experience) -> Experience:
-    return replace(whole, values=None, returns=None)
+    return PPOTrainer(models, reward, config, codec, None, texts, ScoreScale(RAW))
 
 
 def actor(model: str, codec, stage: int, checkpointing: bool, lora: bool, offload: bool):

@@ -82,6 +82,7 @@ SUPERVISED = {
     "max_seq_len": Row("metrics", "20"),
     "group_by_length": Row("metrics", "", "--per_device_train_batch_size 1"),
     "weight_decay": Row("weights", "0.5"),
+    "adam_epsilon": Row("weights", "0.1"),
     "zero_stage": Row("engines", "1"),
     "offload": Row("engines", base="--zero_stage 1"),
     "gradient_checkpointing": Row("passes"),
@@ -118,6 +119,7 @@ def _of_role(role: str) -> dict[str, Row]:
     return {
         f"{role}_learning_rate": Row("weights", "0.002"),
         f"{role}_weight_decay": Row("weights", "0.5"),
+        f"{role}_adam_epsilon": Row("weights", "0.1"),
         f"{role}_zero_stage": Row("engines", "1"),
         f"{role}_gradient_checkpointing": Row("passes"),
         f"{role}_lora_dim": Row("weights", "2"),
@@ -129,6 +131,7 @@ def _of_role(role: str) -> dict[str, Row]:
 
 _TEXTS = "--unsupervised_dataset_name {inputs}/texts.jsonl"
 _ADAPTIVE = "--kl_controller adaptive --kl_horizon 20 --num_train_epochs 2"
+_EQUAL = "--answers_per_prompt 2 --top_k 1"  # all answers to a prompt are the same
 _STOPPING_CRITIC = "--critic_model_name_or_path {inputs}/stopping-reward_model"  # its tokenizer's end token is <|stop|>
 PPO = {
     **RUN,
@@ -198,6 +201,12 @@ PPO = {
     "max_kl": Row("error", "1e-9", "--num_train_epochs 4 --max_iterations 8"),
     "max_reward": Row("error", "-100"),
     "min_reward": Row("error", "100"),
+    "drop_equal_groups": Row("weights", "", _EQUAL),
+    "max_refills": Row("metrics", "2", f"{_EQUAL} --drop_equal_groups"),
+    "mask_truncated_answers": Row("weights"),
+    "overlong_buffer": Row("weights", "4"),
+    "overlong_penalty": Row("weights", "3", "--overlong_buffer 4"),
+    "critic_warmup_iterations": Row("weights", "1"),
     "target_kl": Row("weights", "0.0000001", "--ppo_epochs 2"),
     "enable_ema": Row("weights"),
     "ema_decay": Row("weights", "0.5", "--enable_ema"),

@@ -16,6 +16,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import torch
+
 from common.checkpoints.saver import Saver
 from common.errors import AlreadyComplete, UserError
 from common.runtime.distributed import barrier, is_main, say, world_size
@@ -23,6 +25,7 @@ from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
+from step3_ppo.reward import RewardInputs
 from tests.distributed.variants import (
     DEEPSPEED,
     EVALUATED_OTHERWISE,
@@ -30,9 +33,15 @@ from tests.distributed.variants import (
     RESHAPED_AT_LENGTH,
     RESUMED,
     RESUMED_AT_LENGTH,
+    WITH_FUNCTION,
 )
 
 PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
+
+
+def parity(inputs: RewardInputs) -> torch.Tensor:
+    """1 for a response whose ids have an odd sum, else 0."""
+    return torch.tensor([float(sum(ids) % 2) for ids in inputs.response_ids])
 
 
 class Broken(Exception):
@@ -52,7 +61,8 @@ def main() -> None:
     def run(name: str, place: Path, kind: str, *more: str) -> None:
         step, flags = cases[name]
         command = ppo(data, texts, place / "made") if step == "ppo" else supervised(data, model, place)
-        PROGRAMS[step]([*command, *flags, *more, "--output_dir", str(place / kind / name)])
+        reward = {"reward": parity} if name in WITH_FUNCTION else {}
+        PROGRAMS[step]([*command, *flags, *more, "--output_dir", str(place / kind / name)], **reward)
 
     if part == "first":
         for step in ("sft", "reward"):  # for step 3 to begin with

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.variants import LOSSES_IN, VARIANTS, VARIANTS_AT_LENGTH
+from tests.distributed.variants import LOSSES_IN, TRUNCATED, VARIANTS, VARIANTS_AT_LENGTH
 from tests.launching import ROOT, at_length, launch_each
 
 PROGRAM = ROOT / "tests" / "distributed" / "gradient_cases.py"
@@ -32,7 +32,12 @@ def test_gradients_of_other_losses_and_means_agree(gradients, step, ranks, varia
     agree(gradients, step, ranks, variant)
 
 
-def agree(gradients, step, ranks, variant):
+@pytest.mark.parametrize("variant, ranks", [*product(TRUNCATED, (1, 2))])
+def test_gradients_of_what_is_left_of_a_step_agree(gradients, variant, ranks):
+    agree(gradients, "truncated_ppo_step", ranks, variant)
+
+
+def agree(gradients, step: str, ranks: int, variant: str) -> None:
     reference = load_file(gradients / f"{step}.1.{'lora' if variant.startswith('lora') else 'whole'}.safetensors")
     found = load_file(gradients / f"{step}.{ranks}.{variant}.safetensors")
     assert found.keys() == reference.keys()

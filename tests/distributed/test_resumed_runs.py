@@ -76,6 +76,34 @@ def test_without_a_critic_none_is_saved_or_measured(output, ranks):
 
 
 @pytest.mark.parametrize("ranks", (1, 2))
+def test_equal_groups_are_left_out_and_replaced(output, ranks):
+    records = train_records(output / str(ranks) / "broken" / "ppo-groups")
+    wanted = 16  # 8 prompts, 2 responses to each
+    assert any(record["equal_groups"] > 0 for record in records)
+    assert any(record["responses"] > wanted for record in records)
+    for record in records:
+        unequal = round(record["responses"] * (1 - record["equal_groups"]))
+        assert 0 < record["trained_responses"] == min(unequal, wanted)
+        assert record["optimizer_steps"] == -(-record["trained_responses"] // 4)
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_the_actor_stays_as_it_is_while_the_critic_warms_up(output, ranks):
+    *warming, last = train_records(output / str(ranks) / "broken" / "ppo-critic-warmup")
+    assert [record["step"] for record in warming] == [1, 2, 3, 4, 5]
+    assert all(abs(record["kl"]) < 1e-5 for record in (*warming, last))  # the last was sampled before the first step
+    assert not any({"policy_loss", "actor_learning_rate"} & {*record} for record in warming)
+    assert last["policy_loss"] and last["actor_learning_rate"] == pytest.approx(1e-3 / 2)  # the first of its warm-up
+    assert len({record["kl_coef"] for record in warming}) == 1
+
+
+def train_records(run: Path) -> list[dict]:
+    """What was logged of each iteration, numbers alone."""
+    records = [record for record in metrics(run) if record["phase"] == "train"]
+    return [{name: value for name, value in record.items() if name != "phase"} for record in records]
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
 def test_another_configuration_is_refused_unless_it_is_meant(output, ranks):
     said = (output / f"{ranks}.said").read_text()
     (refused,) = [line for line in said.splitlines() if line.startswith("refused: ")]

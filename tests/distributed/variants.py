@@ -26,7 +26,10 @@ VARIANTS = {
 # Those that the policy losses besides PPO's own run in, critic-free.
 LOSSES_IN = ("whole", "accumulated", "zero2", "tokens-zero3")
 
-# The same, at length.
+# Those that also make a step of PPO in which truncated responses are left out.
+TRUNCATED = ("whole", "accumulated", "zero3")
+
+# As VARIANTS, at length.
 VARIANTS_AT_LENGTH = {
     "checkpointed": (0, 8, True, False, False),
     "tokens": (0, Tokens(40), False, False, False),
@@ -103,7 +106,24 @@ RESUMED = {
             "none",
         ),
     ),
+    "ppo-groups": (
+        "ppo",
+        (
+            "--advantage",
+            "rloo",
+            "--answers_per_prompt",
+            "2",
+            "--drop_equal_groups",
+            "--max_refills",
+            "2",
+            "--actor_adam_epsilon",
+            "1e-6",  # so that gradients of nothing but rounding, as of OPT's key biases, move nothing
+        ),
+    ),
+    "ppo-critic-warmup": ("ppo", ("--critic_warmup_iterations", "5", "--enable_ema")),
 }
+# Those of RESUMED with a function as reward: half of the groups of two responses are equal.
+WITH_FUNCTION = ("ppo-groups",)
 
 # Name: step, flags; then those that are added when it is resumed, which only change its evaluations.
 EVALUATED_OTHERWISE = {
@@ -126,7 +146,7 @@ RESUMED_AT_LENGTH = {
 }
 
 # Those of RESUMED that are also continued by another number of ranks; without dropout, which is drawn by rank.
-RESHAPED = ("sft-zero3-lora", "ppo-ema")
+RESHAPED = ("sft-zero3-lora", "ppo-ema", "ppo-groups")
 
 # The same, at length.
 _SUPERVISED_LORA = ("--lora_dim", "4", "--lora_learning_rate", "2e-3")

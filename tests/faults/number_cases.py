@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -67,7 +68,7 @@ def main() -> None:
 
 def engine_case(model: str, codec, step: str, where: str, stage: int, dtype: str, lora: bool, offload: bool) -> dict:
     """Whether the state is the same, bit for bit, before and after a skipped step, and as if it had never been."""
-    takes = {"sft": sft, "reward": reward, "ppo": ppo}[step]
+    takes = {"sft": sft, "reward": reward, "ppo": ppo, "warmup": partial(ppo, warmup=2)}[step]
     states = {}
     for kind in ("skips", "never"):
         trainer, engines, take = takes(model, codec, stage, dtype, lora, offload)
@@ -110,9 +111,10 @@ def reward(model: str, codec, *held):
     return trainer, [engine], lambda number: trainer.train_step(turned(batches, number))
 
 
-def ppo(model: str, codec, *held):
-    """With the pre-training mix and a moving average."""
+def ppo(model: str, codec, *held, warmup: int = 0):
+    """With the pre-training mix and a moving average; in so many updates the critic learns alone."""
     config = PPOConfig(
+        critic_warmup_iterations=warmup,
         per_device_training_batch_size=2,
         unsup_coef=0.5,
         unsupervised_dataset_name="texts",

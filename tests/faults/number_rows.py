@@ -26,6 +26,10 @@ ENGINES = {
             for lora in (False, True)
         ),
         *(("ppo", "actor gradient", stage, "fp32", False, False) for stage in (0, 2, 3)),
+        *(
+            ("warmup", "critic loss", stage, dtype, False, False)
+            for stage, dtype in ((0, "fp32"), (2, "bf16"), (3, "bf16"))
+        ),
         *((step, "gradient", 1, dtype, False, False) for step in ("sft", "reward") for dtype in ("fp32", "bf16")),
         *(("sft", "loss", stage, dtype, False, True) for stage in (1, 2, 3) for dtype in ("fp32", "bf16")),
     ]

@@ -5,7 +5,7 @@ import torch
 
 from common.models.logprobs import length_mask
 from common.training.metrics import add_sums, means
-from step3_ppo.rewards import shape_scores, token_rewards
+from step3_ppo.rewards import overlong_penalties, shape_scores, token_rewards
 
 RAW = torch.tensor([9.0, 9.7, 10.4, 30.0, -30.0])
 FINISHED = torch.tensor([True, False, True, True, False])
@@ -72,3 +72,25 @@ def test_garbage_outside_the_mask_and_in_fillers_stays_out():
     kl[0, :2] = 1.0
     rewards = token_rewards(kl, scores, length_mask(torch.tensor([2, 0]), 3), beta=0.5)
     assert rewards.tolist() == [[-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("longest, buffer", [(10, 4), (10, 10), (7, 1), (256, 64)])
+def test_the_penalty_of_over_long_responses_is_dapos(longest, buffer):
+    """arXiv:2503.14476, eq. 13, by its three cases, with lengths of at most `longest`."""
+    lengths = torch.arange(1, longest + 1)
+    found = overlong_penalties(lengths, longest, buffer, most=0.5).tolist()
+    for length, penalty in zip(lengths.tolist(), found):
+        free = longest - buffer
+        assert penalty == pytest.approx(0.0 if length <= free else 0.5 * (length - free) / buffer)
+    assert found == sorted(found) and found[-1] == 0.5
+
+
+def test_over_long_responses_cost_even_a_clipped_score_and_the_mean_is_known():
+    penalties = overlong_penalties(torch.tensor([1, 6, 8, 8, 10]), 10, 4, most=1.0)
+    free = shape_scores(RAW, FINISHED, REAL, **CALIBRATION, missing_eos_penalty=1.5).scores
+    shaped = shape_scores(RAW, FINISHED, REAL, **CALIBRATION, missing_eos_penalty=1.5, overlong=penalties)
+    torch.testing.assert_close(shaped.scores, free - torch.tensor([0.0, 0.0, 0.5, 0.5, 1.0]))
+    assert means(shaped.sums, "responses")["overlong_penalty"] == pytest.approx(0.4)
+    fixed = shape_scores(RAW, FINISHED, REAL, **CALIBRATION, missing_eos_score=-3.0, overlong=penalties).scores
+    assert (fixed[~FINISHED] == -3.0).all()
+    assert overlong_penalties(torch.tensor([10]), 10, 0, most=1.0) is None

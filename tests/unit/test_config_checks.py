@@ -57,6 +57,21 @@ from tests.command_lines import MODELS, message, read, recipe
         ),
         (PPOConfig, MODELS + "--print_answers_interval 4", "--print_answers"),
         (PPOConfig, MODELS + "--temperature 0", "above 0"),
+        (PPOConfig, MODELS + "--drop_equal_groups", "--answers_per_prompt 2"),
+        (PPOConfig, MODELS + "--max_refills 2", "--drop_equal_groups"),
+        (PPOConfig, MODELS + "--overlong_penalty 2", "--overlong_buffer above 0"),
+        (PPOConfig, MODELS + "--overlong_buffer 9 --max_answer_seq_len 8", "--overlong_buffer 9 is above"),
+        (
+            PPOConfig,
+            MODELS + "--mask_truncated_answers --draw_answer_lengths",
+            "--draw_answer_lengths lets no answer end",
+        ),
+        (
+            PPOConfig,
+            MODELS + "--critic_warmup_iterations 1 --advantage rloo --answers_per_prompt 2",
+            "--critic_warmup_iterations 1 trains the critic alone",
+        ),
+        (SFTConfig, "--adam_epsilon 0", "above 0"),
     ],
 )
 def test_values_that_do_not_go_together(cls, line, part):

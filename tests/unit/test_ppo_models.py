@@ -69,6 +69,18 @@ def test_an_adapter_names_its_base_as_the_user_did_unless_that_was_merged(direct
     assert found == ([actor, reward] if merge_adapter else ["builtin:actor", "builtin:reward"])
 
 
+def test_each_engine_has_its_own_epsilon_and_the_actor_a_schedule_after_the_critics_warm_up(directories, monkeypatch):
+    actor, reward, codec = directories
+    built = []
+    monkeypatch.setattr(ppo_models, "training_engine", lambda model, _, optimizer: built.append(optimizer))
+    monkeypatch.setattr(ppo_models, "frozen_engine", UnshardedEngine)
+    config = PPOConfig(
+        dtype="fp32", actor_zero_stage=0, critic_zero_stage=0, actor_adam_epsilon=1e-5, critic_adam_epsilon=1e-6
+    )
+    build_models(config, codec, actor, reward, Calibration(MEAN, STD), optimizer_steps=10, of_critic_alone=4)
+    assert [(settings.epsilon, settings.total_steps) for settings in built] == [(1e-5, 6), (1e-6, 10)]
+
+
 def test_without_a_critic_there_are_no_values(rollout):
     with pytest.raises(ValueError, match="none is loaded"):
         PPOModels(None, None, None, None, None, 1.0).values(rollout)

@@ -5,9 +5,10 @@ import pytest
 from datasets import Dataset
 
 from common.batching.sampler import StepSampler
+from common.errors import UserError
 from step3_ppo.config import PPOConfig
 from step3_ppo.evaluation import evaluation_prompts
-from step3_ppo.schedule import optimizer_steps, prompt_sampler
+from step3_ppo.schedule import optimizer_steps, prompt_sampler, scheduled_iterations
 
 
 @pytest.mark.parametrize("prompts", [3, 16, 17, 40, 41])
@@ -39,6 +40,17 @@ def test_the_schedule_has_as_many_steps_as_the_run(monkeypatch, prompts, iterati
         for count in answers
     ]
     assert optimizer_steps(config, len(data), iterations) == sum(taken)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_warm_up_of_the_critic_leaves_something_to_the_actor(monkeypatch, iterations):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config = lambda warmup: PPOConfig(
+        per_device_generation_batch_size=4, max_iterations=iterations, critic_warmup_iterations=warmup
+    )
+    assert scheduled_iterations(config(iterations - 1), 40) == iterations
+    with pytest.raises(UserError, match=f"--critic_warmup_iterations {iterations} leaves the actor none"):
+        scheduled_iterations(config(iterations), 40)
 
 
 @pytest.mark.parametrize("asked, rows", [(0, []), (1, [0]), (3, [0, 3, 6]), (10, [*range(10)]), (99, [*range(10)])])
