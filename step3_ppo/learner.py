@@ -11,11 +11,12 @@ from torch import Tensor
 from common.batching.collate import TokenBatch, unmasked
 from common.config.option import Phase
 from common.models.logprobs import next_token_loss_sum, response_log_probs
-from common.runtime.distributed import device, global_sum
+from common.runtime.distributed import device, global_max, global_sum
 from common.training.atomic_step import AtomicStep
 from common.training.metrics import Sums, add_sums
 from common.training.timing import PhaseClock
 from step3_ppo.config import PPOConfig
+from step3_ppo.diagnostics import ratio_sums
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.loss import kl_loss_sum, policy_loss_sum, value_loss_sum
@@ -53,7 +54,9 @@ class Learner:
         if self.models.critic is not None:
             with self.clock.phase(Phase.CRITIC_UPDATE):
                 self.models.critic.step()
-        return {name: total for parts in sums if parts for name, total in add_sums(parts, global_sum).items()}
+        return {
+            name: total for parts in sums if parts for name, total in add_sums(parts, global_sum, global_max).items()
+        }
 
     def probe(self, rows: int, prompt: int, pad_id: int) -> None:
         """Run forward and backward as `learn` does, on `rows` rows of `prompt` tokens and the longest response, and
@@ -108,10 +111,12 @@ class Learner:
             rollout.prompt_lengths,
             rollout.response_lengths,
             self.config.temperature,
+            rollout.kept,
         )
         loss, sums = policy_loss_sum(
             log_probs, batch.old_log_probs, batch.advantages, batch.response_mask, self.config.clip_range
         )
+        sums = {**sums, **ratio_sums(log_probs, batch.old_log_probs, batch.response_mask)}
         if self.config.kl_placement == "loss":
             kl_loss, kl_sums = kl_loss_sum(
                 log_probs, batch.old_log_probs, batch.ref_log_probs, batch.response_mask, self.config.kl_estimator

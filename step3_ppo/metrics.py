@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from common.training.engine import gradient_norm
 from common.training.metrics import Metrics, StepMetrics, Sums, add_sums, means
 from common.training.timing import PhaseClock
+from step3_ppo.diagnostics import RATIO_SUMS, ratio_metrics, sampler_gap
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.loss import explained_variance, explained_variance_sums
@@ -32,6 +33,8 @@ def experience_metrics(experience: Experience, outputs: ModelOutputs) -> Metrics
     """Metrics of the models before the update."""
     mask = experience.response_mask
     metrics: Metrics = {"entropy": float(outputs.entropy[mask].mean())}
+    if experience.rollout.sampling_log_probs is not None:
+        metrics |= sampler_gap(experience.rollout.sampling_log_probs, experience.old_log_probs, mask)
     if experience.values is not None and experience.returns is not None:
         sums = explained_variance_sums(experience.values, experience.returns, mask)
         metrics["explained_variance"] = explained_variance(sums)
@@ -39,12 +42,19 @@ def experience_metrics(experience: Experience, outputs: ModelOutputs) -> Metrics
 
 
 def update_metrics(steps: Sequence[Sums]) -> Metrics:
-    """Means over the optimizer steps made, from the sums of each."""
+    """Means over the optimizer steps made, from the sums of each, and the spread of the ratio."""
     if not steps:  # all were skipped
         return {"optimizer_steps": 0}
     sums = add_sums(steps)
     texts: Sums = {name: sums.pop(name) for name in ("text_loss", "text_tokens") if name in sums}
-    return {**means(sums, "tokens"), **(means(texts, "text_tokens") if texts else {}), "optimizer_steps": len(steps)}
+    for name in RATIO_SUMS:
+        del sums[name]
+    return {
+        **means(sums, "tokens"),
+        **ratio_metrics(steps),
+        **(means(texts, "text_tokens") if texts else {}),
+        "optimizer_steps": len(steps),
+    }
 
 
 def learning_rates(models: PPOModels) -> Metrics:

@@ -283,7 +283,7 @@ def test_sampled_frequencies_match_the_softmax():
     logits = torch.tensor([[0.5, -1.0, 2.0, 0.0, 1.0]]).expand(20_000, 5)
     for sampling in (SAMPLED, Sampling(0.7, 1.0, 0, 0, 1), Sampling(1.0, 0.8, 0, 0, 1), Sampling(1.3, 1.0, 3, 0, 1)):
         uniform = uniforms(3, 0, torch.arange(20_000), 1)[:, 0]
-        counts = sample_tokens(logits, uniform, sampling).bincount(minlength=5).double()
+        counts = sample_tokens(logits, uniform, sampling).tokens.bincount(minlength=5).double()
         expected = filtered_probabilities(logits[:1], sampling)[0].double()
         expected = expected / expected.sum() * 20_000
         kept = expected > 0
@@ -303,7 +303,7 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens():
 def test_uniform_numbers_at_the_edges_give_real_tokens():
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]]).expand(2, 4)
     edges = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
-    assert sample_tokens(logits, edges, SAMPLED).tolist() == [0, 2]
+    assert sample_tokens(logits, edges, SAMPLED).tokens.tolist() == [0, 2]
 
 
 def test_uniforms_are_keyed_by_everything_and_nothing_else():
