@@ -11,6 +11,7 @@ from torch import Tensor
 from common.batching.collate import TokenBatch, unmasked
 from common.config.option import Phase
 from common.models.logprobs import next_token_loss_sum, response_log_probs
+from common.models.token_sets import TokenSets
 from common.runtime.distributed import device, global_max, global_sum
 from common.training.atomic_step import AtomicStep
 from common.training.metrics import Sums, add_sums
@@ -64,7 +65,9 @@ class Learner:
         response = self.config.max_answer_seq_len
         each = lambda number: torch.full((rows,), number)
         tokens = torch.full((rows, prompt + response), pad_id)
-        rollout = Rollout(tokens, each(prompt), each(response), each(True), each(0), each(True), each(0))
+        vocabulary = self.models.actor.module.config.get_text_config().vocab_size
+        kept = TokenSets.largest(rows * response, vocabulary) if self.config.sampling.exact else None
+        rollout = Rollout(tokens, each(prompt), each(response), each(True), each(0), each(True), each(0), kept=kept)
         zeros = torch.zeros(rows, response)
         of_critic = None if self.models.critic is None else zeros
         experience = Experience(rollout, zeros, zeros, of_critic, zeros, of_critic).to(device())

@@ -20,26 +20,11 @@ from step3_ppo.generation.rollout import to_rollout
 from step3_ppo.generation.sampling import Sampling, filtered_probabilities, response_limits, sample_tokens, uniforms
 from step3_ppo.sharing import RolloutAbandoned, share_rollout
 from tests.architectures import CONFIGS, build_model
+from tests.unsharded_engine import UnshardedEngine
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=12)
 SAMPLED = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=12)
 LENGTHS = [4, 11, 7, 2, 9, 5]
-
-
-class UnshardedEngine:
-    """Stands for an engine with unsharded weights: has only what `generate` uses."""
-
-    def __init__(self, module):
-        self.module, self.dp_world_size = module, 1
-
-    def zero_optimization_partition_weights(self):
-        return False
-
-    def eval(self):
-        self.module.eval()
-
-    def train(self):
-        self.module.train()
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
