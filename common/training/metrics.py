@@ -42,9 +42,7 @@ def masked_sum(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor.detach().masked_fill(~mask, 0).sum(dtype=torch.float64)
 
 
-def add_sums(
-    parts: Sequence[Sums], global_sum: GlobalSum = on_this_rank, global_max: GlobalMax = on_this_rank
-) -> Sums:
+def add_sums(parts: Sequence[Sums], global_sum: GlobalSum = on_this_rank, global_max: GlobalMax = on_this_rank) -> Sums:
     """Merge statistics of equal names over micro-batches and, in one reduction for sums and one for maxima, over ranks.
 
     Args:

@@ -164,7 +164,10 @@ class _ForcedChoice(LogitsProcessor):
     ):
         self.prompt_width, self.uniform, self.limits = prompt_width, uniform, limits
         self.sampling, self.progress, self.ended = sampling, progress, 0
-        self.record, self.rows = SamplerRecord(len(limits), sampling, limits.device), torch.arange(len(limits), device=limits.device)
+        self.record, self.rows = (
+            SamplerRecord(len(limits), sampling, limits.device),
+            torch.arange(len(limits), device=limits.device),
+        )
         self.ends = torch.tensor(end_ids, device=limits.device)
         self.broken = torch.zeros(len(limits), dtype=torch.bool, device=limits.device)  # rows with logits not finite
 

@@ -46,17 +46,17 @@ class Rollout:
             if getattr(self, name).shape != (rows,):
                 shape = tuple(getattr(self, name).shape)
                 raise ValueError(f"Rollout.{name} has shape {shape}, but tokens has {rows} rows")
-        longest = int(self.response_lengths.max()) if rows else 0
-        if self.sampling_log_probs is not None and self.sampling_log_probs.shape != (rows, longest):
-            shape = tuple(self.sampling_log_probs.shape)
-            raise ValueError(f"Rollout.sampling_log_probs has shape {shape}, its responses {(rows, longest)}")
-        if self.kept is not None and len(self.kept) != int(self.response_lengths.sum()):
-            raise ValueError(f"Rollout.kept has {len(self.kept)} sets for {int(self.response_lengths.sum())} tokens")
         if rows and int(self.prompt_lengths.min()) < 1:
             raise ValueError("Rollout.prompt_lengths: nothing predicts the response to an empty prompt")
         if rows and int(self.lengths.max()) > self.tokens.shape[1]:
             longest = int(self.lengths.max())
             raise ValueError(f"Rollout.tokens is {self.tokens.shape[1]} wide, its longest row {longest}")
+        responses = rows, int(self.response_lengths.max()) if rows else 0
+        if self.sampling_log_probs is not None and self.sampling_log_probs.shape != responses:
+            shape = tuple(self.sampling_log_probs.shape)
+            raise ValueError(f"Rollout.sampling_log_probs has shape {shape}, its responses {responses}")
+        if self.kept is not None and len(self.kept) != int(self.response_lengths.sum()):
+            raise ValueError(f"Rollout.kept has {len(self.kept)} sets for {int(self.response_lengths.sum())} tokens")
 
     @cached_property
     def lengths(self) -> Tensor:

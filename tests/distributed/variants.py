@@ -84,9 +84,29 @@ RESUMED = {
             "--critic_lora_dim",
             "4",
             "--enable_ema",
+            "--top_k",
+            "20",
+            "--truncated_sampling",
+            "exact",
         ),
     ),
-    "ppo-zero2-rloo": ("ppo", ("--advantage", "rloo", "--answers_per_prompt", "2", "--score_calibration", "rollout")),
+    "ppo-zero2-rloo": (
+        "ppo",
+        (
+            "--advantage",
+            "rloo",
+            "--answers_per_prompt",
+            "2",
+            "--score_calibration",
+            "rollout",
+            "--top_p",
+            "0.8",
+            "--min_answer_seq_len",
+            "2",
+            "--truncated_sampling",
+            "exact",
+        ),
+    ),
 }
 
 # Name: step, flags; then those that are added when it is resumed, which only change its evaluations.

@@ -37,6 +37,7 @@ from tests.command_lines import MODELS, message, read, recipe
         (PPOConfig, MODELS + "--kl_estimator k2", "--kl_placement loss"),
         (PPOConfig, MODELS + "--kl_estimator k3 --kl_placement reward", "--kl_placement loss"),
         (PPOConfig, MODELS + "--missing_eos_score -1 --missing_eos_penalty 2", "--missing_eos_score"),
+        (PPOConfig, MODELS + "--truncated_sampling exact", "works only with --top_p, --top_k"),
         (PPOConfig, MODELS + "--missing_eos_score -1 --draw_answer_lengths", "--missing_eos_score"),
         (PPOConfig, MODELS + "--ema_decay 0.9", "--enable_ema"),
         (PPOConfig, MODELS + "--unsup_coef 1", "--unsupervised_dataset_name"),
