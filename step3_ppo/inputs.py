@@ -113,5 +113,6 @@ def warn(config: PPOConfig) -> None:
     if config.sampling.truncated and not config.sampling.exact:
         say(
             "warning: with --top_p, --top_k or --min_answer_seq_len answers are not sampled from the policy that is "
-            "trained: the ratio of new to old policy is then only approximate; --truncated_sampling exact makes it right"
+            "trained: the ratio of new to old policy is then only approximate; --truncated_sampling exact makes it "
+            "right"
         )

@@ -1,8 +1,8 @@
 """Keeps sets of tokens compactly, for instance the tokens that a sampler could draw at each position.
 
-Each set has the smallest of three forms: the ids of its tokens, the ids of all other tokens, or one bit for every token
-of the vocabulary. So a set of k tokens takes at most 4 k bytes, a set without k tokens as many, and none takes more than
-one bit per token of the vocabulary; form and size take 5 bytes more.
+Each set has the smallest of three forms: the ids of its tokens, the ids of all other tokens, or one bit for every
+token of the vocabulary. So a set of k tokens takes at most 4 k bytes, a set of all but k tokens as many, and none takes
+more than one bit per token of the vocabulary; form and size take 5 bytes more.
 
 Shapes: N sets, V tokens in the vocabulary, W words of 32 bits in all.
 """

@@ -1,7 +1,8 @@
 """Defines the batch that generation returns: prompts, and the responses that the actor generated.
 
 B rows; L the width of the tokens; R the longest response of the batch, so that column t of a (B, R) tensor
-belongs to response token t; N the response tokens of all rows. Masks come from lengths alone: an end token that doubles as padding still counts.
+belongs to response token t; N the response tokens of all rows. Masks come from lengths alone: an end token that doubles
+as padding still counts.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Rollouts between training steps, at every ZeRO stage, full and LoRA; writes down tokens and changed weights.
 
 Run under the launcher: generation_cases.py [--long] CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the
-rollout of all ranks, the plain way's tokens, what the sampler recorded against the model's own pass, and whether weights
-and training came through bit for bit; `shared`, what `shared_models` found at each stage; `one_prompt`, rollouts in which only one rank has a prompt; and `threads`, those
-that rank 0 computes with.
+rollout of all ranks, the plain way's tokens, what the sampler recorded against the model's own pass, and whether
+weights and training came through bit for bit; `shared`, what `shared_models` found at each stage; `one_prompt`,
+rollouts in which only one rank has a prompt; and `threads`, those that rank 0 computes with.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from common.models.logprobs import response_log_probs
 from common.runtime.distributed import device, is_main, on_every_rank, rank, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
+from step3_ppo.diagnostics import sampler_gap
 from step3_ppo.generation.actor_rollouts import ActorRollouts
 from step3_ppo.generation.optimizer_offload import OptimizerOffload
-from step3_ppo.diagnostics import sampler_gap
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.generation.sampling import Sampling
 from step3_ppo.sharing import share_rollout

@@ -85,7 +85,7 @@ def test_the_gradient_is_that_of_the_log_prob_over_the_kept_tokens(way):
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "one-token"])
 def test_the_mean_ratio_over_the_samples_is_one_only_where_it_is_exact(way):
-    """E over a ~ pi_old(. | kept) of pi_new(a | kept) / pi_old(a | kept) is 1; without the renormalisation it is not."""
+    """E over a ~ pi_old(. | kept) of pi_new(a | kept) / pi_old(a | kept) is 1; without the sets it is not."""
     sampling, held_back, kept = WAYS[way]
     sampled = draw(sampling, held_back)
     new = LOGITS + torch.tensor([0.2, 1.5, -0.9, 0.8, 0.3, -0.4], dtype=torch.float64)
