@@ -13,7 +13,7 @@ vocabulary. `inputs` are the arguments of the model's forward, among them `input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
@@ -183,7 +183,7 @@ def _chunk_by_chunk(
 
     if len(tokens) <= rows:
         return numbers(hidden, tokens, kept)
-    sets = repeat(None) if kept is None else kept.split(rows)
+    sets: Iterable[TokenSets | None] = repeat(None) if kept is None else kept.split(rows)
     return torch.cat(
         [
             checkpoint(numbers, *chunk, use_reentrant=False, preserve_rng_state=False)

@@ -109,9 +109,9 @@ class ActorRollouts:
             requests += [Request(*request) for request in zip(ids, uniform, *limits.T.tolist())]
         # Sort them so that the samples of one prompt are neighbours.
         requests = [request for row in range(len(ids)) for request in requests[row :: len(ids)]]
-        record = SamplerRecord(len(requests), sampling, device())
         with _bar(len(requests)) as bar, generation_mode(self.engine) as model:
             decoder = Decoder(model, sampling, slots=self.slots, end_ids=self.end_ids, cache=self.cache)
+            record = SamplerRecord(len(requests), sampling, decoder.device)
             responses = decoder.run(requests, bar.update, record)
         self.cache = decoder.cache if self.keep_cache else None
         if stop_requested():
@@ -164,10 +164,8 @@ class _ForcedChoice(LogitsProcessor):
     ):
         self.prompt_width, self.uniform, self.limits = prompt_width, uniform, limits
         self.sampling, self.progress, self.ended = sampling, progress, 0
-        self.record, self.rows = (
-            SamplerRecord(len(limits), sampling, limits.device),
-            torch.arange(len(limits), device=limits.device),
-        )
+        self.record = SamplerRecord(len(limits), sampling, limits.device)
+        self.rows = torch.arange(len(limits), device=limits.device)
         self.ends = torch.tensor(end_ids, device=limits.device)
         self.broken = torch.zeros(len(limits), dtype=torch.bool, device=limits.device)  # rows with logits not finite
 

@@ -39,7 +39,7 @@ class Rollout:
     made_by: Tensor  # (B,) long: the rank that generated the response
     # What the sampler recorded; None where it recorded nothing.
     sampling_log_probs: Tensor | None = None  # (B, R) float32 nats, in the distribution that the token was drawn from
-    kept: TokenSets | None = None  # N sets, row by row: the tokens that could be drawn; None: all, or as good as all
+    kept: TokenSets | None = None  # N sets, row by row: the tokens that could be drawn; None unless `Sampling.exact`
 
     def __post_init__(self) -> None:
         rows = len(self.tokens)
