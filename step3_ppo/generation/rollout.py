@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ def to_rollout(sequences: Tensor, prompts: PromptBatch, end_ids: Sequence[int], 
     return Rollout(tokens, prompts.lengths, response_lengths, finished, prompts.prompt_index, prompts.real, made_by)
 
 
-def _concat(tensors: Sequence) -> Tensor | TokenSets | None:
+def _concat(tensors: Sequence[Any]) -> Any:
     """Joins (B_i,) tensors, (B_i, W_i) ones padded with 0 on the right to the widest, or sets; None if one is None."""
     if any(tensor is None for tensor in tensors):
         return None
