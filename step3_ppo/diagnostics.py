@@ -10,7 +10,7 @@ from torch import Tensor
 from common.training.metrics import Metrics, Sums, add_sums, masked_sum
 from step3_ppo.rewards import LOG_RATIO_LIMIT
 
-RATIO_SUMS = ("ratio", "squared_ratio", "ratio_max")
+RATIO_SUMS = ("ratio_tokens", "ratio", "squared_ratio", "ratio_max")
 
 
 def sampler_gap(sampling_log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor) -> Metrics:
@@ -31,6 +31,7 @@ def ratio_sums(log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor) 
     """What `ratio_metrics` needs of rho = pi / pi_old at the response tokens; all (B, R), response_mask bool."""
     ratio = (log_probs.detach() - old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).double().exp()
     return {
+        "ratio_tokens": response_mask.sum(dtype=torch.float64),
         "ratio": masked_sum(ratio, response_mask),
         "squared_ratio": masked_sum(ratio.square(), response_mask),
         "ratio_max": ratio.masked_fill(~response_mask, 0).max(),
@@ -42,13 +43,15 @@ def ratio_metrics(steps: Sequence[Sums]) -> Metrics:
     of the effective sample size (sum rho)^2 / (n sum rho^2), n the tokens of the step: 1 where all weigh the same.
 
     Args:
-        steps: of each step the sums `tokens` and those of `ratio_sums`, over all ranks.
+        steps: of each step the sums of `ratio_sums`, over all ranks.
     """
-    total = add_sums(steps)
-    tokens = total["tokens"].clamp_min(1)
+    total = add_sums([{name: step[name] for name in RATIO_SUMS} for step in steps])
+    tokens = total["ratio_tokens"].clamp_min(1)
     mean = total["ratio"] / tokens
     sizes = [
-        step["ratio"].square() / (step["tokens"] * step["squared_ratio"]) for step in steps if float(step["tokens"])
+        step["ratio"].square() / (step["ratio_tokens"] * step["squared_ratio"])
+        for step in steps
+        if float(step["ratio_tokens"])
     ]
     return {
         "ratio_mean": float(mean),

@@ -65,8 +65,9 @@ class Learner:
         response = self.config.max_answer_seq_len
         each = lambda number: torch.full((rows,), number)
         tokens = torch.full((rows, prompt + response), pad_id)
-        vocabulary = self.models.actor.module.config.get_text_config().vocab_size
-        kept = TokenSets.largest(rows * response, vocabulary) if self.config.sampling.exact else None
+        kept = None
+        if self.config.sampling.exact:
+            kept = TokenSets.largest(rows * response, self.models.actor.module.config.get_text_config().vocab_size)
         rollout = Rollout(tokens, each(prompt), each(response), each(True), each(0), each(True), each(0), kept=kept)
         zeros = torch.zeros(rows, response)
         of_critic = None if self.models.critic is None else zeros

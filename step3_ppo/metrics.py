@@ -47,11 +47,10 @@ def update_metrics(steps: Sequence[Sums]) -> Metrics:
         return {"optimizer_steps": 0}
     sums = add_sums(steps)
     texts: Sums = {name: sums.pop(name) for name in ("text_loss", "text_tokens") if name in sums}
-    for name in RATIO_SUMS:
-        del sums[name]
+    ratios: Sums = {name: sums.pop(name) for name in RATIO_SUMS if name in sums}
     return {
         **means(sums, "tokens"),
-        **ratio_metrics(steps),
+        **(ratio_metrics(steps) if ratios else {}),
         **(means(texts, "text_tokens") if texts else {}),
         "optimizer_steps": len(steps),
     }
