@@ -111,7 +111,7 @@ class _Chosen(LogitsProcessor):
         position = input_ids.shape[1] - self.width
         scores = scores.clone()
         scores[:, self.end_id] = -torch.inf
-        tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
+        tokens = sample_tokens(scores, self.uniform[:, position], self.sampling).tokens
         self.last = torch.where(self.lengths == position + 1, tokens, self.last)
         tokens = tokens.masked_fill(position + 1 >= self.lengths, self.end_id)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)

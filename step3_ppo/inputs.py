@@ -111,8 +111,9 @@ def warn(config: PPOConfig) -> None:
     for choice, unused in config.unused_options().items():
         flags = ", ".join(f"--{name}" for name in unused)
         say(f"note: {choice} does not use {flags}: without effect")
-    if config.sampling.truncated:
+    if config.sampling.truncated and not config.sampling.exact:
         say(
             "warning: with --top_p, --top_k or --min_answer_seq_len answers are not sampled from the policy that is "
-            "trained: the ratio of new to old policy is then only approximate"
+            "trained: the ratio of new to old policy is then only approximate; --truncated_sampling exact makes it "
+            "right"
         )

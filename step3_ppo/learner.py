@@ -11,11 +11,13 @@ from torch import Tensor
 from common.batching.collate import TokenBatch, unmasked
 from common.config.option import Phase
 from common.models.logprobs import next_token_loss_sum, response_log_probs
-from common.runtime.distributed import device, global_sum
+from common.models.token_sets import TokenSets
+from common.runtime.distributed import device, global_max, global_sum
 from common.training.atomic_step import AtomicStep
 from common.training.metrics import Sums, add_sums
 from common.training.timing import PhaseClock
 from step3_ppo.config import PPOConfig
+from step3_ppo.diagnostics import ratio_sums
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.loss import kl_loss_sum, loss_units, policy_loss_sum, value_loss_sum
@@ -57,7 +59,9 @@ class Learner:
         if self.models.critic is not None and "critic" in engines:
             with self.clock.phase(Phase.CRITIC_UPDATE):
                 self.models.critic.step()
-        return {name: total for parts in sums if parts for name, total in add_sums(parts, global_sum).items()}
+        return {
+            name: total for parts in sums if parts for name, total in add_sums(parts, global_sum, global_max).items()
+        }
 
     def probe(self, rows: int, prompt: int, pad_id: int) -> None:
         """Run forward and backward as `learn` does, on `rows` rows of `prompt` tokens and the longest response, and
@@ -65,7 +69,10 @@ class Learner:
         response = self.config.max_answer_seq_len
         each = lambda number: torch.full((rows,), number)
         tokens = torch.full((rows, prompt + response), pad_id)
-        rollout = Rollout(tokens, each(prompt), each(response), each(True), each(0), each(True), each(0))
+        kept = None
+        if self.config.sampling.exact:
+            kept = TokenSets.largest(rows * response, self.models.actor.module.config.get_text_config().vocab_size)
+        rollout = Rollout(tokens, each(prompt), each(response), each(True), each(0), each(True), each(0), kept=kept)
         zeros = torch.zeros(rows, response)
         of_critic = None if self.models.critic is None else zeros
         experience = Experience(rollout, zeros, zeros, of_critic, zeros, of_critic).to(device())
@@ -119,6 +126,7 @@ class Learner:
             rollout.prompt_lengths,
             rollout.response_lengths,
             config.temperature,
+            rollout.kept,
         )
         loss, sums = policy_loss_sum(
             log_probs,
@@ -131,6 +139,7 @@ class Learner:
             policy_loss=config.policy_loss,
             aggregation=config.aggregation,
         )
+        sums |= ratio_sums(log_probs, batch.old_log_probs, batch.response_mask)
         sums["policy_units"] = self._counts(batch)[1].double()
         if config.kl_place == "loss":
             assert batch.ref_log_probs is not None  # the experience has them where there is a reference

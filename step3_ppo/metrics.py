@@ -8,6 +8,7 @@ from common.training.engine import TrainedEngine, gradient_norm
 from common.training.metrics import Metrics, StepMetrics, Sums, add_sums, means
 from common.training.timing import PhaseClock
 from step3_ppo.config import PPOConfig
+from step3_ppo.diagnostics import RATIO_SUMS, ratio_metrics, sampler_gap
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.groups import equal_fraction
@@ -35,27 +36,34 @@ def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutput
 
 
 def experience_metrics(experience: Experience | None, config: PPOConfig) -> Metrics:
-    """Metrics of the responses that are learnt from, before the update: where options leave some out, their number; the
-    fit of the critic. None: there are no such responses."""
+    """Metrics of the responses that are learnt from, before the update: where options leave some out, their number; how
+    far the sampler's log-probs are from the actor's; the fit of the critic. None: there are no such responses."""
     metrics: Metrics = {}
     if config.leaves_responses_out:
         metrics["trained_responses"] = 0 if experience is None else len(experience.rollout.tokens)
-    if experience is not None and experience.values is not None and experience.returns is not None:
-        sums = explained_variance_sums(experience.values, experience.returns, experience.response_mask)
+    if experience is None:
+        return metrics
+    mask = experience.response_mask
+    if experience.rollout.sampling_log_probs is not None:
+        metrics |= sampler_gap(experience.rollout.sampling_log_probs, experience.old_log_probs, mask)
+    if experience.values is not None and experience.returns is not None:
+        sums = explained_variance_sums(experience.values, experience.returns, mask)
         metrics["explained_variance"] = explained_variance(sums)
     return metrics
 
 
 def update_metrics(steps: Sequence[Sums]) -> Metrics:
-    """Means over the optimizer steps made, from the sums of each."""
+    """Means over the optimizer steps made, from the sums of each, and the spread of the ratio."""
     if not steps:  # all were skipped, or there was nothing to learn from
         return {"optimizer_steps": 0}
     sums = add_sums(steps)
     texts: Sums = {name: sums.pop(name) for name in ("text_loss", "text_tokens") if name in sums}
     policy: Sums = {name: sums.pop(name) for name in ("policy_loss", "kl_loss", "policy_units") if name in sums}
+    ratios: Sums = {name: sums.pop(name) for name in RATIO_SUMS if name in sums}
     return {
         **means(sums, "tokens"),
         **(means(policy, "policy_units") if policy else {}),
+        **(ratio_metrics(steps) if ratios else {}),
         **(means(texts, "text_tokens") if texts else {}),
         "optimizer_steps": len(steps),
     }

@@ -74,7 +74,12 @@ class PPOModels:
     def log_probs_and_entropy(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """(B, R) log-probs of the response tokens under the actor, and its entropy where they stand, in nats."""
         return response_log_probs_and_entropy(
-            self.actor, inputs_of(rollout), rollout.prompt_lengths, rollout.response_lengths, self.temperature
+            self.actor,
+            inputs_of(rollout),
+            rollout.prompt_lengths,
+            rollout.response_lengths,
+            self.temperature,
+            rollout.kept,
         )
 
     @torch.no_grad()
@@ -116,7 +121,12 @@ class PPOModels:
 
     def _log_probs(self, engine: Engine, rollout: Rollout) -> Tensor:
         return response_log_probs(
-            engine, inputs_of(rollout), rollout.prompt_lengths, rollout.response_lengths, self.temperature
+            engine,
+            inputs_of(rollout),
+            rollout.prompt_lengths,
+            rollout.response_lengths,
+            self.temperature,
+            rollout.kept,
         )
 
 

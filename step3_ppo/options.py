@@ -51,6 +51,12 @@ class RolloutOptions(Config):
     temperature: float = option(1.0, "logits are divided by it, to sample and to train", above=0)
     top_p: float = option(1.0, "sample from the likeliest tokens that make up this share", above=0, high=1)
     top_k: int = option(0, "sample from this many of the likeliest tokens; 0: from all", unit="tokens", low=0)
+    truncated_sampling: str = option(
+        "approximate",
+        "with --top_p, --top_k, --min_answer_seq_len or --draw_answer_lengths: approximate: train the whole policy; "
+        "exact: train the policy renormalised on the tokens that could be sampled, so that the ratio is right",
+        choices=("approximate", "exact"),
+    )
 
     @property
     def sampling(self) -> Sampling:
@@ -65,6 +71,7 @@ class RolloutOptions(Config):
             self.max_answer_seq_len,
             self.draw_answer_lengths,
             self.answers_per_prompt,
+            self.truncated_sampling == "exact",
         )
 
     def validate(self) -> None:
@@ -74,6 +81,10 @@ class RolloutOptions(Config):
                 f"--min_answer_seq_len {self.min_answer_seq_len} is above --max_answer_seq_len "
                 f"{self.max_answer_seq_len}"
             )
+        truncated = self.top_p < 1 or self.top_k or self.min_answer_seq_len or self.draw_answer_lengths
+        self.only_with(
+            "--top_p, --top_k, --min_answer_seq_len or --draw_answer_lengths", bool(truncated), "truncated_sampling"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

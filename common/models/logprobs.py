@@ -13,8 +13,9 @@ vocabulary. `inputs` are the arguments of the model's forward, among them `input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from common.models.engine import Engine
+from common.models.token_sets import TokenSets
 
 CHUNK_NUMBERS = 2**25  # logits of one chunk: 128 MiB in float32, and enough rows to keep a matrix product busy
 
@@ -42,18 +44,20 @@ def response_log_probs(
     prompt_lengths: Tensor,
     response_lengths: Tensor,
     temperature: float = 1.0,
+    kept: TokenSets | None = None,
 ) -> Tensor:
     """Log-probability of every response token under log softmax(z / T), in nats.
 
     Args:
         prompt_lengths, response_lengths: (B,) long.
         temperature: T.
+        kept: a set for each response token, row by row: the softmax is over its tokens alone. None: over all.
 
     Returns:
         (B, R), float32 for a half-precision model; 0 after the end of a response.
     """
     window = _ResponseWindow(prompt_lengths, response_lengths)
-    return window.spread(_read_tokens(model, inputs, window.row, window.position, temperature)[:, 0])
+    return window.spread(_read_tokens(model, inputs, window.row, window.position, temperature, kept=kept)[:, 0])
 
 
 def response_log_probs_and_entropy(
@@ -62,13 +66,14 @@ def response_log_probs_and_entropy(
     prompt_lengths: Tensor,
     response_lengths: Tensor,
     temperature: float = 1.0,
+    kept: TokenSets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`response_log_probs` and, for monitoring, the entropy (nats) of the distribution at each token.
 
     Both (B, R), 0 after the end of a response; the entropy carries no gradient.
     """
     window = _ResponseWindow(prompt_lengths, response_lengths)
-    numbers = _read_tokens(model, inputs, window.row, window.position, temperature, entropy=True)
+    numbers = _read_tokens(model, inputs, window.row, window.position, temperature, entropy=True, kept=kept)
     return window.spread(numbers[:, 0]), window.spread(numbers[:, 1])
 
 
@@ -116,10 +121,11 @@ def _read_tokens(
     position: Tensor,
     temperature: float = 1.0,
     entropy: bool = False,
+    kept: TokenSets | None = None,
 ) -> Tensor:
     """Log-probability of the token after each of N positions, and with `entropy` the entropy of its distribution.
 
-    row, position: (N,) long. Returns (N, 2), or (N, 1) without the entropy.
+    row, position: (N,) long; kept: N sets. Returns (N, 2), or (N, 1) without the entropy.
     """
     tokens = inputs["input_ids"][row, position + 1]
     # Calling the head outside the model's forward would bypass ZeRO-3's hooks, so it is replaced within the forward.
@@ -127,11 +133,11 @@ def _read_tokens(
     if _changes_logits(causal_lm):
         with _head_replaced(causal_lm, lambda head, hidden: head(hidden[row, position])[None]):
             logits = model(**inputs, use_cache=False).logits
-        return _numbers(logits[0], tokens, temperature, entropy)
+        return _numbers(logits[0], tokens, temperature, entropy, kept)
 
     def read(head: Head, hidden: Tensor) -> Tensor:
         rows = max(1, CHUNK_NUMBERS // causal_lm.config.get_text_config().vocab_size)
-        return _chunk_by_chunk(head, hidden[row, position], tokens, temperature, entropy, rows)
+        return _chunk_by_chunk(head, hidden[row, position], tokens, temperature, entropy, kept, rows)
 
     with _head_replaced(causal_lm, read):
         return model(**inputs, use_cache=False).logits
@@ -160,26 +166,38 @@ def _head_replaced(causal_lm: PreTrainedModel, forward: Callable[[Head, Tensor],
         del module.forward
 
 
-def _chunk_by_chunk(head: Head, hidden: Tensor, tokens: Tensor, temperature: float, entropy: bool, rows: int) -> Tensor:
+def _chunk_by_chunk(
+    head: Head,
+    hidden: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    entropy: bool,
+    kept: TokenSets | None,
+    rows: int,
+) -> Tensor:
     """`_numbers` of head(hidden (N, H)), `rows` at a time; if there are several chunks, the backward pass recomputes
     each of them."""
 
-    def numbers(hidden: Tensor, tokens: Tensor) -> Tensor:
-        return _numbers(head(hidden), tokens, temperature, entropy)
+    def numbers(hidden: Tensor, tokens: Tensor, kept: TokenSets | None) -> Tensor:
+        return _numbers(head(hidden), tokens, temperature, entropy, kept)
 
     if len(tokens) <= rows:
-        return numbers(hidden, tokens)
+        return numbers(hidden, tokens, kept)
+    sets: Iterable[TokenSets | None] = repeat(None) if kept is None else kept.split(rows)
     return torch.cat(
         [
             checkpoint(numbers, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(hidden.split(rows), tokens.split(rows))
+            for chunk in zip(hidden.split(rows), tokens.split(rows), sets)
         ]
     )
 
 
-def _numbers(logits: Tensor, tokens: Tensor, temperature: float, entropy: bool) -> Tensor:
+def _numbers(logits: Tensor, tokens: Tensor, temperature: float, entropy: bool, kept: TokenSets | None) -> Tensor:
     """Log-probabilities of tokens (N,) under log softmax(z / T), z (N, V), and the entropy: (N, 2), or (N, 1)."""
-    log_probs = F.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
+    scaled = _at_least_float32(logits) / temperature
+    if kept is not None:
+        scaled = scaled.masked_fill_(~kept.members(), -torch.inf)
+    log_probs = F.log_softmax(scaled, dim=-1)
     numbers = log_probs.gather(-1, tokens[:, None])
     if not entropy:
         return numbers

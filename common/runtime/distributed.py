@@ -74,6 +74,14 @@ def global_sum(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def global_max(values: torch.Tensor) -> torch.Tensor:
+    """The maximum over all ranks of each number of a tensor; the input is not changed."""
+    largest = values.detach().clone()
+    if dist.is_initialized() and world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
 def on_every_rank(condition: bool) -> bool:
     """Whether the condition holds on all ranks. All ranks must call it and get the same answer."""
     return int(global_sum(torch.tensor(int(not condition), device=device()))) == 0

@@ -1,4 +1,7 @@
-"""Adds statistics over micro-batches and ranks as sums, and computes means from them once, at the end."""
+"""Adds statistics over micro-batches and ranks as sums, and computes means from them once, at the end.
+
+A statistic whose name ends in `MAXIMUM` is merged by its maximum.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from torch import Tensor
 
 Metrics = dict[str, float]  # what is logged, by name
 StepMetrics = dict[str, float | None]  # of an optimizer step; None: DeepSpeed keeps no gradient norm
-Sums = dict[str, Tensor]  # name -> float64 scalar: a total over elements, never a mean
+MAXIMUM = "_max"
+Sums = dict[str, Tensor]  # name -> float64 scalar: a total over elements or, if so named, a maximum, never a mean
 GlobalSum = Callable[[Tensor], Tensor]  # returns the sum over all ranks of a tensor of the same shape on each
+GlobalMax = Callable[[Tensor], Tensor]  # returns the maximum over all ranks, number by number
 
 
 class Recorder(Protocol):
@@ -25,7 +30,7 @@ class Recorder(Protocol):
 
 
 def on_this_rank(tensor: Tensor) -> Tensor:
-    """The `GlobalSum` of a single rank."""
+    """The `GlobalSum` and the `GlobalMax` of a single rank."""
     return tensor
 
 
@@ -37,14 +42,20 @@ def masked_sum(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor.detach().masked_fill(~mask, 0).sum(dtype=torch.float64)
 
 
-def add_sums(parts: Sequence[Sums], global_sum: GlobalSum = on_this_rank) -> Sums:
-    """Add statistics of equal names over micro-batches and, in a single reduction, over ranks.
+def add_sums(parts: Sequence[Sums], global_sum: GlobalSum = on_this_rank, global_max: GlobalMax = on_this_rank) -> Sums:
+    """Merge statistics of equal names over micro-batches and, in one reduction for sums and one for maxima, over ranks.
 
     Args:
         parts: of each micro-batch; all have the same names.
+        global_max: not called where there are no maxima.
     """
     names = sorted(parts[0])
-    totals = global_sum(torch.stack([torch.stack([part[name] for name in names]) for part in parts]).sum(0))
+    table = torch.stack([torch.stack([part[name] for name in names]) for part in parts])
+    maxima = [name.endswith(MAXIMUM) for name in names]
+    totals = global_sum(table.sum(0))
+    if any(maxima):
+        largest = global_max(table.amax(0))
+        totals = totals.where(~torch.tensor(maxima, device=totals.device), largest)
     return dict(zip(names, totals))
 
 

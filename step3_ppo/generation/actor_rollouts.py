@@ -21,6 +21,7 @@ from common.runtime.signals import stop_requested
 from step3_ppo.generation.continuous_batching import Decoder, Request, SlotCache, can_decode
 from step3_ppo.generation.generation_mode import generation_mode, whole_model_fits
 from step3_ppo.generation.rollout import Rollout, join_responses, to_rollout
+from step3_ppo.generation.sampler_record import SamplerRecord
 from step3_ppo.generation.sampling import NO_TOKEN, Sampling, response_limits, sample_tokens, uniforms, without_ends
 
 SECONDS_BEFORE_BAR = 15  # a rollout that takes longer shows a progress bar
@@ -110,17 +111,19 @@ class ActorRollouts:
         requests = [request for row in range(len(ids)) for request in requests[row :: len(ids)]]
         with _bar(len(requests)) as bar, generation_mode(self.engine) as model:
             decoder = Decoder(model, sampling, slots=self.slots, end_ids=self.end_ids, cache=self.cache)
-            responses = decoder.run(requests, progress=bar.update)
+            record = SamplerRecord(len(requests), sampling, decoder.device)
+            responses = decoder.run(requests, bar.update, record)
         self.cache = decoder.cache if self.keep_cache else None
         if stop_requested():
             return None
-        return join_responses(
+        rollout = join_responses(
             [request.prompt for request in requests],
             responses,
             rows.prompt_index.repeat_interleave(sampling.samples_per_prompt),
             self.end_ids,
             self.pad_id,
         )
+        return record.attached_to(rollout)
 
     def _plainly(
         self, prompts: PromptBatch, sampling: Sampling, iteration: int, progress: Callable[[int], object]
@@ -161,13 +164,17 @@ class _ForcedChoice(LogitsProcessor):
     ):
         self.prompt_width, self.uniform, self.limits = prompt_width, uniform, limits
         self.sampling, self.progress, self.ended = sampling, progress, 0
+        self.record = SamplerRecord(len(limits), sampling, limits.device)
+        self.rows = torch.arange(len(limits), device=limits.device)
         self.ends = torch.tensor(end_ids, device=limits.device)
         self.broken = torch.zeros(len(limits), dtype=torch.bool, device=limits.device)  # rows with logits not finite
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = input_ids.shape[1] - self.prompt_width
         scores = without_ends(scores, position < self.limits[:, 0], self.ends)
-        tokens = sample_tokens(scores, self.uniform[:, position], self.sampling)
+        sampled = sample_tokens(scores, self.uniform[:, position], self.sampling)
+        self.record.add(self.rows, torch.full_like(self.rows, position), sampled)
+        tokens = sampled.tokens
         # Tokens after a response's own limit are cut off later, so end it now to save time. When the run was asked
         # to stop, end all responses: under ZeRO-3 no rank may leave `generate` alone.
         self.broken |= tokens == NO_TOKEN
@@ -226,4 +233,4 @@ def generate(
     engine.train()
     choice.report_ended(len(limits))
     sequences[:, width].masked_fill_(choice.broken, NO_TOKEN)
-    return to_rollout(sequences, prompts, end_ids, pad_id, limits[:, 1])
+    return choice.record.attached_to(to_rollout(sequences, prompts, end_ids, pad_id, limits[:, 1]))

@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from common.runtime.signals import stop_requested
 from step3_ppo.generation.cache_attention import attention_in, fastest_cache_dtype
+from step3_ppo.generation.sampler_record import SamplerRecord
 from step3_ppo.generation.sampling import NO_TOKEN, Sampling, sample_tokens, without_ends
 
 PREFILL_TOKENS = 8192  # tokens of one prefill pass at most, padding included: bounds its memory
@@ -157,7 +158,12 @@ class Decoder:
         self.refill_at = max(1, slots // 8)
 
     @torch.no_grad()
-    def run(self, requests: Sequence[Request], progress: Callable[[int], object] | None = None) -> list[list[int]]:
+    def run(
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], object] | None = None,
+        record: SamplerRecord | None = None,
+    ) -> list[list[int]]:
         """The tokens of the response to each request, the end token included.
 
         A response ends with `NO_TOKEN` where the logits were not finite. When this rank is asked to stop, responses are
@@ -165,12 +171,13 @@ class Decoder:
 
         Args:
             progress: called with the number of responses finished since the last call.
+            record: gets what the sampler knows of each token; its rows are the requests.
         """
         responses: list[list[int]] = [[] for _ in requests]
         if requests:
             cache = self._allocate(max(len(request.prompt) + request.max_new_tokens for request in requests))
             with attention_in(self.model, self.cache_dtype):
-                self._write(requests, responses, cache, progress or (lambda finished: None))
+                self._write(requests, responses, cache, progress or (lambda finished: None), record)
         return responses
 
     def _write(
@@ -179,6 +186,7 @@ class Decoder:
         responses: list[list[int]],
         cache: SlotCache,
         progress: Callable[[int], object],
+        record: SamplerRecord | None,
     ) -> None:
         limits = torch.tensor([request.max_new_tokens for request in requests])
         minima = torch.tensor([request.min_new_tokens for request in requests])
@@ -205,7 +213,11 @@ class Decoder:
             logits = self._forward(fed, length, cache)
             if held_back:
                 logits = without_ends(logits, (written < minima[index]).to(self.device), self.ends.to(self.device))
-            fed = sample_tokens(logits, uniform[index.to(self.device), written.to(self.device)], self.sampling).cpu()
+            places = index.to(self.device), written.to(self.device)
+            sampled = sample_tokens(logits, uniform[places], self.sampling)
+            if record is not None:
+                record.add(*places, sampled)
+            fed = sampled.tokens.cpu()
             for request, token in zip(index.tolist(), fed.tolist()):
                 responses[request].append(token)
             length, written = length + 1, written + 1

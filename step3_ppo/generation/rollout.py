@@ -1,14 +1,16 @@
 """Defines the batch that generation returns: prompts, and the responses that the actor generated.
 
 B rows; L the width of the tokens; R the longest response of the batch, so that column t of a (B, R) tensor
-belongs to response token t. Masks come from lengths alone: an end token that doubles as padding still counts.
+belongs to response token t; N the response tokens of all rows. Masks come from lengths alone: an end token that doubles
+as padding still counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 
 from common.batching.collate import PromptBatch
 from common.models.logprobs import length_mask
+from common.models.token_sets import TokenSets, places_within
 from common.runtime.distributed import rank
 
 Rows = Tensor | Sequence[int]
@@ -35,18 +38,27 @@ class Rollout:
     prompt_index: Tensor  # (B,) long: row of the prompt in its data set
     real: Tensor  # (B,) bool: False for fillers
     made_by: Tensor  # (B,) long: the rank that generated the response
+    # What the sampler recorded; None where it recorded nothing.
+    sampling_log_probs: Tensor | None = None  # (B, R) float32 nats, in the distribution that the token was drawn from
+    kept: TokenSets | None = None  # N sets, row by row: the tokens that could be drawn; None unless `Sampling.exact`
 
     def __post_init__(self) -> None:
         rows = len(self.tokens)
-        for field in fields(self)[1:]:
-            if getattr(self, field.name).shape != (rows,):
-                shape = tuple(getattr(self, field.name).shape)
-                raise ValueError(f"Rollout.{field.name} has shape {shape}, but tokens has {rows} rows")
+        for name in _OF_ROWS:
+            if getattr(self, name).shape != (rows,):
+                shape = tuple(getattr(self, name).shape)
+                raise ValueError(f"Rollout.{name} has shape {shape}, but tokens has {rows} rows")
         if rows and int(self.prompt_lengths.min()) < 1:
             raise ValueError("Rollout.prompt_lengths: nothing predicts the response to an empty prompt")
         if rows and int(self.lengths.max()) > self.tokens.shape[1]:
             longest = int(self.lengths.max())
             raise ValueError(f"Rollout.tokens is {self.tokens.shape[1]} wide, its longest row {longest}")
+        responses = rows, int(self.response_lengths.max()) if rows else 0
+        if self.sampling_log_probs is not None and self.sampling_log_probs.shape != responses:
+            shape = tuple(self.sampling_log_probs.shape)
+            raise ValueError(f"Rollout.sampling_log_probs has shape {shape}, its responses {responses}")
+        if self.kept is not None and len(self.kept) != int(self.response_lengths.sum()):
+            raise ValueError(f"Rollout.kept has {len(self.kept)} sets for {int(self.response_lengths.sum())} tokens")
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -66,11 +78,14 @@ class Rollout:
     def select(self, rows: Rows, real: Tensor | Sequence[bool] | None = None) -> Rollout:
         """These rows, in this order, trimmed to the longest; `real` (same length) marks fillers."""
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.tokens.device)
-        chosen = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
-        chosen["tokens"] = chosen["tokens"][:, : int(self.lengths[rows].max())]
+        chosen = {name: getattr(self, name)[rows] for name in _OF_ROWS}
+        chosen["tokens"] = self.tokens[rows, : int(self.lengths[rows].max())]
         if real is not None:
             chosen["real"] = chosen["real"] & torch.as_tensor(real, dtype=torch.bool, device=rows.device)
-        return Rollout(**chosen)
+        if self.sampling_log_probs is not None:
+            chosen["sampling_log_probs"] = self.sampling_log_probs[rows, : int(self.response_lengths[rows].max())]
+        kept = None if self.kept is None else self.kept.select(places_within(self.response_lengths, rows))
+        return Rollout(**chosen, kept=kept)
 
     @staticmethod
     def concat(parts: Sequence[Rollout]) -> Rollout:
@@ -79,7 +94,11 @@ class Rollout:
         return Rollout(**{name: concat_rows([getattr(part, name) for part in parts]) for name in names})
 
     def to(self, device: torch.device | str) -> Rollout:
-        return Rollout(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        each = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in each.items() if value is not None})
+
+
+_OF_ROWS = ("prompt_lengths", "response_lengths", "finished", "prompt_index", "real", "made_by")  # the (B,) tensors
 
 
 def join_responses(
@@ -130,8 +149,12 @@ def to_rollout(sequences: Tensor, prompts: PromptBatch, end_ids: Sequence[int], 
     return Rollout(tokens, prompts.lengths, response_lengths, finished, prompts.prompt_index, prompts.real, made_by)
 
 
-def concat_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Join (B_i,) tensors, or (B_i, W_i) ones padded with 0 on the right to the widest."""
+def concat_rows(tensors: Sequence[Any]) -> Any:
+    """Join (B_i,) tensors, (B_i, W_i) ones padded with 0 on the right to the widest, or sets; None if one is None."""
+    if any(tensor is None for tensor in tensors):
+        return None
+    if isinstance(tensors[0], TokenSets):
+        return TokenSets.concat(tensors)
     if tensors[0].dim() == 1:
         return torch.cat(list(tensors))
     width = max(tensor.shape[1] for tensor in tensors)

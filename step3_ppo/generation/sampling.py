@@ -8,6 +8,7 @@ on the rank, the batch or the slot it was decoded in, nor on what was decoded be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class Sampling:
         max_new_tokens: a response that has not ended by then is cut.
         draw_lengths: each response has exactly a length drawn uniformly between these two limits.
         samples_per_prompt: responses to each prompt.
+        exact: where the sampler keeps only some tokens, the policy that is trained is renormalised on them too.
     """
 
     temperature: float
@@ -37,10 +39,11 @@ class Sampling:
     max_new_tokens: int
     draw_lengths: bool = False
     samples_per_prompt: int = 1
+    exact: bool = False
 
     @property
     def truncated(self) -> bool:
-        """True if the policy that is sampled from is not the one that is trained."""
+        """True if the sampler keeps only some of the policy's tokens, at some positions at least."""
         return self.top_p < 1.0 or self.top_k > 0 or self.min_new_tokens > 0 or self.draw_lengths
 
     def lengths_at(self, uniform: Tensor) -> Tensor:
@@ -91,24 +94,40 @@ def _streams(before: tuple[int, ...], prompt_index: Tensor, after: tuple[int, ..
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, count, dtype=torch.float64)
 
 
-def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Tokens at the inverse of the cumulative filtered distribution.
+class Sampled(NamedTuple):
+    """Tokens drawn at one position of B responses, and what they were drawn from.
+
+    Attributes:
+        tokens: (B,) long; `NO_TOKEN` where the logits are not numbers.
+        log_probs: (B,) float32, log-probs of the tokens in the distributions that they were drawn from, in nats.
+        kept: (B, V) bool, the tokens that could be drawn; None unless `Sampling.exact` asks for it.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    kept: Tensor | None
+
+
+def sample_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Sampled:
+    """Draw tokens at the inverse of the cumulative filtered distribution.
 
     Args:
         logits: (B, V) at one position.
         uniform: (B,) in [0, 1).
-
-    Returns:
-        (B,) long; `NO_TOKEN` where the logits are not numbers.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        tokens = logits.argmax(-1, keepdim=True)
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter(1, tokens, True) if sampling.exact else None
+        return Sampled(tokens[:, 0], torch.zeros(len(logits), device=logits.device), kept)
     probabilities = filtered_probabilities(logits, sampling)
     cumulative = probabilities.double().cumsum(-1)
     # Scaling by the last entry, not by 1, keeps rounding of the sum from ever pointing past the last token.
     target = uniform.to(cumulative).unsqueeze(1) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return tokens.masked_fill(~cumulative[:, -1].isfinite(), NO_TOKEN)
+    tokens = torch.searchsorted(cumulative, target, right=True)
+    broken = ~cumulative[:, -1:].isfinite()
+    drawn = probabilities.gather(1, tokens.masked_fill(broken, 0)) / cumulative[:, -1:]
+    kept = probabilities > 0 if sampling.exact else None
+    return Sampled(tokens.masked_fill(broken, NO_TOKEN)[:, 0], drawn.log().float()[:, 0], kept)
 
 
 def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -1,9 +1,9 @@
 """Rollouts between training steps, at every ZeRO stage, full and LoRA; writes down tokens and changed weights.
 
 Run under the launcher: generation_cases.py [--long] CACHE_DIR OUTPUT_DIR. Rank 0 writes RANKS.json: for each case the
-rollout of all ranks, the plain way's tokens, and whether weights and training came through bit for bit; `shared`, what
-`shared_models` found at each stage; `one_prompt`, rollouts in which only one rank has a prompt; and `threads`, those
-that rank 0 computes with.
+rollout of all ranks, the plain way's tokens, what the sampler recorded against the model's own pass, and whether
+weights and training came through bit for bit; `shared`, what `shared_models` found at each stage; `one_prompt`,
+rollouts in which only one rank has a prompt; and `threads`, those that rank 0 computes with.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import torch
 from datasets import Dataset
 
 from common.artifacts.export import full_state_dict
-from common.batching.collate import collate_prompts
+from common.batching.collate import collate_prompts, unmasked
 from common.batching.sampler import evaluation_batches
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm
-from common.runtime.distributed import is_main, on_every_rank, rank, world_size
+from common.models.logprobs import response_log_probs
+from common.runtime.distributed import device, is_main, on_every_rank, rank, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
+from step3_ppo.diagnostics import sampler_gap
 from step3_ppo.generation.actor_rollouts import ActorRollouts
 from step3_ppo.generation.optimizer_offload import OptimizerOffload
+from step3_ppo.generation.rollout import Rollout
 from step3_ppo.generation.sampling import Sampling
 from step3_ppo.sharing import share_rollout
 from tests.architectures import build_model
@@ -37,6 +40,7 @@ from tests.supervised import sft_trainer
 
 PROMPTS = 10  # not a multiple of ranks and slots
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=16)
+EXACT = Sampling(temperature=0.8, top_p=0.7, top_k=0, min_new_tokens=3, max_new_tokens=16, exact=True)
 
 
 def main() -> None:
@@ -58,7 +62,7 @@ def main() -> None:
 
 def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
     """Two training steps with rollouts before, between and after, optimizer states away meanwhile; and with none."""
-    weights, texts, unmoved, emptied = {}, {}, [], []
+    weights, texts, gaps, unmoved, emptied = {}, {}, {}, [], []
     for rolling in (True, False):
         engine = build(model, codec, stage, lora, dtype)
         trainer = sft_trainer(engine, rows(["prompt_ids", "response_ids"]), codec.pad_id)
@@ -69,6 +73,8 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
                 with states.offloaded():
                     emptied.append((states.copies or not step) and not any(map(len, states.storages())))
                     texts[step] = {way: roll_out(engine, codec, way) for way in ("fast", "plain")}
+                    if step == 1:
+                        gaps = {way: largest_gaps(engine, codec, way) for way in ("fast", "plain")}
                 after = full_state_dict(engine)
                 unmoved.append(not is_main() or all(torch.equal(after[name], before[name]) for name in before))
             if step < 2:
@@ -76,7 +82,27 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
         weights[rolling] = full_state_dict(engine)
         engine.destroy()
     same = not is_main() or all(torch.equal(weights[True][name], weights[False][name]) for name in weights[True])
-    return {"rollouts": texts, "weights_unmoved": all(unmoved), "training_unmoved": same, "states_away": all(emptied)}
+    return {
+        "rollouts": texts,
+        "gaps": gaps,
+        "weights_unmoved": all(unmoved),
+        "training_unmoved": same,
+        "states_away": all(emptied),
+    }
+
+
+@torch.no_grad()
+def largest_gaps(engine, codec, way: str) -> list[float]:
+    """Between what the sampler recorded and the engine's own pass: of the whole policy, and of the kept tokens."""
+    found = []
+    for sampling in (SAMPLING, EXACT):
+        rollout = whole_rollout(engine, codec, way, PROMPTS, sampling).to(device())
+        engine.eval()
+        lengths = rollout.prompt_lengths, rollout.response_lengths
+        old = response_log_probs(engine, unmasked(rollout.tokens), *lengths, sampling.temperature, rollout.kept)
+        engine.train()
+        found.append(sampler_gap(rollout.sampling_log_probs, old, rollout.response_mask)["sampler_gap_max"])
+    return found
 
 
 def one_prompt(model: str, codec, stage: int) -> list[list[list[int]]]:
@@ -106,6 +132,15 @@ def build(model: str, codec, stage: int, lora: bool, dtype: str):
 
 
 def roll_out(engine, codec, way: str, prompts: int = PROMPTS) -> list[list[int]]:
+    """The tokens of `whole_rollout`."""
+    whole = whole_rollout(engine, codec, way, prompts, SAMPLING)
+    return [
+        whole.tokens[row, start:end].tolist()
+        for row, (start, end) in enumerate(zip(whole.prompt_lengths.tolist(), whole.lengths.tolist()))
+    ]
+
+
+def whole_rollout(engine, codec, way: str, prompts: int, sampling: Sampling) -> Rollout:
     """The responses to all prompts, over all ranks; the plain way where generation mode is forbidden."""
     generator = torch.Generator().manual_seed(4)
     ids = [torch.randint(10, 200, (2 + 5 * number % 13,), generator=generator).tolist() for number in range(prompts)]
@@ -114,17 +149,14 @@ def roll_out(engine, codec, way: str, prompts: int = PROMPTS) -> list[list[int]]
     rollouts = ActorRollouts(engine, slots=3, seed=7, end_ids=codec.end_ids, pad_id=codec.pad_id)
     if way == "plain":
         mine = [
-            rollouts._plainly(part, SAMPLING, 1, lambda finished: None)
+            rollouts._plainly(part, sampling, 1, lambda finished: None)
             for part in collate_prompts(dataset, batch, codec.pad_id).split(3)
         ]
         whole = share_rollout(type(mine[0]).concat(mine))
     else:
-        whole = share_rollout(rollouts.roll_out(collate_prompts(dataset, batch, codec.pad_id), SAMPLING, 1))
+        whole = share_rollout(rollouts.roll_out(collate_prompts(dataset, batch, codec.pad_id), sampling, 1))
     assert on_every_rank(len(whole.tokens) == prompts)
-    return [
-        whole.tokens[row, start:end].tolist()
-        for row, (start, end) in enumerate(zip(whole.prompt_lengths.tolist(), whole.lengths.tolist()))
-    ]
+    return whole
 
 
 if __name__ == "__main__":

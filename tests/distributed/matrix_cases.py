@@ -90,12 +90,15 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
             "6",
         ]
     )
-    actor_lora = ["--actor_lora_dim", "4", "--critic_lora_dim", "4"] if combination.lora else []
+    if combination.lora:
+        kind = ["--actor_lora_dim", "4", "--critic_lora_dim", "4", "--ppo_epochs", "3", "--target_kl", "1e-9"]
+    else:
+        kind = ["--top_p", "0.9", "--truncated_sampling", "exact"]
     stage = str(combination.zero_stage)
     step3(
         [
             *common,
-            *actor_lora,
+            *kind,
             "--actor_model_name_or_path",
             str(output / "sft"),
             "--critic_model_name_or_path",
@@ -125,7 +128,6 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
             "--enable_ema",
             "--ema_decay",
             "0",
-            *(["--ppo_epochs", "3", "--target_kl", "1e-9"] if combination.lora else []),
             "--unsupervised_dataset_name",
             texts,
             "--unsup_coef",

@@ -172,6 +172,7 @@ PPO = {
     "temperature": Row("samples", "0.5"),
     "top_p": Row("samples", "0.5"),
     "top_k": Row("samples", "5"),
+    "truncated_sampling": Row("weights", "exact", "--top_k 5 --auto_micro_batch"),
     "kl_coef": Row("weights", "3"),
     "kl_controller": Row("weights", "adaptive"),
     "kl_placement": Row("weights", "loss", "--ppo_epochs 2"),

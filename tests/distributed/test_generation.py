@@ -43,6 +43,14 @@ def test_rollouts_do_not_depend_on_ranks_stage_or_way(found, case):
             }, (ranks, way)
 
 
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("case", [*GENERATION, *at_length(GENERATION_AT_LENGTH)])
+def test_the_sampler_records_the_log_probs_of_the_engines_own_pass(found, case, ranks):
+    """Also those of a policy renormalised on the tokens that the sampler kept."""
+    gaps = [gap for way in ("fast", "plain") for gap in found[ranks][case]["gaps"][way]]
+    assert len(gaps) == 4 and max(gaps) < (1e-4 if case.endswith("fp32") else 0.5)
+
+
 def test_a_rank_may_have_no_prompt(found):
     """Then the others must not wait for its forward passes; DeepSpeed's hooks at stage 3 would."""
     expected = found[1]["one_prompt"]["0"]

@@ -138,12 +138,16 @@ def test_step_3_starts_at_the_reference_and_moves(results, combination, ranks):
     for record in iterations:
         assert 0 < record["entropy"] < math.log(2000) and record["explained_variance"] <= 1
         assert 0 < record["text_loss"] < 2 * math.log(2000)
+        assert 0 <= record["sampler_gap_mean"] <= record["sampler_gap_max"]
+        assert record["sampler_gap_max"] < 1e-4 or combination.dtype == "bf16"
+        assert 0 < record["effective_sample_size"] <= 1 + 1e-9
         if combination.lora:  # three epochs of one step, left by target_kl once the policy has moved
             # In bf16 the rounding of two like forward passes may be above the target before the first step.
             assert record["optimizer_steps"] == 2 or combination.dtype == "bf16" and record["optimizer_steps"] == 1
-        else:  # one step: at its start the new policy is the old one
+        else:  # one step: at its start the new policy is the old one, here on the tokens that the sampler kept
             assert record["optimizer_steps"] == 1 and record["approx_kl"] < tolerance**2
             assert record["clip_fraction"] == 0 or combination.dtype != "fp32"
+            assert record["ratio_mean"] == pytest.approx(1, abs=tolerance) and record["ratio_std"] < 2 * tolerance
     beta, later = (record["kl_coef"] for record in iterations)
     assert iterations[0]["responses"] <= ROWS_PER_STEP  # far below its target, the penalty gives way
     assert later == pytest.approx(beta * (1 - 0.2 * iterations[0]["responses"] / 10_000), rel=1e-9)

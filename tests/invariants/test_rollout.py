@@ -20,26 +20,11 @@ from step3_ppo.generation.rollout import to_rollout
 from step3_ppo.generation.sampling import Sampling, filtered_probabilities, response_limits, sample_tokens, uniforms
 from step3_ppo.sharing import RolloutAbandoned, share_rollout
 from tests.architectures import CONFIGS, build_model
+from tests.unsharded_engine import UnshardedEngine
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=12)
 SAMPLED = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=12)
 LENGTHS = [4, 11, 7, 2, 9, 5]
-
-
-class UnshardedEngine:
-    """Stands for an engine with unsharded weights: has only what `generate` uses."""
-
-    def __init__(self, module):
-        self.module, self.dp_world_size = module, 1
-
-    def zero_optimization_partition_weights(self):
-        return False
-
-    def eval(self):
-        self.module.eval()
-
-    def train(self):
-        self.module.train()
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -283,7 +268,7 @@ def test_sampled_frequencies_match_the_softmax():
     logits = torch.tensor([[0.5, -1.0, 2.0, 0.0, 1.0]]).expand(20_000, 5)
     for sampling in (SAMPLED, Sampling(0.7, 1.0, 0, 0, 1), Sampling(1.0, 0.8, 0, 0, 1), Sampling(1.3, 1.0, 3, 0, 1)):
         uniform = uniforms(3, 0, torch.arange(20_000), 1)[:, 0]
-        counts = sample_tokens(logits, uniform, sampling).bincount(minlength=5).double()
+        counts = sample_tokens(logits, uniform, sampling).tokens.bincount(minlength=5).double()
         expected = filtered_probabilities(logits[:1], sampling)[0].double()
         expected = expected / expected.sum() * 20_000
         kept = expected > 0
@@ -303,7 +288,7 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens():
 def test_uniform_numbers_at_the_edges_give_real_tokens():
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]]).expand(2, 4)
     edges = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
-    assert sample_tokens(logits, edges, SAMPLED).tolist() == [0, 2]
+    assert sample_tokens(logits, edges, SAMPLED).tokens.tolist() == [0, 2]
 
 
 def test_uniforms_are_keyed_by_everything_and_nothing_else():

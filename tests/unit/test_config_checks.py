@@ -45,6 +45,7 @@ from tests.command_lines import MODELS, message, read, recipe
         (PPOConfig, MODELS + "--dual_clip 1", "above 1"),
         (PPOConfig, MODELS + "--loss_aggregation mean", "token, sequence, constant"),
         (PPOConfig, MODELS + "--missing_eos_score -1 --missing_eos_penalty 2", "--missing_eos_score"),
+        (PPOConfig, MODELS + "--truncated_sampling exact", "works only with --top_p, --top_k"),
         (PPOConfig, MODELS + "--missing_eos_score -1 --draw_answer_lengths", "--missing_eos_score"),
         (PPOConfig, MODELS + "--ema_decay 0.9", "--enable_ema"),
         (PPOConfig, MODELS + "--unsup_coef 1", "--unsupervised_dataset_name"),

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from common.models.token_sets import TokenSets
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout
 
@@ -16,14 +17,18 @@ PAD = 2  # also the end token
 def rollout(rows=(0, 1, 2), real=None, width=0):
     joined = [PROMPTS[row] + ANSWERS[row] for row in rows]
     width = max(width, *(len(row) for row in joined))
+    lengths = torch.tensor([len(ANSWERS[row]) for row in rows])
+    answers = [token for row in rows for token in ANSWERS[row]]
     return Rollout(
         tokens=torch.tensor([row + [PAD] * (width - len(row)) for row in joined]),
         prompt_lengths=torch.tensor([len(PROMPTS[row]) for row in rows]),
-        response_lengths=torch.tensor([len(ANSWERS[row]) for row in rows]),
+        response_lengths=lengths,
         finished=torch.tensor([ANSWERS[row][-1] == PAD for row in rows]),
         prompt_index=torch.tensor([10 + row for row in rows]),
         real=torch.tensor(real if real is not None else [True] * len(rows)),
         made_by=torch.tensor([row % 2 for row in rows]),
+        sampling_log_probs=-torch.arange(int(lengths.max())).float() - 10 * torch.tensor(rows)[:, None],
+        kept=TokenSets.pack(torch.arange(40) == torch.tensor(answers)[:, None]),  # each token alone
     )
 
 
@@ -78,6 +83,9 @@ def test_concat_of_selections_keeps_every_row_as_it_was(parts):
         assert torch.equal(getattr(joined, name), getattr(expected, name))
     attended = joined.attention_mask.bool()
     assert torch.equal(joined.tokens[attended], expected.tokens[attended])
+    of_responses = joined.response_mask
+    assert torch.equal(joined.sampling_log_probs[of_responses], expected.sampling_log_probs[of_responses])
+    assert torch.equal(joined.kept.members(), expected.kept.members())
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
@@ -86,10 +94,12 @@ def test_a_selection_has_all_fields_on_its_device_with_the_same_values(device):
     here = experience().select([1, 0], real=[True, False])
     for found, expected in ((moved, here), (moved.rollout, here.rollout)):
         for field in fields(expected):
-            if field.name != "rollout":
+            if field.name not in ("rollout", "kept"):
                 tensor = getattr(found, field.name)
                 assert tensor.device.type == device
                 assert torch.equal(tensor.cpu(), getattr(expected, field.name))
+    assert moved.rollout.kept.words.device.type == device
+    assert torch.equal(moved.rollout.kept.to("cpu").members(), here.rollout.kept.members())
 
 
 def test_without_a_critic_there_are_neither_values_nor_returns():
@@ -111,6 +121,10 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
         replace(made, returns=made.returns[:2])
     with pytest.raises(ValueError, match="Rollout.finished"):
         replace(made.rollout, finished=made.rollout.finished[:2])
+    with pytest.raises(ValueError, match=r"Rollout.sampling_log_probs has shape \(3, 3\)"):
+        replace(made.rollout, sampling_log_probs=made.rollout.sampling_log_probs[:, :3])
+    with pytest.raises(ValueError, match="Rollout.kept has 6 sets for 7 tokens"):
+        replace(made.rollout, kept=made.rollout.kept.select(torch.arange(6)))
     with pytest.raises(ValueError, match="empty prompt"):
         replace(made.rollout, prompt_lengths=made.rollout.prompt_lengths - 1)
     with pytest.raises(ValueError, match="longest row 6"):
