@@ -15,6 +15,7 @@ from common.data.errors import (
     BadRowsError,
     ColumnsError,
     DataFieldError,
+    KeptColumnsError,
     NoEndTokenError,
     NothingToTrainOnError,
     SourceError,
@@ -31,6 +32,7 @@ from common.paths import NotWritable
 # The options that errors of each class are about.
 _FLAGS: dict[type[InputError], str] = {
     ColumnsError: "--columns",
+    KeptColumnsError: "--keep_columns",
     SplitByError: "--split_by",
     DataFieldError: "--data_field",
     TemplateError: "--template",
