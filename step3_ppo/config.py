@@ -20,6 +20,7 @@ from common.errors import UserError, named_by
 from step3_ppo.advantages import ESTIMATORS, Estimator, register
 from step3_ppo.options import ActorOptions, CriticOptions, RewardOptions, RolloutOptions, UpdateOptions
 
+_REWARD_MODEL = "output/reward"  # what --critic_model_name_or_path is where neither it nor --reward is given
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
 # Options that mean nothing if no critic is trained. Its ZeRO stage is not one: a reward model has the same.
 _OF_A_CRITIC = (
@@ -38,8 +39,12 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     own_reward: ClassVar[bool] = False  # the program brings a reward of its own, so no reward model scores
 
     actor_model_name_or_path: PathName = option("output/sft", "the fine-tuned model of step 1", names_model=True)
-    critic_model_name_or_path: PathName = option(
-        "output/reward", "the reward model of step 2; the critic's start", names_model=True
+    critic_model_name_or_path: PathName | None = option(
+        None,
+        "the reward model of step 2, and the critic's start; with --reward only the latter; none: output/reward, or "
+        "with --reward the first reward model there that reads the actor's tokens, else the actor with a new score "
+        "head",
+        names_model=True,
     )
     output_dir: PathName = option("output/ppo", "directory of the result", affects="nothing")
     offload: bool = option(
@@ -81,6 +86,10 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
     enable_mixed_precision_lora: bool = option(False, "", ignored="gathered weights are not quantised")
     align_overflow: bool = option(False, "", ignored="actor and critic always skip a step together")
 
+    def __post_init__(self) -> None:
+        if self.critic_model_name_or_path is None and not self.reward:
+            object.__setattr__(self, "critic_model_name_or_path", _REWARD_MODEL)
+
     def all_sources(self) -> list[SourceSpec]:
         return super().all_sources() + self.text_sources()
 
@@ -106,9 +115,15 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         return {"actor": self.actor, **critic}
 
     @property
+    def scored_otherwise(self) -> bool:
+        """Whether the scores are not those of --critic_model_name_or_path, but of --reward or the program's own."""
+        return self.own_reward or bool(self.reward)
+
+    @property
     def reads_reward_model(self) -> bool:
-        """Whether --critic_model_name_or_path is loaded: to give the scores, or as the critic's start."""
-        return self.estimator.needs_critic or not self.own_reward
+        """Whether --critic_model_name_or_path, where there is one, is loaded: to give the scores, or as the critic's
+        start."""
+        return self.estimator.needs_critic or not self.scored_otherwise
 
     @property
     def kl_limit(self) -> float:
@@ -156,14 +171,24 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
             flags = " or ".join(f"--{name}_zero_stage" for name in self.trained_models)
             raise UserError(f"--offload needs {flags} 1, 2 or 3")
         self._check_advantage()
-        check_output_dir(
-            self.output_dir,
-            actor_model_name_or_path=self.actor_model_name_or_path,
-            critic_model_name_or_path=self.critic_model_name_or_path,
-        )
-        self._check_default_exists("actor_model_name_or_path", "step1_sft/main.py")
+        self._check_rewards()
+        models = {"actor_model_name_or_path": self.actor_model_name_or_path}
+        if self.critic_model_name_or_path is not None:
+            models["critic_model_name_or_path"] = self.critic_model_name_or_path
+        check_output_dir(self.output_dir, **models)
+        self._check_default_exists("actor_model_name_or_path", "output/sft", "step1_sft/main.py")
         if self.reads_reward_model:
-            self._check_default_exists("critic_model_name_or_path", "step2_reward/main.py")
+            self._check_default_exists("critic_model_name_or_path", _REWARD_MODEL, "step2_reward/main.py")
+
+    def _check_rewards(self) -> None:
+        if self.own_reward and self.reward:
+            raise UserError("--reward: this program brings a reward of its own: leave the option out")
+        self.only_with("--reward, or a reward of the program's own", self.scored_otherwise, "keep_columns")
+        models = [spec for spec in self.reward_specs() if spec.kind == "model"]
+        for spec in models:
+            check_output_dir(self.output_dir, reward=spec.name)
+        if self.scored_otherwise and not models:
+            self.only_with("the scores of a reward model", False, "offload_reward_model")
 
     def _check_advantage(self) -> None:
         estimator = self.estimator
@@ -172,16 +197,15 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
                 f"--advantage {self.advantage} compares the answers to one prompt: it needs --answers_per_prompt "
                 f"{estimator.fewest_answers} or more, not {self.answers_per_prompt}"
             )
-        if self.own_reward:
-            self.only_with("the scores of a reward model", False, "offload_reward_model")
-            if self.score_calibration == "provenance":
-                raise UserError("--score_calibration provenance is that of a reward model, which gives no scores here")
+        if self.own_reward and self.score_calibration == "provenance":
+            raise UserError("--score_calibration provenance is that of a reward model, which gives no scores here")
 
     def useless_options(self) -> list[str]:
         """The options that --advantage has no use for."""
         estimator = self.estimator
         of_critic = [] if estimator.needs_critic else list(_OF_A_CRITIC)
-        of_critic += [] if self.reads_reward_model else ["critic_zero_stage"]
+        with_models = self.reads_reward_model or any(spec.kind == "model" for spec in self.reward_specs())
+        of_critic += [] if with_models else ["critic_zero_stage"]
         of_others = [name for other in ESTIMATORS.values() for name in other.options if name not in estimator.options]
         return list(dict.fromkeys([*of_critic, *of_others]))
 
@@ -190,10 +214,10 @@ class PPOConfig(RolloutOptions, RewardOptions, UpdateOptions, ActorOptions, Crit
         known = options(type(self))
         return [name for name in self.useless_options() if getattr(self, name) != known[name].default]
 
-    def _check_default_exists(self, name: str, program: str) -> None:
+    def _check_default_exists(self, name: str, default: str, program: str) -> None:
         # transformers would look up a default directory that does not exist on the hub.
         model = getattr(self, name)
-        if model == options(PPOConfig)[name].default and not (Path(model) / "config.json").is_file():
+        if model == default and not (Path(default) / "config.json").is_file():
             raise UserError(
                 f"no model, or none that is finished, at {model}: make it with `deepspeed {program}` or give --{name}"
             )

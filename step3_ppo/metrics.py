@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from common.training.engine import gradient_norm
 from common.training.metrics import Metrics, StepMetrics, Sums, add_sums, means
 from common.training.timing import PhaseClock
+from step3_ppo.combined import RewardScores
 from step3_ppo.experience import Experience
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.loss import explained_variance, explained_variance_sums
 from step3_ppo.models import PPOModels
 from step3_ppo.rewards import ShapedScores
 from step3_ppo.scoring import ModelOutputs
+
+CLIPPED = "_clipped"  # ends the names of metrics that say how much of a reward was clipped
 
 
 def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutputs) -> Metrics:
@@ -25,7 +28,23 @@ def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutput
         "response_length": float(rollout.response_lengths.float().mean()),
         "eos_fraction": scores["finished"],
         "kl": float(outputs.response_kl().mean()),
+        **(reward_metrics(outputs.by_reward, shaped) if outputs.by_reward is not None else {}),
     }
+
+
+def reward_metrics(scores: RewardScores, shaped: ShapedScores) -> Metrics:
+    """Each of --reward by itself: raw mean and spread over the responses that it did not fail on, the share that was
+    clipped, the number of failures, and its figures."""
+    metrics: Metrics = {}
+    for at, label in enumerate(scores.labels):
+        raw = scores.raw[~scores.failed[:, at], at].double()
+        if len(raw):
+            metrics[f"reward/{label}"] = float(raw.mean())
+            metrics[f"reward/{label}_std"] = float(raw.std(correction=0))
+        if shaped.clipped is not None:
+            metrics[f"reward/{label}{CLIPPED}"] = float(shaped.clipped[:, at].mean())
+        metrics[f"reward/{label}_failed"] = int(scores.failed[:, at].sum())
+    return metrics | {f"reward/{name}": value for name, value in scores.figures.items()}
 
 
 def experience_metrics(experience: Experience, outputs: ModelOutputs) -> Metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -39,9 +40,15 @@ class RewardBatch:
     def select(self, indices: Sequence[int]) -> RewardBatch:
         """These responses alone, in this order."""
         taken = lambda values: [values[at] for at in indices]
-        columns = {name: taken(values) for name, values in self.columns.items()}
-        first = (self.prompts, self.messages, self.responses, self.response_ids, self.finished)
-        return RewardBatch(*map(taken, first), columns, taken(self.rows) if self.rows else [])
+        return RewardBatch(
+            taken(self.prompts),
+            taken(self.messages),
+            taken(self.responses),
+            taken(self.response_ids),
+            taken(self.finished),
+            {name: taken(values) for name, values in self.columns.items()},
+            taken(self.rows) if self.rows else [],
+        )
 
     def parts(self, size: int) -> list[list[int]]:
         """The indices of all responses, at most `size` together."""
@@ -71,6 +78,31 @@ class BatchReward(Protocol):
 
     def close(self) -> None:
         """End what the reward has started."""
+
+
+def columns_in(kept: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The kept columns by name, from what is kept of each row; None where a row has none."""
+    names = dict.fromkeys(name for row in kept for name in row["columns"])
+    return {name: [row["columns"].get(name) for row in kept] for name in names}
+
+
+def trial_batch(kept: Sequence[str], prompts: Sequence[str], response: str, response_ids: list[int]) -> RewardBatch:
+    """One made-up response to each of a few prompts, to try a reward with.
+
+    Args:
+        kept: what is kept of the prompts' rows, as `common.data.keeping.kept_json` writes it.
+    """
+    rows = [json.loads(text) for text in kept]
+    count = len(rows)
+    return RewardBatch(
+        list(prompts),
+        [row["messages"] for row in rows],
+        [response] * count,
+        [list(response_ids) for _ in rows],
+        [True] * count,
+        columns_in(rows),
+        [row["row"] for row in rows],
+    )
 
 
 def merged(total: int, parts: Iterable[tuple[Sequence[int], Scores]]) -> Scores:

@@ -131,9 +131,8 @@ def _import(name: str, place: str) -> Any:
         raise
     except ModuleNotFoundError as error:
         if file is None and error.name and (place == error.name or place.startswith(f"{error.name}.")):
-            raise RewardError(
-                name, f"there is no module {error.name} in {directory} or among those installed"
-            ) from None
+            why = f"there is no module {error.name} in {directory} or among those that are installed"
+            raise RewardError(name, why) from None
         raise RewardError(name, f"{place} cannot be imported: {described(error)}") from error
     except (Exception, SystemExit) as error:  # of the user's code
         raise RewardError(name, f"{place} cannot be imported: {described(error)}") from error

@@ -190,7 +190,8 @@ def _max_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Tokens that a model can read at once; None if there is no limit."""
     positions = max_positions(model.config)
     table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if positions is not None and getattr(table, "padding_idx", None) is not None:
-        positions -= table.padding_idx + 1  # RoBERTa counts positions from behind that of the padding
+    padding = getattr(table, "padding_idx", None)
+    if positions is not None and padding is not None:
+        positions -= padding + 1  # RoBERTa counts positions from behind that of the padding
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit is not None and limit < _NO_LIMIT]
     return min(limits) if limits else None
