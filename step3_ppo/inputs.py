@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from common.artifacts.compatibility import open_codec
 from common.artifacts.model_source import resolve_model
 from common.artifacts.run import say_data
+from common.artifacts.split_rule import data_request
 from common.data.prepare import PreparedData, prepare
 from common.data.request import DataRequest
 from common.data.tokenization import Codec
@@ -19,7 +20,7 @@ from common.runtime.distributed import say
 from common.training.engine import check_engine_options
 from step3_ppo.calibration import ScoreScale, check_critic, read_calibration, scale_of
 from step3_ppo.config import PPOConfig
-from step3_ppo.opening import OpenedReward, columns_to_keep, open_rewards, prepare_prompts, try_rewards
+from step3_ppo.opening import OpenedReward, columns_to_keep, open_rewards, try_rewards
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def read_inputs(config: PPOConfig) -> RunInputs:
         critic, scale = critic_start(config, codec, actor, critic, rewards)
     else:
         scale = scale_of(read_calibration(config, codec, critic), config)
-    prompts = prepare_prompts(config, codec, columns_to_keep(config, rewards, functions), functions)
+    keep = columns_to_keep(config, rewards, functions)
+    with config.naming_flags("--max_prompt_seq_len"):
+        prompts = prepare(data_request(config, "prompt", config.max_prompt_seq_len, keep), codec)
     say_data(prompts)
     try_rewards(rewards, codec, prompts)
     with config.naming_flags("--max_prompt_seq_len and --max_answer_seq_len"):

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 
 from common.artifacts.model_source import resolve_model
 from common.artifacts.provenance import read_provenance
-from common.artifacts.split_rule import check_split_rule, data_request
-from common.data.errors import KeptColumnsError
+from common.artifacts.split_rule import check_split_rule
 from common.data.keeping import KEPT, KeptColumns
-from common.data.prepare import PreparedData, prepare
+from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
 from common.errors import named_by
 from common.models.loading import check_length
 from common.paths import writing_to
 from common.rewards.batch import BatchReward, trial_batch
-from common.rewards.errors import RewardError
 from common.rewards.function import Function
-from common.rewards.opening import explain_missing, kept_columns, open_functions, open_reward, try_reward
+from common.rewards.opening import kept_columns, open_functions, open_reward, try_reward
 from common.rewards.reading import check_reward_model, check_text_labels, reads_ids_of
 from common.rewards.spec import RewardSpec
 from common.runtime.distributed import is_main, say
@@ -97,17 +95,6 @@ def columns_to_keep(
     if not config.keep_columns and all(reward.reads_ids for reward in opened):
         return None
     return kept_columns(list(functions.values()), config.keep_columns)
-
-
-def prepare_prompts(
-    config: PPOConfig, codec: Codec, keep: KeptColumns | None, functions: Mapping[str, Function]
-) -> PreparedData:
-    """The prompts, with what is kept of their rows. Raises UserError, also for a column that the data lacks."""
-    with named_by("--reward", kind=RewardError), config.naming_flags("--max_prompt_seq_len"):
-        try:
-            return prepare(data_request(config, "prompt", config.max_prompt_seq_len, keep), codec)
-        except KeptColumnsError as error:
-            raise explain_missing(error, list(functions.values())) or error from None
 
 
 def try_rewards(opened: Sequence[OpenedReward], codec: Codec, prompts: PreparedData) -> None:

@@ -88,11 +88,6 @@ class RewardOptions(NamedRewards):
         "answer gets 0, and is counted",
         choices=("stop", "zero"),
     )
-    keep_columns: tuple[str, ...] = option(
-        (),
-        "columns of the data that rewards get, *: all; those that a function of --reward has parameters for are kept "
-        "anyway",
-    )
     kl_coef: float | None = option(
         None, "weight of the KL to the reference; if adaptive, at the start; none: 0.1 if fixed, 0.2 if adaptive", low=0
     )

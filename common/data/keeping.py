@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, time
 from decimal import Decimal
 from typing import Any
 
-from common.data.errors import KeptColumnsError
+from common.data.errors import DeclaredColumnError, KeptColumnsError
 from common.data.records import Message, Prompt
 from common.data.values import BadRow
 from common.errors import did_you_mean
@@ -25,11 +25,13 @@ class KeptColumns:
         required: a row without one is a bad row.
         optional: kept where a row has them.
         everything: all that a row has is kept.
+        declared: by column, the name of the reward that needs it, for messages.
     """
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     everything: bool = False
+    declared: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, values: Mapping[str, Any]) -> str:
         """The kept columns of a row, a JSON object. Raises BadRow if one is missing or cannot be written as JSON."""
@@ -44,18 +46,24 @@ class KeptColumns:
                 raise BadRow(f"'{column}' is no text, number, list or object") from None
         return json.dumps(kept, sort_keys=True, ensure_ascii=False)
 
+    def decisive(self) -> list[Any]:
+        """All that decides what is kept."""
+        return [self.required, self.optional, self.everything]
+
     def keeps(self, column: str) -> bool:
         return self.everything or column in self.required or column in self.optional
 
     def check(self, files: Mapping[str, Collection[str]]) -> None:
-        """Raises KeptColumnsError if none of the `files` (label -> columns found) has a column that is required."""
+        """Raises KeptColumnsError or DeclaredColumnError if none of the `files` (label -> columns found) has a column
+        that is required."""
         for column in self.required:
             if files and not any(column in columns for columns in files.values()):
                 label, columns = next(iter(files.items()))
-                raise KeptColumnsError(
-                    column,
-                    f"{label} has no such column{did_you_mean(column, columns)}; it has {', '.join(sorted(columns))}",
-                )
+                found = f"{did_you_mean(column, columns)}; it has {', '.join(sorted(columns))}"
+                if column in self.declared:
+                    why = f"its parameter {column} is a column of the data, but {label} has none of that name{found}"
+                    raise DeclaredColumnError(self.declared[column], why)
+                raise KeptColumnsError(column, f"{label} has no such column{found}")
 
 
 def kept_json(columns: str, prompt: Prompt, location: str) -> str:

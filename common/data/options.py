@@ -15,6 +15,7 @@ from common.data.errors import (
     BadRowsError,
     ColumnsError,
     DataFieldError,
+    DeclaredColumnError,
     KeptColumnsError,
     NoEndTokenError,
     NothingToTrainOnError,
@@ -33,6 +34,7 @@ from common.paths import NotWritable
 _FLAGS: dict[type[InputError], str] = {
     ColumnsError: "--columns",
     KeptColumnsError: "--keep_columns",
+    DeclaredColumnError: "--reward",
     SplitByError: "--split_by",
     DataFieldError: "--data_field",
     TemplateError: "--template",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -82,7 +82,7 @@ def data_key(request: DataRequest, codec: Codec) -> str:
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
     if request.keep is not None:
-        decisive["keep"] = asdict(request.keep)
+        decisive["keep"] = request.keep.decisive()
     return _hash_of(decisive)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.data.errors import KeptColumnsError
 from common.data.keeping import KeptColumns
 from common.rewards.batch import BatchReward, RewardBatch
 from common.rewards.errors import RewardError
@@ -25,15 +24,8 @@ def kept_columns(functions: Sequence[Function], named: Sequence[str]) -> KeptCol
     required = [column for function in functions for column in function.columns]
     required += [column for column in named if column != "*"]
     optional = [column for function in functions for column in function.optional_columns]
-    return KeptColumns(tuple(dict.fromkeys(required)), tuple(dict.fromkeys(optional)), "*" in named)
-
-
-def explain_missing(error: KeptColumnsError, functions: Sequence[Function]) -> RewardError | None:
-    """The error for a column that the data lacks, by the function that declares it; None where none does."""
-    for function in functions:
-        if error.subject in function.columns:
-            return RewardError(function.name, f"its parameter {error.subject} is a column of the data, but {error.why}")
-    return None
+    declared = {column: function.name for function in reversed(functions) for column in function.columns}
+    return KeptColumns(tuple(dict.fromkeys(required)), tuple(dict.fromkeys(optional)), "*" in named, declared)
 
 
 def open_reward(

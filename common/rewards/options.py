@@ -49,6 +49,12 @@ class NamedRewards(Config):
         16, "answers that a service, or a reward model with a tokenizer of its own, gets at once", low=1
     )
 
+    keep_columns: tuple[str, ...] = option(
+        (),
+        "columns of the data that rewards get, *: all; those that a function of --reward has parameters for are kept "
+        "anyway",
+    )
+
     def reward_specs(self) -> tuple[RewardSpec, ...]:
         """The rewards of --reward. Raises UserError for one that means nothing."""
         with named_by("--reward"):

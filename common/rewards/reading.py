@@ -35,7 +35,7 @@ def reads_ids_of(codec: Codec, source: str, trust_remote_code: bool = False) -> 
         same = all(getattr(provenance, what) == now[what] for what in ("template", "template_date", "end_token"))
     else:
         same = True
-    return same and fingerprints[0] == fingerprints[1] and _scores_last_token(source, trust_remote_code)
+    return same and fingerprints[0] == fingerprints[1] and scores_last_token(source, trust_remote_code)
 
 
 def check_text_labels(source: str, trust_remote_code: bool = False) -> None:
@@ -45,7 +45,7 @@ def check_text_labels(source: str, trust_remote_code: bool = False) -> None:
         raise ModelError(source, f"it is a classifier of {labels} labels, and a reward model gives one score")
 
 
-def _scores_last_token(source: str, trust_remote_code: bool) -> bool:
+def scores_last_token(source: str, trust_remote_code: bool) -> bool:
     """Whether the head of a sequence-classification model is read at the last token: a decoder's, called `score`."""
     from transformers import AutoModelForSequenceClassification
 

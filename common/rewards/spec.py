@@ -38,6 +38,8 @@ class RewardSpec:
     def kind(self) -> Kind:
         if _SERVICE.match(self.name):
             return "service"
+        if self.name.startswith("builtin:"):
+            return "model"
         return "function" if _IN_FILE.match(self.name) or _IN_MODULE.match(self.name) else "model"
 
 
