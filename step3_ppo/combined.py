@@ -143,6 +143,8 @@ class CombinedReward:
         if not others:
             return [], {}
         rows = (inputs.rollout.made_by == rank()).nonzero().squeeze(1).tolist()
+        if not rows:
+            return rows, {at: Scores([]) for at in others}
         batch = inputs.select(rows).batch()
         return rows, {at: reward.score(batch) for at, reward in others.items()}
 

@@ -45,7 +45,7 @@ def check_text_labels(source: str, trust_remote_code: bool = False) -> None:
         raise ModelError(source, f"it is a classifier of {labels} labels, and a reward model gives one score")
 
 
-def scores_last_token(source: str, trust_remote_code: bool) -> bool:
+def scores_last_token(source: str, trust_remote_code: bool = False) -> bool:
     """Whether the head of a sequence-classification model is read at the last token: a decoder's, called `score`."""
     from transformers import AutoModelForSequenceClassification
 
