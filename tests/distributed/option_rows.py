@@ -130,6 +130,7 @@ def _of_role(role: str) -> dict[str, Row]:
 _TEXTS = "--unsupervised_dataset_name {inputs}/texts.jsonl"
 _ADAPTIVE = "--kl_controller adaptive --kl_horizon 20 --num_train_epochs 2"
 _STOPPING_CRITIC = "--critic_model_name_or_path {inputs}/stopping-reward_model"  # its tokenizer's end token is <|stop|>
+_REWARD = "--reward {inputs}/rewards.py:rest"  # tells its columns and its process apart
 PPO = {
     **RUN,
     **DATA,
@@ -169,6 +170,11 @@ PPO = {
     "temperature": Row("samples", "0.5"),
     "top_p": Row("samples", "0.5"),
     "top_k": Row("samples", "5"),
+    "reward": Row("metrics", "{inputs}/rewards.py:length"),
+    "reward_workers": Row("metrics", "1", _REWARD),
+    "reward_timeout": Row("error", "0.01", "--reward {inputs}/rewards.py:slow --reward_workers 1"),
+    "reward_errors": Row("error", "zero", "--reward {inputs}/rewards.py:picky"),
+    "keep_columns": Row("metrics", "question", _REWARD),
     "kl_coef": Row("weights", "3"),
     "kl_controller": Row("weights", "adaptive"),
     "kl_placement": Row("weights", "loss", "--ppo_epochs 2"),

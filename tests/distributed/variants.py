@@ -6,6 +6,9 @@ from pathlib import Path
 DEEPSPEED = str(Path(__file__).with_name("deepspeed.json"))
 
 
+FUNCTIONS = str(Path(__file__).with_name("reward_functions.py"))  # see --reward
+
+
 class Tokens(int):
     """So many tokens, with padding, in a micro-batch of each rank, in place of a number of rows."""
 
@@ -87,6 +90,13 @@ RESUMED = {
         ),
     ),
     "ppo-zero2-rloo": ("ppo", ("--advantage", "rloo", "--answers_per_prompt", "2", "--score_calibration", "rollout")),
+    "ppo-functions": (
+        "ppo",
+        (
+            *("--reward", f"{FUNCTIONS}:overlap", f"{FUNCTIONS}:length=0.1"),
+            *("--reward_workers", "1", "--score_calibration", "running"),
+        ),
+    ),
 }
 
 # Name: step, flags; then those that are added when it is resumed, which only change its evaluations.
