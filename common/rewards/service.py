@@ -103,6 +103,8 @@ class ServiceReward:
             except httpx2.TimeoutException:
                 why = f"it gave no answer within {self.settings.timeout:g} seconds (--reward_timeout)"
                 continue
+            except httpx2.InvalidURL as error:
+                raise WrongAnswer(f"its address cannot be used: {self._shown(str(error))}") from None
             except httpx2.TransportError as error:
                 why = f"it cannot be reached: {self._shown(str(error))}"
                 continue
