@@ -217,7 +217,8 @@ def reward_calibration(
 def _calibration(
     config: PPOConfig, flag: str, provenance: Provenance | None, without_provenance: str, of: str = ""
 ) -> Calibration | None:
-    """
+    """The scale that the options ask for; None if it is to be measured.
+
     Args:
         flag: the option and the name there that give the scores.
         without_provenance: what --score_calibration auto means where there is no provenance.

@@ -44,7 +44,7 @@ class KeptColumns:
                 kept[column] = json.loads(json.dumps(value, default=_plain))
             except (TypeError, ValueError, RecursionError):
                 raise BadRow(f"'{column}' is no text, number, list or object") from None
-        return json.dumps(kept, sort_keys=True, ensure_ascii=False)
+        return json.dumps(kept, sort_keys=True)  # in ASCII: a column may hold half of a surrogate pair
 
     def decisive(self) -> list[Any]:
         """All that decides what is kept."""
@@ -73,8 +73,7 @@ def kept_json(columns: str, prompt: Prompt, location: str) -> str:
         columns: as of `KeptColumns.of`.
         location: where the row stands in the data, as file:line.
     """
-    messages = json.dumps(messages_of(prompt), ensure_ascii=False)
-    return f'{{"columns": {columns}, "messages": {messages}, "row": {json.dumps(location, ensure_ascii=False)}}}'
+    return f'{{"columns": {columns}, "messages": {json.dumps(messages_of(prompt))}, "row": {json.dumps(location)}}}'
 
 
 def messages_of(prompt: Prompt) -> list[dict[str, Any]]:

@@ -56,7 +56,11 @@ class TextRewardModel:
         self._decoder = isinstance(getattr(classifier, "score", None), nn.Linear)
         model: nn.Module = ScalarModel(classifier) if self._decoder else classifier
         self.model = model.eval().requires_grad_(False).to("cpu" if offload else device)
-        self._name, self._said = source, False
+        if self.max_tokens is not None:
+            say(
+                f"note: the reward model {source} reads {self.max_tokens} tokens at most: longer dialogues lose their "
+                "beginning, and the figure truncated says how many do"
+            )
 
     @torch.inference_mode()
     def score(self, batch: RewardBatch) -> Scores:
@@ -85,12 +89,6 @@ class TextRewardModel:
             row, is_cut = self.encoding(messages, response, finished, self.max_tokens)
             encoded.append(row)
             cut += is_cut
-        if cut and not self._said:
-            self._said = True
-            say(
-                f"note: the reward model {self._name} reads {self.max_tokens} tokens: longer dialogues lose their "
-                "beginning; the metric truncated says how many"
-            )
         return encoded, cut
 
     def _scores(self, rows: list[dict[str, list[int]]]) -> Tensor:
@@ -110,7 +108,10 @@ class TextRewardModel:
 
 
 class DialogueEncoding:
-    """How a model's tokenizer turns a dialogue into the inputs of the model; a function is one, see `__call__`.
+    """How a dialogue becomes the inputs of a model. Calling it encodes one response.
+
+    Args:
+        encode: the inputs from messages, response, whether it is finished, and the most tokens or None.
 
     Attributes:
         tokenizer: the model's own.

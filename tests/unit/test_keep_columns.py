@@ -66,7 +66,7 @@ def test_what_is_kept_is_part_of_the_key_and_nothing_kept_changes_none(tmp_path,
 
 
 def test_a_prompt_with_two_answers_is_two_prompts(tmp_path, codec):
-    rows = [{"prompt": "What is it?", "answer": answer} for answer in ("one", "two", "one")]
+    rows = [{"prompt": "What is it?", "answer": answer} for answer in ("one", "\ud83d", "one")]
     assert len(prepare(asked(tmp_path, rows, None), codec).train) == 1
     assert len(prepare(asked(tmp_path, rows, KeptColumns(("answer",))), codec).train) == 2
 

@@ -91,7 +91,7 @@ def test_what_is_too_long_loses_its_beginning_and_that_is_said_once(encoder, cap
     with torch.no_grad():
         expected = float(model(**tokenizer(" ".join(kept), "six five", return_tensors="pt")).logits)
     assert scores.numbers[0] == pytest.approx(expected, abs=1e-5) and scores.figures == {"truncated": 0.5}
-    assert capsys.readouterr().out.count("lose their beginning") == 1
+    assert capsys.readouterr().out.count(f"reads {room} tokens at most: longer dialogues lose their beginning") == 1
     assert len(reward.score(batch_of([["a ?"]], [long])).numbers) == 1  # a response without end is cut as well
 
 
