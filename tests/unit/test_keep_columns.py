@@ -66,7 +66,7 @@ def test_what_is_kept_is_part_of_the_key_and_nothing_kept_changes_none(tmp_path,
 
 
 def test_a_prompt_with_two_answers_is_two_prompts(tmp_path, codec):
-    rows = [{"prompt": "What is it?", "answer": answer} for answer in ("one", "\ud83d", "one")]
+    rows = [{"prompt": "What is it?", "answer": answer} for answer in ("one", "two", "one")]
     assert len(prepare(asked(tmp_path, rows, None), codec).train) == 1
     assert len(prepare(asked(tmp_path, rows, KeptColumns(("answer",))), codec).train) == 2
 
@@ -104,6 +104,7 @@ def test_values_of_other_formats_are_kept_as_json_has_them():
         "day": "2024-02-29",
         "scores": [1.0, 2.0],
     }
+    assert json.loads(columns.of({"half": "\ud83d"}).encode()) == {"half": "\ud83d"}  # of a surrogate pair
     with pytest.raises(BadRow, match="'image' is no text, number, list or object"):
         columns.of({"image": b"png"})
 

@@ -1,6 +1,8 @@
 """Rewards that cannot be used are refused in one line that names --reward, before any model is loaded."""
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -9,14 +11,17 @@ import transformers as hf
 
 from common.artifacts.compatibility import text_of
 from common.artifacts.provenance import Provenance
+from common.config.parser import parse
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.builtin import materialise
 from common.models.calibration import RAW, Calibration
+from common.rewards.batch import trial_batch
 from step3_ppo import models
 from step3_ppo.config import PPOConfig
 from step3_ppo.inputs import read_inputs
 from step3_ppo.main import main as step3
 from tests.architectures import build_model
+from tests.launching import ROOT
 from tests.unit.test_bad_input import refusal
 from tests.unit.test_reward_service import Server
 
@@ -186,3 +191,19 @@ def test_a_reward_model_split_by_another_rule_is_refused(good, reward_models, tm
     (tmp_path / "leaky" / "provenance.json").write_text(json.dumps(written))
     actor = {**good, "--actor_model_name_or_path": str(reward_models / "actor")}
     assert "was trained on" in refusal(step3, {**actor, "--reward": str(tmp_path / "leaky")})
+
+
+def test_the_readmes_reward_and_command_get_past_the_door(good, reward_models, tmp_path):
+    """A file of prompts and answers, and a function, as the first page shows them."""
+    page = (ROOT / "README.md").read_text()
+    section = page[page.index("## A reward of your own") : page.index("## Which recipe")]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    (tmp_path / "my_reward.py").write_text(code)
+    command = shlex.split(re.search(r"step3_ppo/main.py (.*)", section)[1])
+    small = ["--actor_model_name_or_path", str(reward_models / "actor"), "--max_answer_seq_len", "8"]
+    config = parse(PPOConfig, [*command, *small, "--max_prompt_seq_len", "32"])
+    inputs = read_inputs(config)
+    (reward,) = inputs.rewards
+    batch = trial_batch(inputs.prompts.train["kept"][:2], ["", ""], "It is 4.", [1])
+    right = [float(answer in "It is 4.") for answer in batch.columns["answer"]]
+    assert reward.scorer.score(batch).numbers == right and reward.scale.calibration == RAW
