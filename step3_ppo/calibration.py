@@ -27,12 +27,13 @@ class ScoreScale:
     Args:
         calibration: the scale, where it is known from the start (`RAW` leaves scores as they are); None: it is measured
             on the scores of the first iteration and of the evaluation before it. Until then scores are raw.
+        name: of the reward, for messages, where there may be several.
     """
 
     fixed = True  # once it is known
 
-    def __init__(self, calibration: Calibration | None):
-        self.calibration = calibration
+    def __init__(self, calibration: Calibration | None, name: str = ""):
+        self.calibration, self._of = calibration, f" of {name}" if name else ""
         self._observed: list[Tensor] = []
 
     @property
@@ -65,14 +66,14 @@ class ScoreScale:
         measured = Calibration.of(scores)
         if not measured.usable:
             raise UserError(
-                f"the {len(scores)} scores of the first rollouts have the mean {measured.mean:g} and the "
+                f"the {len(scores)} scores{self._of} of the first rollouts have the mean {measured.mean:g} and the "
                 f"standard deviation {measured.std:g}, which nothing can be measured in: give an iteration "
                 "more answers, or add --score_calibration none"
             )
         self.calibration = measured
         say(
-            f"the {len(scores)} scores of the first rollouts have the mean {measured.mean:.4g} and the spread "
-            f"{measured.std:.4g}: from here on "
+            f"the {len(scores)} scores{self._of} of the first rollouts have the mean {measured.mean:.4g} and the "
+            f"spread {measured.std:.4g}: from here on "
             f"{'scores and values' if with_critic else 'scores'} are measured in these"
         )
 
@@ -128,10 +129,10 @@ class RunningScale(ScoreScale):
         self.calibration = measured if measured.usable else Calibration(self.mean, 1.0)
 
 
-def scale_of(calibration: Calibration | None, config: PPOConfig) -> ScoreScale:
+def scale_of(calibration: Calibration | None, config: PPOConfig, name: str = "") -> ScoreScale:
     """The scale of a reward that is calibrated so at the start, or measured while the run goes on."""
     running = config.normalize_scores and config.score_calibration == "running"
-    return RunningScale() if running else ScoreScale(calibration)
+    return RunningScale() if running else ScoreScale(calibration, name)
 
 
 def read_calibration(config: PPOConfig, codec: Codec, source: str | None) -> Calibration | None:

@@ -103,10 +103,14 @@ class CombinedReward:
         means, stds = (torch.tensor([getattr(scale, of) for scale in scales]) for of in ("mean", "std"))
         return weigh_scores(scores.raw, scores.failed, weights=scores.weights, means=means, stds=stds, clip=clip)
 
-    def measure(self, scores: RewardScores, with_critic: bool) -> None:
-        """Measure the scales that are not known, or that change with every iteration. Raises as of `ScoreScale`."""
+    def measure(self, scores: RewardScores, of_values: ScoreScale | None) -> None:
+        """Measure the scales that are not known, or that change with every iteration. Raises as of `ScoreScale`.
+
+        Args:
+            of_values: the scale of the critic's values, which may be one of them; None without a critic.
+        """
         for scale, raw in self._open(scores):
-            scale.measure(raw, with_critic)
+            scale.measure(raw, with_critic=scale is of_values)
 
     def observe(self, scores: RewardScores) -> bool:
         """Include scores of an evaluation in the scales that are still to be measured. Whether all are known."""

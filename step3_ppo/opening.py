@@ -61,7 +61,7 @@ def open_rewards(config: PPOConfig, codec: Codec) -> tuple[list[OpenedReward], d
             continue
         with named_by("--reward_header_env" if spec.kind == "service" else "--reward"):
             scorer = open_reward(spec, functions.get(spec.name), config, config.reward_errors == "zero")
-        scale = scale_of(reward_calibration(config, spec.name, None, is_model=False), config)
+        scale = scale_of(reward_calibration(config, spec.name, None, is_model=False), config, spec.name)
         opened.append(OpenedReward(spec, scale, scorer, None, reads_ids=False))
     return opened, functions
 
@@ -84,7 +84,7 @@ def _open_model(config: PPOConfig, codec: Codec, spec: RewardSpec) -> OpenedRewa
         if provenance is not None:
             check_split_rule(provenance, config, f"--reward {spec.name}")
     say(f"the reward model {spec.name} reads " + ("the actor's tokens" if reads_ids else "text, by its own tokenizer"))
-    scale = scale_of(reward_calibration(config, spec.name, provenance, is_model=True), config)
+    scale = scale_of(reward_calibration(config, spec.name, provenance, is_model=True), config, spec.name)
     return OpenedReward(spec, scale, None, source, reads_ids)
 
 

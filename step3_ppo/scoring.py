@@ -122,10 +122,9 @@ def to_scale(outputs: ModelOutputs, scale: ScoreScale, reward: object = None) ->
         scale: of the values, and of the scores where `reward` is a single one.
         reward: has scales of its own if it is combined of several; that of the values may be among them.
     """
-    before = scale.calibration
-    with_critic = outputs.values is not None
+    before, with_critic = scale.calibration, outputs.values is not None
     if isinstance(reward, CombinedReward) and outputs.by_reward is not None:
-        reward.measure(outputs.by_reward, with_critic)
+        reward.measure(outputs.by_reward, scale if with_critic else None)
     elif not (scale.known and scale.fixed):
         scale.measure(outputs.scores, with_critic)
     if outputs.values is None or scale.calibration == before:

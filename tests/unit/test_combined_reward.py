@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from common.errors import Diverged
+from common.errors import Diverged, UserError
 from common.models.calibration import RAW, Calibration
 from common.rewards.batch import Scores
 from common.rewards.errors import Failure
@@ -179,7 +179,7 @@ def test_scales_are_measured_each_on_its_own_scores_and_kept():
     )
     scores = reward.score(Inputs(4))
     assert not reward.observe(scores)
-    reward.measure(scores, with_critic=False)
+    reward.measure(scores, of_values=None)
     assert first.calibration == Calibration(4.0, 5.0**0.5)  # the evaluation and the iteration, of the same scores
     assert second.count == 3 and second.mean == pytest.approx(2 / 3)
     assert settled.calibration == Calibration(1.0, 2.0) and reward.observe(scores)
@@ -204,3 +204,9 @@ def test_a_rank_that_made_no_response_asks_no_reward():
     inputs = Inputs(2)
     inputs.rollout.made_by = torch.ones(2)  # all of another rank
     assert reward._of_this_rank(inputs) == ([], {0: Scores([])})
+
+
+def test_scores_that_do_not_vary_are_refused_by_the_name_of_their_reward():
+    reward = combined((Given([1.0] * 4), 1.0, ScoreScale(None, "file.py:r0")))
+    with pytest.raises(UserError, match="the 4 scores of file.py:r0 of the first rollouts .*--score_calibration none"):
+        reward.measure(reward.score(Inputs(4)), of_values=None)
