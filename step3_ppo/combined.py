@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,17 @@ class RewardScores:
     def total(self) -> Tensor:
         """(B,) weighted sum of the raw scores."""
         return (self.raw * self.weights).sum(1)
+
+    def select(self, rows: Tensor) -> RewardScores:
+        """The scores of these responses (N,) long, in this order. The figures stay those of all."""
+        return replace(self, raw=self.raw[rows], failed=self.failed[rows])
+
+    @staticmethod
+    def concat(parts: Sequence[RewardScores]) -> RewardScores:
+        """The scores of the responses of all parts, which are of the same rewards."""
+        figures = mean_figures([(len(part.raw), part.figures) for part in parts])
+        raw, failed = (torch.cat([getattr(part, name) for part in parts]) for name in ("raw", "failed"))
+        return replace(parts[0], raw=raw, failed=failed, figures=figures)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from common.models.calibration import RAW, Calibration
 from common.rewards.batch import Scores
 from common.rewards.errors import Failure
 from step3_ppo.calibration import RunningScale, ScoreScale
-from step3_ppo.combined import CombinedReward, RewardPart
+from step3_ppo.combined import CombinedReward, RewardPart, RewardScores
 from step3_ppo.metrics import reward_metrics
 from step3_ppo.rewards import shape_scores
 from step3_ppo.scoring import ModelOutputs, to_scale
@@ -210,3 +210,20 @@ def test_scores_that_do_not_vary_are_refused_by_the_name_of_their_reward():
     reward = combined((Given([1.0] * 4), 1.0, ScoreScale(None, "file.py:r0")))
     with pytest.raises(UserError, match="the 4 scores of file.py:r0 of the first rollouts .*--score_calibration none"):
         reward.measure(reward.score(Inputs(4)), of_values=None)
+
+
+def test_scores_of_parts_are_those_of_the_whole_and_may_be_picked():
+    numbers, failures = [1.0, 0.0, 3.0, 4.0], [Failure(1, "it gave None")]
+    whole, first, last = (
+        combined((Given(numbers[rows], failed, {"exact": exact}), 2.0, ScoreScale(RAW)), zero=True).score(Inputs(count))
+        for rows, failed, exact, count in (
+            (slice(0, 4), failures, 0.25, 4),
+            (slice(0, 3), failures, 0.0, 3),
+            (slice(3, 4), [], 1.0, 1),
+        )
+    )
+    joined = RewardScores.concat([first, last])
+    assert torch.equal(joined.raw, whole.raw) and torch.equal(joined.failed, whole.failed)
+    assert joined.figures == whole.figures and joined.labels == whole.labels
+    picked = whole.select(torch.tensor([3, 1]))
+    assert picked.total.tolist() == [8.0, 0.0] and picked.failed.tolist() == [[False], [True]]
