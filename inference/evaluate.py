@@ -7,7 +7,7 @@ with every response, to --output_file. For the task builtin:courtesy the true re
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,26 @@ from common.data.builtin import true_reward
 from common.data.records import Prompt
 from common.errors import UserError, named_by
 from common.paths import writing_to
+from common.rewards.options import NamedRewards
+from common.rewards.spec import RewardSpec
 from common.runtime.program import run_program
 from inference.decoding import Response, respond
 from inference.generate import open_output, plain
-from inference.loading import load_actor, load_reward_model
+from inference.loading import load_actor
 from inference.locating import find_model
 from inference.options import DecodingOptions, LoadOptions, PromptOptions, read_options
-from inference.prompts import choose, held_out_prompts, read_prompts
-from inference.scoring import score_responses
+from inference.prompts import Kept, choose, held_out_prompts, read_prompts
+from inference.rewards import Rewards
 
 _TASK = "builtin:courtesy"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DecodingOptions, PromptOptions, LoadOptions):
+class EvaluateConfig(DecodingOptions, PromptOptions, NamedRewards, LoadOptions):
     """Evaluation"""
 
     path: tuple[PathName, ...] = option(("output/sft", "output/ppo"), "one model, or two to compare")
-    reward_model_path: PathName = option("output/reward", "reward model that scores the answers")
+    reward_model_path: PathName = option("output/reward", "reward model that scores the answers without --reward")
     output_file: PathName = option("output/evaluation.json", "JSON file of the result")
     which_prompts: str = option(
         "held_out", "held_out: those that no step trained on; all: every one", choices=("held_out", "all")
@@ -55,20 +57,30 @@ class EvaluateConfig(DecodingOptions, PromptOptions, LoadOptions):
             raise UserError(f"--path: give one model or two, not {len(self.path)}")
         if not self.data_path:
             raise UserError(f"--data_path is needed: where the prompts are, such as {_TASK}")
+        self.only_with("no --reward", not self.reward, "reward_model_path")
+        self.only_with("--reward", bool(self.reward), "keep_columns")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's response to each prompt, with its raw score."""
+    """One model's response to each prompt, with its raw score.
+
+    Attributes:
+        scores: of --reward their weighted sum.
+        by_reward: those of each of --reward, by its label; empty without.
+    """
 
     path: str
     responses: list[Response]
     scores: list[float]
+    by_reward: dict[str, list[float]] = field(default_factory=dict)
 
     def summary(self, prompts: list[Prompt], task: bool) -> dict[str, float]:
-        """Means over the prompts: score, length in tokens, share that ended; for the built-in task the true reward."""
+        """Means over the prompts: score, each of --reward, length in tokens, share that ended; for the built-in task
+        the true reward."""
         means = {
             "score": _mean(self.scores),
+            **{f"reward/{label}": _mean(scores) for label, scores in self.by_reward.items()},
             "length": _mean([len(response.ids) for response in self.responses]),
             "ended": _mean([response.ended for response in self.responses]),
         }
@@ -87,9 +99,25 @@ class Evaluation:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, respond with each model, score, report."""
     config = read_options(EvaluateConfig, argv)
-    prompts = find_prompts(config)
-    with named_by("--reward_model_path"):
-        reward_model = load_reward_model(config.reward_model_path, config)
+    rewards = open_rewards(config)
+    try:
+        _evaluate(config, rewards)
+    finally:
+        rewards.close()
+
+
+def open_rewards(config: EvaluateConfig) -> Rewards:
+    """Those of --reward, or the model of --reward_model_path."""
+    if config.reward:
+        return Rewards(config.reward_specs(), config)
+    alone = RewardSpec(config.reward_model_path, label="score")
+    return Rewards([alone], config, "--reward_model_path")
+
+
+def _evaluate(config: EvaluateConfig, rewards: Rewards) -> None:
+    prompts = find_prompts(config, rewards.kept if config.reward else None)
+    rewards.try_on(prompts)
+    rewards.load_models(config, config.batch_size)
     with open_output(config.output_file) as write:
         evaluations = []
         for path in config.path:
@@ -97,8 +125,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 actor = load_actor(path, config)
             torch.manual_seed(config.seed)
             responses = respond(actor, prompts, config, config.batch_size)
-            scores = score_responses(reward_model, prompts, responses, config.batch_size)
-            evaluations.append(Evaluation(path, responses, scores))
+            scores = rewards.scores(prompts, responses, actor.codec, config.batch_size)
+            by_reward = scores if config.reward else {}
+            evaluations.append(Evaluation(path, responses, rewards.total(scores), by_reward))
         result = compare(prompts, evaluations, task=config.data_path == (_TASK,))
         shown = {name: getattr(config, name) for name in options(EvaluateConfig)}
         write(
@@ -108,14 +137,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"saved to {config.output_file}")
 
 
-def find_prompts(config: EvaluateConfig) -> list[Prompt]:
-    """The prompts to respond to. Which of them are held out depends on how the models were trained."""
+def find_prompts(config: EvaluateConfig, kept: Kept | None = None) -> list[Prompt]:
+    """The prompts to respond to. Which of them are held out depends on how the models were trained.
+
+    Args:
+        kept: gets what is to be kept of their rows.
+    """
     with writing_to("--data_output_path", config.data_output_path), named_by("--path"):
         models = [find_model(path, config.data_output_path) for path in config.path]
     if config.which_prompts == "held_out":
         trained = [model.provenance for model in models if model.provenance]
-        return held_out_prompts(config, trained, config.seed)
-    return choose(list(dict.fromkeys(read_prompts(config))), config.max_prompts, config.seed)
+        return held_out_prompts(config, trained, config.seed, kept)
+    return choose(list(dict.fromkeys(read_prompts(config, kept))), config.max_prompts, config.seed)
 
 
 def compare(prompts: list[Prompt], evaluations: list[Evaluation], task: bool) -> dict[str, Any]:
@@ -132,11 +165,13 @@ def compare(prompts: list[Prompt], evaluations: list[Evaluation], task: bool) ->
 
 def rows(prompts: list[Prompt], evaluations: list[Evaluation]) -> list[dict[str, Any]]:
     """Every prompt with the models' responses and scores."""
+    labels = evaluations[0].by_reward
     return [
         {
             "prompt": plain(prompt),
             "responses": [model.responses[i].text for model in evaluations],
             "scores": [model.scores[i] for model in evaluations],
+            **{f"reward/{label}": [model.by_reward[label][i] for model in evaluations] for label in labels},
         }
         for i, prompt in enumerate(prompts)
     ]

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.artifacts.compatibility import trained_codec
 from common.data.errors import TemplateError
 from common.data.options import naming_flags
 from common.data.templates import TEMPLATE_NAMES
-from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
+from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import InputError, ModelError, named_by
 from common.models.checks import check_finite
 from common.models.loading import explained, gives_scores, load_causal_lm, load_scalar_model, max_positions
@@ -133,34 +134,25 @@ def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto
         TemplateError: `template` is not the one of the training, or does not suit the tokenizer.
         ModelError: the tokenizer cannot be used, or is not the one of the training.
     """
-    tokenizer = load_tokenizer(files.tokenizer, trust_remote_code=trust_remote_code)
-    trained, ends = files.provenance, published_ends(files.weights)
+    trained = files.provenance
     if trained is None:
+        tokenizer = load_tokenizer(files.tokenizer, trust_remote_code=trust_remote_code)
         if tokenizer.eos_token_id is None:
             raise ModelError(files.path, "the tokenizer has no end token, so no answer would ever end")
         guess = "chat" if getattr(tokenizer, "chat_template", None) else _DEFAULT_TEMPLATE
-        return make_codec(tokenizer, guess if template == "auto" else template, further_ends=ends)
+        chosen = guess if template == "auto" else template
+        return make_codec(tokenizer, chosen, further_ends=published_ends(files.weights))
     if template not in ("auto", trained.template):
         raise TemplateError(
             template, f"{files.path} was trained with the template {trained.template}: leave the option out"
         )
-    codec = make_codec(tokenizer, trained.template, date=trained.template_date, further_ends=ends)
-    if codec.end_token != trained.end_token:
-        codec = make_codec(
-            tokenizer,
-            trained.template,
-            add_eot_token=True,
-            eot_token=trained.end_token,
-            date=trained.template_date,
-            further_ends=ends,
-        )
-    if tokenizer_fingerprint(codec.tokenizer) != trained.tokenizer:
-        raise ModelError(
-            files.path,
-            f"the tokenizer in {files.tokenizer} is not the one of the training: restore the directory or train the "
-            "model again",
-        )
-    return codec
+    return trained_codec(
+        trained,
+        files.path,
+        weights=files.weights,
+        tokenizer_source=files.tokenizer,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def choose_device(name: str) -> torch.device:

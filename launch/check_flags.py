@@ -83,6 +83,21 @@ def _check_inputs(config: StepConfig, outputs: set[Path]) -> None:
         if model is not None and Path(model).resolve() not in outputs:
             with named_by(f"--{name}"):
                 check_model_name(model, config.merge_adapter)
+    if isinstance(config, PPOConfig):
+        _check_rewards(config, outputs)
+
+
+def _check_rewards(config: PPOConfig, outputs: set[Path]) -> None:
+    """Raise UserError for a function or a reward model that does not exist."""
+    from common.models.checks import check_model_name
+    from common.rewards.opening import open_functions
+
+    specs = config.reward_specs()
+    with named_by("--reward"):
+        open_functions(specs)
+        for spec in specs:
+            if spec.kind == "model" and Path(spec.name).resolve() not in outputs:
+                check_model_name(spec.name, config.merge_adapter)
 
 
 def _check_name(step: str, name: str, script_flags: set[str]) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from common.artifacts.run import Run
+from common.errors import named_by
+from common.models.engine import Engine
+from common.rewards.batch import BatchReward
+from common.rewards.text_model import TextRewardModel
+from common.runtime.distributed import device
+from common.training.engine import resolve_dtype
 from common.training.memory import MAX_TOKENS, fit_micro_batches, named_when_out_of_memory
 from common.training.timing import PhaseClock
+from step3_ppo.combined import CombinedReward, RewardPart
 from step3_ppo.config import PPOConfig
 from step3_ppo.inputs import RunInputs
 from step3_ppo.learner import Learner
-from step3_ppo.models import PPOModels, build_models
+from step3_ppo.models import PPOModels, build_models, reward_engine
 from step3_ppo.reward import Reward, TokenRewardModel
 from step3_ppo.schedule import optimizer_steps, scheduled_iterations, text_batches
 from step3_ppo.trainer import PPOTrainer
@@ -29,10 +37,61 @@ def build_trainer(config: PPOConfig, inputs: RunInputs, run: Run, reward: Reward
         steps = optimizer_steps(config, len(prompts), scheduled_iterations(config, len(prompts)))
         of_critic_alone = optimizer_steps(config, len(prompts), config.critic_warmup_iterations)
         models = build_models(config, codec, inputs.actor, inputs.critic, inputs.scale, steps, of_critic_alone)
+        loaded = load_rewards(config, inputs)
     saved_tokens = run.checkpoints.saved_value(run.checkpoint, MAX_TOKENS)
     fitted = fitted_config(config, models, max(prompts["length"]), codec.pad_id, saved_tokens)
     texts = text_batches(fitted, inputs.texts.train, codec) if inputs.texts else None
-    return PPOTrainer(models, reward or TokenRewardModel(models, fitted), fitted, codec, prompts, texts, inputs.scale)
+    if inputs.rewards:
+        scoring: Reward | CombinedReward = combined_reward(fitted, inputs, models, loaded)
+    else:
+        scoring = reward or TokenRewardModel(models, fitted)
+    return PPOTrainer(models, scoring, fitted, codec, prompts, texts, inputs.scale)
+
+
+def load_rewards(config: PPOConfig, inputs: RunInputs) -> dict[str, Engine | TextRewardModel]:
+    """The reward models of --reward by their labels, but for one that is the LoRA critic with its adapters off."""
+    loaded: dict[str, Engine | TextRewardModel] = {}
+    shared = inputs.critic if config.estimator.needs_critic and config.critic.lora_dim else None
+    for opened in inputs.rewards:
+        source, spec = opened.source, opened.spec
+        if source is None or opened.reads_ids and source == shared:
+            continue
+        if opened.reads_ids:
+            loaded[spec.label] = reward_engine(config, inputs.codec, source, spec.name)
+            continue
+        with named_by("--reward", {source: spec.name}):
+            loaded[spec.label] = TextRewardModel(
+                source,
+                dtype=resolve_dtype(config.dtype),
+                device=device(),
+                batch_size=config.reward_batch_size,
+                offload=config.offload_reward_model,
+                trust_remote_code=config.trust_remote_code,
+            )
+    return loaded
+
+
+def combined_reward(
+    config: PPOConfig, inputs: RunInputs, models: PPOModels, loaded: Mapping[str, Engine | TextRewardModel]
+) -> CombinedReward:
+    """The rewards of --reward, as one."""
+    parts = []
+    for opened in inputs.rewards:
+        spec, model = opened.spec, loaded.get(opened.spec.label)
+        scorer: TokenRewardModel | BatchReward
+        if opened.scorer is not None:
+            scorer = opened.scorer
+        elif isinstance(model, TextRewardModel):
+            scorer = model
+        else:
+            scorer = TokenRewardModel(models, config, model)
+        parts.append(RewardPart(spec.name, spec.label, spec.weight, scorer, opened.scale))
+    return CombinedReward(parts, zero_if_failed=config.reward_errors == "zero")
+
+
+def reward_piece(config: PPOConfig) -> type:
+    """What gives the scores where the program brings no reward of its own: part of what a run is."""
+    return CombinedReward if config.reward else TokenRewardModel
 
 
 def fitted_config(

@@ -22,6 +22,7 @@ from step3_ppo.group_options import SelectionOptions
 from step3_ppo.loss_options import LossOptions
 from step3_ppo.options import ActorOptions, CriticOptions, RewardOptions, RolloutOptions, UpdateOptions
 
+_REWARD_MODEL = "output/reward"  # what --critic_model_name_or_path is where neither it nor --reward is given
 _ONE_ENGINE = "generation always runs on the training engine's own weights"
 # Options that mean nothing if no critic is trained. Its ZeRO stage is not one: a reward model has the same.
 _OF_A_CRITIC = (
@@ -59,8 +60,12 @@ class PPOConfig(
     own_reward: ClassVar[bool] = False  # the program brings a reward of its own, so no reward model scores
 
     actor_model_name_or_path: PathName = option("output/sft", "the fine-tuned model of step 1", names_model=True)
-    critic_model_name_or_path: PathName = option(
-        "output/reward", "the reward model of step 2; the critic's start", names_model=True
+    critic_model_name_or_path: PathName | None = option(
+        None,
+        "the reward model of step 2, and the critic's start; with --reward only the latter; none: output/reward, or "
+        "with --reward the first reward model there that reads the actor's tokens, else the actor with a new score "
+        "head",
+        names_model=True,
     )
     output_dir: PathName = option("output/ppo", "directory of the result", affects="nothing")
     offload: bool = option(
@@ -102,6 +107,10 @@ class PPOConfig(
     enable_mixed_precision_lora: bool = option(False, "", ignored="gathered weights are not quantised")
     align_overflow: bool = option(False, "", ignored="actor and critic always skip a step together")
 
+    def __post_init__(self) -> None:
+        if self.critic_model_name_or_path is None and not self.reward:
+            object.__setattr__(self, "critic_model_name_or_path", _REWARD_MODEL)
+
     def all_sources(self) -> list[SourceSpec]:
         return super().all_sources() + self.text_sources()
 
@@ -122,9 +131,15 @@ class PPOConfig(
         return {"actor": self.actor, **critic}
 
     @property
+    def scored_otherwise(self) -> bool:
+        """Whether the scores are not those of --critic_model_name_or_path, but of --reward or the program's own."""
+        return self.own_reward or bool(self.reward)
+
+    @property
     def reads_reward_model(self) -> bool:
-        """Whether --critic_model_name_or_path is loaded: to give the scores, or as the critic's start."""
-        return self.estimator.needs_critic or not self.own_reward
+        """Whether --critic_model_name_or_path, where there is one, is loaded: to give the scores, or as the critic's
+        start."""
+        return self.estimator.needs_critic or not self.scored_otherwise
 
     @property
     def kl_place(self) -> str:
@@ -190,15 +205,25 @@ class PPOConfig(
             flags = " or ".join(f"--{name}_zero_stage" for name in self.trained_models)
             raise UserError(f"--offload needs {flags} 1, 2 or 3")
         self._check_advantage()
+        self._check_rewards()
         self._check_selection()
-        check_output_dir(
-            self.output_dir,
-            actor_model_name_or_path=self.actor_model_name_or_path,
-            critic_model_name_or_path=self.critic_model_name_or_path,
-        )
-        self._check_default_exists("actor_model_name_or_path", "step1_sft/main.py")
+        models = {"actor_model_name_or_path": self.actor_model_name_or_path}
+        if self.critic_model_name_or_path is not None:
+            models["critic_model_name_or_path"] = self.critic_model_name_or_path
+        check_output_dir(self.output_dir, **models)
+        self._check_default_exists("actor_model_name_or_path", "output/sft", "step1_sft/main.py")
         if self.reads_reward_model:
-            self._check_default_exists("critic_model_name_or_path", "step2_reward/main.py")
+            self._check_default_exists("critic_model_name_or_path", _REWARD_MODEL, "step2_reward/main.py")
+
+    def _check_rewards(self) -> None:
+        if self.own_reward and self.reward:
+            raise UserError("--reward: this program brings a reward of its own: leave the option out")
+        self.only_with("--reward, or a reward of the program's own", self.scored_otherwise, "keep_columns")
+        models = [spec for spec in self.reward_specs() if spec.kind == "model"]
+        for spec in models:
+            check_output_dir(self.output_dir, reward=spec.name)
+        if self.scored_otherwise and not models:
+            self.only_with("the scores of a reward model", False, "offload_reward_model")
 
     def _check_advantage(self) -> None:
         estimator = self.estimator
@@ -212,10 +237,8 @@ class PPOConfig(
                 f"--kl_estimator {self.kl_estimator} in the reward pulls with next to none of the KL's "
                 f"gradient: leave it out, or add --kl_placement loss"
             )
-        if self.own_reward:
-            self.only_with("the scores of a reward model", False, "offload_reward_model")
-            if self.score_calibration == "provenance":
-                raise UserError("--score_calibration provenance is that of a reward model, which gives no scores here")
+        if self.own_reward and self.score_calibration == "provenance":
+            raise UserError("--score_calibration provenance is that of a reward model, which gives no scores here")
 
     def _check_selection(self) -> None:
         if self.drop_equal_groups and self.answers_per_prompt < 2:
@@ -256,7 +279,8 @@ class PPOConfig(
         """Choices, as their flags, and the options that each has no use for."""
         estimator = self.estimator
         of_critic = [] if estimator.needs_critic else list(_OF_A_CRITIC)
-        of_critic += [] if self.reads_reward_model else ["critic_zero_stage"]
+        with_models = self.reads_reward_model or any(spec.kind == "model" for spec in self.reward_specs())
+        of_critic += [] if with_models else ["critic_zero_stage"]
         of_others = [name for other in ESTIMATORS.values() for name in other.options if name not in estimator.options]
         return {
             f"--advantage {self.advantage}": [*of_critic, *of_others],
@@ -264,10 +288,10 @@ class PPOConfig(
             f"--kl_placement {self.kl_place}": [] if self.has_reference else list(_OF_A_REFERENCE),
         }
 
-    def _check_default_exists(self, name: str, program: str) -> None:
+    def _check_default_exists(self, name: str, default: str, program: str) -> None:
         # transformers would look up a default directory that does not exist on the hub.
         model = getattr(self, name)
-        if model == options(PPOConfig)[name].default and not (Path(model) / "config.json").is_file():
+        if model == default and not (Path(default) / "config.json").is_file():
             raise UserError(
                 f"no model, or none that is finished, at {model}: make it with `deepspeed {program}` or give --{name}"
             )

@@ -12,9 +12,9 @@ from common.data.tokenization import Codec
 from common.runtime.distributed import rank, world_size
 from step3_ppo.config import PPOConfig
 from step3_ppo.generation.rollout import Rollout
-from step3_ppo.metrics import Metrics, rollout_metrics
+from step3_ppo.metrics import CLIPPED, Metrics, rollout_metrics
 from step3_ppo.reward import RewardInputs
-from step3_ppo.scoring import ModelOutputs
+from step3_ppo.scoring import ModelOutputs, observe
 from step3_ppo.trainer import EVALUATION, PPOTrainer
 
 
@@ -39,9 +39,9 @@ def evaluate(trainer: PPOTrainer, prompts: Dataset) -> tuple[Metrics, list[dict]
     outputs = trainer.score(prompts, rollout, EVALUATION)
     shaped, _ = trainer.rewards(rollout, outputs)
     metrics = rollout_metrics(rollout, shaped, outputs)
-    if not trainer.scale.known:  # it is measured in the first iteration, with these scores
-        trainer.scale.observe(outputs.scores)
-        del metrics["shaped_score"], metrics["score_clip_fraction"]
+    if not observe(trainer.reward, trainer.scale, outputs):
+        unknown = ("shaped_score", "score_clip_fraction")
+        metrics = {name: value for name, value in metrics.items() if name not in unknown and CLIPPED not in name}
     return metrics, sample_rows(rollout, outputs, trainer.codec, prompts, len(rollout.tokens))
 
 

@@ -13,12 +13,14 @@ from common.data.prepare import PreparedData, prepare
 from common.data.request import DataRequest
 from common.data.tokenization import Codec
 from common.errors import named_by
+from common.models.calibration import RAW
 from common.models.loading import check_language_model, check_length, gives_scores
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.training.engine import check_engine_options
-from step3_ppo.calibration import ScoreScale, read_calibration
+from step3_ppo.calibration import ScoreScale, check_critic, read_calibration, scale_of
 from step3_ppo.config import PPOConfig
+from step3_ppo.opening import OpenedReward, columns_to_keep, open_rewards, try_rewards
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,11 @@ class RunInputs:
 
     Attributes:
         actor: directory or hub name of the fine-tuned model.
-        critic: that of the reward model, which is also the critic's start; with a reward of the program's own only
-            the latter. None where neither is wanted.
+        critic: that of the reward model, which is also the critic's start; with --reward or a reward of the program's
+            own only the latter. None where neither is wanted.
         codec: the actor's tokenizer and template.
-        scale: the scale of the scores.
+        scale: the scale of the critic's values, and of the scores where no --reward is given.
+        rewards: those of --reward.
         prompts: to train and to evaluate on.
         texts: plain text of the pre-training mix; None without it.
     """
@@ -39,6 +42,7 @@ class RunInputs:
     critic: str | None
     codec: Codec
     scale: ScoreScale
+    rewards: list[OpenedReward]
     prompts: PreparedData
     texts: PreparedData | None
 
@@ -57,19 +61,50 @@ def read_inputs(config: PPOConfig) -> RunInputs:
     check_engine_options(config)
     actor = checked_model(config, "actor_model_name_or_path", check_language_model)
     critic = None
-    if config.reads_reward_model:  # gives_scores refuses a classifier of several labels
+    if (
+        config.reads_reward_model and config.critic_model_name_or_path is not None
+    ):  # gives_scores refuses a classifier of several labels
         critic = checked_model(config, "critic_model_name_or_path", gives_scores)
     with named_by("--actor_model_name_or_path", {actor: config.actor_model_name_or_path}):
         codec = open_codec(config, actor)
-    scale = ScoreScale(read_calibration(config, codec, critic))
+    rewards, functions = open_rewards(config, codec)
+    if rewards:
+        critic, scale = critic_start(config, codec, actor, critic, rewards)
+    else:
+        scale = scale_of(read_calibration(config, codec, critic), config)
+    keep = columns_to_keep(config, rewards, functions)
     with config.naming_flags("--max_prompt_seq_len"):
-        prompts = prepare(data_request(config, "prompt", config.max_prompt_seq_len), codec)
+        prompts = prepare(data_request(config, "prompt", config.max_prompt_seq_len, keep), codec)
     say_data(prompts)
+    try_rewards(rewards, codec, prompts)
     with config.naming_flags("--max_prompt_seq_len and --max_answer_seq_len"):
         texts = prepare(text_request(config), codec) if config.unsupervised_dataset_name else None
     say(f"the actor's update: {config.update_rule}")
     warn(config)
-    return RunInputs(actor, critic, codec, scale, prompts, texts)
+    return RunInputs(actor, critic, codec, scale, rewards, prompts, texts)
+
+
+def critic_start(
+    config: PPOConfig, codec: Codec, actor: str, given: str | None, rewards: list[OpenedReward]
+) -> tuple[str | None, ScoreScale]:
+    """(what the critic starts from, the scale of its values) where --reward gives the scores; None without a critic.
+
+    Args:
+        given: the checked model of --critic_model_name_or_path, where that is given.
+    """
+    if not config.estimator.needs_critic:
+        return None, ScoreScale(RAW)
+    models = {reward.source: reward for reward in rewards if reward.reads_ids}
+    if given is not None:
+        check_critic(config, codec, given)
+        start = given
+    elif models:
+        start = next(str(source) for source in models)
+        say(f"the critic starts from the reward model {models[start].spec.name}")
+    else:
+        start = actor
+        say("the critic starts from the actor, with a new score head: no reward reads the actor's tokens")
+    return start, models[start].scale if start in models else ScoreScale(RAW)
 
 
 def checked_model(config: PPOConfig, option: str, check: Callable[[str, bool], object]) -> str:

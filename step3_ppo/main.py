@@ -16,12 +16,12 @@ from common.config.parser import parse
 from common.runtime.program import run_program
 from common.training.memory import advising_on_memory
 from step3_ppo.advantages import Estimator
-from step3_ppo.building import build_trainer
+from step3_ppo.building import build_trainer, reward_piece
 from step3_ppo.config import config_class
 from step3_ppo.evaluation import evaluation_prompts
 from step3_ppo.inputs import read_inputs
 from step3_ppo.loop import run_iterations
-from step3_ppo.reward import Reward, TokenRewardModel
+from step3_ppo.reward import Reward
 from step3_ppo.saving import model_parts, save, training_state
 from step3_ppo.schedule import prompt_sampler, scheduled_iterations
 
@@ -38,7 +38,7 @@ def main(
     """
     config = parse(config_class(advantages, own_reward=reward is not None), argv)
     inputs = read_inputs(config)
-    run = start_run(config, *inputs.data, parts=model_parts(config), pieces={"reward": reward or TokenRewardModel})
+    run = start_run(config, *inputs.data, parts=model_parts(config), pieces={"reward": reward or reward_piece(config)})
     prompts, held_out = inputs.prompts.train, evaluation_prompts(config, inputs.prompts.eval)
     sampler = prompt_sampler(config, prompts)
     iterations = min(scheduled_iterations(config, len(prompts)), config.stop_after or sys.maxsize)
@@ -52,7 +52,7 @@ def main(
             save(config, trainer.models, inputs)
     report_done(run.tracker, iterations, metrics, config.output_dir)
     run.checkpoints.discard()
-    trainer.models.destroy()
+    trainer.destroy()
 
 
 if __name__ == "__main__":

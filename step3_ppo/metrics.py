@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from common.training.engine import TrainedEngine, gradient_norm
 from common.training.metrics import Metrics, StepMetrics, Sums, add_sums, means
 from common.training.timing import PhaseClock
+from step3_ppo.combined import RewardScores
 from step3_ppo.config import PPOConfig
 from step3_ppo.diagnostics import RATIO_SUMS, ratio_metrics, sampler_gap
 from step3_ppo.experience import Experience
@@ -15,6 +16,8 @@ from step3_ppo.groups import equal_fraction
 from step3_ppo.loss import explained_variance, explained_variance_sums
 from step3_ppo.rewards import ShapedScores
 from step3_ppo.scoring import ModelOutputs
+
+CLIPPED = "_clipped"  # ends the names of metrics that say how much of a reward was clipped
 
 
 def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutputs) -> Metrics:
@@ -32,7 +35,23 @@ def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutput
         **({} if kl is None else {"kl": float(kl.mean())}),
         **({"equal_groups": equal_fraction(rollout, outputs.scores)} if several else {}),
         **({"overlong_penalty": scores["overlong_penalty"]} if "overlong_penalty" in scores else {}),
+        **(reward_metrics(outputs.by_reward, shaped) if outputs.by_reward is not None else {}),
     }
+
+
+def reward_metrics(scores: RewardScores, shaped: ShapedScores) -> Metrics:
+    """Each of --reward by itself: raw mean and spread over the responses that it did not fail on, the share that was
+    clipped, the number of failures, and its figures."""
+    metrics: Metrics = {}
+    for at, label in enumerate(scores.labels):
+        raw = scores.raw[~scores.failed[:, at], at].double()
+        if len(raw):
+            metrics[f"reward/{label}"] = float(raw.mean())
+            metrics[f"reward/{label}_std"] = float(raw.std(correction=0))
+        if shaped.clipped is not None:
+            metrics[f"reward/{label}{CLIPPED}"] = float(shaped.clipped[:, at].mean())
+        metrics[f"reward/{label}_failed"] = int(scores.failed[:, at].sum())
+    return metrics | {f"reward/{name}": value for name, value in scores.figures.items()}
 
 
 def experience_metrics(experience: Experience | None, config: PPOConfig) -> Metrics:

@@ -110,7 +110,7 @@ class PPOModels:
             with adapters_disabled(self.critic.module):
                 numbers = self.critic(**inputs_of(rollout), reward=True)
         else:
-            raise ValueError("no reward model is loaded: the program brings a reward of its own")
+            raise ValueError("no reward model is loaded: the scores come from elsewhere")
         return score_at_last_token(numbers, rollout.lengths)
 
     def destroy(self) -> None:
@@ -162,14 +162,7 @@ def build_models(
     _say_what_is_shared(config)
 
     def settings_of(stage: int, offload: bool) -> EngineSettings:
-        return EngineSettings(
-            stage,
-            resolve_dtype(config.dtype),
-            config.per_device_training_batch_size,
-            offload,
-            config.max_grad_norm,
-            config.deepspeed_config,
-        )
+        return _settings(config, stage, offload)
 
     def load_actor(settings: EngineSettings, trainable: bool) -> nn.Module:
         with named_by("--actor_model_name_or_path", {actor_source: config.actor_model_name_or_path}):
@@ -178,7 +171,7 @@ def build_models(
 
     def load_critic(settings: EngineSettings, trainable: bool, calibration: Scale) -> ScalarModel:
         source = str(critic_source)
-        with named_by("--critic_model_name_or_path", {source: config.critic_model_name_or_path}):
+        with named_by("--critic_model_name_or_path", {source: config.critic_model_name_or_path or source}):
             loading = _loading(config, config.critic, settings, trainable)
             return load_scalar_model(source, codec, calibration=calibration, seed=config.seed, **loading)
 
@@ -199,7 +192,8 @@ def build_models(
         if config.critic.lora_dim:
             critic.keep_reward_head()
             with named_by("--critic_lora_module_name"), named_by("--add_eot_token", kind=AddedTokenError):
-                base = str(critic_source) if config.merge_adapter else config.critic_model_name_or_path
+                named = config.critic_model_name_or_path
+                base = str(critic_source) if config.merge_adapter or named is None else named
                 _add_adapters(critic.classifier, config.critic, base, config.seed)
     actor_engine = trained(actor, config.actor, actor_settings, optimizer_steps - of_critic_alone)
     critic_engine = None if critic is None else trained(critic, config.critic, critic_settings, optimizer_steps)
@@ -216,6 +210,31 @@ def build_models(
         reward_model = frozen_engine(load_critic(settings, trainable=False, calibration=RAW), settings)
     ema = EMA(actor_engine.module, config.ema_decay) if config.enable_ema else None
     return PPOModels(actor_engine, critic_engine, reference, reward_model, ema, config.temperature)
+
+
+def reward_engine(config: PPOConfig, codec: Codec, source: str, name: str) -> Engine:
+    """A frozen reward model that reads the actor's ids, one of --reward.
+
+    Args:
+        source: directory or hub name.
+        name: as the option has it.
+    """
+    stage = _frozen_stage(config.critic.zero_stage, config.offload_reward_model)
+    settings = _settings(config, stage, config.offload_reward_model)
+    with named_by("--reward", {source: name}):
+        model = load_scalar_model(source, codec, **_loading(config, config.critic, settings, trainable=False))
+    return frozen_engine(model, settings)
+
+
+def _settings(config: PPOConfig, stage: int, offload: bool) -> EngineSettings:
+    return EngineSettings(
+        stage,
+        resolve_dtype(config.dtype),
+        config.per_device_training_batch_size,
+        offload,
+        config.max_grad_norm,
+        config.deepspeed_config,
+    )
 
 
 def _loading(
@@ -249,7 +268,7 @@ def _say_what_is_shared(config: PPOConfig) -> None:
             "note: --offload_reference_model has nothing to move: with --actor_lora_dim the reference is the actor "
             "with its adapters off"
         )
-    if config.critic.lora_dim and config.offload_reward_model:
+    if config.critic.lora_dim and config.offload_reward_model and not config.scored_otherwise:
         say(
             "note: --offload_reward_model has nothing to move: with --critic_lora_dim the reward model is the critic "
             "with its adapters off"
@@ -257,8 +276,9 @@ def _say_what_is_shared(config: PPOConfig) -> None:
 
 
 def _own_reward_model(config: PPOConfig) -> bool:
-    """Whether the reward model is an engine of its own. A LoRA critic with its adapters off is the reward model."""
-    return not config.own_reward and not (config.estimator.needs_critic and config.critic.lora_dim)
+    """Whether the reward model is an engine of its own. A LoRA critic with its adapters off is the reward model, and
+    those of --reward are loaded by `reward_engine`."""
+    return not config.scored_otherwise and not (config.estimator.needs_critic and config.critic.lora_dim)
 
 
 def _frozen_stage(trained_stage: int, offload: bool) -> int:

@@ -10,6 +10,7 @@ from common.config.option import Phase
 from common.config.parser import Config, PathName, option
 from common.config.shared import prefixed, same_option, unprefixed
 from common.errors import UserError
+from common.rewards.options import NamedRewards
 
 if TYPE_CHECKING:
     from step3_ppo.generation.sampling import Sampling
@@ -88,9 +89,15 @@ class RolloutOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions(Config):
+class RewardOptions(NamedRewards):
     """Rewards"""
 
+    reward_errors: str = option(
+        "stop",
+        "what happens when a function or a service of --reward fails on an answer: stop: the run ends; zero: the "
+        "answer gets 0, and is counted",
+        choices=("stop", "zero"),
+    )
     kl_coef: float | None = option(
         None, "weight of the KL to the reference; if adaptive, at the start; none: 0.1 if fixed, 0.2 if adaptive", low=0
     )
@@ -114,9 +121,10 @@ class RewardOptions(Config):
     score_calibration: str = option(
         "auto",
         "where the mean and standard deviation that scores are measured in come from; provenance: what step 2 "
-        "found over held-out pairs; rollout: the first iteration's answers and the evaluation's before it; auto: "
-        "provenance where there is one, else rollout; none: scores are used as they are",
-        choices=("auto", "provenance", "rollout", "none"),
+        "found over held-out pairs; rollout: the first iteration's answers and the evaluation's before it; running: "
+        "all answers so far; auto: provenance where there is one, else rollout, but none for functions and services "
+        "of --reward; none: scores are used as they are",
+        choices=("auto", "provenance", "rollout", "running", "none"),
     )
     normalize_scores: bool = option(True, "the same as --score_calibration none if turned off")
     score_clip: float = option(5.0, "clip scores to plus or minus this", unit="normalised score", above=0)
@@ -144,6 +152,8 @@ class RewardOptions(Config):
         if adaptive and self.kl_coef == 0:
             raise UserError("--kl_controller adaptive needs --kl_coef above 0: it multiplies it")
         self.only_with("--missing_eos_score none", self.missing_eos_score is None, "missing_eos_penalty")
+        fails = any(spec.kind != "model" for spec in self.reward_specs())
+        self.only_with("a function or a service in --reward", fails, "reward_errors")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from common.data.keeping import KEPT
 from common.data.tokenization import Codec
+from common.models.engine import Engine
+from common.models.scalar import score_at_last_token
+from common.rewards.batch import Messages, RewardBatch, columns_in
 from step3_ppo.config import PPOConfig
 from step3_ppo.generation.rollout import Rollout
-from step3_ppo.models import PPOModels, evaluating
+from step3_ppo.models import PPOModels, evaluating, inputs_of
 from step3_ppo.sharing import compute_on_all_ranks
 
-_OF_PROMPTS = ("prompt_ids", "length")  # columns that `prompts` and `rollout` hold already
+# Columns that `prompts`, `rollout` and the kept ones hold already.
+_OF_PROMPTS = ("prompt_ids", "length", KEPT)
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,42 @@ class RewardInputs:
 
     @cached_property
     def columns(self) -> dict[str, list]:
-        """The other columns of the prepared data, one entry for each response.
-
-        Preparation keeps the identity of the dialogue and none of the data's own further columns.
-        """
+        """The other columns of the prepared data, one entry for each response: the identity of the dialogue, and the
+        data's own columns that are kept, see --keep_columns."""
         rows = self.dataset[self.rollout.prompt_index.tolist()]
-        return {name: list(rows[name]) for name in self.dataset.column_names if name not in _OF_PROMPTS}
+        prepared = {name: list(rows[name]) for name in self.dataset.column_names if name not in _OF_PROMPTS}
+        return prepared | columns_in(self._kept)
+
+    @cached_property
+    def messages(self) -> list[Messages]:
+        """The dialogues that were rendered to prompts.
+
+        Raises:
+            ValueError: they are not kept, which --keep_columns does.
+        """
+        if KEPT not in self.dataset.column_names:
+            raise ValueError("the prepared data holds no dialogues: they are kept with --keep_columns")
+        return [row["messages"] for row in self._kept]
+
+    @cached_property
+    def _kept(self) -> list[dict[str, Any]]:
+        """What is kept of each response's row, see `common.data.keeping.kept_json`."""
+        if KEPT not in self.dataset.column_names:
+            return []
+        rows = self.dataset.select_columns(KEPT)[self.rollout.prompt_index.tolist()]
+        return [json.loads(text) for text in rows[KEPT]]
+
+    def batch(self) -> RewardBatch:
+        """The same for rewards that know nothing of tensors. The prepared data must hold what is kept of its rows."""
+        return RewardBatch(
+            self.prompts,
+            self.messages,
+            self.responses,
+            self.response_ids,
+            self.rollout.finished.tolist(),
+            columns_in(self._kept),
+            [row["row"] for row in self._kept],
+        )
 
     def select(self, rows: Sequence[int]) -> RewardInputs:
         """The inputs of these responses alone, in this order."""
@@ -83,14 +119,26 @@ class Reward(Protocol):
 class TokenRewardModel:
     """The reward model of step 2, which reads the ids of the actor's tokenizer.
 
-    It is a frozen engine of its own, or the LoRA critic with its adapters off: see `PPOModels.scores`.
+    Args:
+        engine: the frozen model; None: that of `models`, or the LoRA critic with its adapters off, see
+            `PPOModels.scores`.
     """
 
-    def __init__(self, models: PPOModels, config: PPOConfig):
-        self.models, self.config = models, config
+    def __init__(self, models: PPOModels, config: PPOConfig, engine: Engine | None = None):
+        self.models, self.config, self.engine = models, config, engine
 
     @torch.no_grad()
     def __call__(self, inputs: RewardInputs) -> Tensor:
         with evaluating(self.models):
-            score = lambda part: {"scores": self.models.scores(part)}
+            score = lambda part: {"scores": self._scores(part)}
             return compute_on_all_ranks(inputs.rollout, score, self.config)["scores"]
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks and buffers from a model of its own."""
+        if self.engine is not None:
+            self.engine.destroy()
+
+    def _scores(self, part: Rollout) -> Tensor:
+        if self.engine is None:
+            return self.models.scores(part)
+        return score_at_last_token(self.engine(**inputs_of(part)), part.lengths)

@@ -32,6 +32,32 @@ def kl_estimate(log_probs: Tensor, other_log_probs: Tensor, estimator: str) -> T
 
 
 @dataclass(frozen=True)
+class WeightedScores:
+    """The sum of K rewards, each normalised and clipped by itself, then times its weight.
+
+    clipped: 1 where a reward was clipped.
+    """
+
+    scores: Tensor  # (B,) float32
+    clipped: Tensor  # (B, K) float32
+
+
+def weigh_scores(
+    raw: Tensor, failed: Tensor, *, weights: Tensor, means: Tensor, stds: Tensor, clip: float
+) -> WeightedScores:
+    """s = sum_k w_k clip((s_k - mean_k) / std_k, +-clip), where a reward that failed on a response counts 0.
+
+    Args:
+        raw: (B, K).
+        failed: (B, K) bool.
+        weights, means, stds: (K,).
+    """
+    normalised = ((raw.float() - means) / stds).masked_fill(failed, 0.0)
+    clipped = normalised.clamp(-clip, clip)
+    return WeightedScores((clipped * weights).sum(1), (clipped != normalised).float())
+
+
+@dataclass(frozen=True)
 class ShapedScores:
     """Scores as PPO sees them, and sums over the real responses.
 
@@ -41,6 +67,7 @@ class ShapedScores:
 
     scores: Tensor  # (B,) float32
     sums: Sums
+    clipped: Tensor | None = None  # (B, K) float32, of several rewards as of `WeightedScores`
 
 
 def shape_scores(
@@ -54,6 +81,7 @@ def shape_scores(
     missing_eos_penalty: float = 0.0,
     missing_eos_score: float | None = None,
     overlong: Tensor | None = None,
+    weighted: WeightedScores | None = None,
 ) -> ShapedScores:
     """Normalise scores, clip them to +-clip, then lower those of responses that are too long or were cut by length.
 
@@ -64,11 +92,16 @@ def shape_scores(
         missing_eos_penalty: subtracted from the score of an unfinished response, in normalised units.
         missing_eos_score: if given, the score of an unfinished response, whatever else would come off it.
         overlong: (B,) subtracted from the scores, in normalised units; see `overlong_penalties`. None: nothing.
+        weighted: of several rewards, in the place of the normalised and clipped scores.
     """
     if std <= 0:
         raise ValueError(f"the standard deviation of the reward model's scores must be positive, not {std}")
-    normalised = (scores.float() - mean) / std
-    clipped = normalised.clamp(-clip, clip)
+    if weighted is None:
+        normalised = (scores.float() - mean) / std
+        clipped = normalised.clamp(-clip, clip)
+        was_clipped = normalised != clipped
+    else:
+        clipped, was_clipped = weighted.scores, weighted.clipped.mean(1)
     shaped = clipped if overlong is None else clipped - overlong
     if missing_eos_score is None:
         shaped = shaped - missing_eos_penalty * (~finished)
@@ -78,11 +111,11 @@ def shape_scores(
         "responses": masked_sum(torch.ones_like(shaped), real),
         "raw_score": masked_sum(scores, real),
         "score": masked_sum(shaped, real),
-        "clipped": masked_sum(normalised != clipped, real),
+        "clipped": masked_sum(was_clipped, real),
         "finished": masked_sum(finished, real),
         **({} if overlong is None else {"overlong_penalty": masked_sum(overlong, real)}),
     }
-    return ShapedScores(shaped, sums)
+    return ShapedScores(shaped, sums, None if weighted is None else weighted.clipped)
 
 
 def overlong_penalties(response_lengths: Tensor, longest: int, buffer: int, most: float) -> Tensor | None:

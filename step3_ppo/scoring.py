@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.runtime.distributed import gather_objects
 from common.training.timing import PhaseClock
 from step3_ppo.calibration import ScoreScale
+from step3_ppo.combined import CombinedReward, RewardScores
 from step3_ppo.config import PPOConfig
 from step3_ppo.generation.rollout import Rollout, Rows, concat_rows
 from step3_ppo.models import PPOModels, evaluating
@@ -29,7 +30,8 @@ class ModelOutputs:
     ref_log_probs: Tensor | None  # (B, R) nats, of the reference; None without one
     entropy: Tensor  # (B, R) nats, of the actor's next-token distribution
     values: Tensor | None  # (B, R) normalised score units, of the critic; None without one
-    scores: Tensor  # (B,) raw scores of the reward
+    scores: Tensor  # (B,) raw scores of the reward; of --reward the weighted sum of these
+    by_reward: RewardScores | None = None  # each of --reward by itself
 
     def log_ratio(self) -> Tensor | None:
         """(B, R) log-ratio of actor to reference, in nats; None without a reference."""
@@ -45,24 +47,31 @@ class ModelOutputs:
         rows = torch.as_tensor(rows, dtype=torch.long)
         chosen = {name: tensor[rows] for name, tensor in self._tensors().items()}
         return replace(
-            self, **{name: tensor[:, :width] if tensor.dim() > 1 else tensor for name, tensor in chosen.items()}
+            self,
+            by_reward=None if self.by_reward is None else self.by_reward.select(rows),
+            **{name: tensor[:, :width] if tensor.dim() > 1 else tensor for name, tensor in chosen.items()},
         )
 
     @staticmethod
     def concat(parts: Sequence[ModelOutputs]) -> ModelOutputs:
         """All rows of `parts`, padded with 0 to the widest."""
         names = parts[0]._tensors()
-        return replace(parts[0], **{name: concat_rows([getattr(part, name) for part in parts]) for name in names})
+        by_reward = [part.by_reward for part in parts if part.by_reward is not None]
+        return replace(
+            parts[0],
+            by_reward=RewardScores.concat(by_reward) if by_reward else None,
+            **{name: concat_rows([getattr(part, name) for part in parts]) for name in names},
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors by name, without those that there are not."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 @torch.no_grad()
 def score_rollout(
-    models: PPOModels, reward: Reward, inputs: RewardInputs, clock: PhaseClock, config: PPOConfig
+    models: PPOModels, reward: Reward | CombinedReward, inputs: RewardInputs, clock: PhaseClock, config: PPOConfig
 ) -> ModelOutputs:
     """Run actor, reference, critic and reward over a shared rollout. All ranks must call it together.
 
@@ -71,6 +80,7 @@ def score_rollout(
 
     Raises:
         UserError: as of `check_scores`.
+        Diverged: as of `CombinedReward.score`.
     """
 
     def passes(part: Rollout) -> dict[str, Tensor]:
@@ -86,12 +96,16 @@ def score_rollout(
 
     with evaluating(models):
         outputs = compute_on_all_ranks(inputs.rollout, passes, config)
+    by_reward = None
     with clock.phase(Phase.SCORE):
-        scores = reward(inputs)
-        check_scores(scores, len(inputs.rollout.tokens), reward)
-    return ModelOutputs(
-        outputs["old_log_probs"], outputs.get("ref_log_probs"), outputs["entropy"], outputs.get("values"), scores
-    )
+        if isinstance(reward, CombinedReward):
+            by_reward = reward.score(inputs)
+            scores = by_reward.total
+        else:
+            scores = reward(inputs)
+            check_scores(scores, len(inputs.rollout.tokens), reward)
+    passed = (outputs["old_log_probs"], outputs.get("ref_log_probs"), outputs["entropy"], outputs.get("values"))
+    return ModelOutputs(*passed, scores, by_reward)
 
 
 def check_scores(scores: Tensor, responses: int, reward: Reward) -> None:
@@ -119,9 +133,31 @@ def check_scores(scores: Tensor, responses: int, reward: Reward) -> None:
             )
 
 
-def to_scale(outputs: ModelOutputs, scale: ScoreScale) -> ModelOutputs:
-    """The outputs of an iteration on the scale, which is measured on them if it is not known yet."""
-    if scale.known:
+def observe(reward: object, scale: ScoreScale, outputs: ModelOutputs) -> bool:
+    """Whether the scales of all scores are known. Those that are not will be measured in the first iteration, with
+    these outputs of an evaluation before it."""
+    if isinstance(reward, CombinedReward) and outputs.by_reward is not None:
+        return reward.observe(outputs.by_reward)
+    if not scale.known:
+        scale.observe(outputs.scores)
+    return scale.known
+
+
+def to_scale(outputs: ModelOutputs, scale: ScoreScale, reward: object = None) -> ModelOutputs:
+    """The outputs of an iteration on the scale of the critic's values, and of the scores.
+
+    Scales are measured on them where they are not known yet, or change with every iteration.
+
+    Args:
+        scale: of the values, and of the scores where `reward` is a single one.
+        reward: has scales of its own if it is combined of several; that of the values may be among them.
+    """
+    before, with_critic = scale.calibration, outputs.values is not None
+    if isinstance(reward, CombinedReward) and outputs.by_reward is not None:
+        reward.measure(outputs.by_reward, scale if with_critic else None)
+    elif not (scale.known and scale.fixed):
+        scale.measure(outputs.scores, with_critic)
+    if outputs.values is None or scale.calibration == before:
         return outputs
-    scale.measure(outputs.scores, with_critic=outputs.values is not None)
-    return outputs if outputs.values is None else replace(outputs, values=scale.normalise(outputs.values))
+    values = outputs.values if before is None else outputs.values * before.std + before.mean
+    return replace(outputs, values=scale.normalise(values))

@@ -21,6 +21,7 @@ from common.training.memory import MAX_TOKENS
 from common.training.metrics import StepMetrics, Sums
 from common.training.timing import PhaseClock
 from step3_ppo.calibration import ScoreScale
+from step3_ppo.combined import CombinedReward
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience
 from step3_ppo.generation.actor_rollouts import ActorRollouts
@@ -65,7 +66,7 @@ class PPOTrainer:
     def __init__(
         self,
         models: PPOModels,
-        reward: Reward,
+        reward: Reward | CombinedReward,
         config: PPOConfig,
         codec: Codec,
         prompts: Dataset,
@@ -108,7 +109,7 @@ class PPOTrainer:
         """
         self.clock.reset()
         responses, chosen = self.responses(prompts, index)
-        rollout, outputs = responses.rollout, to_scale(responses.outputs, self.scale)
+        rollout, outputs = responses.rollout, to_scale(responses.outputs, self.scale, self.reward)
         with self.clock.phase("advantages"):
             shaped, rewards = self.rewards(rollout, outputs)
             check_limits(self.config, outputs, name_of(index))
@@ -171,13 +172,15 @@ class PPOTrainer:
         outputs = score_rollout(self.models, self.reward, inputs, self.clock, self.config)
         for field in fields(outputs):
             numbers = getattr(outputs, field.name)
-            if numbers is not None:
+            if isinstance(numbers, Tensor):
                 check_finite(float(numbers.sum()), f"sum of all {field.name.replace('_', ' ')}", name_of(stream))
         return outputs
 
     def rewards(self, rollout: Rollout, outputs: ModelOutputs) -> tuple[ShapedScores, Tensor]:
         """Shaped scores (B,) and token rewards (B, R)."""
-        config, scale = self.config, self.scale.current
+        config, scale, weighted = self.config, self.scale.current, None
+        if isinstance(self.reward, CombinedReward) and outputs.by_reward is not None:
+            weighted = self.reward.weigh(outputs.by_reward, config.score_clip)
         shaped = shape_scores(
             outputs.scores,
             rollout.finished,
@@ -190,6 +193,7 @@ class PPOTrainer:
             overlong=overlong_penalties(
                 rollout.response_lengths, config.max_answer_seq_len, config.overlong_buffer, config.overlong_penalty
             ),
+            weighted=weighted,
         )
         beta = self.kl.beta if config.kl_place == "reward" else 0.0
         return shaped, token_rewards(outputs.log_ratio(), shaped.scores, rollout.response_mask, beta)
@@ -269,13 +273,20 @@ class PPOTrainer:
             **time_metrics(self.clock, len(rollout.tokens)),
         }
 
+    def destroy(self) -> None:
+        """End what the rewards have started, and remove DeepSpeed's hooks and buffers from all models."""
+        if isinstance(self.reward, CombinedReward):
+            self.reward.close()
+        self.models.destroy()
+
     def state_dict(self) -> dict:
-        """The state besides the weights: the KL controller, optimizer steps made, the scale of the scores, counters of
+        """The state besides the weights: the KL controller, optimizer steps made, the scales of the scores, counters of
         skipped steps, and the micro-batch size."""
         return {
             "kl": self.kl.state_dict(),
             "optimizer_steps": self.optimizer_steps_made,
             "calibration": self.scale.state_dict(),
+            "rewards": self.reward.state_dict() if isinstance(self.reward, CombinedReward) else {},
             "step": self.learner.step.state_dict(),
             MAX_TOKENS: self.config.max_tokens_per_micro_batch,
         }
@@ -286,6 +297,8 @@ class PPOTrainer:
         self.optimizer_steps_made = state["optimizer_steps"]
         self.learner.step.load_state_dict(state["step"])
         self.scale.load_state_dict(state["calibration"])
+        if isinstance(self.reward, CombinedReward):
+            self.reward.load_state_dict(state["rewards"])
         if self.texts is not None:  # every optimizer step has read its share
             self.texts = islice(self.texts, self.optimizer_steps_made, None)
 

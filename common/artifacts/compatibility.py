@@ -42,6 +42,39 @@ def open_codec(config: ProgramConfig, source: str) -> Codec:
     return codec
 
 
+def trained_codec(
+    provenance: Provenance,
+    name: str,
+    *,
+    weights: str | None = None,
+    tokenizer_source: str | None = None,
+    trust_remote_code: bool = False,
+) -> Codec:
+    """The codec that a model was trained with, as its provenance says.
+
+    Args:
+        name: directory or hub name of the model, as messages have it.
+        weights, tokenizer_source: those of its weights and of its tokenizer, where they lie elsewhere.
+
+    Raises:
+        ModelError: the tokenizer is not the one of the training.
+    """
+    tokenizer_source = tokenizer_source or name
+    tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=trust_remote_code)
+    template: dict[str, Any] = {"date": provenance.template_date, "further_ends": published_ends(weights or name)}
+    codec = make_codec(tokenizer, provenance.template, **template)
+    if codec.end_token != provenance.end_token:
+        added: dict[str, Any] = {"add_eot_token": True, "eot_token": provenance.end_token}
+        codec = make_codec(tokenizer, provenance.template, **added, **template)
+    if tokenizer_fingerprint(codec.tokenizer) != provenance.tokenizer:
+        raise ModelError(
+            name,
+            f"the tokenizer in {tokenizer_source} is not the one of the training: restore the directory or train the "
+            "model again",
+        )
+    return codec
+
+
 def check_text(provenance: Provenance, codec: Codec, model: str, used: str) -> None:
     """Raise ModelError if a model was trained with another template, end token or tokenizer than `codec` has.
 

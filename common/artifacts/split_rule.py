@@ -10,6 +10,7 @@ from typing import Any
 from common.artifacts.provenance import Provenance, read_provenance
 from common.config.parser import options
 from common.data.blend import SourceSpec, parse_data_path
+from common.data.keeping import KeptColumns
 from common.data.openings import KeyRule
 from common.data.options import DataOptions
 from common.data.prepare import PreparedData
@@ -43,7 +44,7 @@ class _Use:
         return proportions(self.data_split) == proportions(other.data_split)
 
 
-def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest:
+def data_request(config: DataOptions, kind: str, max_tokens: int, keep: KeptColumns | None = None) -> DataRequest:
     """The request to prepare this step's part of `--data_path` as records of `kind`."""
     return DataRequest(
         data_path=config.sources(),
@@ -58,6 +59,7 @@ def data_request(config: DataOptions, kind: str, max_tokens: int) -> DataRequest
         max_rows=config.max_rows,
         max_bad_fraction=config.max_bad_rows,
         cache_dir=config.data_output_path,
+        keep=keep,
     )
 
 

@@ -9,6 +9,7 @@ import pyarrow
 from datasets import Features, Value
 
 from common.data.errors import TemplateError
+from common.data.keeping import KEPT, kept_json
 from common.data.preparation_report import PreparationReport
 from common.data.reading import SourcedRecord
 from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record, Response, turns_of
@@ -28,10 +29,11 @@ _CHUNK_CHARACTERS = 2**22  # a chunk with so many characters is full
 Chunk = list[tuple[bool, SourcedRecord]]  # (whether the record is for evaluation, record)
 
 
-def features(kind: str) -> Features:
-    """The columns of prepared rows."""
+def features(kind: str, keeps: bool = False) -> Features:
+    """The columns of prepared rows; with `keeps`, also `keeping.KEPT`."""
     columns = {name: [Value("int32")] for name in _COLUMNS[kind]}
-    return Features({**columns, "length": Value("int32"), "dialogue": Value("int64")})
+    kept = {KEPT: Value("string")} if keeps else {}
+    return Features({**columns, "length": Value("int32"), "dialogue": Value("int64"), **kept})
 
 
 def chunks(records: Iterable[tuple[bool, SourcedRecord]]) -> Iterator[Chunk]:
@@ -39,7 +41,7 @@ def chunks(records: Iterable[tuple[bool, SourcedRecord]]) -> Iterator[Chunk]:
     chunk, characters = [], 0
     for item in records:
         chunk.append(item)
-        characters += _characters(item[1].record)
+        characters += _characters(item[1].record) + len(item[1].kept)
         if len(chunk) == _CHUNK or characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -54,11 +56,13 @@ class Encoder:
     Attributes:
         kind, max_tokens: see `request.DataRequest`.
         codec: turns text into ids.
+        keeps: whether prompts keep columns of their rows, see `keeping`.
     """
 
     kind: str
     max_tokens: int
     codec: Codec
+    keeps: bool = False
 
     def __call__(self, chunk: Chunk) -> tuple[pyarrow.Table, pyarrow.Table, PreparationReport]:
         rows: tuple[list[dict], list[dict]] = ([], [])
@@ -72,7 +76,7 @@ class Encoder:
                 report.refuse(sourced.location, f"template {error}")
             except UserError as error:
                 report.refuse(sourced.location, str(error))
-        schema = features(self.kind).arrow_schema
+        schema = features(self.kind, self.keeps).arrow_schema
         train, held_out = (pyarrow.Table.from_pylist(side, schema) for side in rows)
         return train, held_out, report
 
@@ -99,7 +103,8 @@ class Encoder:
         uncut = codec.encode_prompt(prompt)
         prompt_ids = codec.cut_prompt(uncut, max_prompt_tokens)
         report.prompts_cut += len(prompt_ids) < len(uncut)
-        yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest}
+        kept = {KEPT: kept_json(sourced.kept, prompt, sourced.location)} if self.keeps else {}
+        yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest, **kept}
 
     def _note_marks(self, sourced: SourcedRecord, prompt: Prompt, report: PreparationReport) -> None:
         """Report text that a template has rendered already: to render it again is usually a mistake."""

@@ -25,6 +25,14 @@ class ColumnsError(DataError):
     """A map of column names that does not fit the data."""
 
 
+class KeptColumnsError(DataError):
+    """A column to be kept that the data does not have; `subject` is its name."""
+
+
+class DeclaredColumnError(DataError):
+    """A column that the data does not have, though a reward needs it; `subject` is the name of the reward."""
+
+
 class SplitByError(DataError):
     """A way of keeping rows together that there is not, or that does not fit the data."""
 

@@ -15,6 +15,8 @@ from common.data.errors import (
     BadRowsError,
     ColumnsError,
     DataFieldError,
+    DeclaredColumnError,
+    KeptColumnsError,
     NoEndTokenError,
     NothingToTrainOnError,
     NotUnicodeError,
@@ -34,6 +36,8 @@ from common.paths import NotWritable
 # The options that errors of each class are about.
 _FLAGS: dict[type[InputError], str] = {
     ColumnsError: "--columns",
+    KeptColumnsError: "--keep_columns",
+    DeclaredColumnError: "--reward",
     SplitByError: "--split_by",
     DataFieldError: "--data_field",
     TemplateError: "--template",

@@ -37,8 +37,8 @@ class PreparedData:
     """Memory-mapped rows of ids.
 
     Columns by kind: demonstration: `prompt_ids`, `response_ids`; comparison: `prompt_ids`, `chosen_ids`,
-    `rejected_ids`; prompt: `prompt_ids`; text: `input_ids`. Always `length`, the tokens of the row's longest sequence,
-    and `dialogue`, see `common.data.openings.SplitKey`.
+    `rejected_ids`; prompt: `prompt_ids`, and `kept` where columns are kept, see `keeping`; text: `input_ids`. Always
+    `length`, the tokens of the row's longest sequence, and `dialogue`, see `common.data.openings.SplitKey`.
 
     Attributes:
         train, eval: the rows to train and to evaluate on.
@@ -168,8 +168,9 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
         report = PreparationReport()
         test_prompt_hashes: set[int] = set()
         held_out_keys: set[int] = set()
-        encode = Encoder(request.kind, request.max_tokens, codec)
-        write = functools.partial(ArrowWriter, features=features(request.kind))
+        keeps = request.keep is not None
+        encode = Encoder(request.kind, request.max_tokens, codec, keeps)
+        write = functools.partial(ArrowWriter, features=features(request.kind, keeps))
         with write(path=str(directory / "train.arrow")) as train, write(path=str(directory / "eval.arrow")) as held_out:
             for *sides, outcome in in_order(encode, chunks(_taken(request, report, test_prompt_hashes, held_out_keys))):
                 for writer, rows in zip((train, held_out), sides):
@@ -200,6 +201,7 @@ def _taken(
         test_prompt_hashes=test_prompt_hashes,
         split_by=request.split_by,
         shared=request.shared,
+        keep=request.keep,
     )
     by_turns = parse_split_by(request.split_by) is None
     prompts_seen: set[tuple[int, int]] = set()
@@ -213,8 +215,9 @@ def _taken(
         if is_eval and sourced.copy:
             continue
         if isinstance(sourced.record, Prompt):
-            # Several comparisons may share a prompt, but a rollout answers each prompt once.
-            prompt = _hash(repr(sourced.record)), sourced.copy
+            # Several comparisons may share a prompt, but a rollout answers each prompt once. With other columns beside
+            # it, its responses are judged otherwise.
+            prompt = _hash(repr(sourced.record) + sourced.kept), sourced.copy
             if prompt in prompts_seen:
                 report.repeated_prompts += 1
                 continue

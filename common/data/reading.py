@@ -14,12 +14,14 @@ from common.data.adapters import ColumnMap, named_layout
 from common.data.blend import SourceSpec
 from common.data.examples import LeftOut
 from common.data.hints import SPLIT_BY
+from common.data.keeping import KeptColumns
 from common.data.keying import Keyer
 from common.data.openings import FirstTurnCounter
 from common.data.part_reader import columns_of, part_rows, records_of
 from common.data.read_report import Counts, ReadReport
 from common.data.records import RECORD_KINDS, Record
 from common.data.sources import open_source
+from common.data.values import BadRow
 
 _SAID_EVERY = 30  # seconds
 
@@ -35,6 +37,7 @@ class SourcedRecord:
         split_key, dialogue: what tells the dialogue from others, `text` and `dialogue` of `openings.SplitKey`.
         source: the name of the source.
         copy: 0, or the number of the repetition that the source's weight asks for; evaluation uses copy 0 alone.
+        kept: the columns that are kept of its row, as of `keeping.KeptColumns.of`; '' if none are wanted.
     """
 
     record: Record
@@ -44,6 +47,7 @@ class SourcedRecord:
     dialogue: int
     source: str
     copy: int = 0
+    kept: str = ""
 
 
 def read_records(
@@ -57,6 +61,7 @@ def read_records(
     test_prompt_hashes: set[int] | None = None,
     split_by: str = "opening",
     shared: Mapping[str, Collection[int]] | None = None,
+    keep: KeptColumns | None = None,
 ) -> Iterator[SourcedRecord]:
     """The records of all sources: first their own test data, then the rest.
 
@@ -73,18 +78,22 @@ def read_records(
             no record of the kind.
         split_by: see `split.parse_split_by`. With "auto" all rows are read once before.
         shared: by source, the beginnings that too many dialogues share, where they are known already.
+        keep: the columns to keep beside each record.
 
     Raises:
-        DataError: a source cannot be read, or the column map or the way to split does not fit it.
+        DataError: a source cannot be read, or the column map, the way to split or the columns to keep do not fit it.
         UserError: a file cannot be read, or gives no records of the kind.
     """
     if kind not in RECORD_KINDS:
         raise ValueError(f"{kind!r} is none of {RECORD_KINDS}")
     column_map = ColumnMap(columns).for_kind(kind)
     sources = [(spec, open_source(spec, kind)) for spec in specs]
-    if column_map.names:
+    if column_map.names or keep is not None:
         files = {part.label: columns_of(part) for _, source in sources for part in source.parts}
-        column_map.check({label: columns for label, columns in files.items() if columns})
+        files = {label: columns for label, columns in files.items() if columns}
+        column_map.check(files)
+        if keep is not None:
+            keep.check(files)
     keyers: dict[str, Keyer] = {}
     for spec, source in sources:
         report.sources.setdefault(spec.name, Counts())
@@ -120,11 +129,17 @@ def read_records(
                     continue
                 counts.total += 1
                 for column in reader.unused(row) if reader is not None else ():
-                    if column not in counts.unused:
+                    if column not in counts.unused and not (keep is not None and keep.keeps(column)):
                         counts.unused.append(column)
                 key = keyer.key(records[0], turns, row) if records else None
                 if records and key is None:
                     problem = f"'{keyer.column}' is missing, {SPLIT_BY}"
+                kept = ""
+                if key is not None and keep is not None:
+                    try:
+                        kept = keep.of(row.values or {})
+                    except BadRow as reason:
+                        key, problem = None, reason
                 if isinstance(problem, LeftOut):
                     counts.leave_out(str(problem))
                 elif problem:
@@ -135,7 +150,7 @@ def read_records(
                 side = "test" if key.dialogue in test_prompt_hashes else "train"
                 for record in records[:pairs_per_prompt]:
                     for copy in range(spec.copies(key.text)):
-                        yield SourcedRecord(record, row.location, side, key.text, key.dialogue, spec.name, copy)
+                        yield SourcedRecord(record, row.location, side, key.text, key.dialogue, spec.name, copy, kept)
     for keyer in keyers.values():
         report.notes += keyer.extended()
         report.inseparable += filter(None, [keyer.inseparable()])

@@ -14,6 +14,7 @@ import transformers
 
 from common.data.blend import SourceSpec
 from common.data.file_lock import locked
+from common.data.keeping import KeptColumns
 from common.data.prepared_files import FORMAT
 from common.data.reading import fingerprint
 from common.data.tokenization import Codec, tokenizer_fingerprint
@@ -38,6 +39,7 @@ class DataRequest:
         split_by, shared: what keeps dialogues together in a split, see `common.data.reading.read_records`.
         columns, max_rows, pairs_per_prompt: see `common.data.reading.read_records`.
         max_bad_fraction: more unusable rows than this share of a source's rows are an error.
+        keep: of prompts, the columns that are kept beside the ids, with the dialogue itself; None: nothing.
     """
 
     data_path: Sequence[SourceSpec]
@@ -53,6 +55,7 @@ class DataRequest:
     max_rows: int | None = None
     pairs_per_prompt: int | None = None
     max_bad_fraction: float = 0.02
+    keep: KeptColumns | None = None
 
 
 def data_key(request: DataRequest, codec: Codec) -> str:
@@ -78,6 +81,8 @@ def data_key(request: DataRequest, codec: Codec) -> str:
         "codec": [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.date, codec.end_token],
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
+    if request.keep is not None:
+        decisive["keep"] = request.keep.decisive()
     return _hash_of(decisive)
 
 

@@ -99,6 +99,17 @@ def load_scalar_model(
     return scalar
 
 
+def load_classifier(source: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A sequence-classification model as it is: of any architecture, whole on every rank, without dropout.
+
+    Raises:
+        ModelError: as of `load_causal_lm`.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    return _load(AutoModelForSequenceClassification, source, dtype, 0.0, trust_remote_code)
+
+
 def load_config(source: str, trust_remote_code: bool = False, **changes: Any) -> PreTrainedConfig:
     """The transformers configuration of a model, with `changes` made to it.
 

@@ -75,6 +75,7 @@ def make_inputs(directory: Path, cache_dir: Path) -> None:
     _write_rows(directory / "texts.jsonl", [{"text": f"After {n} comes {n + 1}."} for n in range(8)])
     for name in ("counting", "cooking"):
         _write_hub_texts(directory / "hub", name)
+    shutil.copy(Path(__file__).with_name("reward_functions.py"), directory / "rewards.py")
     (directory / "deepspeed.json").write_text('{"zero_optimization": {"reduce_bucket_size": 100000}}')
 
 

@@ -133,6 +133,7 @@ _TEXTS = "--unsupervised_dataset_name {inputs}/texts.jsonl"
 _ADAPTIVE = "--kl_controller adaptive --kl_horizon 20 --num_train_epochs 2"
 _EQUAL = "--answers_per_prompt 2 --top_k 1"  # all answers to a prompt are the same
 _STOPPING_CRITIC = "--critic_model_name_or_path {inputs}/stopping-reward_model"  # its tokenizer's end token is <|stop|>
+_REWARD = "--reward {inputs}/rewards.py:rest"  # tells its columns and its process apart
 PPO = {
     **RUN,
     **DATA,
@@ -173,6 +174,11 @@ PPO = {
     "top_p": Row("samples", "0.5"),
     "top_k": Row("samples", "5"),
     "truncated_sampling": Row("weights", "exact", "--top_k 5 --auto_micro_batch"),
+    "reward": Row("metrics", "{inputs}/rewards.py:length"),
+    "reward_workers": Row("metrics", "1", _REWARD),
+    "reward_timeout": Row("error", "0.01", "--reward {inputs}/rewards.py:slow --reward_workers 1"),
+    "reward_errors": Row("error", "zero", "--reward {inputs}/rewards.py:picky"),
+    "keep_columns": Row("metrics", "question", _REWARD),
     "kl_coef": Row("weights", "3"),
     "kl_controller": Row("weights", "adaptive"),
     "kl_placement": Row("weights", "loss", "--ppo_epochs 2"),

@@ -6,6 +6,9 @@ from pathlib import Path
 DEEPSPEED = str(Path(__file__).with_name("deepspeed.json"))
 
 
+FUNCTIONS = str(Path(__file__).with_name("reward_functions.py"))  # see --reward
+
+
 class Tokens(int):
     """So many tokens, with padding, in a micro-batch of each rank, in place of a number of rows."""
 
@@ -141,6 +144,13 @@ RESUMED = {
         ),
     ),
     "ppo-critic-warmup": ("ppo", ("--critic_warmup_iterations", "5", "--enable_ema")),
+    "ppo-functions": (
+        "ppo",
+        (
+            *("--reward", f"{FUNCTIONS}:overlap", f"{FUNCTIONS}:length=0.1"),
+            *("--reward_workers", "1", "--score_calibration", "running"),
+        ),
+    ),
 }
 # Those of RESUMED with a function as reward: half of the groups of two responses are equal.
 WITH_FUNCTION = ("ppo-groups",)

@@ -179,3 +179,33 @@ def test_no_room_for_the_result_is_one_line(chat_model, reward_model):
                 "all",
             ]
         )
+
+
+def test_rewards_score_each_answer_and_have_a_line_each(chat_model, reward_model, tmp_path, monkeypatch, capsys):
+    """A function with a column of the data, and a reward model; the score is their weighted sum."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text(
+        "def level(responses, messages, answer):\n"
+        " assert all(turns[-1]['content'].endswith(right) for turns, right in zip(messages, answer))\n"
+        " return [float(right) for right in answer]\n"
+        "def none(responses): return [None for _ in responses]\n"
+    )
+    rows = [{"prompt": f"What is {number}", "answer": str(number)} for number in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [
+        *("--path", str(chat_model), "--data_path", "rows.jsonl", "--which_prompts", "all", "--max_new_tokens", "4"),
+        *("--output_file", "out.json", "--data_output_path", "data", "--reward"),
+    ]
+    main([*common, "my.py:level=2", str(reward_model)])
+    written = json.loads((tmp_path / "out.json").read_text())
+    (model,) = written["models"]
+    assert model["reward/level"] == 2.5 and model["score"] == pytest.approx(5 + model["reward/reward"])
+    for row in written["answers"]:
+        number = float(row["prompt"].split()[-1])
+        assert row["reward/level"] == [number]
+        assert row["scores"] == pytest.approx([2 * number + row["reward/reward"][0]])
+    assert "reward/level" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match="^--reward my.py:none: tried on a made-up answer, .*rows.jsonl:1: it gave None"
+    ):
+        main([*common, "my.py:none"])

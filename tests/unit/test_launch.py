@@ -163,6 +163,9 @@ def test_the_pipeline_refuses_any_steps_flags_before_the_first_step(flags, messa
             "output/lost",
             "step 3 (ppo): --critic_model_name_or_path output/lost: no such model directory",
         ),
+        ("ppo", "--reward", "lost.py:correct", "step 3 (ppo): --reward lost.py:correct: there is no file lost.py"),
+        ("ppo", "--reward", "output/lost=2", "step 3 (ppo): --reward output/lost: no such model directory"),
+        ("ppo", "--reward", "output/reward", ""),
         ("ppo", "--actor_model_name_or_path", "./x/../output/sft", ""),
     ],
 )

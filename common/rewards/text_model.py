@@ -1,0 +1,198 @@
+"""Scores responses by any sequence-classification model with one label, which reads text through its own tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from common.artifacts.compatibility import trained_codec
+from common.artifacts.provenance import read_provenance
+from common.data.keeping import prompt_of
+from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
+from common.errors import ModelError
+from common.models.loading import load_classifier, max_positions
+from common.models.scalar import ScalarModel, score_at_last_token
+from common.rewards.batch import Messages, RewardBatch, Scores
+from common.runtime.distributed import say
+
+_NO_LIMIT = 10**6  # a tokenizer without a limit of its own says 1e30
+
+
+class TextRewardModel:
+    """A frozen reward model with a tokenizer and an architecture of its own; it is whole on every rank.
+
+    It reads a dialogue as it was trained to: by the template of its provenance; else by its tokenizer's chat template;
+    else as a pair of texts, prompt and response. What is too long loses its beginning.
+
+    Args:
+        source: directory or hub name.
+        device: where it computes.
+        batch_size: responses of one pass.
+        offload: keep the weights in CPU memory between the calls.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int,
+        offload: bool = False,
+        trust_remote_code: bool = False,
+    ):
+        self.device, self.batch_size, self.offload = device, batch_size, offload
+        classifier = load_classifier(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.encoding = dialogue_encoding(source, trust_remote_code)
+        self.max_tokens = _max_tokens(classifier, self.encoding.tokenizer)
+        # A head called `score` is that of a decoder, which is read at the last token; other models pool by themselves.
+        self._decoder = isinstance(getattr(classifier, "score", None), nn.Linear)
+        model: nn.Module = ScalarModel(classifier) if self._decoder else classifier
+        self.model = model.eval().requires_grad_(False).to("cpu" if offload else device)
+        if self.max_tokens is not None:
+            say(
+                f"note: the reward model {source} reads {self.max_tokens} tokens at most: longer dialogues lose their "
+                "beginning, and the figure truncated says how many do"
+            )
+
+    @torch.inference_mode()
+    def score(self, batch: RewardBatch) -> Scores:
+        encoded, cut = self._encoded(batch)
+        order = sorted(range(len(encoded)), key=lambda at: -len(encoded[at]["input_ids"]))
+        numbers = [0.0] * len(batch)
+        if self.offload:
+            self.model.to(self.device)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            for at, number in zip(rows, self._scores([encoded[at] for at in rows]).tolist()):
+                numbers[at] = number
+        if self.offload:
+            self.model.to("cpu")
+        if not len(batch):
+            return Scores(numbers)
+        return Scores(numbers, {"truncated": cut / len(batch)})
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    def _encoded(self, batch: RewardBatch) -> tuple[list[dict[str, list[int]]], int]:
+        """The inputs of each response, and how many were too long."""
+        encoded, cut = [], 0
+        for messages, response, finished in zip(batch.messages, batch.responses, batch.finished):
+            row, is_cut = self.encoding(messages, response, finished, self.max_tokens)
+            encoded.append(row)
+            cut += is_cut
+        return encoded, cut
+
+    def _scores(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        """(b,) fp32 raw scores."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        padding = {"input_ids": self.encoding.pad_id, "attention_mask": 0, "token_type_ids": 0}
+        width = max(lengths)
+        inputs = {
+            name: torch.tensor([row[name] + [padding[name]] * (width - len(row[name])) for row in rows]).to(self.device)
+            for name in rows[0]
+            if name in padding
+        }
+        if self._decoder:
+            numbers = self.model(inputs["input_ids"], inputs["attention_mask"])
+            return score_at_last_token(numbers, torch.tensor(lengths, device=self.device))
+        return self.model(**inputs).logits[:, 0].float()
+
+
+class DialogueEncoding:
+    """How a dialogue becomes the inputs of a model. Calling it encodes one response.
+
+    Args:
+        encode: the inputs from messages, response, whether it is finished, and the most tokens or None.
+
+    Attributes:
+        tokenizer: the model's own.
+        pad_id: of its padding.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encode: Callable[..., dict[str, list[int]]]):
+        self.tokenizer, self._encode = tokenizer, encode
+        self.pad_id = int(tokenizer.pad_token_id)
+
+    def __call__(
+        self, messages: Messages, response: str, finished: bool, max_tokens: int | None
+    ) -> tuple[dict[str, list[int]], bool]:
+        """The inputs of a model for one response, at most `max_tokens` long, and whether it was cut for that."""
+        whole = self._encode(messages, response, finished, None)
+        if max_tokens is None or len(whole["input_ids"]) <= max_tokens:
+            return whole, False
+        return self._encode(messages, response, finished, max_tokens), True
+
+
+def dialogue_encoding(source: str, trust_remote_code: bool = False) -> DialogueEncoding:
+    """How a reward model reads dialogues: by its provenance, by its chat template, or as a pair of texts.
+
+    Raises:
+        UserError: its tokenizer cannot be used.
+    """
+    provenance = read_provenance(source)
+    if provenance is not None:
+        codec = trained_codec(provenance, source, trust_remote_code=trust_remote_code)
+        return DialogueEncoding(codec.tokenizer, _by_codec(codec))
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if tokenizer.chat_template:
+        codec = make_codec(tokenizer, "chat", further_ends=published_ends(source))
+        return DialogueEncoding(codec.tokenizer, _by_codec(codec))
+    if tokenizer.pad_token_id is None:
+        raise ModelError(source, "its tokenizer has no padding token")
+    return DialogueEncoding(tokenizer, _as_pair(tokenizer))
+
+
+def _by_codec(codec: Codec) -> Callable[..., dict[str, list[int]]]:
+    def encode(messages: Messages, response: str, finished: bool, max_tokens: int | None) -> dict[str, list[int]]:
+        end = codec.encode_response(response)
+        response_ids = end if finished else end[:-1]
+        prompt = prompt_of(messages)
+        if max_tokens is not None and len(response_ids) > max_tokens - codec.shortest_prompt:
+            response_ids = response_ids[len(response_ids) - (max_tokens - codec.shortest_prompt) :]
+        room = None if max_tokens is None else max_tokens - len(response_ids)
+        ids = codec.encode_prompt(prompt, room) + response_ids
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    return encode
+
+
+def _as_pair(tokenizer: PreTrainedTokenizerBase) -> Callable[..., dict[str, list[int]]]:
+    tokenizer.truncation_side = "left"
+
+    def encode(messages: Messages, response: str, finished: bool, max_tokens: int | None) -> dict[str, list[int]]:
+        texts = plain_dialogue(messages), response
+        if max_tokens is None:
+            return dict(tokenizer(*texts, verbose=False))
+        room = max_tokens - tokenizer.num_special_tokens_to_add(pair=True)
+        fits = len(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]) < room
+        # A response that leaves no room loses its beginning as well.
+        return dict(tokenizer(*texts, truncation="only_first" if fits else "longest_first", max_length=max_tokens))
+
+    return encode
+
+
+def plain_dialogue(messages: Messages) -> str:
+    """A dialogue as text without a template: the only message itself, else a line for each, "Role: content"."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+
+
+def _max_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens that a model can read at once; None if there is no limit."""
+    positions = max_positions(model.config)
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    if positions is not None and padding is not None:
+        positions -= padding + 1  # RoBERTa counts positions from behind that of the padding
+    limits = [limit for limit in (positions, tokenizer.model_max_length) if limit is not None and limit < _NO_LIMIT]
+    return min(limits) if limits else None
