@@ -13,7 +13,7 @@ from common.data.prepare import PreparedData, prepare
 from common.data.request import DataRequest
 from common.data.tokenization import Codec
 from common.errors import named_by
-from common.models.loading import check_language_model, check_length, gives_scores
+from common.models.loading import check_gives_values, check_language_model, check_length
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.training.engine import check_engine_options
@@ -57,8 +57,8 @@ def read_inputs(config: PPOConfig) -> RunInputs:
     check_engine_options(config)
     actor = checked_model(config, "actor_model_name_or_path", check_language_model)
     critic = None
-    if config.reads_reward_model:  # gives_scores refuses a classifier of several labels
-        critic = checked_model(config, "critic_model_name_or_path", gives_scores)
+    if config.reads_reward_model:
+        critic = checked_model(config, "critic_model_name_or_path", check_gives_values)
     with named_by("--actor_model_name_or_path", {actor: config.actor_model_name_or_path}):
         codec = open_codec(config, actor, "--actor_model_name_or_path")
     scale = ScoreScale(read_calibration(config, codec, critic))

@@ -28,9 +28,11 @@ _CHUNK_CHARACTERS = 2**22  # a chunk with so many characters is full
 Chunk = list[tuple[bool, SourcedRecord]]  # (whether the record is for evaluation, record)
 
 
-def features(kind: str) -> Features:
-    """The columns of prepared rows."""
-    columns = {name: [Value("int32")] for name in _COLUMNS[kind]}
+def features(kind: str, margins: bool = False) -> Features:
+    """The columns of prepared rows; with `margins`, one for the margins of comparisons."""
+    columns: dict[str, object] = {name: [Value("int32")] for name in _COLUMNS[kind]}
+    if margins:
+        columns["margin"] = Value("float32")
     return Features({**columns, "length": Value("int32"), "dialogue": Value("int64")})
 
 
@@ -54,11 +56,13 @@ class Encoder:
     Attributes:
         kind, max_tokens: see `request.DataRequest`.
         codec: turns text into ids.
+        margins: whether comparisons have margins.
     """
 
     kind: str
     max_tokens: int
     codec: Codec
+    margins: bool = False
 
     def __call__(self, chunk: Chunk) -> tuple[pyarrow.Table, pyarrow.Table, PreparationReport]:
         rows: tuple[list[dict], list[dict]] = ([], [])
@@ -72,7 +76,7 @@ class Encoder:
                 report.refuse(sourced.location, f"template {error}")
             except UserError as error:
                 report.refuse(sourced.location, str(error))
-        schema = features(self.kind).arrow_schema
+        schema = features(self.kind, self.margins).arrow_schema
         train, held_out = (pyarrow.Table.from_pylist(side, schema) for side in rows)
         return train, held_out, report
 
@@ -99,7 +103,8 @@ class Encoder:
         uncut = codec.encode_prompt(prompt)
         prompt_ids = codec.cut_prompt(uncut, max_prompt_tokens)
         report.prompts_cut += len(prompt_ids) < len(uncut)
-        yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest}
+        margin = {"margin": record.margin} if self.margins and isinstance(record, Comparison) else {}
+        yield {"prompt_ids": prompt_ids, **responses, **margin, "length": len(prompt_ids) + longest}
 
     def _note_marks(self, sourced: SourcedRecord, prompt: Prompt, report: PreparationReport) -> None:
         """Report text that a template has rendered already: to render it again is usually a mistake."""

@@ -15,6 +15,7 @@ from common.data.errors import (
     BadRowsError,
     ColumnsError,
     DataFieldError,
+    MarginColumnError,
     NoEndTokenError,
     NothingToTrainOnError,
     SourceError,
@@ -33,6 +34,7 @@ _FLAGS: dict[type[InputError], str] = {
     ColumnsError: "--columns",
     SplitByError: "--split_by",
     DataFieldError: "--data_field",
+    MarginColumnError: "--margin_column",
     TemplateError: "--template",
     NotWritable: "--data_output_path",
 }

@@ -37,6 +37,7 @@ class DataRequest:
             phase, so each phase evaluates on all of them.
         split_by, shared: what keeps dialogues together in a split, see `common.data.reading.read_records`.
         columns, max_rows, pairs_per_prompt: see `common.data.reading.read_records`.
+        margin_column: the column that holds the margins of comparisons, see `common.data.reading.read_records`.
         max_bad_fraction: more unusable rows than this share of a source's rows are an error.
     """
 
@@ -52,6 +53,7 @@ class DataRequest:
     columns: Mapping[str, str] | None = None
     max_rows: int | None = None
     pairs_per_prompt: int | None = None
+    margin_column: str | None = None
     max_bad_fraction: float = 0.02
 
 
@@ -78,6 +80,8 @@ def data_key(request: DataRequest, codec: Codec) -> str:
         "codec": [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.date, codec.end_token],
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
+    if request.margin_column is not None:  # only then, so that the keys of other data stay as they were
+        decisive["margin_column"] = request.margin_column
     return _hash_of(decisive)
 
 
