@@ -109,12 +109,12 @@ class EncoderModel(ScoringModel):
             layer.__class__ = ScoreHead  # same parameters and names, another forward
         self.classifier = classifier
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Scores of sequences.
 
         Args:
             input_ids: (B, L), the start token at position 0, right-padded.
-            attention_mask: (B, L), 1 on real tokens; needed, since every token attends to all others.
+            attention_mask: (B, L), 1 on real tokens: every token attends to all others. None: there is no padding.
 
         Returns:
             (B,) fp32.
