@@ -65,9 +65,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
     def loss_sum(self, engine: Engine, batch: PairBatch) -> tuple[Tensor, Sums]:
         chosen, rejected = self._scores(engine, batch).chunk(2)
         margin = self.config.margin if self.config.margin_column is None else batch.margins
-        return bradley_terry_loss_sum(
-            chosen, rejected, batch.real, margin=margin, centring=self.config.centring_coef
-        )
+        return bradley_terry_loss_sum(chosen, rejected, batch.real, margin=margin, centring=self.config.centring_coef)
 
     def train_metrics(self, sums: Sums) -> Metrics:
         average = means(sums, "pairs")

@@ -13,7 +13,7 @@ from common.data.prepare import PreparedData, prepare
 from common.data.request import DataRequest
 from common.data.tokenization import Codec
 from common.errors import named_by
-from common.models.loading import check_gives_values, check_language_model, check_length
+from common.models.loading import EncoderError, check_gives_values, check_language_model, check_length
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.training.engine import check_engine_options
@@ -58,7 +58,7 @@ def read_inputs(config: PPOConfig) -> RunInputs:
     actor = checked_model(config, "actor_model_name_or_path", check_language_model)
     critic = None
     if config.reads_reward_model:
-        critic = checked_model(config, "critic_model_name_or_path", check_gives_values)
+        critic = checked_model(config, "critic_model_name_or_path", check_critic)
     with named_by("--actor_model_name_or_path", {actor: config.actor_model_name_or_path}):
         codec = open_codec(config, actor, "--actor_model_name_or_path")
     scale = ScoreScale(read_calibration(config, codec, critic))
@@ -88,6 +88,14 @@ def checked_model(config: PPOConfig, option: str, check: Callable[[str, bool], o
     with named_by(f"--max_prompt_seq_len and --max_answer_seq_len are too large for --{option}", {source: name}):
         check_length(source, config.max_prompt_seq_len + config.max_answer_seq_len, config.trust_remote_code)
     return source
+
+
+def check_critic(source: str, trust_remote_code: bool = False) -> None:
+    """Raises ModelError if a critic cannot start from this model. Loads no weights."""
+    try:
+        check_gives_values(source, trust_remote_code)
+    except EncoderError as error:
+        raise EncoderError(source, f"{error.why}; --reward takes an encoder, as a reward that reads text") from None
 
 
 def text_request(config: PPOConfig) -> DataRequest:

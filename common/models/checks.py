@@ -16,7 +16,7 @@ from common.data.files import is_data_file
 from common.errors import ModelError, reason_of
 from common.models.adapter import holds_adapter, refuse_adapter
 from common.models.builtin import BUILTIN_MODELS
-from common.models.scalar import is_encoder_config, is_scalar_config
+from common.models.heads import is_encoder_config, is_scalar_config
 from common.paths import OUTPUT, may_be_on_hub, similar_path
 from common.runtime.distributed import on_every_rank, rank
 

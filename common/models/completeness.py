@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from common.models.adapter import ADAPTER_CONFIG, holds_adapter
-from common.models.scalar import is_scalar_config
+from common.models.heads import is_scalar_config
 
 # Heads that a directory may hold besides the model: a language model's head where a score head is wanted, or the value
 # head that other libraries save with an actor.

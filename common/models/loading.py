@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from common.data.tokenization import Codec
@@ -23,34 +22,20 @@ from common.models.added_token import start_row
 from common.models.calibration import RAW
 from common.models.checks import check_finite
 from common.models.completeness import score_labels, surplus
-from common.models.scalar import (
-    ScalarModel,
-    Scale,
-    ScoringModel,
-    head_names,
-    init_head,
-    is_encoder_config,
-    is_scalar_config,
-    score_projection,
-    scoring_model,
-)
+from common.models.heads import head_names, init_head, is_encoder_config, is_scalar_config, score_projection
+from common.models.scalar import ScalarModel, Scale, ScoringModel, scoring_model
 from common.paths import unreachable_hub
 from common.runtime.distributed import is_main
 
 # Their positions begin behind the id of the padding token, as in fairseq: 514 of RoBERTa's leave room for 512 tokens.
-_COUNT_BEHIND_PADDING = {
-    "camembert",
-    "data2vec-text",
-    "ibert",
-    "longformer",
-    "luke",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
-}
+_COUNT_BEHIND_PADDING = frozenset(
+    "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
+    "xmod".split()
+)
+
+
+class EncoderError(ModelError):
+    """An encoder where a decoder is needed."""
 
 
 def load_causal_lm(
@@ -87,7 +72,8 @@ def load_scalar_model(source: str, codec: Codec, *, calibration: Scale = RAW, **
         settings: further arguments of `load_scoring_model`.
 
     Raises:
-        ModelError: as of `load_scoring_model`; or it is an encoder.
+        ModelError: as of `load_scoring_model`.
+        EncoderError: it is an encoder.
     """
     model = load_scoring_model(source, codec, calibration=calibration, **settings)
     if not isinstance(model, ScalarModel):
@@ -138,7 +124,7 @@ def load_scoring_model(
             )
         scoring = scoring_model(_fit(model, codec, gradient_checkpointing), calibration)
     if not has_head:
-        init_head(scoring, new, seed)
+        init_head(scoring.classifier, new, seed)
     return scoring
 
 
@@ -195,12 +181,12 @@ def check_length(source: str, tokens: int, trust_remote_code: bool = False) -> N
 
 def check_language_model(source: str, trust_remote_code: bool = False) -> None:
     """Raises ModelError for a reward model, which would load as a language model, but with a random output layer, and
-    for an encoder."""
+    EncoderError for an encoder."""
     config = load_config(source, trust_remote_code)
     if is_scalar_config(config):
         raise ModelError(source, "it is a reward model, which gives scores and no answers: name a language model")
     if is_encoder_config(config):
-        raise ModelError(
+        raise EncoderError(
             source,
             f"it is an encoder ({config.model_type}), which reads text and writes none: name a decoder-only language "
             "model; an encoder can become a reward model",
@@ -208,15 +194,16 @@ def check_language_model(source: str, trust_remote_code: bool = False) -> None:
 
 
 def check_gives_values(source: str, trust_remote_code: bool = False) -> None:
-    """Raises ModelError for an encoder, which has no value at each token, and for a classifier of several labels."""
+    """Raises EncoderError for an encoder, which has no value at each token, and ModelError for a classifier of several
+    labels."""
     gives_scores(source, trust_remote_code)
     config = load_config(source, trust_remote_code)
     if is_encoder_config(config):
         raise _without_values(source, config)
 
 
-def _without_values(source: str, config: PreTrainedConfig) -> ModelError:
-    return ModelError(
+def _without_values(source: str, config: PreTrainedConfig) -> EncoderError:
+    return EncoderError(
         source,
         f"it is an encoder ({config.model_type}), which scores whole texts and has no value at each token: name a "
         "decoder-only model",

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common.errors import InputError
 from common.models.added_token import NewRow, fold_row, train_new_row
-from common.models.scalar import head_names
+from common.models.heads import head_names
 from common.paths import from_anywhere
 
 ADAPTER = "default"  # peft's name of the only adapter
@@ -46,7 +46,7 @@ def add_lora(
     base_name: str,
     seed: int,
 ) -> nn.Module:
-    """Freeze `model` and add trainable adapters; the head that gives scores and the row of a new end token stay trainable.
+    """Freeze `model` and add trainable adapters; a score's head and the row of a new end token stay trainable.
 
     Args:
         dim: rank r.

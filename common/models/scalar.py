@@ -6,15 +6,15 @@ model, which gives the same scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedConfig
 
 from common.models.calibration import RAW
+from common.models.heads import head_names, is_encoder_config
 
 
 class Scale(Protocol):
@@ -155,71 +155,6 @@ def score_at_last_token(numbers: torch.Tensor, lengths: torch.Tensor) -> torch.T
         (B,) the number at position lengths - 1, the last real token.
     """
     return numbers.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
-
-
-def is_scalar_config(config: PreTrainedConfig) -> bool:
-    """Whether the configuration is that of a saved sequence-classification model, which has a trained head."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-
-
-def is_encoder_config(config: PreTrainedConfig) -> bool:
-    """Whether the configuration is that of an encoder: it fills in masked words, and no token waits for later ones."""
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
-        return False
-    return all(
-        type(config) in kind._model_mapping for kind in (AutoModelForMaskedLM, AutoModelForSequenceClassification)
-    )
-
-
-def head_names(model: Any) -> list[str]:
-    """The names of the modules that make a score of what the backbone computes; [] for a model that gives no score.
-
-    A decoder has the linear layer `score`. In an encoder they are the pooler, if it is a part of the backbone, and all
-    that stands beside the backbone.
-    """
-    if hasattr(model, "score"):
-        return ["score"]
-    if not (type(model).__name__.endswith("ForSequenceClassification") and is_encoder_config(model.config)):
-        return []
-    backbone = model.base_model_prefix
-    pooler = [f"{backbone}.pooler"] if getattr(getattr(model, backbone), "pooler", None) is not None else []
-    beside = [name for name, child in model.named_children() if name != backbone and list(child.parameters())]
-    return pooler + beside
-
-
-def score_projection(classifier: Any) -> nn.Linear | None:
-    """The linear layer that gives the score, the last part of the head; None if there is not exactly one."""
-    layers = [
-        layer
-        for name in head_names(classifier)
-        for layer in classifier.get_submodule(name).modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == 1
-    ]
-    return layers[0] if len(layers) == 1 else None
-
-
-def init_head(model: ScoringModel, new: Sequence[str], seed: int) -> None:
-    """Initialise the new linear layers of a head; the weights are the same on every rank and at every ZeRO stage.
-
-    The layer that gives the score gets N(0, 1/sqrt(d + 1)), d its inputs (Stiennon et al. 2020, arXiv:2009.01325). A
-    new pooler gets the distribution that the model's configuration names, as its other layers once did. Biases are 0.
-
-    Args:
-        new: names of the parameters of `model.classifier` that were not in its files.
-    """
-    import deepspeed
-
-    generator = torch.Generator().manual_seed(seed)
-    last = score_projection(model.classifier)
-    modules = {name.rpartition(".")[0]: model.classifier.get_submodule(name.rpartition(".")[0]) for name in new}
-    layers = [layer for layer in modules.values() if isinstance(layer, nn.Linear)]
-    for layer in sorted(layers, key=lambda layer: layer is not last):
-        deviation = (layer.in_features + 1) ** -0.5 if layer is last else model.classifier.config.initializer_range
-        with deepspeed.zero.GatheredParameters(list(layer.parameters()), modifier_rank=0), torch.no_grad():
-            drawn = torch.randn(layer.out_features, layer.in_features, generator=generator)
-            layer.weight.copy_(drawn * deviation)
-            if layer.bias is not None:
-                layer.bias.zero_()
 
 
 def _linear_layers_beside(classifier: Any) -> list[nn.Linear]:

@@ -59,6 +59,7 @@ def make_inputs(directory: Path, cache_dir: Path) -> None:
     _write_rows(
         directory / "several.jsonl", [_pair(number) | {"rejected": ["No.", "Nobody knows."]} for number in range(40)]
     )
+    _write_rows(directory / "strengths.jsonl", [_pair(number) | {"strength": number % 3} for number in range(40)])
     _write_rows(directory / "other.jsonl", [_pair(number) for number in range(100, 140)])
     (directory / "two-keys.json").write_text(
         json.dumps(

@@ -52,7 +52,9 @@ def inputs(output: Path, architecture: str, builtin_cache, hh_data) -> list[str]
         "".join(json.dumps({"text": f"The number {n} comes before the number {n + 1}."}) + "\n" for n in range(60))
     )
     answers = ("chosen", "rejected")
-    corpus = [f"Human: {row['prompt']} Assistant: {row[answer]}" for row in builtin_rows("courtesy") for answer in answers]
+    corpus = [
+        f"Human: {row['prompt']} Assistant: {row[answer]}" for row in builtin_rows("courtesy") for answer in answers
+    ]
     encoder = build_encoder("deberta-v3", output / "encoder", corpus=corpus)
     return [str(hh_data), str(texts), str(model), str(encoder), str(output)]
 
