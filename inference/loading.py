@@ -19,7 +19,14 @@ from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.errors import ModelError, UserError
 from common.models.checks import check_finite
-from common.models.loading import explained, gives_scores, load_causal_lm, load_scoring_model, max_positions
+from common.models.loading import (
+    check_language_model,
+    explained,
+    gives_scores,
+    load_causal_lm,
+    load_scoring_model,
+    max_positions,
+)
 from common.models.scalar import ScoringModel, scoring_model
 from common.paths import writing_to
 from common.training.engine import DTYPES, resolve_dtype
@@ -66,7 +73,7 @@ def load_actor(path: str, options: LoadOptions) -> LoadedModel:
     """A language model that responds to prompts; an adapter is merged with its base model.
 
     Raises:
-        ModelError: there is no such model, it cannot be loaded, or it is a reward model.
+        ModelError: there is no such model, it cannot be loaded, or it is a reward model or an encoder.
         UserError: an option does not suit the model or the machine.
     """
     files, is_reward_model = _find(path, options)
@@ -76,6 +83,8 @@ def load_actor(path: str, options: LoadOptions) -> LoadedModel:
             "it is a reward model, which gives scores and no answers: name a language model, such as the output of "
             "step1_sft/main.py or step3_ppo/main.py",
         )
+    with files.loading_weights():
+        check_language_model(files.weights, options.trust_remote_code)
     return _load(files, options)
 
 

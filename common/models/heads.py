@@ -16,7 +16,7 @@ def is_scalar_config(config: PreTrainedConfig) -> bool:
 
 
 def is_encoder_config(config: PreTrainedConfig) -> bool:
-    """Whether the configuration is that of an encoder: it fills in masked words, and no token waits for later ones."""
+    """Whether the configuration is that of an encoder: it predicts masked tokens, and each attends to all others."""
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
         return False
     return all(
@@ -69,7 +69,8 @@ def init_head(classifier: Any, new: Sequence[str], seed: int) -> None:
     assert last is not None
     parts = [classifier.get_submodule(name.rpartition(".")[0]) for name in new if name.endswith(".weight")]
     for layer in [last, *(part for part in parts if isinstance(part, nn.Linear) and part is not last)]:
-        deviation = (layer.in_features + 1) ** -0.5 if layer is last else classifier.config.initializer_range
+        usual = getattr(classifier.config, "initializer_range", 0.02)
+        deviation = (layer.in_features + 1) ** -0.5 if layer is last else usual
         with deepspeed.zero.GatheredParameters(list(layer.parameters()), modifier_rank=0), torch.no_grad():
             drawn = torch.randn(layer.out_features, layer.in_features, generator=generator)
             layer.weight.copy_(drawn * deviation)
