@@ -59,7 +59,6 @@ def make_inputs(directory: Path, cache_dir: Path) -> None:
     _write_rows(
         directory / "several.jsonl", [_pair(number) | {"rejected": ["No.", "Nobody knows."]} for number in range(40)]
     )
-    _write_rows(directory / "strengths.jsonl", [_pair(number) | {"strength": number % 3} for number in range(40)])
     _write_rows(directory / "other.jsonl", [_pair(number) for number in range(100, 140)])
     (directory / "two-keys.json").write_text(
         json.dumps(
@@ -144,12 +143,13 @@ def _adapt(model: Path, directory: Path) -> None:
     save_adapter(adapted, adapted.state_dict(), directory)
 
 
-def _pair(number: int) -> dict[str, str]:
+def _pair(number: int) -> dict[str, object]:
     return {
         "prompt": f"What comes after {number}?",
         "question": f"Count on from {number}, please.",
         "chosen": f"It is {number + 1}.",
         "rejected": f"No number follows {number}.",
+        "strength": number % 3,
     }
 
 

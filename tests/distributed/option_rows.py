@@ -108,7 +108,7 @@ REWARD = {
     **SUPERVISED,
     "pairs_per_prompt": Row("metrics", "1", "--data_path {inputs}/several.jsonl"),
     "margin": Row("metrics", "1"),
-    "margin_column": Row("metrics", "strength", "--data_path {inputs}/strengths.jsonl"),
+    "margin_column": Row("metrics", "strength"),
     "centring_coef": Row("metrics", "0.1"),
 }
 
