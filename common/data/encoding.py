@@ -76,7 +76,7 @@ class Encoder:
                 report.refuse(sourced.location, f"template {error}")
             except UserError as error:
                 report.refuse(sourced.location, str(error))
-        schema = features(self.kind, self.margins).arrow_schema
+        schema = features(self.kind, margins=self.margins).arrow_schema
         train, held_out = (pyarrow.Table.from_pylist(side, schema) for side in rows)
         return train, held_out, report
 

@@ -169,8 +169,8 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
         test_prompt_hashes: set[int] = set()
         held_out_keys: set[int] = set()
         margins = request.margin_column is not None
-        encode = Encoder(request.kind, request.max_tokens, codec, margins)
-        write = functools.partial(ArrowWriter, features=features(request.kind, margins))
+        encode = Encoder(request.kind, request.max_tokens, codec, margins=margins)
+        write = functools.partial(ArrowWriter, features=features(request.kind, margins=margins))
         with write(path=str(directory / "train.arrow")) as train, write(path=str(directory / "eval.arrow")) as held_out:
             for *sides, outcome in in_order(encode, chunks(_taken(request, report, test_prompt_hashes, held_out_keys))):
                 for writer, rows in zip((train, held_out), sides):
