@@ -21,8 +21,15 @@ from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import InputError, ModelError, named_by
 from common.models.checks import check_finite
-from common.models.loading import explained, gives_scores, load_causal_lm, load_scalar_model, max_positions
-from common.models.scalar import ScalarModel
+from common.models.loading import (
+    check_language_model,
+    explained,
+    gives_scores,
+    load_causal_lm,
+    load_scoring_model,
+    max_positions,
+)
+from common.models.scalar import ScoringModel, scoring_model
 from common.paths import writing_to
 from common.training.engine import DTYPES, resolve_dtype
 from inference.locating import ModelFiles, find_model
@@ -36,7 +43,7 @@ class LoadedModel:
     """A model in evaluation mode on its device.
 
     Attributes:
-        model: a causal language model of transformers, or a `ScalarModel`.
+        model: a causal language model of transformers, or a `ScoringModel`.
         codec: how text becomes ids, as in the model's training.
         device: where the weights are.
         positions: tokens that the model can read at once; None: any number.
@@ -67,7 +74,7 @@ def load_actor(path: str, options: LoadOptions) -> LoadedModel:
     """A language model that responds to prompts; an adapter is merged with its base model.
 
     Raises:
-        ModelError: there is no such model, it cannot be loaded, or it is a reward model.
+        ModelError: there is no such model, it cannot be loaded, or it is a reward model or an encoder.
         UserError: an option does not suit the model or the machine.
     """
     files, is_reward_model = _find(path, options)
@@ -77,11 +84,13 @@ def load_actor(path: str, options: LoadOptions) -> LoadedModel:
             "it is a reward model, which gives scores and no answers: name a language model, such as the output of "
             "step1_sft/main.py or step3_ppo/main.py",
         )
+    with files.loading_weights():
+        check_language_model(files.weights, options.trust_remote_code)
     return _load(files, options)
 
 
 def load_reward_model(path: str, options: LoadOptions) -> LoadedModel:
-    """A reward model as a `ScalarModel` that gives raw scores.
+    """A reward model as a `ScoringModel` that gives raw scores.
 
     Raises:
         ModelError: there is no such model, it cannot be loaded, or it is no reward model.
@@ -96,7 +105,7 @@ def load_reward_model(path: str, options: LoadOptions) -> LoadedModel:
 
 
 def load_merged(files: ModelFiles, codec: Codec, trust_remote_code: bool, dtype: torch.dtype) -> nn.Module:
-    """The model of `files` in `dtype` on the CPU, a reward model as `ScalarModel`.
+    """The model of `files` in `dtype` on the CPU, a reward model as `ScoringModel`.
 
     An adapter is merged with its base model in fp32, whatever `dtype` is.
 
@@ -107,7 +116,7 @@ def load_merged(files: ModelFiles, codec: Codec, trust_remote_code: bool, dtype:
         is_reward_model = _gives_scores(files, trust_remote_code)
         model: Any
         with files.loading_weights():
-            load = load_scalar_model if is_reward_model else load_causal_lm
+            load = load_scoring_model if is_reward_model else load_causal_lm
             model = load(
                 files.weights,
                 codec,
@@ -120,7 +129,7 @@ def load_merged(files: ModelFiles, codec: Codec, trust_remote_code: bool, dtype:
             inner = model.classifier if is_reward_model else model
             merged = PeftModel.from_pretrained(inner, files.adapter).merge_and_unload()
             check_finite(merged, files.path)
-            model = ScalarModel(merged) if is_reward_model else merged
+            model = scoring_model(merged) if is_reward_model else merged
         return model.to(dtype)
 
 
@@ -208,5 +217,5 @@ def _load(files: ModelFiles, options: LoadOptions) -> LoadedModel:
             flush=True,
         )
     model: Any = load_merged(files, codec, options.trust_remote_code, choose_dtype(options.dtype, device))
-    config = (model.classifier if isinstance(model, ScalarModel) else model).config
+    config = (model.classifier if isinstance(model, ScoringModel) else model).config
     return LoadedModel(model.to(device).eval(), codec, device, max_positions(config))

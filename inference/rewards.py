@@ -104,7 +104,8 @@ class Rewards:
                 continue
             scores = self._scorers[spec.label].score(batch)
             for failure in scores.failures:
-                raise UserError(failure.line(spec.name, failure.response + 1, batch.rows[failure.response]))
+                line = failure.line(spec.name, failure.response + 1, batch.rows[failure.response])
+                raise UserError(f"{self.flag} {line}")
             found[spec.label] = scores.numbers
         return found
 

@@ -11,7 +11,7 @@ from common.batching.collate import collate_texts
 from common.batching.sampler import MicroBatch
 from common.data.options import naming_flags
 from common.data.records import Prompt
-from common.models.scalar import score_at_last_token
+from common.models.scalar import EncoderModel, sequence_scores
 from inference.decoding import Response, in_batches
 from inference.loading import LoadedModel
 
@@ -20,7 +20,8 @@ from inference.loading import LoadedModel
 def score_responses(
     reward_model: LoadedModel, prompts: Sequence[Prompt], responses: Sequence[Response], batch_size: int
 ) -> list[float]:
-    """The score at the last token of each response, which is the end token if the response ended by itself.
+    """The score of each response; one that did not end by itself is scored without its end token, but by an encoder,
+    which reads whole texts, with it.
 
     Prompts and responses are tokenized again, with the template and tokenizer of the reward model, so that models
     with different tokenizers can be compared. If it has too few positions, prompts are cut on the left.
@@ -29,8 +30,7 @@ def score_responses(
 
     def score(batch: MicroBatch) -> list[float]:
         padded = collate_texts(rows, batch, reward_model.codec.pad_id).to(reward_model.device)
-        numbers = reward_model.model(padded.input_ids, padded.attention_mask)
-        return score_at_last_token(numbers, padded.lengths).tolist()
+        return sequence_scores(reward_model.model, padded.input_ids, padded.lengths).tolist()
 
     return in_batches([len(row) for row in rows["input_ids"]], batch_size, score)
 
@@ -39,9 +39,12 @@ def score_responses(
 def _ids(reward_model: LoadedModel, prompt: Prompt, response: Response) -> list[int]:
     codec = reward_model.codec
     ids = codec.encode_response(response.text)
-    if not response.ended:
+    end: list[int] = []
+    if isinstance(reward_model.model, EncoderModel):
+        ids, end = ids[:-1], ids[-1:]
+    elif not response.ended:
         ids = ids[:-1]
     if reward_model.positions is None:
-        return codec.encode_prompt(prompt) + ids
-    ids = ids[: reward_model.positions - codec.shortest_prompt]
+        return codec.encode_prompt(prompt) + ids + end
+    ids = ids[: reward_model.positions - codec.shortest_prompt - len(end)] + end
     return codec.encode_prompt(prompt, reward_model.positions - len(ids)) + ids

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from common.config.parser import PathName, option
 from common.config.shared import same_option
+from common.errors import UserError
 from common.supervised.config import SupervisedConfig
 
 
@@ -23,5 +24,13 @@ class RewardConfig(SupervisedConfig):
         None, "comparisons made of one row with several answers at most; none: all", low=1
     )
     margin: float = option(0.0, "wanted distance of chosen and rejected score", unit="raw score", low=0)
+    margin_column: str | None = option(
+        None, "column of the data that holds each row's own margin, in place of --margin; its numbers are 0 or more"
+    )
     centring_coef: float = option(0.0, "weight of the loss that keeps a pair's scores around 0", low=0)
     eval_iters: int = same_option(SupervisedConfig, "eval_iters", default=100)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.margin_column is not None and self.margin:
+            raise UserError(f"--margin {self.margin:g} and --margin_column {self.margin_column}: give one of them")

@@ -9,14 +9,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from common.artifacts.split_rule import data_request
-from common.batching.collate import PairBatch, collate_comparisons, unmasked
+from common.batching.collate import PairBatch, collate_comparisons
 from common.batching.sampler import MicroBatch
 from common.data.prepare import PreparedData, prepare
 from common.data.tokenization import Codec
 from common.errors import UserError
 from common.models.engine import Engine
-from common.models.loading import gives_scores, load_scalar_model
-from common.models.scalar import ScalarModel, score_at_last_token
+from common.models.loading import gives_scores, load_scoring_model
+from common.models.scalar import ScoringModel, sequence_scores
 from common.runtime.distributed import device
 from common.supervised.task import SupervisedTask
 from common.training.metrics import Metrics, Sums, means
@@ -33,13 +33,15 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
     sequences_per_row = 2  # a pair is padded to its longer response
 
     def check_model(self, source: str) -> None:
-        """Accepts a language model, or a reward model with one score."""
+        """Accepts a language model, an encoder, or a reward model with one score."""
         gives_scores(source, self.config.trust_remote_code)
 
     def prepare(self, codec: Codec) -> PreparedData:
         """Prepare this step's part of --data_path."""
         request = data_request(self.config, "comparison", self.config.max_seq_len)
-        data = prepare(replace(request, pairs_per_prompt=self.config.pairs_per_prompt), codec)
+        config = self.config
+        request = replace(request, pairs_per_prompt=config.pairs_per_prompt, margin_column=config.margin_column)
+        data = prepare(request, codec)
         if not len(data.eval):
             raise UserError(
                 "no pair is held out, so the scores' mean and spread cannot be measured: raise "
@@ -48,10 +50,10 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
         return data
 
     def load_model(self, source: str, codec: Codec, **settings: Any) -> nn.Module:
-        return load_scalar_model(source, codec, seed=self.config.seed, **settings)
+        return load_scoring_model(source, codec, seed=self.config.seed, **settings)
 
     def adapted_part(self, model: nn.Module) -> nn.Module:
-        assert isinstance(model, ScalarModel)
+        assert isinstance(model, ScoringModel)
         return model.classifier
 
     def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> PairBatch:
@@ -62,9 +64,8 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
 
     def loss_sum(self, engine: Engine, batch: PairBatch) -> tuple[Tensor, Sums]:
         chosen, rejected = self._scores(engine, batch).chunk(2)
-        return bradley_terry_loss_sum(
-            chosen, rejected, batch.real, margin=self.config.margin, centring=self.config.centring_coef
-        )
+        margin = self.config.margin if self.config.margin_column is None else batch.margins
+        return bradley_terry_loss_sum(chosen, rejected, batch.real, margin=margin, centring=self.config.centring_coef)
 
     def train_metrics(self, sums: Sums) -> Metrics:
         average = means(sums, "pairs")
@@ -99,5 +100,5 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
         return {"score_mean": metrics["score_mean"], "score_std": metrics["score_std"]}
 
     def _scores(self, engine: Engine, batch: PairBatch) -> Tensor:
-        """(2B,) raw scores at the last token of each sequence."""
-        return score_at_last_token(engine(**unmasked(batch.input_ids)), batch.lengths)
+        """(2B,) raw scores of the sequences."""
+        return sequence_scores(engine, batch.input_ids, batch.lengths)

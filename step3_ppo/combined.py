@@ -165,5 +165,5 @@ class CombinedReward:
 
     def _report(self, inputs: RewardInputs, response: int, at: int, why: str) -> None:
         (row,) = inputs.select([response]).batch().rows
-        line = Failure(response, why).line(self.parts[at].name, response + 1, row)
+        line = "--reward " + Failure(response, why).line(self.parts[at].name, response + 1, row)
         raise Diverged(f"{line}; mend it, or add --reward_errors zero, with which such an answer gets 0")

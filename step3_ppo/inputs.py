@@ -14,7 +14,7 @@ from common.data.request import DataRequest
 from common.data.tokenization import Codec
 from common.errors import named_by
 from common.models.calibration import RAW
-from common.models.loading import check_language_model, check_length, gives_scores
+from common.models.loading import EncoderError, check_gives_values, check_language_model, check_length
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.training.engine import check_engine_options
@@ -61,10 +61,8 @@ def read_inputs(config: PPOConfig) -> RunInputs:
     check_engine_options(config)
     actor = checked_model(config, "actor_model_name_or_path", check_language_model)
     critic = None
-    if (
-        config.reads_reward_model and config.critic_model_name_or_path is not None
-    ):  # gives_scores refuses a classifier of several labels
-        critic = checked_model(config, "critic_model_name_or_path", gives_scores)
+    if config.reads_reward_model and config.critic_model_name_or_path is not None:
+        critic = checked_model(config, "critic_model_name_or_path", check_critic_kind)
     with named_by("--actor_model_name_or_path", {actor: config.actor_model_name_or_path}):
         codec = open_codec(config, actor)
     rewards, functions = open_rewards(config, codec)
@@ -124,6 +122,14 @@ def checked_model(config: PPOConfig, option: str, check: Callable[[str, bool], o
     with named_by(f"--max_prompt_seq_len and --max_answer_seq_len are too large for --{option}", {source: name}):
         check_length(source, config.max_prompt_seq_len + config.max_answer_seq_len, config.trust_remote_code)
     return source
+
+
+def check_critic_kind(source: str, trust_remote_code: bool = False) -> None:
+    """Raises ModelError if a critic cannot start from this model. Loads no weights."""
+    try:
+        check_gives_values(source, trust_remote_code)
+    except EncoderError as error:
+        raise EncoderError(source, f"{error.why}; --reward takes an encoder, as a reward that reads text") from None
 
 
 def text_request(config: PPOConfig) -> DataRequest:

@@ -1,13 +1,18 @@
-"""Tiny models of every supported architecture, with the built-in task's tokenizer, as Hugging Face directories."""
+"""Tiny models of every supported architecture as Hugging Face directories.
+
+Decoders have the built-in task's tokenizer, encoders one of their own family.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers as hf
 
 from common.models.builtin import materialise
+from tests.tokenizers_built import CORPUS, bert_wordpiece, deberta_sentencepiece, roberta_bpe
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
 _GATED = {**_SMALL, "intermediate_size": 64, "num_key_value_heads": 2}
@@ -44,4 +49,44 @@ def build_model(name: str, directory: Path, cache_dir: Path, seed: int = 0, **ch
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+_ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_DEBERTA = {
+    **_ENCODER,
+    "max_position_embeddings": 256,
+    "relative_attention": True,
+    "position_buckets": 16,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "pooler_dropout": 0.1,
+    "max_relative_positions": -1,
+}
+
+# Tokenizer, masked language model (as these are published), its configuration.
+ENCODERS = {
+    "deberta-v3": (deberta_sentencepiece, hf.DebertaV2ForMaskedLM, {**_DEBERTA, "legacy": False}),
+    "deberta-v2": (deberta_sentencepiece, hf.DebertaV2ForMaskedLM, {**_DEBERTA, "conv_kernel_size": 3}),
+    "roberta": (roberta_bpe, hf.RobertaForMaskedLM, {**_ENCODER, "max_position_embeddings": 258}),
+    "bert": (bert_wordpiece, hf.BertForPreTraining, {**_ENCODER, "max_position_embeddings": 256}),
+}
+
+
+def build_encoder(name: str, directory: Path, seed: int = 0, corpus: Sequence[str] = CORPUS, **changes) -> Path:
+    """Write a pre-trained encoder to `directory`, as its family publishes it: without a classification head."""
+    make_tokenizer, model_class, settings = ENCODERS[name]
+    tokenizer = hf.AutoTokenizer.from_pretrained(make_tokenizer(directory, corpus))
+    torch.manual_seed(seed)
+    config = model_class.config_class(
+        vocab_size=len(tokenizer) + 3, pad_token_id=tokenizer.pad_token_id, **{**settings, **changes}
+    )
+    model = model_class(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(directory)
     return directory

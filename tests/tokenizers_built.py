@@ -1,9 +1,10 @@
-"""Tokenizers of the two families, trained in a second and written as model directories."""
+"""Tokenizers of decoders and encoders, trained in a second and written as model directories."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -84,4 +85,64 @@ def llama_prepending(directory: Path) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(directory)
+    return directory
+
+
+def deberta_sentencepiece(directory: Path, corpus: Sequence[str] = CORPUS) -> Path:
+    """DeBERTa-v2's and v3's as it is published: spm.model alone, [PAD] 0, [CLS] 1, [SEP] 2, [UNK] 3."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in corpus for line in text.split("\n") if line),
+        model_writer=model,
+        vocab_size=300,
+        model_type="unigram",
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+        unk_piece="[UNK]",
+        num_threads=1,
+        minloglevel=2,
+    )
+    (directory / "spm.model").write_bytes(model.getvalue())
+    settings = {"tokenizer_class": "DebertaV2Tokenizer", "do_lower_case": False, "vocab_type": "spm"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def bert_wordpiece(directory: Path, corpus: Sequence[str] = CORPUS) -> Path:
+    """BERT's: vocab.txt, [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4; no token is called an end token."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=450, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    by_id = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+    (directory / "vocab.txt").write_text("".join(f"{token}\n" for token in by_id), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    return directory
+
+
+def roberta_bpe(directory: Path, corpus: Sequence[str] = CORPUS) -> Path:
+    """RoBERTa's byte-level BPE: vocab.json and merges.txt, <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> 4."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=450,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.model.save(str(directory))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer"}))
     return directory

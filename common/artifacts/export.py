@@ -11,7 +11,7 @@ from torch import nn
 from common.data.tokenization import Codec
 from common.models.engine import Engine
 from common.models.lora import has_lora, merged_state_dict, save_adapter
-from common.models.scalar import ScalarModel
+from common.models.scalar import ScoringModel
 from common.paths import follow_umask
 from common.runtime.distributed import barrier, is_main
 
@@ -38,7 +38,7 @@ def export_model(
     """Write model (safetensors), config, generation config and tokenizer. All ranks must call it.
 
     Args:
-        engine: around a causal language model or a `ScalarModel`.
+        engine: around a causal language model or a `ScoringModel`.
         directory: existing files of the same names are replaced.
         adapter_directory: where the adapters of a LoRA model are written, in addition to the merged model.
     """
@@ -55,7 +55,7 @@ def write_model(
     """Does what `export_model` does, from a full state dict that rank 0 already has. The other ranks wait.
 
     Args:
-        module: a model of transformers or a `ScalarModel`, possibly with adapters; its own weights are not read.
+        module: a model of transformers or a `ScoringModel`, possibly with adapters; its own weights are not read.
         state: its full state dict on the CPU; needed on rank 0 only.
     """
     if is_main():
@@ -63,7 +63,7 @@ def write_model(
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         model: Any = module
-        if isinstance(module, ScalarModel):
+        if isinstance(module, ScoringModel):
             model, state = module.classifier, {name.removeprefix("classifier."): v for name, v in state.items()}
         if has_lora(model):
             if adapter_directory is not None:

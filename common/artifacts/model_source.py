@@ -22,7 +22,7 @@ from common.errors import InputError, ModelError, RemoteCodeError, reason_of
 from common.models.adapter import holds_adapter, read_adapter
 from common.models.builtin import BUILTIN_MODELS, materialise
 from common.models.checks import check_files, check_model_name
-from common.models.loading import explained, gives_scores, load_causal_lm, load_scalar_model
+from common.models.loading import explained, gives_scores, load_causal_lm, load_scoring_model
 from common.paths import content_digest
 from common.runtime.distributed import is_main
 from common.runtime.hub import announce_lookup
@@ -149,7 +149,7 @@ def _write_merged(adapter: Path, weights: str, tokenizer: str, draft: Path) -> N
     with explained(adapter):
         with errors_of_base(adapter):
             if has_head or gives_scores(weights):
-                model = load_scalar_model(weights, codec, dtype=torch.float32).classifier
+                model = load_scoring_model(weights, codec, dtype=torch.float32).classifier
             else:
                 model = load_causal_lm(weights, codec, dtype=torch.float32)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -145,6 +145,7 @@ class PairBatch(Batch):
         lengths: (2B,) long, tokens of prompt and response.
         prompt_lengths: (2B,) long, those of the prompt alone.
         real: (B,) bool, False for a filler.
+        margins: (B,) float, the margins that the rows have; 0 in data without margins.
     """
 
     input_ids: Tensor
@@ -152,6 +153,7 @@ class PairBatch(Batch):
     lengths: Tensor
     prompt_lengths: Tensor
     real: Tensor
+    margins: Tensor
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,8 @@ def collate_comparisons(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) 
         for prompt, response in zip(rows["prompt_ids"], rows[column])
     ]
     prompt_lengths = torch.tensor([len(prompt) for prompt in rows["prompt_ids"]] * 2)
-    return PairBatch(*_padded(joined, pad_id), prompt_lengths, torch.tensor(micro_batch.real))
+    margins = torch.tensor(rows["margin"]) if "margin" in dataset.column_names else torch.zeros(len(micro_batch.real))
+    return PairBatch(*_padded(joined, pad_id), prompt_lengths, torch.tensor(micro_batch.real), margins)
 
 
 def collate_prompts(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) -> PromptBatch:

@@ -29,9 +29,11 @@ _CHUNK_CHARACTERS = 2**22  # a chunk with so many characters is full
 Chunk = list[tuple[bool, SourcedRecord]]  # (whether the record is for evaluation, record)
 
 
-def features(kind: str, keeps: bool = False) -> Features:
-    """The columns of prepared rows; with `keeps`, also `keeping.KEPT`."""
-    columns = {name: [Value("int32")] for name in _COLUMNS[kind]}
+def features(kind: str, keeps: bool = False, margins: bool = False) -> Features:
+    """The columns of prepared rows; with `keeps`, also `keeping.KEPT`; with `margins`, one for those of comparisons."""
+    columns: dict[str, object] = {name: [Value("int32")] for name in _COLUMNS[kind]}
+    if margins:
+        columns["margin"] = Value("float32")
     kept = {KEPT: Value("string")} if keeps else {}
     return Features({**columns, "length": Value("int32"), "dialogue": Value("int64"), **kept})
 
@@ -57,12 +59,14 @@ class Encoder:
         kind, max_tokens: see `request.DataRequest`.
         codec: turns text into ids.
         keeps: whether prompts keep columns of their rows, see `keeping`.
+        margins: whether comparisons have margins.
     """
 
     kind: str
     max_tokens: int
     codec: Codec
     keeps: bool = False
+    margins: bool = False
 
     def __call__(self, chunk: Chunk) -> tuple[pyarrow.Table, pyarrow.Table, PreparationReport]:
         rows: tuple[list[dict], list[dict]] = ([], [])
@@ -76,7 +80,7 @@ class Encoder:
                 report.refuse(sourced.location, f"template {error}")
             except UserError as error:
                 report.refuse(sourced.location, str(error))
-        schema = features(self.kind, self.keeps).arrow_schema
+        schema = features(self.kind, self.keeps, self.margins).arrow_schema
         train, held_out = (pyarrow.Table.from_pylist(side, schema) for side in rows)
         return train, held_out, report
 
@@ -104,7 +108,8 @@ class Encoder:
         prompt_ids = codec.cut_prompt(uncut, max_prompt_tokens)
         report.prompts_cut += len(prompt_ids) < len(uncut)
         kept = {KEPT: kept_json(sourced.kept, prompt, sourced.location)} if self.keeps else {}
-        yield {"prompt_ids": prompt_ids, **responses, "length": len(prompt_ids) + longest, **kept}
+        margin = {"margin": record.margin} if self.margins and isinstance(record, Comparison) else {}
+        yield {"prompt_ids": prompt_ids, **responses, **margin, "length": len(prompt_ids) + longest, **kept}
 
     def _note_marks(self, sourced: SourcedRecord, prompt: Prompt, report: PreparationReport) -> None:
         """Report text that a template has rendered already: to render it again is usually a mistake."""

@@ -37,6 +37,10 @@ class SplitByError(DataError):
     """A way of keeping rows together that there is not, or that does not fit the data."""
 
 
+class MarginColumnError(DataError):
+    """A column of margins that a source does not have."""
+
+
 class DataFieldError(DataError):
     """A key of the rows that a JSON file does not have."""
 

@@ -17,6 +17,7 @@ from common.data.errors import (
     DataFieldError,
     DeclaredColumnError,
     KeptColumnsError,
+    MarginColumnError,
     NoEndTokenError,
     NothingToTrainOnError,
     NotUnicodeError,
@@ -40,6 +41,7 @@ _FLAGS: dict[type[InputError], str] = {
     DeclaredColumnError: "--reward",
     SplitByError: "--split_by",
     DataFieldError: "--data_field",
+    MarginColumnError: "--margin_column",
     TemplateError: "--template",
     NotWritable: "--data_output_path",
 }

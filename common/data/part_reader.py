@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
 from common.data.adapters import ColumnMap, choose_layout
 from common.data.blend import SourceSpec
-from common.data.errors import SplitByError
+from common.data.errors import MarginColumnError, SplitByError
 from common.data.examples import Layout, LeftOut, to_records, user_turns_in
-from common.data.records import Record, user_turns
+from common.data.records import Comparison, Record, user_turns
 from common.data.rows import Note, Row, ignore
 from common.data.sources import Part
-from common.data.values import BadRow
+from common.data.values import BadRow, margin_of
 from common.errors import did_you_mean
 
 _SAMPLE = 20  # rows whose columns decide the layout of a file: in JSON lines any one row may lack some
@@ -29,6 +29,7 @@ class Reader:
         layout, names: the layout for this kind, and the column map that fits the file.
         prompt_layout, prompt_names: those by which prompts are read, so that a row's user turns are the same whatever
             kind of record is wanted.
+        margin_column: the column that holds the margins of comparisons; None without one.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Reader:
     names: ColumnMap
     prompt_layout: Layout
     prompt_names: ColumnMap
+    margin_column: str | None = None
 
     def user_turns(self, row: Row, records: Sequence[Record], all_turns: bool) -> set[tuple[str, ...]]:
         """The user's messages in a row, see `examples.user_turns_in`.
@@ -50,7 +52,9 @@ class Reader:
 
     def unused(self, row: Row) -> list[str]:
         """The columns, and keys of messages, that the records do not use."""
-        return sorted(self.layout.unused(self.names.rename(row.values), self.kind)) if row.values is not None else []
+        if row.values is None:
+            return []
+        return sorted(set(self.layout.unused(self.names.rename(row.values), self.kind)) - {self.margin_column})
 
 
 def records_of(row: Row, reader: Reader | None) -> tuple[list[Record], str | Exception | None]:
@@ -58,9 +62,17 @@ def records_of(row: Row, reader: Reader | None) -> tuple[list[Record], str | Exc
     if row.values is None or reader is None:
         return [], row.problem or "no columns"
     try:
-        return to_records(reader.layout, reader.names.rename(row.values), reader.kind), None
+        records = to_records(reader.layout, reader.names.rename(row.values), reader.kind)
+        return _with_margin(records, row.values, reader.margin_column), None
     except (BadRow, LeftOut) as reason:
         return [], reason
+
+
+def _with_margin(records: list[Record], values: Mapping[str, Any], column: str | None) -> list[Record]:
+    if column is None:
+        return records
+    margin = margin_of(values.get(column), column)
+    return [replace(record, margin=margin) if isinstance(record, Comparison) else record for record in records]
 
 
 def part_rows(
@@ -70,11 +82,13 @@ def part_rows(
     columns: Mapping[str, str] | None,
     split_column: str | None = None,
     note: Note = ignore,
+    margin_column: str | None = None,
 ) -> Iterator[tuple[Row, Reader | None]]:
     """The rows of a part, each with its reader; None as the reader of rows that come before the first with columns.
 
     Raises:
         SplitByError: the part has no `split_column`.
+        MarginColumnError: it has no `margin_column`.
         UserError: no layout fits its columns.
     """
     rows = part.rows(note)
@@ -85,14 +99,15 @@ def part_rows(
             yield from ((row, None) for row in sample)
             continue
         if split_column is not None and split_column not in present:
-            raise SplitByError(
-                f"column:{split_column}",
-                f"{part.label} has no such column{did_you_mean(split_column, present)}; it has "
-                f"{', '.join(sorted(present))}",
-            )
+            raise SplitByError(f"column:{split_column}", _no_such_column(split_column, part, present))
+        if margin_column is not None and margin_column not in present:
+            raise MarginColumnError(margin_column, _no_such_column(margin_column, part, present))
         prompt_kind = "text" if kind == "text" else "prompt"
         reader = Reader(
-            kind, *_chosen(spec, part, kind, columns, sample), *_chosen(spec, part, prompt_kind, columns, sample)
+            kind,
+            *_chosen(spec, part, kind, columns, sample),
+            *_chosen(spec, part, prompt_kind, columns, sample),
+            margin_column,
         )
     if reader is not None:
         yield from ((row, reader) for row in chain(sample, rows))
@@ -101,6 +116,10 @@ def part_rows(
 def columns_of(part: Part) -> set[str]:
     """The columns of a part's first rows that have any."""
     return set().union(*(present for _, present in _samples(part.rows())))
+
+
+def _no_such_column(column: str, part: Part, present: set[str]) -> str:
+    return f"{part.label} has no such column{did_you_mean(column, present)}; it has {', '.join(sorted(present))}"
 
 
 def _chosen(

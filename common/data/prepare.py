@@ -37,7 +37,8 @@ class PreparedData:
     """Memory-mapped rows of ids.
 
     Columns by kind: demonstration: `prompt_ids`, `response_ids`; comparison: `prompt_ids`, `chosen_ids`,
-    `rejected_ids`; prompt: `prompt_ids`, and `kept` where columns are kept, see `keeping`; text: `input_ids`. Always
+    `rejected_ids`, and `margin` if the request names its column; prompt: `prompt_ids`, and `kept` where columns are
+    kept, see `keeping`; text: `input_ids`. Always
     `length`, the tokens of the row's longest sequence, and `dialogue`, see `common.data.openings.SplitKey`.
 
     Attributes:
@@ -168,9 +169,9 @@ def _build(request: DataRequest, codec: Codec, target: Path) -> None:
         report = PreparationReport()
         test_prompt_hashes: set[int] = set()
         held_out_keys: set[int] = set()
-        keeps = request.keep is not None
-        encode = Encoder(request.kind, request.max_tokens, codec, keeps)
-        write = functools.partial(ArrowWriter, features=features(request.kind, keeps))
+        keeps, margins = request.keep is not None, request.margin_column is not None
+        encode = Encoder(request.kind, request.max_tokens, codec, keeps, margins)
+        write = functools.partial(ArrowWriter, features=features(request.kind, keeps, margins))
         with write(path=str(directory / "train.arrow")) as train, write(path=str(directory / "eval.arrow")) as held_out:
             for *sides, outcome in in_order(encode, chunks(_taken(request, report, test_prompt_hashes, held_out_keys))):
                 for writer, rows in zip((train, held_out), sides):
@@ -202,6 +203,7 @@ def _taken(
         split_by=request.split_by,
         shared=request.shared,
         keep=request.keep,
+        margin_column=request.margin_column,
     )
     by_turns = parse_split_by(request.split_by) is None
     prompts_seen: set[tuple[int, int]] = set()

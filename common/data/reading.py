@@ -62,6 +62,7 @@ def read_records(
     split_by: str = "opening",
     shared: Mapping[str, Collection[int]] | None = None,
     keep: KeptColumns | None = None,
+    margin_column: str | None = None,
 ) -> Iterator[SourcedRecord]:
     """The records of all sources: first their own test data, then the rest.
 
@@ -79,6 +80,7 @@ def read_records(
         split_by: see `split.parse_split_by`. With "auto" all rows are read once before.
         shared: by source, the beginnings that too many dialogues share, where they are known already.
         keep: the columns to keep beside each record.
+        margin_column: the column of the data that holds the margins of comparisons; None: they have none.
 
     Raises:
         DataError: a source cannot be read, or the column map, the way to split or the columns to keep do not fit it.
@@ -113,8 +115,9 @@ def read_records(
             keyer = keyers[spec.name]
             counts = report.sources[spec.name]
             wanted = "prompt" if split == "excluded" else kind
+            margin = margin_column if wanted == "comparison" else None
             rows = chain.from_iterable(
-                part_rows(spec, part, wanted, columns, keyer.column, report.notes.append)
+                part_rows(spec, part, wanted, columns, keyer.column, report.notes.append, margin)
                 for part in source.parts
                 if part.split == split
             )

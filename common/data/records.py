@@ -73,9 +73,15 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Comparison:
+    """
+    Attributes:
+        margin: the distance that the two scores should have, in raw scores; None where the data is not asked for it.
+    """
+
     prompt: Prompt
     chosen: Response
     rejected: Response
+    margin: float | None = None
 
 
 @dataclass(frozen=True)

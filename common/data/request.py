@@ -38,6 +38,7 @@ class DataRequest:
             phase, so each phase evaluates on all of them.
         split_by, shared: what keeps dialogues together in a split, see `common.data.reading.read_records`.
         columns, max_rows, pairs_per_prompt: see `common.data.reading.read_records`.
+        margin_column: the column that holds the margins of comparisons, see `common.data.reading.read_records`.
         max_bad_fraction: more unusable rows than this share of a source's rows are an error.
         keep: of prompts, the columns that are kept beside the ids, with the dialogue itself; None: nothing.
     """
@@ -54,6 +55,7 @@ class DataRequest:
     columns: Mapping[str, str] | None = None
     max_rows: int | None = None
     pairs_per_prompt: int | None = None
+    margin_column: str | None = None
     max_bad_fraction: float = 0.02
     keep: KeptColumns | None = None
 
@@ -83,6 +85,8 @@ def data_key(request: DataRequest, codec: Codec) -> str:
     }
     if request.keep is not None:
         decisive["keep"] = request.keep.decisive()
+    if request.margin_column is not None:  # only then, so that the keys of other data stay as they were
+        decisive["margin_column"] = request.margin_column
     return _hash_of(decisive)
 
 

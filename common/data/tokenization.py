@@ -36,6 +36,8 @@ _PROBE = (
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a padding token that is not its end token.
 
+    A tokenizer without an end token whose separator closes every text, such as BERT's [SEP], ends texts with that.
+
     The choice of that token depends on the tokenizer alone, so models that share a tokenizer share it too.
 
     Raises:
@@ -51,6 +53,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
         # transformers creates an empty tokenizer for a model that has a config but no tokenizer files.
         raise ModelError(name_or_path, "it holds no tokenizer: put its files into the model's directory")
     try_tokenizer(tokenizer, name_or_path)
+    _end_with_separator(tokenizer)
     _separate_padding(tokenizer)
     return tokenizer
 
@@ -314,6 +317,12 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     steering = {_id_of(tokenizer, token) for token in control_tokens(tokenizer)}
     named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     return steering if tokenizer.unk_token_id in named else steering - {tokenizer.unk_token_id}
+
+
+def _end_with_separator(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        if tokenizer.encode("a", add_special_tokens=True)[-1:] == [tokenizer.sep_token_id]:
+            tokenizer.eos_token = tokenizer.sep_token
 
 
 def _separate_padding(tokenizer: PreTrainedTokenizerBase, end_token: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from typing import Any
 
@@ -57,6 +58,21 @@ def own_indentation(text: str) -> str:
     first = len(text) - len(text.lstrip())
     text = text[text.rfind("\n", 0, first) + 1 :].rstrip()
     return text[1:] if text[:1] == " " and text[1:2].strip() else text
+
+
+def margin_of(value: Any, column: str) -> float:
+    """The wanted distance of a pair's scores: a number of 0 or more, or its text. Raises BadRow."""
+    if value is None or value == "":
+        raise BadRow(f"'{column}' is missing")
+    try:
+        margin = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise BadRow(f"'{column}' is no number")
+    if margin < 0:
+        raise BadRow(f"'{column}' is below 0")
+    return margin
 
 
 def is_visible(text: str) -> bool:

@@ -41,6 +41,7 @@ def read_adapter(directory: Path) -> tuple[str | None, bool]:
     path = directory / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return config["base_model_name_or_path"], "score" in (config.get("modules_to_save") or ())
+        saved = set(config.get("modules_to_save") or ())
+        return config["base_model_name_or_path"], bool(saved & {"score", "classifier"})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(directory, f"{path} is damaged ({type(error).__name__}: {error})") from None

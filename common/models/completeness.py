@@ -12,23 +12,35 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from common.models.adapter import ADAPTER_CONFIG, holds_adapter
-from common.models.scalar import is_scalar_config
+from common.models.heads import is_scalar_config
 
 # Heads that a directory may hold besides the model: a language model's head where a score head is wanted, or the value
 # head that other libraries save with an actor.
 _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|score|v_head|value_head|mtp)\.")
+# Heads of the pre-training of encoders, and poolers that their classifiers do not read.
+_ENCODER_HEADS = re.compile(
+    r"^(cls|lm_predictions|mask_predictions|predictions|sop_classifier|generator_predictions|"
+    r"discriminator_predictions|vocab_transform|vocab_layer_norm|vocab_projector|decoder)\.|(^|\.)pooler\."
+)
 # Buffers, not weights: masks, positions and version numbers that older versions saved and that models compute anew.
 _BUFFERS = re.compile(r"(^|\.)(version|_float_tensor|position_ids|inv_freq|masked_bias|(attn|attention)\.bias)$")
 
+# The last layers of classifiers, a row per label: of decoders; of DeBERTa and BERT; of RoBERTa.
+_PROJECTIONS = {"score.weight", "classifier.weight", "classifier.out_proj.weight"}
 
-def surplus(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Sort the names of weights that a model does not use into those of heads, which are harmless, and all others."""
+
+def surplus(names: Iterable[str], encoder: bool = False) -> tuple[list[str], list[str]]:
+    """Sort the names of weights that a model does not use into those of heads, which are harmless, and all others.
+
+    Args:
+        encoder: count the heads of the pre-training of encoders too.
+    """
     heads: list[str] = []
     others: list[str] = []
     for name in sorted(names):
         if _BUFFERS.search(name):
             continue
-        (heads if _HEADS.search(name) else others).append(name)
+        (heads if _HEADS.search(name) or encoder and _ENCODER_HEADS.search(name) else others).append(name)
     return heads, others
 
 
@@ -65,14 +77,14 @@ def score_labels(source: str, config: PreTrainedConfig) -> int | None:
 
 
 def _saved_labels(directory: Path) -> int | None:
-    """Rows of the score head in a directory's safetensors files; None if there is none that can be read."""
+    """Labels of the head in a directory's safetensors files; None if there is none that can be read."""
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(directory.glob("*.safetensors")) if directory.is_dir() else ():
         try:
             with safe_open(path, "pt") as file:
-                if "score.weight" in file.keys():
-                    return file.get_slice("score.weight").get_shape()[0]
+                for name in _PROJECTIONS.intersection(file.keys()):
+                    return file.get_slice(name).get_shape()[0]
         except (OSError, SafetensorError):
             return None  # loading the model reports what is wrong
     return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Engine(Protocol):
-    """A DeepSpeed engine around a model of transformers or a `ScalarModel`.
+    """A DeepSpeed engine around a model of transformers or a `ScoringModel`.
 
     Always call the engine, never a part of `module`: the hooks by which ZeRO-3 gathers weights sit on the whole model.
 

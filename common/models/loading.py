@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from common.data.tokenization import Codec
@@ -23,9 +22,20 @@ from common.models.added_token import start_row
 from common.models.calibration import RAW
 from common.models.checks import check_finite
 from common.models.completeness import score_labels, surplus
-from common.models.scalar import ScalarModel, Scale, init_score_head, is_scalar_config
+from common.models.heads import head_names, init_head, is_encoder_config, is_scalar_config, score_projection
+from common.models.scalar import ScalarModel, Scale, ScoringModel, scoring_model
 from common.paths import unreachable_hub
 from common.runtime.distributed import is_main
+
+# Their positions begin behind the id of the padding token, as in fairseq: 514 of RoBERTa's leave room for 512 tokens.
+_COUNT_BEHIND_PADDING = frozenset(
+    "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
+    "xmod".split()
+)
+
+
+class EncoderError(ModelError):
+    """An encoder where a decoder is needed."""
 
 
 def load_causal_lm(
@@ -50,11 +60,28 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     with _partitioned_loading(ds_config):
-        model = _load(AutoModelForCausalLM, source, dtype, dropout, trust_remote_code)
+        model, _ = _load(AutoModelForCausalLM, source, dtype, dropout, trust_remote_code)
         return _fit(model, codec, gradient_checkpointing)
 
 
-def load_scalar_model(
+def load_scalar_model(source: str, codec: Codec, *, calibration: Scale = RAW, **settings: Any) -> ScalarModel:
+    """A model with one number at every position, from a reward model or from a language model with a new head.
+
+    Args:
+        calibration: the outputs are (raw - mean) / std.
+        settings: further arguments of `load_scoring_model`.
+
+    Raises:
+        ModelError: as of `load_scoring_model`.
+        EncoderError: it is an encoder.
+    """
+    model = load_scoring_model(source, codec, calibration=calibration, **settings)
+    if not isinstance(model, ScalarModel):
+        raise _without_values(source, model.classifier.config)
+    return model
+
+
+def load_scoring_model(
     source: str,
     codec: Codec,
     *,
@@ -65,12 +92,12 @@ def load_scalar_model(
     trust_remote_code: bool = False,
     calibration: Scale = RAW,
     seed: int = 0,
-) -> ScalarModel:
-    """A model with one number at every position, from a reward model or from a language model with a new head.
+) -> ScoringModel:
+    """A model that scores sequences, from a reward model, or from a language model or an encoder with a new head.
 
     Args:
         ds_config, dropout: as of `load_causal_lm`.
-        calibration: the outputs are (raw - mean) / std.
+        calibration: of a decoder, whose outputs are (raw - mean) / std.
         seed: of a new head's initial weights.
 
     Raises:
@@ -80,7 +107,7 @@ def load_scalar_model(
 
     has_head = gives_scores(source, trust_remote_code)
     with _partitioned_loading(ds_config):
-        model = _load(
+        model, new = _load(
             AutoModelForSequenceClassification,
             source,
             dtype,
@@ -89,14 +116,16 @@ def load_scalar_model(
             new_head=not has_head,
             num_labels=1,
         )
-        if not isinstance(getattr(model, "score", None), nn.Linear):
+        if score_projection(model) is None:
             raise ModelError(
-                source, f"{type(model).__name__} has no per-token score head; use a decoder-only language model"
+                source,
+                f"{type(model).__name__} has no linear layer that gives one score: use a decoder-only language model "
+                "or an encoder",
             )
-        scalar = ScalarModel(_fit(model, codec, gradient_checkpointing), calibration)
+        scoring = scoring_model(_fit(model, codec, gradient_checkpointing), calibration)
     if not has_head:
-        init_score_head(scalar, seed)
-    return scalar
+        init_head(scoring.classifier, new, seed)
+    return scoring
 
 
 def load_classifier(source: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -107,7 +136,8 @@ def load_classifier(source: str, *, dtype: torch.dtype, trust_remote_code: bool 
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, source, dtype, 0.0, trust_remote_code)
+    model, _ = _load(AutoModelForSequenceClassification, source, dtype, 0.0, trust_remote_code)
+    return model
 
 
 def load_config(source: str, trust_remote_code: bool = False, **changes: Any) -> PreTrainedConfig:
@@ -148,7 +178,10 @@ def max_length(source: str, trust_remote_code: bool = False) -> int | None:
 
 def max_positions(config: PreTrainedConfig) -> int | None:
     """`max_length` of a configuration that is loaded already."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.model_type in _COUNT_BEHIND_PADDING:
+        positions -= (config.pad_token_id or 0) + 1
+    return positions
 
 
 def check_length(source: str, tokens: int, trust_remote_code: bool = False) -> None:
@@ -159,9 +192,34 @@ def check_length(source: str, tokens: int, trust_remote_code: bool = False) -> N
 
 
 def check_language_model(source: str, trust_remote_code: bool = False) -> None:
-    """Raises ModelError for a reward model. It would load as a language model, but with a random output layer."""
-    if is_scalar_config(load_config(source, trust_remote_code)):
+    """Raises ModelError for a reward model, which would load as a language model, but with a random output layer, and
+    EncoderError for an encoder."""
+    config = load_config(source, trust_remote_code)
+    if is_scalar_config(config):
         raise ModelError(source, "it is a reward model, which gives scores and no answers: name a language model")
+    if is_encoder_config(config):
+        raise EncoderError(
+            source,
+            f"it is an encoder ({config.model_type}), which reads text and writes none: name a decoder-only language "
+            "model; an encoder can become a reward model",
+        )
+
+
+def check_gives_values(source: str, trust_remote_code: bool = False) -> None:
+    """Raises EncoderError for an encoder, which has no value at each token, and ModelError for a classifier of several
+    labels."""
+    gives_scores(source, trust_remote_code)
+    config = load_config(source, trust_remote_code)
+    if is_encoder_config(config):
+        raise _without_values(source, config)
+
+
+def _without_values(source: str, config: PreTrainedConfig) -> EncoderError:
+    return EncoderError(
+        source,
+        f"it is an encoder ({config.model_type}), which scores whole texts and has no value at each token: name a "
+        "decoder-only model",
+    )
 
 
 @contextlib.contextmanager
@@ -222,7 +280,8 @@ def _load(
     trust_remote_code: bool,
     new_head: bool = False,
     **config_changes: Any,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of those weights that no file holds: of a `new_head` only."""
     config = load_config(source, trust_remote_code, **config_changes)
     if dropout is not None:
         set_dropout(config, dropout)
@@ -230,14 +289,16 @@ def _load(
         model, loading = auto_class.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
-    missing = sorted(name for name in loading["missing_keys"] if not (new_head and name.startswith("score.")))
+    head = tuple(f"{name}." for name in head_names(model)) if new_head else ()
+    new = sorted(name for name in loading["missing_keys"] if name.startswith(head))
+    missing = sorted(set(loading["missing_keys"]) - set(new))
     if missing:  # transformers fills them with random numbers
         raise ModelError(
             source,
             f"its weight files lack {len(missing)} of the model's weights, such as {missing[0]}: the directory is "
             "incomplete or its config.json belongs to another model",
         )
-    heads, others = surplus(loading["unexpected_keys"])
+    heads, others = surplus(loading["unexpected_keys"], encoder=is_encoder_config(config))
     if others:  # transformers leaves them out
         raise ModelError(
             source,
@@ -253,7 +314,7 @@ def _load(
             "with inference/merge_lora.py",
         )
     check_finite(model, source)
-    return model
+    return model, new
 
 
 @functools.cache
@@ -272,7 +333,8 @@ def _fit(model: PreTrainedModel, codec: Codec, gradient_checkpointing: bool) -> 
         model.resize_token_embeddings(vocabulary)
         if codec.end_id >= rows:  # the row of the old end token has learnt where responses end
             start_row(model, codec.end_id, old_end[0] if isinstance(old_end, list) else old_end)
-    model.config.pad_token_id, model.config.eos_token_id = codec.pad_id, codec.end_id
+    if not is_encoder_config(model.config):  # RoBERTa counts positions from its padding token's id
+        model.config.pad_token_id, model.config.eos_token_id = codec.pad_id, codec.end_id
     if model.can_generate():
         ends = list(codec.end_ids)
         # A fresh one: the publisher's sampling settings (penalties, suppressed tokens) would alter rollouts.

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common.errors import InputError
 from common.models.added_token import NewRow, fold_row, train_new_row
+from common.models.heads import head_names
 from common.paths import from_anywhere
 
 ADAPTER = "default"  # peft's name of the only adapter
@@ -25,12 +26,13 @@ LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's linear layer, its weight (in, 
 
 
 def linear_modules(model: nn.Module) -> list[str]:
-    """Names of the linear layers of any architecture, without the output embeddings and the score head."""
+    """Names of the linear layers of any architecture, without the output embeddings and the head that gives scores."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
+    head = tuple(f"{name}." for name in head_names(model))
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, LINEAR) and module is not output and not name.endswith("score")
+        if isinstance(module, LINEAR) and module is not output and not f"{name}.".startswith(head)
     ]
 
 
@@ -44,7 +46,7 @@ def add_lora(
     base_name: str,
     seed: int,
 ) -> nn.Module:
-    """Freeze `model` and add trainable adapters; a `score` head and the row of a new end token stay trainable.
+    """Freeze `model` and add trainable adapters; a score's head and the row of a new end token stay trainable.
 
     Args:
         dim: rank r.
@@ -81,9 +83,9 @@ def add_lora(
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     if alpha is None:
         _init_as_deepspeed_chat(model)
-    if hasattr(model, "score"):
-        model.score.requires_grad_(True)
-        config.modules_to_save = ["score"]
+    for name in head_names(model):
+        model.get_submodule(name).requires_grad_(True)
+    config.modules_to_save = head_names(model) or None
     train_new_row(model)
     cast(Any, model).lora_config = config  # for `has_lora` and `save_adapter`; nn.Module declares no such attribute
     return model
@@ -204,10 +206,11 @@ def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], directory: Pa
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
+    head = tuple(f"{name}." for name in head_names(model))
     weights = {
         f"base_model.model.{key.replace(f'.{ADAPTER}.', '.')}": value.contiguous()
         for key, value in state.items()
-        if (".lora_" in key and not key.endswith(".lora_new_row")) or key.startswith("score.")
+        if (".lora_" in key and not key.endswith(".lora_new_row")) or key.startswith(head)
     }
     config: dict[str, Any] = cast(Any, model).lora_config.to_dict()
     # peft saves a trained row in full, and once for tied embeddings.

@@ -1,19 +1,20 @@
-"""Defines ScalarModel, which gives one number per position, for the reward model and the critic.
+"""Defines the models that score: a decoder with one number per position, an encoder with one number per sequence.
 
-Pooling happens outside the model, from lengths: see `score_at_last_token`. What is saved is the inner transformers
-sequence-classification model.
+`sequence_scores` reads the scores of either kind. What is saved is the inner transformers sequence-classification
+model, which gives the same scores.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
 
 from common.models.calibration import RAW
+from common.models.heads import head_names, is_encoder_config
 
 
 class Scale(Protocol):
@@ -34,8 +35,18 @@ def _scores(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
-class ScalarModel(nn.Module):
-    """Backbone and score head of a sequence-classification model with one label, read at every position.
+class ScoringModel(nn.Module):
+    """A sequence-classification model with one label: a `ScalarModel` or an `EncoderModel`.
+
+    Attributes:
+        classifier: a transformers *ForSequenceClassification model whose head computes in fp32.
+    """
+
+    classifier: Any
+
+
+class ScalarModel(ScoringModel):
+    """Backbone and score head of a decoder, read at every position. Pooling happens outside, from lengths.
 
     Args:
         classifier: a transformers *ForSequenceClassification model with a linear `score`.
@@ -48,7 +59,7 @@ class ScalarModel(nn.Module):
     def __init__(self, classifier: Any, calibration: Scale = RAW):
         super().__init__()
         classifier.score.__class__ = ScoreHead  # same parameters and names, another forward
-        self.classifier: Any = classifier
+        self.classifier = classifier
         self.calibration = calibration
 
     def keep_reward_head(self) -> None:
@@ -85,6 +96,54 @@ class ScalarModel(nn.Module):
         return self.calibration.normalise(self.classifier.score(hidden).squeeze(-1))
 
 
+class EncoderModel(ScoringModel):
+    """An encoder such as DeBERTa, RoBERTa or BERT, which scores a whole sequence by a pooler and a head of its own.
+
+    Args:
+        classifier: a transformers *ForSequenceClassification model for which `is_encoder_config` holds.
+    """
+
+    def __init__(self, classifier: Any):
+        super().__init__()
+        for layer in _linear_layers_beside(classifier):
+            layer.__class__ = ScoreHead  # same parameters and names, another forward
+        self.classifier = classifier
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores of sequences.
+
+        Args:
+            input_ids: (B, L), the start token at position 0, right-padded.
+            attention_mask: (B, L), 1 on real tokens: every token attends to all others. None: there is no padding.
+
+        Returns:
+            (B,) fp32.
+        """
+        return self.classifier(input_ids=input_ids, attention_mask=attention_mask).logits.float().squeeze(-1)
+
+
+def scoring_model(classifier: Any, calibration: Scale = RAW) -> ScoringModel:
+    """The model around a transformers *ForSequenceClassification model; only a `ScalarModel` has a calibration."""
+    return EncoderModel(classifier) if is_encoder_config(classifier.config) else ScalarModel(classifier, calibration)
+
+
+def sequence_scores(engine: Callable[..., Any], input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Score whole sequences.
+
+    Args:
+        engine: a `ScoringModel`, or a DeepSpeed engine around one.
+        input_ids: (B, L), right-padded.
+        lengths: (B,) real tokens per row, at least 1.
+
+    Returns:
+        (B,) fp32: of an encoder its scores, of a decoder the numbers at the last real tokens.
+    """
+    if not isinstance(getattr(engine, "module", engine), EncoderModel):
+        return score_at_last_token(engine(input_ids=input_ids), lengths)
+    position = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return engine(input_ids=input_ids, attention_mask=(position < lengths.unsqueeze(1)).long())
+
+
 def score_at_last_token(numbers: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Pool per-position numbers to one score per sequence.
 
@@ -98,23 +157,12 @@ def score_at_last_token(numbers: torch.Tensor, lengths: torch.Tensor) -> torch.T
     return numbers.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
 
 
-def is_scalar_config(config: PreTrainedConfig) -> bool:
-    """Whether the configuration is that of a saved sequence-classification model, which has a trained head."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-
-
-def init_score_head(model: ScalarModel, seed: int) -> None:
-    """Initialise the head from a normal distribution with standard deviation 1 / sqrt(d + 1), d the hidden size.
-
-    Source: Stiennon et al. 2020, arXiv:2009.01325. The weights are the same on every rank and at every ZeRO stage.
-    """
-    import deepspeed
-
-    head = model.classifier.score
-    generator = torch.Generator().manual_seed(seed)
-    with deepspeed.zero.GatheredParameters(list(head.parameters()), modifier_rank=0):
-        with torch.no_grad():
-            deviation = (head.in_features + 1) ** -0.5
-            head.weight.copy_(torch.randn(1, head.in_features, generator=generator) * deviation)
-            if head.bias is not None:
-                head.bias.zero_()
+def _linear_layers_beside(classifier: Any) -> list[nn.Linear]:
+    """The linear layers of the head that are no part of the backbone."""
+    return [
+        layer
+        for name in head_names(classifier)
+        if not name.startswith(f"{classifier.base_model_prefix}.")
+        for layer in classifier.get_submodule(name).modules()
+        if isinstance(layer, nn.Linear)
+    ]

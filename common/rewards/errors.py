@@ -33,4 +33,4 @@ class Failure:
             row: where the prompt stands in the data, as file:line; '' if that is not known.
         """
         of_row = f" to the prompt in {row}" if row else ""
-        return f"--reward {name}, on response {number}{of_row}: {self.why}"
+        return f"{name}, on response {number}{of_row}: {self.why}"

@@ -9,14 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing import Pipe
-from pathlib import Path
 from typing import Any
 
+from common.paths import ROOT
 from common.rewards.answers import WrongAnswer
 from common.rewards.batch import RewardBatch, Scores, merged
 from common.rewards.function import Function, score_singly_if_wrong
 
-_ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 60.0  # that a process may take to start and to import the function, beside the limit of a call
 
 
@@ -82,7 +81,7 @@ class _Worker:
         self.connection, theirs = Pipe()
         with theirs:
             arguments = [str(theirs.fileno()), str(os.getpid()), name]
-            paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "common.rewards.worker", *arguments],
                 pass_fds=(theirs.fileno(),),

@@ -14,8 +14,9 @@ from common.artifacts.provenance import read_provenance
 from common.data.keeping import prompt_of
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import ModelError
-from common.models.loading import load_classifier, max_positions
-from common.models.scalar import ScalarModel, score_at_last_token
+from common.models.heads import is_encoder_config
+from common.models.loading import load_classifier, load_config, max_positions
+from common.models.scalar import EncoderModel, scoring_model, sequence_scores
 from common.rewards.batch import Messages, RewardBatch, Scores
 from common.runtime.distributed import say
 
@@ -54,7 +55,9 @@ class TextRewardModel:
         self.max_tokens = _max_tokens(classifier, self.encoding.tokenizer)
         # A head called `score` is that of a decoder, which is read at the last token; other models pool by themselves.
         self._decoder = isinstance(getattr(classifier, "score", None), nn.Linear)
-        model: nn.Module = ScalarModel(classifier) if self._decoder else classifier
+        model: nn.Module = classifier
+        if self._decoder or is_encoder_config(classifier.config):
+            model = scoring_model(classifier)  # its head computes in fp32
         self.model = model.eval().requires_grad_(False).to("cpu" if offload else device)
         if self.max_tokens is not None:
             say(
@@ -102,9 +105,9 @@ class TextRewardModel:
             if name in padding
         }
         if self._decoder:
-            numbers = self.model(inputs["input_ids"], inputs["attention_mask"])
-            return score_at_last_token(numbers, torch.tensor(lengths, device=self.device))
-        return self.model(**inputs).logits[:, 0].float()
+            return sequence_scores(self.model, inputs["input_ids"], torch.tensor(lengths, device=self.device))
+        classifier = self.model.classifier if isinstance(self.model, EncoderModel) else self.model
+        return classifier(**inputs).logits[:, 0].float()
 
 
 class DialogueEncoding:
@@ -138,23 +141,30 @@ def dialogue_encoding(source: str, trust_remote_code: bool = False) -> DialogueE
     Raises:
         UserError: its tokenizer cannot be used.
     """
+    closed = is_encoder_config(load_config(source, trust_remote_code))
     provenance = read_provenance(source)
     if provenance is not None:
         codec = trained_codec(provenance, source, trust_remote_code=trust_remote_code)
-        return DialogueEncoding(codec.tokenizer, _by_codec(codec))
+        return DialogueEncoding(codec.tokenizer, _by_codec(codec, closed))
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template:
         codec = make_codec(tokenizer, "chat", further_ends=published_ends(source))
-        return DialogueEncoding(codec.tokenizer, _by_codec(codec))
+        return DialogueEncoding(codec.tokenizer, _by_codec(codec, closed))
     if tokenizer.pad_token_id is None:
         raise ModelError(source, "its tokenizer has no padding token")
     return DialogueEncoding(tokenizer, _as_pair(tokenizer))
 
 
-def _by_codec(codec: Codec) -> Callable[..., dict[str, list[int]]]:
+def _by_codec(codec: Codec, closed: bool) -> Callable[..., dict[str, list[int]]]:
+    """The ids that a model was trained on.
+
+    Args:
+        closed: whether the end token closes unfinished responses too, as an encoder's separator does.
+    """
+
     def encode(messages: Messages, response: str, finished: bool, max_tokens: int | None) -> dict[str, list[int]]:
-        end = codec.encode_response(response)
-        response_ids = end if finished else end[:-1]
+        ended = codec.encode_response(response)
+        response_ids = ended if finished or closed else ended[:-1]
         prompt = prompt_of(messages)
         if max_tokens is not None and len(response_ids) > max_tokens - codec.shortest_prompt:
             response_ids = response_ids[len(response_ids) - (max_tokens - codec.shortest_prompt) :]
@@ -190,9 +200,5 @@ def plain_dialogue(messages: Messages) -> str:
 def _max_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Tokens that a model can read at once; None if there is no limit."""
     positions = max_positions(model.config)
-    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    if positions is not None and padding is not None:
-        positions -= padding + 1  # RoBERTa counts positions from behind that of the padding
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit is not None and limit < _NO_LIMIT]
     return min(limits) if limits else None

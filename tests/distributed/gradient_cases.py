@@ -22,12 +22,14 @@ from common.batching.sampler import StepSampler
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models import logprobs
 from common.models.calibration import RAW
-from common.models.loading import load_causal_lm, load_scalar_model
+from common.models.loading import load_causal_lm, load_scoring_model
 from common.models.lora import add_lora
 from common.runtime.distributed import is_main, rank, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, training_engine
 from common.training.optim import BETAS
+from step2_reward.config import RewardConfig
+from step2_reward.task import RewardTask
 from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience
@@ -37,9 +39,9 @@ from step3_ppo.reward import TokenRewardModel
 from step3_ppo.schedule import text_batches
 from step3_ppo.scoring import ModelOutputs
 from step3_ppo.trainer import PPOTrainer
-from tests.architectures import build_model
+from tests.architectures import build_encoder, build_model
 from tests.distributed.variants import DEEPSPEED, LOSSES_IN, TRUNCATED, VARIANTS, VARIANTS_AT_LENGTH, Tokens
-from tests.supervised import reward_trainer, sft_trainer
+from tests.supervised import reward_trainer, sft_trainer, trainer_of
 
 WHOLE = logprobs.CHUNK_NUMBERS
 ROWS = 8  # of one optimizer step, over all ranks and micro-batches
@@ -50,17 +52,21 @@ def main() -> None:
     cache_dir, output_dir = (Path(word) for word in sys.argv[1:] if not word.startswith("--"))
     model_dir = output_dir / f"model-{world_size()}-{rank()}"
     build_model("opt", model_dir, cache_dir)
+    encoder_dir = build_encoder("deberta-v3", output_dir / f"encoder-{world_size()}-{rank()}")
     start(120, seed=0)
-    codec = make_codec(load_tokenizer(str(model_dir)), "human_assistant")
+    codec, encoder_codec = (
+        make_codec(load_tokenizer(str(directory)), "human_assistant") for directory in (model_dir, encoder_dir)
+    )
     variants = VARIANTS | VARIANTS_AT_LENGTH if "--long" in sys.argv else VARIANTS
     for name, variant in variants.items():
         # The others are compared with these two: what one chunk of the output head says, many must say.
         logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
-        steps = [sft_step, reward_step, ppo_step]
+        steps = [sft_step, reward_step, encoder_step, ppo_step]
         steps += [gspo_step, cispo_step] if name in LOSSES_IN else []
         steps += [truncated_ppo_step] if name in TRUNCATED else []
         for step in steps:
-            engines = step(str(model_dir), codec, *variant)
+            model = (str(encoder_dir), encoder_codec) if step is encoder_step else (str(model_dir), codec)
+            engines = step(*model, *variant)
             gradients = {
                 f"{number}.{parameter}": gradient
                 for number, engine in enumerate(engines)
@@ -127,6 +133,17 @@ def reward_step(model: str, codec, stage: int, micro_batch: int, *held: bool) ->
     return [trainer.engine]
 
 
+def encoder_step(model: str, codec, *variant) -> list:
+    """A step of an encoder as the reward model, each pair with a margin of its own."""
+    pairs = rows(["prompt_ids", "chosen_ids", "rejected_ids"])
+    pairs = pairs.add_column("margin", [0.25 * row for row in range(ROWS)])
+    config = RewardConfig(margin_column="margin", centring_coef=0.1)
+    stage, micro_batch, *held = variant
+    trainer = trainer_of(RewardTask(config), critic(model, codec, stage, *held), pairs, codec.pad_id)
+    trainer.train_step(one_step([2 * length for length in trainer.train["length"]], micro_batch))
+    return [trainer.engine]
+
+
 def ppo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
     trainer = whole_ppo_trainer(model, codec, stage, micro_batch, *held)
     trainer.update(experience(), 0)
@@ -168,7 +185,7 @@ def whole_ppo_trainer(model: str, codec, stage: int, micro_batch: int, *held: bo
     """With a critic and plain text."""
     config = ppo_config(micro_batch, unsup_coef=0.5, **options)
     texts = text_batches(config, rows(["input_ids"]), codec)
-    return trainer_of(config, actor(model, codec, stage, *held), critic(model, codec, stage, *held), codec, texts)
+    return ppo_trainer(config, actor(model, codec, stage, *held), critic(model, codec, stage, *held), codec, texts)
 
 
 def ppo_config(micro_batch: int, **options) -> PPOConfig:
@@ -185,12 +202,12 @@ def ppo_config(micro_batch: int, **options) -> PPOConfig:
 
 def updated_without_critic(config: PPOConfig, actor_, codec) -> list:
     """The actor's engine after one update from an experience without values."""
-    trainer = trainer_of(config, actor_, None, codec, None)
+    trainer = ppo_trainer(config, actor_, None, codec, None)
     trainer.update(replace(experience(), values=None, returns=None), 0)
     return [actor_]
 
 
-def trainer_of(config: PPOConfig, actor_, critic_, codec, texts) -> PPOTrainer:
+def ppo_trainer(config: PPOConfig, actor_, critic_, codec, texts) -> PPOTrainer:
     models = PPOModels(actor_, critic_, None, None, None, temperature=0.9)
     reward = TokenRewardModel(models, config)
     return PPOTrainer(models, reward, config, codec, None, texts, ScoreScale(RAW))
@@ -211,7 +228,7 @@ def actor(model: str, codec, stage: int, checkpointing: bool, lora: bool, offloa
 
 def critic(model: str, codec, stage: int, checkpointing: bool, lora: bool, offload: bool):
     engine_settings, optimizer = settings(stage, offload)
-    network = load_scalar_model(
+    network = load_scoring_model(
         model,
         codec,
         dtype=torch.float32,

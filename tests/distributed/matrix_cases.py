@@ -1,6 +1,7 @@
-"""All three steps on preference data, for each combination of the matrix, in one process per rank.
+"""All three steps on preference data, for each combination of the matrix, in one process per rank; step 2 also with
+an encoder.
 
-Run under the launcher: matrix_cases.py [--long|--sharded] DATA TEXTS MODEL OUTPUT_DIR
+Run under the launcher: matrix_cases.py [--long|--sharded] DATA TEXTS MODEL ENCODER OUTPUT_DIR
 """
 
 from __future__ import annotations
@@ -20,20 +21,51 @@ from tests.distributed.variants import DEEPSPEED
 
 
 def main() -> None:
-    data, texts, model, output = [word for word in sys.argv[1:] if not word.startswith("--")]
+    data, texts, model, encoder, output = [word for word in sys.argv[1:] if not word.startswith("--")]
     combinations = SHARDED if "--sharded" in sys.argv else SHORT + LONG if "--long" in sys.argv else SHORT
     for combination in combinations:
-        run(combination, data, texts, model, Path(output) / str(world_size()) / combination.name)
+        run(combination, data, texts, model, encoder, Path(output) / str(world_size()) / combination.name)
+    if world_size() == 1 and "--sharded" not in sys.argv:
+        learn_the_builtin_task(encoder, Path(output) / "learnt")
 
 
-def run(combination: Combination, data: str, texts: str, model: str, output: Path) -> None:
-    """Step 1, 2 and 3 in a row, each on what the one before has made."""
+def learn_the_builtin_task(encoder: str, output: Path) -> None:
+    """Step 2 with an encoder, for as long as it takes to tell courteous answers from others."""
+    step2(
+        [
+            "--data_path",
+            "builtin:courtesy",
+            "--data_output_path",
+            str(output / "data"),
+            "--model_name_or_path",
+            encoder,
+            "--output_dir",
+            str(output / "encoder"),
+            "--max_seq_len",
+            "128",
+            "--per_device_train_batch_size",
+            "8",
+            "--learning_rate",
+            "1e-3",
+            "--disable_dropout",
+            "--dtype",
+            "fp32",
+            "--zero_stage",
+            "0",
+            "--no_enable_tensorboard",
+            "--enable_test_mode",
+            "--test_stop_step",
+            "150",
+        ]
+    )
+
+
+def run(combination: Combination, data: str, texts: str, model: str, encoder: str, output: Path) -> None:
+    """Step 1, 2 and 3 in a row, each on what the one before has made, and step 2 with an encoder."""
     rows = ROWS_PER_STEP // world_size()
     common = [
         "--data_path",
         data,
-        "--data_output_path",
-        str(output.parent / "data"),
         "--max_rows",
         "400",
         "--dtype",
@@ -41,10 +73,10 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
         "--no_enable_tensorboard",
         "--data_split",
         "1,1,1",
-        "--add_eot_token",
         "--deepspeed_config",
         DEEPSPEED,
     ]
+    decoder = ["--data_output_path", str(output.parent / "data"), "--add_eot_token"]
     supervised = [
         *common,
         "--zero_stage",
@@ -68,6 +100,7 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
     step1(
         [
             *supervised,
+            *decoder,
             *lora,
             "--model_name_or_path",
             model,
@@ -81,6 +114,7 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
     step2(
         [
             *supervised,
+            *decoder,
             *lora,
             "--model_name_or_path",
             model,
@@ -88,6 +122,21 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
             str(output / "reward"),
             "--test_stop_step",
             "6",
+        ]
+    )
+    step2(
+        [
+            *supervised,
+            *lora,
+            "--data_output_path",
+            str(output.parent / "encoder-data"),
+            "--model_name_or_path",
+            encoder,
+            "--output_dir",
+            str(output / "encoder"),
+            "--test_stop_step",
+            "6",
+            "--gradient_checkpointing",
         ]
     )
     if combination.lora:
@@ -98,6 +147,7 @@ def run(combination: Combination, data: str, texts: str, model: str, output: Pat
     step3(
         [
             *common,
+            *decoder,
             *kind,
             "--actor_model_name_or_path",
             str(output / "sft"),

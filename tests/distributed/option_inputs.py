@@ -135,12 +135,13 @@ def _adapt(model: Path, directory: Path) -> None:
     write_adapter("causal", model, directory)
 
 
-def _pair(number: int) -> dict[str, str]:
+def _pair(number: int) -> dict[str, object]:
     return {
         "prompt": f"What comes after {number}?",
         "question": f"Count on from {number}, please.",
         "chosen": f"It is {number + 1}.",
         "rejected": f"No number follows {number}.",
+        "strength": number % 3,
     }
 
 

@@ -109,6 +109,7 @@ REWARD = {
     **SUPERVISED,
     "pairs_per_prompt": Row("metrics", "1", "--data_path {inputs}/several.jsonl"),
     "margin": Row("metrics", "1"),
+    "margin_column": Row("metrics", "strength"),
     "centring_coef": Row("metrics", "0.1"),
 }
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.architectures import CONFIGS, build_model
+from common.data.builtin import builtin_rows
+from tests.architectures import CONFIGS, build_encoder, build_model
 from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHARDED, SHORT
 from tests.launching import ROOT, at_length, launch, launch_each
 
@@ -26,6 +27,7 @@ COMBINATIONS, FP32 = combinations(("fp32", "bf16")), combinations(("fp32",))
 COMPARED = [
     ("sft", "loss", {"rel": 1e-3}),
     ("reward", "loss", {"rel": 1e-3}),
+    ("encoder", "loss", {"rel": 1e-3}),
     ("ppo", "shaped_score", {"rel": 1e-4}),
     ("ppo", "kl", {"abs": 1e-5}),
     ("ppo", "value_loss", {"rel": 1e-4}),
@@ -49,7 +51,12 @@ def inputs(output: Path, architecture: str, builtin_cache, hh_data) -> list[str]
     texts.write_text(
         "".join(json.dumps({"text": f"The number {n} comes before the number {n + 1}."}) + "\n" for n in range(60))
     )
-    return [str(hh_data), str(texts), str(model), str(output)]
+    answers = ("chosen", "rejected")
+    corpus = [
+        f"Human: {row['prompt']} Assistant: {row[answer]}" for row in builtin_rows("courtesy") for answer in answers
+    ]
+    encoder = build_encoder("deberta-v3", output / "encoder", corpus=corpus)
+    return [str(hh_data), str(texts), str(model), str(encoder), str(output)]
 
 
 def logged(directory: Path, phase: str) -> list[dict]:
@@ -92,13 +99,15 @@ def held_out_loss(results: Path, ranks: int, model) -> float:
 
 @COMBINATIONS
 @RANKS
-def test_step_2_saves_a_model_that_scores_as_measured(results, combination, ranks):
-    directory = results / str(ranks) / combination.name / "reward"
+@pytest.mark.parametrize("model", ("reward", "encoder"))
+def test_step_2_saves_a_model_that_scores_as_measured(results, combination, ranks, model):
+    directory = results / str(ranks) / combination.name / model
     last = logged(directory, "eval")[-1]
     losses = [record["loss"] for record in logged(directory, "train")]
     assert len(losses) >= 4 and all(map(math.isfinite, losses))
-    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
-    chosen, rejected = held_out_scores(results, ranks, model)
+    data = results / str(ranks) / {"reward": "data", "encoder": "encoder-data"}[model]
+    plain = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
+    chosen, rejected = held_out_scores(data, plain)
     tolerance = 1e-4 if combination.dtype == "fp32" else 0.1
     assert chosen.mean().item() == pytest.approx(last["chosen_score"], abs=tolerance)
     assert rejected.mean().item() == pytest.approx(last["rejected_score"], abs=tolerance)
@@ -109,10 +118,10 @@ def test_step_2_saves_a_model_that_scores_as_measured(results, combination, rank
 
 
 @torch.no_grad()
-def held_out_scores(results: Path, ranks: int, model) -> tuple[torch.Tensor, torch.Tensor]:
+def held_out_scores(data: Path, model) -> tuple[torch.Tensor, torch.Tensor]:
     from datasets import Dataset
 
-    (prepared,) = (results / str(ranks) / "data").glob("comparison-*/eval.arrow")
+    (prepared,) = data.glob("comparison-*/eval.arrow")
     scores = [
         [
             float(model(input_ids=torch.tensor([row["prompt_ids"] + row[side]])).logits)
@@ -121,6 +130,12 @@ def held_out_scores(results: Path, ranks: int, model) -> tuple[torch.Tensor, tor
         for side in ("chosen_ids", "rejected_ids")
     ]
     return torch.tensor(scores[0]), torch.tensor(scores[1])
+
+
+def test_an_encoder_learns_the_builtin_task(results):
+    """Which of two right answers is courteous, in few steps; which answer is right would take longer."""
+    first, *_, last = logged(results / "learnt" / "encoder", "eval")
+    assert abs(first["accuracy"] - 0.5) < 0.05 and last["accuracy"] > first["accuracy"] + 0.05
 
 
 @COMBINATIONS
@@ -183,5 +198,5 @@ def test_every_architecture_goes_through_the_three_steps(architecture, tmp_path,
     launch(PROGRAM, "--sharded", *inputs(tmp_path, architecture, builtin_cache, hh_data), ranks=2)
     for combination in SHARDED:
         test_step_1_learns_and_saves_what_it_measured(tmp_path, combination, 2)
-        test_step_2_saves_a_model_that_scores_as_measured(tmp_path, combination, 2)
+        test_step_2_saves_a_model_that_scores_as_measured(tmp_path, combination, 2, "reward")
         test_step_3_starts_at_the_reference_and_moves(tmp_path, combination, 2)

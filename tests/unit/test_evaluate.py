@@ -6,17 +6,20 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from common.artifacts.export import write_model
 from common.config.parser import parse
 from common.data.builtin import builtin_rows
 from common.data.records import Message, Prompt
 from common.data.split import assignment
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
+from common.models.loading import load_scoring_model
 from inference.decoding import Response
 from inference.evaluate import EvaluateConfig, Evaluation, compare, find_prompts, main
 from inference.loading import load_reward_model
 from inference.options import LoadOptions
 from inference.scoring import score_responses
+from tests.architectures import build_encoder
 from tests.chat_model import provenance_of
 
 
@@ -126,6 +129,25 @@ def test_all_prompts_of_a_file_can_be_asked(chat_model, reward_model, tmp_path):
     result = json.loads(output.read_text())
     assert [row["prompt"] for row in result["answers"]] == [f"How much is {i}?" for i in (1, 2, 3)]
     assert "win_rate" not in result and "true_reward" not in result["models"][0]
+
+
+def test_an_encoder_judges_and_is_not_judged(chat_model, tmp_path):
+    base = build_encoder("roberta", tmp_path / "base")
+    codec = make_codec(load_tokenizer(str(base)), "question_answer")
+    judge = load_scoring_model(str(base), codec, dtype=torch.float32)
+    write_model(judge, dict(judge.state_dict()), codec, tmp_path / "judge")
+    provenance_of(codec, "reward").write(tmp_path / "judge")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "How much is 1?"}\n{"prompt": "Why?"}\n')
+    flags = [*("--data_path", str(tmp_path / "prompts.jsonl"), "--which_prompts", "all", "--max_new_tokens", "8")]
+    flags += ["--output_file", str(tmp_path / "evaluation.json"), "--reward_model_path", str(tmp_path / "judge")]
+    main(["--path", str(chat_model), *flags])
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval()
+    for row in json.loads((tmp_path / "evaluation.json").read_text())["answers"]:
+        ids = codec.encode_prompt(question(row["prompt"])) + codec.encode_response(row["responses"][0])
+        with torch.no_grad():
+            assert row["scores"] == [pytest.approx(float(plain(torch.tensor([ids])).logits), abs=1e-5)]
+    with pytest.raises(UserError, match=f"--path {base}: it is an encoder"):
+        main(["--path", str(base), *flags])
 
 
 def test_a_huge_data_set_need_not_be_read_whole(chat_model, tmp_path, capsys):

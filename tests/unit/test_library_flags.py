@@ -15,6 +15,9 @@ EXCEPTIONS = {
     "common/data/hints.py": "notes about rows are printed, and kept with prepared data, where rows are counted",
     "common/runtime/heartbeat.py Peers.hanging_ranks": "the process ends with this line: no program adds to it",
     "common/artifacts/split_rule.py _Use.__str__": "quotes the options of an earlier step as they were given",
+    "common/rewards/pool.py _Worker.receive": "the cure is another option than the one that named the reward",
+    "common/rewards/service.py ServiceReward._posted": "the same",
+    "common/rewards/spec.py _checked": "the same",
     "step3_ppo/generation/actor_rollouts.py ActorRollouts._why_plain": "a note, printed where it is decided",
 }
 Named = ast.FunctionDef | ast.ClassDef

@@ -158,7 +158,7 @@ def test_one_response_that_fails_is_named_and_the_others_have_their_scores(funct
         assert failure.response == 2 and said in failure.why
         assert scores.numbers == [2.0, 2.0, 0.0, 2.0]
         assert failure.line("my.py:f", 3, batch.rows[2]).startswith(
-            "--reward my.py:f, on response 3 to the prompt in data.jsonl:3: it "
+            "my.py:f, on response 3 to the prompt in data.jsonl:3: it "
         )
         with pytest.raises(RewardError) as error:
             try_reward("my.py:f", reward, batch)
