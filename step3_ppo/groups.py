@@ -47,29 +47,35 @@ class Responses:
 
 
 def in_equal_group(rollout: Rollout, scores: Tensor) -> Tensor:
-    """(B,) bool: whether all responses to the same prompt have the same score, or are the same response.
+    """(B,) bool: whether all responses to the same prompt have the same scores, or are the same response.
 
     Args:
-        scores: (B,) raw.
+        scores: (B,) raw, or (B, K) of K rewards, each of which must be equal: a sum of raw scores may be equal where
+            that of the normalised ones is not.
     """
     _, group = rollout.prompt_index.unique(return_inverse=True)
-    scores = scores[first_of_its_kind(rollout)]
-    extremes = scores.new_zeros(len(scores))
-    highest = extremes.scatter_reduce(0, group, scores, "amax", include_self=False)[group]
-    lowest = extremes.scatter_reduce(0, group, scores, "amin", include_self=False)[group]
-    return highest - lowest <= TOLERANCE * torch.maximum(highest.abs(), lowest.abs()).clamp_min(1)
+    scores = scores.view(len(scores), -1)[first_of_its_kind(rollout)]
+    columns = group[:, None].expand(scores.shape)
+    extremes = torch.zeros_like(scores)
+    highest = extremes.scatter_reduce(0, columns, scores, "amax", include_self=False)[group]
+    lowest = extremes.scatter_reduce(0, columns, scores, "amin", include_self=False)[group]
+    return (highest - lowest <= TOLERANCE * torch.maximum(highest.abs(), lowest.abs()).clamp_min(1)).all(1)
 
 
 def first_of_its_kind(rollout: Rollout) -> Tensor:
-    """(B,) long: for each row the first row with the same tokens. A reward model's scores of such rows are the same but
-    for rounding, which differs from batch to batch and is coarse in bf16."""
-    _, kind = rollout.tokens.masked_fill(rollout.attention_mask == 0, -1).unique(dim=0, return_inverse=True)
+    """(B,) long: for each row the first row of the same prompt with the same tokens. A reward model's scores of such
+    rows are the same but for rounding, which differs from batch to batch and is coarse in bf16.
+
+    Two prompts may have the same text, where their rows have other columns by which a reward judges.
+    """
+    tokens = rollout.tokens.masked_fill(rollout.attention_mask == 0, -1)
+    _, kind = torch.cat([rollout.prompt_index[:, None], tokens], 1).unique(dim=0, return_inverse=True)
     rows = torch.arange(len(kind))
     return torch.full_like(kind, len(kind)).scatter_reduce(0, kind, rows, "amin")[kind]
 
 
 def equal_fraction(rollout: Rollout, scores: Tensor) -> float:
-    """The share of prompts to which all responses have the same score."""
+    """The share of prompts to which all responses have the same scores, (B,) or (B, K) as of `in_equal_group`."""
     groups = rollout.prompt_index
     return len(groups[in_equal_group(rollout, scores)].unique()) / len(groups.unique())
 
@@ -114,7 +120,7 @@ def refilled(
 def unequal_rows(responses: Responses, groups: int) -> Tensor:
     """(N,) long: the rows of the first so many groups whose scores are not all equal."""
     prompt_index = responses.rollout.prompt_index
-    rows = (~in_equal_group(responses.rollout, responses.outputs.scores)).nonzero().squeeze(1)
+    rows = (~in_equal_group(responses.rollout, responses.outputs.scores_to_compare())).nonzero().squeeze(1)
     first = list(dict.fromkeys(prompt_index[rows].tolist()))[:groups]
     return rows[torch.isin(prompt_index[rows], torch.tensor(first, dtype=torch.long))]
 

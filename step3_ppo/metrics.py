@@ -33,7 +33,7 @@ def rollout_metrics(rollout: Rollout, shaped: ShapedScores, outputs: ModelOutput
         "response_length": float(rollout.response_lengths.float().mean()),
         "eos_fraction": scores["finished"],
         **({} if kl is None else {"kl": float(kl.mean())}),
-        **({"equal_groups": equal_fraction(rollout, outputs.scores)} if several else {}),
+        **({"equal_groups": equal_fraction(rollout, outputs.scores_to_compare())} if several else {}),
         **({"overlong_penalty": scores["overlong_penalty"]} if "overlong_penalty" in scores else {}),
         **(reward_metrics(outputs.by_reward, shaped) if outputs.by_reward is not None else {}),
     }

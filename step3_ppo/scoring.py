@@ -42,6 +42,13 @@ class ModelOutputs:
         log_ratio = self.log_ratio()
         return None if log_ratio is None else log_ratio.sum(1)
 
+    def scores_to_compare(self) -> Tensor:
+        """What two responses to a prompt differ in: (B,) raw scores or, of --reward, (B, 2 K): those of each, and
+        whether it failed."""
+        if self.by_reward is None:
+            return self.scores
+        return torch.cat([self.by_reward.raw, self.by_reward.failed.float()], 1)
+
     def select(self, rows: Rows, width: int) -> ModelOutputs:
         """These rows (N,) long, in this order, for responses of at most `width` tokens."""
         rows = torch.as_tensor(rows, dtype=torch.long)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from step3_ppo.combined import RewardScores
 from step3_ppo.config import PPOConfig
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.groups import (
@@ -61,6 +62,24 @@ def test_the_same_response_has_the_same_score_whatever_rounding_says_and_whateve
     lengths = torch.tensor([2, 2, 2, 3])
     rollout = replace(whole, tokens=tokens, response_lengths=lengths)
     assert in_equal_group(rollout, torch.tensor([0.5, 0.51, 0.5, 0.51])).tolist() == [True, True, False, False]
+
+
+def test_the_same_response_to_another_row_has_a_score_of_its_own():
+    """Rows with the same prompt and other columns stay apart, and a function may judge them otherwise."""
+    whole = distinct(torch.tensor([0, 0, 1, 1]))
+    rollout = replace(whole, tokens=torch.tensor([[4, 1], [4, 2], [4, 1], [4, 2]]))
+    assert in_equal_group(rollout, torch.tensor([0.0, 0.0, 0.0, 1.0])).tolist() == [True, True, False, False]
+
+
+def test_a_group_of_several_rewards_is_equal_only_if_each_of_them_is():
+    """Normalised by itself each reward weighs otherwise than raw, so the order of the responses may show again."""
+    rollout = distinct(torch.tensor([0, 0, 1, 1, 2, 2]))
+    raw = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 3.0], [1.0, 3.0], [0.0, 1.0], [0.0, 1.0]])
+    failed = torch.tensor([[False, False]] * 5 + [[True, False]])
+    by_reward = RewardScores(("a", "b"), torch.ones(2), raw, failed, {})
+    outputs = ModelOutputs(*torch.zeros(3, 6, 1), None, by_reward.total, by_reward)
+    equal = in_equal_group(rollout, outputs.scores_to_compare())
+    assert equal.tolist() == [False, False, True, True, False, False]
 
 
 def distinct(groups: torch.Tensor) -> Rollout:
