@@ -281,6 +281,8 @@ class PPOConfig(
         of_critic = [] if estimator.needs_critic else list(_OF_A_CRITIC)
         with_models = self.reads_reward_model or any(spec.kind == "model" for spec in self.reward_specs())
         of_critic += [] if with_models else ["critic_zero_stage"]
+        if not self.reads_reward_model and self.critic_model_name_or_path != _REWARD_MODEL:
+            of_critic.append("critic_model_name_or_path")
         of_others = [name for other in ESTIMATORS.values() for name in other.options if name not in estimator.options]
         return {
             f"--advantage {self.advantage}": [*of_critic, *of_others],

@@ -161,6 +161,8 @@ def build_models(
     say_shortened_warmup(config, optimizer_steps - of_critic_alone)
     _say_what_is_shared(config)
 
+    critic_option, critic_name = _named_start(config, actor_source, critic_source)
+
     def settings_of(stage: int, offload: bool) -> EngineSettings:
         return _settings(config, stage, offload)
 
@@ -171,7 +173,7 @@ def build_models(
 
     def load_critic(settings: EngineSettings, trainable: bool, calibration: Scale) -> ScalarModel:
         source = str(critic_source)
-        with named_by("--critic_model_name_or_path", {source: config.critic_model_name_or_path or source}):
+        with named_by(critic_option, {source: critic_name}):
             loading = _loading(config, config.critic, settings, trainable)
             return load_scalar_model(source, codec, calibration=calibration, seed=config.seed, **loading)
 
@@ -192,8 +194,7 @@ def build_models(
         if config.critic.lora_dim:
             critic.keep_reward_head()
             with named_by("--critic_lora_module_name"), named_by("--add_eot_token", kind=AddedTokenError):
-                named = config.critic_model_name_or_path
-                base = str(critic_source) if config.merge_adapter or named is None else named
+                base = str(critic_source) if config.merge_adapter else critic_name
                 _add_adapters(critic.classifier, config.critic, base, config.seed)
     actor_engine = trained(actor, config.actor, actor_settings, optimizer_steps - of_critic_alone)
     critic_engine = None if critic is None else trained(critic, config.critic, critic_settings, optimizer_steps)
@@ -260,6 +261,15 @@ def _add_adapters(model: nn.Module, options: TrainedModelOptions, base_name: str
         base_name=base_name,
         seed=seed,
     )
+
+
+def _named_start(config: PPOConfig, actor_source: str, critic_source: str | None) -> tuple[str, str]:
+    """The option that names what the critic starts from, as messages have it, and the name there."""
+    if config.critic_model_name_or_path is not None:
+        return "--critic_model_name_or_path", config.critic_model_name_or_path
+    if critic_source == actor_source:
+        return "the critic's start, --actor_model_name_or_path", config.actor_model_name_or_path
+    return "the critic's start, --reward", str(critic_source)
 
 
 def _say_what_is_shared(config: PPOConfig) -> None:

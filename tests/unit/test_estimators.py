@@ -94,6 +94,16 @@ def test_options_that_an_estimator_does_not_use_are_noted_so_that_a_recipe_serve
     assert not capsys.readouterr().out
 
 
+def test_a_start_of_the_critic_is_noted_where_there_is_no_critic_and_no_reward_model(capsys):
+    of_functions = ["--actor_model_name_or_path", "./actor", "--reward", "rewards.py:one"]
+    warn(parse(PPOConfig, [*of_functions, *RLOO]))
+    warn(parse(config_class(own_reward=True), [*of_functions[:2], *RLOO]))
+    assert not capsys.readouterr().out
+    warn(parse(PPOConfig, [*of_functions, *MODELS[2:], *RLOO]))
+    noted = "note: --advantage rloo does not use --critic_model_name_or_path: without effect\n"
+    assert capsys.readouterr().out == noted
+
+
 def test_options_that_a_loss_or_no_reference_leaves_without_effect_are_noted(capsys):
     config = parse(PPOConfig, [*MODELS, "--policy_loss", "cispo", "--dual_clip", "3", "--kl_placement", "none"])
     warn(replace(config, kl_controller="adaptive", max_kl=3.0, offload_reference_model=True))

@@ -1,12 +1,15 @@
 """What the models of step 3 are at its start: the critic the normalised reward model, all of them without dropout, and
 log-probs at the temperature of sampling."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
-from common.models.calibration import Calibration
+from common.errors import ModelError, UserError
+from common.models.calibration import RAW, Calibration
 from common.models.loading import load_causal_lm, load_scalar_model
 from step3_ppo import models as ppo_models
 from step3_ppo.config import PPOConfig
@@ -67,6 +70,27 @@ def test_an_adapter_names_its_base_as_the_user_did_unless_that_was_merged(direct
     adapted = models.actor.module, models.critic.module.classifier
     found = [model.lora_config.base_model_name_or_path for model in adapted]
     assert found == ([actor, reward] if merge_adapter else ["builtin:actor", "builtin:reward"])
+    from_actor = replace(config, critic_model_name_or_path=None, reward=("rewards.py:one",))
+    models = build_models(from_actor, codec, actor, actor, RAW, optimizer_steps=10)
+    assert models.critic.module.classifier.lora_config.base_model_name_or_path == found[0]
+
+
+@pytest.mark.parametrize(
+    "source, flag", [("actor", "--actor_model_name_or_path builtin:actor"), ("other", "--reward other")]
+)
+def test_a_critic_that_cannot_start_is_named_by_the_option_that_led_there(directories, monkeypatch, source, flag):
+    actor, _, codec = directories
+
+    def refuse(source, *_, **settings):
+        raise ModelError(source, "it has no score")
+
+    monkeypatch.setattr(ppo_models, "load_scalar_model", refuse)
+    config = PPOConfig(
+        actor_model_name_or_path="builtin:actor", reward=("rewards.py:one",), dtype="fp32", actor_zero_stage=0
+    )
+    with pytest.raises(UserError) as error:
+        build_models(config, codec, actor, actor if source == "actor" else source, Calibration(MEAN, STD), 10)
+    assert str(error.value) == f"the critic's start, {flag}: it has no score"
 
 
 def test_each_engine_has_its_own_epsilon_and_the_actor_a_schedule_after_the_critics_warm_up(directories, monkeypatch):
