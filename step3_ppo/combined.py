@@ -160,10 +160,10 @@ class CombinedReward:
         rows = (inputs.rollout.made_by == rank()).nonzero().squeeze(1).tolist()
         if not rows:
             return rows, {at: Scores([]) for at in others}
-        batch = inputs.select(rows).batch()
+        batch = inputs.batch(rows)
         return rows, {at: reward.score(batch) for at, reward in others.items()}
 
     def _report(self, inputs: RewardInputs, response: int, at: int, why: str) -> None:
-        (row,) = inputs.select([response]).batch().rows
+        (row,) = inputs.batch([response]).rows
         line = "--reward " + Failure(response, why).line(self.parts[at].name, response + 1, row)
         raise Diverged(f"{line}; mend it, or add --reward_errors zero, with which such an answer gets 0")

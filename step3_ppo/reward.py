@@ -86,16 +86,21 @@ class RewardInputs:
         rows = self.dataset.select_columns(KEPT)[self.rollout.prompt_index.tolist()]
         return [json.loads(text) for text in rows[KEPT]]
 
-    def batch(self) -> RewardBatch:
-        """The same for rewards that know nothing of tensors. The prepared data must hold what is kept of its rows."""
+    def batch(self, rows: Sequence[int]) -> RewardBatch:
+        """These responses, in this order, for rewards that know nothing of tensors.
+
+        A column that the row of any response has is there for each, so what a reward gets does not depend on which rank
+        made which response. The prepared data must hold what is kept of its rows.
+        """
+        own, kept = self.select(rows), [self._kept[at] for at in rows]
         return RewardBatch(
-            self.prompts,
-            self.messages,
-            self.responses,
-            self.response_ids,
-            self.rollout.finished.tolist(),
-            columns_in(self._kept),
-            [row["row"] for row in self._kept],
+            own.prompts,
+            [row["messages"] for row in kept],
+            own.responses,
+            own.response_ids,
+            own.rollout.finished.tolist(),
+            {name: [values[at] for at in rows] for name, values in columns_in(self._kept).items()},
+            [row["row"] for row in kept],
         )
 
     def select(self, rows: Sequence[int]) -> RewardInputs:

@@ -36,22 +36,15 @@ class Inputs:
     """B responses of rank 0, with nothing in them."""
 
     def __init__(self, responses: int):
-        self.rows = list(range(responses))
-
         class rollout:
             tokens = torch.zeros(responses, 3)
             made_by = torch.zeros(responses)
 
         self.rollout = rollout
 
-    def select(self, rows):
-        part = Inputs(len(rows))
-        part.rows = [self.rows[at] for at in rows]
-        return part
-
-    def batch(self):
+    def batch(self, responses):
         class batch:
-            rows = [f"data.jsonl:{row + 1}" for row in self.rows]
+            rows = [f"data.jsonl:{at + 1}" for at in responses]
 
         return batch
 

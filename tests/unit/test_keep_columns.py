@@ -6,6 +6,7 @@ from datetime import date
 
 import pytest
 import torch
+from datasets import Dataset
 
 from common.data.keeping import KEPT, KeptColumns, messages_of, prompt_of
 from common.data.options import naming_flags
@@ -121,21 +122,36 @@ def test_a_dialogue_is_the_same_after_it_was_kept():
     assert prompt_of(json.loads(json.dumps(messages_of(prompt)))) == prompt
 
 
+def test_a_reward_gets_the_same_columns_whatever_responses_its_rank_made(codec):
+    """A parameter with a default is left out only where no response of the iteration has its column."""
+    columns = ({"hint": "short"}, {})
+    kept = [json.dumps({"columns": each, "messages": [], "row": f"a.jsonl:{at}"}) for at, each in enumerate(columns)]
+    dataset = Dataset.from_dict({"prompt_ids": [[5], [6]], "length": [1, 1], KEPT: kept})
+    inputs = RewardInputs(responses_to(torch.tensor([0, 1]), codec), codec, dataset)
+    assert [inputs.batch([at]).columns for at in (0, 1)] == [{"hint": ["short"]}, {"hint": [None]}]
+
+
+def responses_to(prompt_index: torch.Tensor, codec) -> Rollout:
+    """A prompt of two tokens and a response of two for each."""
+    rows = len(prompt_index)
+    return Rollout(
+        torch.tensor([[5, 6, 7, codec.end_id]] * rows),
+        torch.full((rows,), 2),
+        torch.full((rows,), 2),
+        torch.ones(rows, dtype=torch.bool),
+        prompt_index,
+        torch.ones(rows, dtype=torch.bool),
+        torch.zeros(rows, dtype=torch.long),
+    )
+
+
 def test_a_reward_gets_the_columns_of_each_responses_own_row(tmp_path, codec):
     data = prepare(asked(tmp_path, ROWS, KeptColumns(("answer",))), codec)
     dataset, answers = data.train, [row["columns"]["answer"] for row in kept(data)]
-    rollout = Rollout(
-        torch.tensor([[5, 6, 7, codec.end_id]] * 3),
-        torch.full((3,), 2),
-        torch.full((3,), 2),
-        torch.ones(3, dtype=torch.bool),
-        torch.tensor([7, 2, 2]),
-        torch.ones(3, dtype=torch.bool),
-        torch.zeros(3, dtype=torch.long),
-    )
+    rollout = responses_to(torch.tensor([7, 2, 2]), codec)
     inputs = RewardInputs(rollout, codec, dataset)
     assert inputs.columns["answer"] == [answers[7], answers[2], answers[2]]
-    batch = inputs.select([2, 0]).batch()
+    batch = inputs.batch([2, 0])
     assert batch.columns == {"answer": [answers[2], answers[7]]}
     assert batch.messages[1] == [{"role": "user", "content": f"What is {answers[7]}?"}]
     assert batch.rows[0].endswith(f":{int(answers[2]) + 1}") and batch.response_ids == [[7, codec.end_id]] * 2
