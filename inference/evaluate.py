@@ -117,7 +117,8 @@ def open_rewards(config: EvaluateConfig) -> Rewards:
 def _evaluate(config: EvaluateConfig, rewards: Rewards) -> None:
     prompts = find_prompts(config, rewards.kept if config.reward else None)
     rewards.try_on(prompts)
-    rewards.load_models(config, config.batch_size)
+    scored_together = config.reward_batch_size if config.reward else config.batch_size
+    rewards.load_models(config, scored_together)
     with open_output(config.output_file) as write:
         evaluations = []
         for path in config.path:
@@ -125,7 +126,7 @@ def _evaluate(config: EvaluateConfig, rewards: Rewards) -> None:
                 actor = load_actor(path, config)
             torch.manual_seed(config.seed)
             responses = respond(actor, prompts, config, config.batch_size)
-            scores = rewards.scores(prompts, responses, actor.codec, config.batch_size)
+            scores = rewards.scores(prompts, responses, actor.codec, scored_together)
             by_reward = scores if config.reward else {}
             evaluations.append(Evaluation(path, responses, rewards.total(scores), by_reward))
         result = compare(prompts, evaluations, task=config.data_path == (_TASK,))

@@ -218,7 +218,15 @@ def test_rewards_score_each_answer_and_have_a_line_each(chat_model, reward_model
         *("--path", str(chat_model), "--data_path", "rows.jsonl", "--which_prompts", "all", "--max_new_tokens", "4"),
         *("--output_file", "out.json", "--data_output_path", "data", "--reward"),
     ]
-    main([*common, "my.py:level=2", str(reward_model)])
+    passes = []
+
+    def score(loaded, prompts, responses, batch_size):
+        passes.append(batch_size)
+        return score_responses(loaded, prompts, responses, batch_size)
+
+    monkeypatch.setattr("inference.rewards.score_responses", score)
+    main([*common, "my.py:level=2", str(reward_model), "--reward_batch_size", "5"])
+    assert passes == [5]
     written = json.loads((tmp_path / "out.json").read_text())
     (model,) = written["models"]
     assert model["reward/level"] == 2.5 and model["score"] == pytest.approx(5 + model["reward/reward"])
