@@ -21,14 +21,8 @@ from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import InputError, ModelError, named_by
 from common.models.checks import check_finite
-from common.models.loading import (
-    check_language_model,
-    explained,
-    gives_scores,
-    load_causal_lm,
-    load_scoring_model,
-    max_positions,
-)
+from common.models.configuration import check_language_model, explained, gives_scores, max_positions
+from common.models.loading import load_causal_lm, load_scoring_model
 from common.models.scalar import ScoringModel, scoring_model
 from common.paths import writing_to
 from common.training.engine import DTYPES, resolve_dtype

@@ -20,7 +20,7 @@ from common.config.groups import check_output_dir
 from common.config.parser import PathName, option
 from common.data.options import naming_flags
 from common.errors import AdapterError, ModelError, TrainingFailure, UserError, named_by
-from common.models.loading import load_config
+from common.models.configuration import load_config
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.runtime.program import run_program

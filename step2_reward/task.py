@@ -14,8 +14,9 @@ from common.batching.sampler import MicroBatch
 from common.data.prepare import PreparedData, prepare
 from common.data.tokenization import Codec
 from common.errors import UserError
+from common.models.configuration import gives_scores
 from common.models.engine import Engine
-from common.models.loading import gives_scores, load_scoring_model
+from common.models.loading import load_scoring_model
 from common.models.scalar import ScoringModel, sequence_scores
 from common.runtime.distributed import device
 from common.supervised.task import SupervisedTask

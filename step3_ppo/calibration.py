@@ -14,7 +14,7 @@ from common.artifacts.split_rule import check_split_rule
 from common.data.tokenization import Codec, load_tokenizer, tokenizer_fingerprint
 from common.errors import UserError, named_by
 from common.models.calibration import RAW, Calibration
-from common.models.loading import gives_scores
+from common.models.configuration import gives_scores
 from common.runtime.distributed import say
 from step3_ppo.config import PPOConfig
 

@@ -14,7 +14,7 @@ from common.data.request import DataRequest
 from common.data.tokenization import Codec
 from common.errors import named_by
 from common.models.calibration import RAW
-from common.models.loading import EncoderError, check_gives_values, check_language_model, check_length
+from common.models.configuration import EncoderError, check_gives_values, check_language_model, check_length
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.training.engine import check_engine_options

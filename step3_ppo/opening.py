@@ -12,7 +12,7 @@ from common.data.keeping import KEPT, KeptColumns
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
 from common.errors import named_by
-from common.models.loading import check_length
+from common.models.configuration import check_length
 from common.paths import writing_to
 from common.rewards.batch import BatchReward, trial_batch
 from common.rewards.function import Function

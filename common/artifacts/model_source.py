@@ -22,7 +22,8 @@ from common.errors import InputError, ModelError, RemoteCodeError, reason_of
 from common.models.adapter import holds_adapter, read_adapter
 from common.models.builtin import BUILTIN_MODELS, materialise
 from common.models.checks import check_files, check_model_name
-from common.models.loading import explained, gives_scores, load_causal_lm, load_scoring_model
+from common.models.configuration import explained, gives_scores
+from common.models.loading import load_causal_lm, load_scoring_model
 from common.paths import content_digest
 from common.runtime.distributed import is_main
 from common.runtime.hub import announce_lookup

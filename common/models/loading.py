@@ -7,35 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import pickle
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from common.data.tokenization import Codec
-from common.errors import ModelError, UserError, reason_of, refuse_own_code
+from common.errors import ModelError
 from common.models.added_token import start_row
 from common.models.calibration import RAW
 from common.models.checks import check_finite
-from common.models.completeness import score_labels, surplus
-from common.models.heads import head_names, init_head, is_encoder_config, is_scalar_config, score_projection
+from common.models.completeness import surplus
+from common.models.configuration import explained, gives_scores, load_config, without_values
+from common.models.heads import head_names, init_head, is_encoder_config, score_projection
 from common.models.scalar import ScalarModel, Scale, ScoringModel, scoring_model
-from common.paths import unreachable_hub
 from common.runtime.distributed import is_main
-
-# Their positions begin behind the id of the padding token, as in fairseq: 514 of RoBERTa's leave room for 512 tokens.
-_COUNT_BEHIND_PADDING = frozenset(
-    "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
-    "xmod".split()
-)
-
-
-class EncoderError(ModelError):
-    """An encoder where a decoder is needed."""
 
 
 def load_causal_lm(
@@ -77,7 +65,7 @@ def load_scalar_model(source: str, codec: Codec, *, calibration: Scale = RAW, **
     """
     model = load_scoring_model(source, codec, calibration=calibration, **settings)
     if not isinstance(model, ScalarModel):
-        raise _without_values(source, model.classifier.config)
+        raise without_values(source, model.classifier.config)
     return model
 
 
@@ -138,111 +126,6 @@ def load_classifier(source: str, *, dtype: torch.dtype, trust_remote_code: bool 
 
     model, _ = _load(AutoModelForSequenceClassification, source, dtype, 0.0, trust_remote_code)
     return model
-
-
-def load_config(source: str, trust_remote_code: bool = False, **changes: Any) -> PreTrainedConfig:
-    """The transformers configuration of a model, with `changes` made to it.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    from transformers import AutoConfig
-
-    with explained(source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **changes)
-
-
-def gives_scores(source: str, trust_remote_code: bool = False) -> bool:
-    """Whether a model is a reward model, with a trained score head.
-
-    Raises:
-        ModelError: it is a classifier of several labels.
-    """
-    config = load_config(source, trust_remote_code)
-    if not is_scalar_config(config):
-        return False
-    labels = score_labels(source, config)
-    if labels not in (1, None):
-        raise ModelError(
-            source,
-            f"it is a classifier of {labels} labels, and a reward model gives one score: name one with one label, or "
-            "train one from a language model with step2_reward/main.py",
-        )
-    return True
-
-
-def max_length(source: str, trust_remote_code: bool = False) -> int | None:
-    """Tokens of the longest sequence that a model can read; None if there is no limit, as with BLOOM."""
-    return max_positions(load_config(source, trust_remote_code))
-
-
-def max_positions(config: PreTrainedConfig) -> int | None:
-    """`max_length` of a configuration that is loaded already."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.model_type in _COUNT_BEHIND_PADDING:
-        positions -= (config.pad_token_id or 0) + 1
-    return positions
-
-
-def check_length(source: str, tokens: int, trust_remote_code: bool = False) -> None:
-    """Raises ModelError if a model cannot read sequences of so many tokens."""
-    positions = max_length(source, trust_remote_code)
-    if positions is not None and tokens > positions:
-        raise ModelError(source, f"it has room for {positions} tokens, not for {tokens}: lower the length")
-
-
-def check_language_model(source: str, trust_remote_code: bool = False) -> None:
-    """Raises ModelError for a reward model, which would load as a language model, but with a random output layer, and
-    EncoderError for an encoder."""
-    config = load_config(source, trust_remote_code)
-    if is_scalar_config(config):
-        raise ModelError(source, "it is a reward model, which gives scores and no answers: name a language model")
-    if is_encoder_config(config):
-        raise EncoderError(
-            source,
-            f"it is an encoder ({config.model_type}), which reads text and writes none: name a decoder-only language "
-            "model; an encoder can become a reward model",
-        )
-
-
-def check_gives_values(source: str, trust_remote_code: bool = False) -> None:
-    """Raises EncoderError for an encoder, which has no value at each token, and ModelError for a classifier of several
-    labels."""
-    gives_scores(source, trust_remote_code)
-    config = load_config(source, trust_remote_code)
-    if is_encoder_config(config):
-        raise _without_values(source, config)
-
-
-def _without_values(source: str, config: PreTrainedConfig) -> EncoderError:
-    return EncoderError(
-        source,
-        f"it is an encoder ({config.model_type}), which scores whole texts and has no value at each token: name a "
-        "decoder-only model",
-    )
-
-
-@contextlib.contextmanager
-def explained(source: str | Path) -> Iterator[None]:
-    """Within the context any error of loading a model becomes a ModelError of `source` with a message of one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            source,
-            "its weights are a pickle that holds more than tensors, which could run code: convert them to safetensors",
-        ) from error
-    except Exception as error:  # a missing or damaged file may raise anything, deep in the libraries
-        refuse_own_code(source, error)
-        reason = unreachable_hub(error) or reason_of(error)
-        if "ignore_mismatched_sizes" in reason:
-            reason = (
-                "config.json and the weights are not of one model: their shapes differ (a reward model is to "
-                "have one label)"
-            )
-        raise ModelError(source, f"the model cannot be loaded: {reason}") from error
 
 
 def set_dropout(config: PreTrainedConfig, probability: float) -> None:

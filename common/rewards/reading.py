@@ -9,7 +9,7 @@ from common.artifacts.compatibility import text_of
 from common.artifacts.provenance import read_provenance
 from common.data.tokenization import Codec, load_tokenizer, tokenizer_fingerprint
 from common.errors import ModelError
-from common.models.loading import gives_scores, load_config
+from common.models.configuration import gives_scores, load_config
 
 
 def check_reward_model(source: str, trust_remote_code: bool = False) -> None:

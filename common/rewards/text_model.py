@@ -14,8 +14,9 @@ from common.artifacts.provenance import read_provenance
 from common.data.keeping import prompt_of
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import ModelError
+from common.models.configuration import load_config, max_positions
 from common.models.heads import is_encoder_config
-from common.models.loading import load_classifier, load_config, max_positions
+from common.models.loading import load_classifier
 from common.models.scalar import EncoderModel, scoring_model, sequence_scores
 from common.rewards.batch import Messages, RewardBatch, Scores
 from common.runtime.distributed import say

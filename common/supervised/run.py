@@ -19,7 +19,7 @@ from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
 from common.errors import named_by
 from common.models.added_token import AddedTokenError
-from common.models.loading import check_length
+from common.models.configuration import check_length
 from common.models.lora import add_lora
 from common.paths import writing_to
 from common.runtime.distributed import rank, seed_rank, world_size

@@ -18,8 +18,8 @@ from common.batching.collate import Batch
 from common.batching.sampler import MicroBatch, StepSampler
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
+from common.models.configuration import check_language_model
 from common.models.engine import Engine
-from common.models.loading import check_language_model
 from common.runtime.distributed import rank, world_size
 from common.supervised.config import SupervisedConfig
 from common.training.metrics import Metrics, Sums

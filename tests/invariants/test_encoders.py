@@ -10,17 +10,16 @@ from common.data.records import Message, Prompt
 from common.data.tokenization import load_tokenizer, make_codec, tokenizer_fingerprint
 from common.errors import UserError
 from common.models.completeness import problem
-from common.models.heads import head_names, score_projection
-from common.models.loading import (
+from common.models.configuration import (
     EncoderError,
     check_gives_values,
     check_language_model,
     check_length,
     gives_scores,
-    load_scalar_model,
-    load_scoring_model,
     max_length,
 )
+from common.models.heads import head_names, score_projection
+from common.models.loading import load_scalar_model, load_scoring_model
 from common.models.lora import adapters_disabled, add_lora, linear_modules
 from common.models.scalar import EncoderModel, sequence_scores
 from inference.decoding import Response

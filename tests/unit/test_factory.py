@@ -12,7 +12,8 @@ from common.artifacts.export import write_model
 from common.artifacts.model_source import resolve_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import ModelError, UserError
-from common.models.loading import check_length, load_causal_lm, load_scalar_model, max_length
+from common.models.configuration import check_length, max_length
+from common.models.loading import load_causal_lm, load_scalar_model
 from common.training.memory import memory_status
 from tests.architectures import CONFIGS, build_model
 

@@ -122,7 +122,7 @@ def test_an_unreachable_hub_is_one_clear_line(name, near, tmp_path):
 
 def test_a_model_that_is_not_in_the_cache_is_one_clear_line(tmp_path):
     program = (
-        "from common.models.loading import load_config; from common.data.tokenization import load_tokenizer\n"
+        "from common.models.configuration import load_config; from common.data.tokenization import load_tokenizer\n"
         "from common.errors import UserError\n"
         "for load in (lambda: load_config('owner/name', '--path'), lambda: load_tokenizer('owner/name')):\n"
         "    try: load()\n"

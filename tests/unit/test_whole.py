@@ -15,7 +15,8 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
 from common.models import loading
 from common.models.completeness import problem
-from common.models.loading import gives_scores, load_causal_lm, load_scalar_model
+from common.models.configuration import gives_scores
+from common.models.loading import load_causal_lm, load_scalar_model
 from step1_sft.config import SFTConfig
 from tests.architectures import CONFIGS, build_model
 
