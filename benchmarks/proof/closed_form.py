@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.proof.enumeration import LETTERS, TinyTask, divergence, total_variation
 from common.runtime.program import finish, prepare_environment
+from step3_ppo.advantages import ESTIMATORS
 from step3_ppo.main import main as step3
 
 ANSWERS_PER_PROMPT, ROWS_PER_PROMPT = 8, 32
@@ -49,7 +50,8 @@ class Variant:
     optimum: Optimum = TinyTask.optimum
 
 
-# By the name that --estimators takes; any other name of --advantage is trained with that flag alone.
+# By the name that --estimators takes. Any estimator of --advantage is trained by its name, with the KL in the reward:
+# there all of them converge to the same policy, see docs/proof.md.
 VARIANTS = {
     # Whitening scales advantages and not the KL in the loss, so beta would be another one with it.
     "rloo_kl_in_loss": Variant(
@@ -172,7 +174,7 @@ def outcome_of(
         label: of the run's output, where there are several of one name and beta.
     """
     task = task or TinyTask()
-    variant = VARIANTS.get(name) or Variant(("--advantage", name))
+    variant = VARIANTS.get(name) or Variant(("--advantage", name, "--kl_placement", "reward"))
     actor = train(task, variant, beta, iterations, directory, directory / f"{name}-{beta:g}{label}")
     reference = task.log_probs(directory / "reference")
     return measure(task, task.log_probs(actor), reference, variant.optimum(task, reference, beta))
@@ -188,7 +190,7 @@ def row(name: str, beta: str, outcome: Outcome) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; returns 1 if a policy is not the optimum."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--estimators", nargs="+", default=["gae", "rloo", *VARIANTS])
+    parser.add_argument("--estimators", nargs="+", default=[*ESTIMATORS, *VARIANTS], choices=[*ESTIMATORS, *VARIANTS])
     parser.add_argument("--betas", nargs="+", type=float, default=[0.3, 0.5, 1.0])
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--output_dir", type=Path, default=Path("output/proof/closed_form"))
@@ -207,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for n in BEST_OF:
         best = task.best_of(reference, n)
         print(row(f"best of {n}", "", measure(task, best, reference, best)))
+    finish()
     return 0 if reached else 1
 
 
