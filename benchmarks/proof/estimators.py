@@ -9,6 +9,7 @@ docs/proof.md.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,10 +33,16 @@ COMPARING = {"answers_per_prompt": 4, "per_device_generation_batch_size": 32, "n
 
 
 def run_step(step: str, recipe: str, **flags: object) -> None:
-    """Run a step with its recipe under the launcher. Raises CalledProcessError if it fails."""
+    """Run a step with its recipe under the launcher of this Python's environment.
+
+    Raises:
+        CalledProcessError: the step failed.
+    """
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     given = ["--config", str(RECIPES / f"{recipe}.yaml"), *words]
-    subprocess.run(["bash", "-c", COMMAND, str(ROOT), step, "1", *given], check=True, stdout=sys.stderr)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", "-c", COMMAND, str(ROOT), step, "1", *given]
+    subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
 
 
 def run_first_steps(quickstart: Path) -> None:

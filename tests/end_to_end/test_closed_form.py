@@ -19,7 +19,7 @@ ITERATIONS = 150  # as many for what is healthy as for what is not
 def outcomes(tmp_path_factory) -> dict[str, dict]:
     """Exact figures of each case, by its name; all of them ran in one process."""
     program, directory = ROOT / "tests/end_to_end/closed_form_cases.py", tmp_path_factory.mktemp("closed_form")
-    done = run([sys.executable, str(program), str(directory), str(ITERATIONS), *CASES])
+    done = run([sys.executable, str(program), str(directory), str(ITERATIONS), *CASES], timeout=1500)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {line["case"]: line for line in lines}
 
