@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -11,8 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.config.parser import parse
 from common.models.builtin import materialise
 from docs.examples.sentiment_inputs import write_prompts
+from step3_ppo.config import config_class
+from tests.launching import ROOT
 
 
 @pytest.fixture
@@ -43,6 +48,15 @@ def test_the_prompts_all_differ_and_end_where_a_word_ends(tmp_path):
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     assert len(set(prompts)) == len(prompts) == 192
     assert not [prompt for prompt in prompts if prompt != prompt.strip() or "{" in prompt]
+
+
+def test_step_3_takes_the_flags_of_the_script(tmp_path):
+    script = (ROOT / "docs/examples/sentiment.sh").read_text().replace("$output", str(tmp_path))
+    words = shlex.split(re.search(r"^flags=\((.*?)^\)$", script, re.S | re.M)[1], comments=True)
+    reward = words.index("--reward")
+    assert words.pop(reward + 1) == "$examples/sentiment.py:sentiment" and words.pop(reward)
+    config = parse(config_class(own_reward=True), words)
+    assert not config.reads_reward_model and config.unused_options() == []
 
 
 def test_the_perplexity_is_that_of_the_answers_tokens_after_their_prompts(report, model):
