@@ -62,6 +62,10 @@ def score_one_token_early(log_ratio, scores, mask, beta):
     return rewards
 
 
+def flipped_loss(log_probs, old_log_probs, advantages, *args, **options):
+    return policy_loss_sum(log_probs, old_log_probs, -advantages, *args, **options)
+
+
 def same_length_baseline(rewards, mask, groups):
     """Leave-one-out less the mean of responses of the same length, which depends on what was sampled."""
     totals, lengths = rewards.sum(1), mask.sum(1)
@@ -83,7 +87,7 @@ CASES: dict[str, tuple[str, Defect]] = {
     ),
     "flipped_loss": (
         "rloo",
-        lambda: patch.object(learner, "policy_loss_sum", lambda p, old, a, *more: policy_loss_sum(p, old, -a, *more)),
+        lambda: patch.object(learner, "policy_loss_sum", flipped_loss),
     ),
     "mask_without_first_token": ("rloo", mask_is(without_first_token)),
     "mask_without_end_token": ("rloo", mask_is(without_end_token)),
