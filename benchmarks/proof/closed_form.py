@@ -49,8 +49,8 @@ class Variant:
     optimum: Optimum = TinyTask.optimum
 
 
-# Their advantages do not vanish at the optimum, so they are noisier and get twice as many iterations.
-NOISIER = ("reinforce++", "rloo_kl_in_loss")
+# Twice as many iterations, for advantages that do not vanish at the optimum, or only as their spread is divided out.
+NOISIER = ("grpo", "reinforce++", "rloo_kl_in_loss")
 
 # By the name that --estimators takes. Any estimator of --advantage is trained by its name, with the KL in the reward:
 # there all of them converge to the same policy, see docs/proof.md.

@@ -32,10 +32,10 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokenizer: Any, prompts: list[str], responses: list[str]) -> float:
-    """exp of the mean of -log p over all tokens of the responses, under the model, each after its prompt."""
+def perplexity(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> float:
+    """exp of the mean of -log p under the model over all tokens of responses, each after its prompt."""
     total, tokens = 0.0, 0
-    for prompt, response in zip(prompts, responses):
+    for prompt, response in pairs:
         before, own = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, response))
         if not own:
             continue
@@ -62,20 +62,21 @@ def main(directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     model = AutoModelForCausalLM.from_pretrained(directory / "model").eval()
     samples = {name: read_samples(directory / "ppo/samples" / f"{name}.jsonl") for name in ("before", "after")}
-    prompts = [row["prompt"] for row in samples["before"]]
-    answers = {name: [row["response"] for row in rows] for name, rows in samples.items()}
+    answers = {name: [(row["prompt"], row["response"]) for row in rows] for name, rows in samples.items()}
     kl = {name: f"{mean(row['kl'] for row in rows):.2f}" for name, rows in samples.items()}
+    prompts = list(dict.fromkeys(prompt for prompt, _ in answers["before"]))  # each has several answers
     best = f"best of {N} before"
-    answers[best], kl[best] = best_of(model, tokenizer, prompts), f"{math.log(N) - (N - 1) / N:.2f}"
+    answers[best] = list(zip(prompts, best_of(model, tokenizer, prompts)))
+    kl[best] = f"{math.log(N) - (N - 1) / N:.2f}"
     print(f"{len(prompts)} prompts that were not trained on:\n")
     print("| answers | mean sentiment | KL per answer, nats | perplexity under the model before |\n|---|---|---|---|")
-    for name, texts in answers.items():
-        fluency = perplexity(model, tokenizer, prompts, texts)
-        print(f"| {name} | {mean(sentiment(texts)):.3f} | {kl[name]} | {fluency:.1f} |")
-    for number in range(0, len(prompts), math.ceil(len(prompts) / SHOWN)):
-        print(f"\n{prompts[number]} ...")
-        for name in ("before", "after"):
-            print(f"  {name:7} {' '.join(answers[name][number].split())}")
+    for name, pairs in answers.items():
+        feeling = mean(sentiment([response for _, response in pairs]))
+        print(f"| {name} | {feeling:.3f} | {kl[name]} | {perplexity(model, tokenizer, pairs):.1f} |", flush=True)
+    for prompt in prompts[:: math.ceil(len(prompts) / SHOWN)]:
+        print(f"\n{prompt} ...")
+        for name, pairs in answers.items():
+            print(f"  {name}: {' '.join(dict(pairs)[prompt].split())}")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_the_perplexity_is_that_of_the_answers_tokens_after_their_prompts(report
                 losses.append(-float(network(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token]))
             ids = [*ids, token]
     expected = math.exp(sum(losses) / len(losses))
-    assert report.perplexity(network, tokenizer, *map(list, zip(*pairs))) == pytest.approx(expected, rel=1e-4)
+    assert report.perplexity(network, tokenizer, pairs) == pytest.approx(expected, rel=1e-4)
 
 
 def test_it_reports_both_answers_and_the_best_of_four(report, model, tmp_path, capsys):
