@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.config.parser import parse
 from common.models.builtin import materialise
 from docs.examples.sentiment_inputs import write_prompts
-from step3_ppo.config import config_class
+from step3_ppo.config import PPOConfig
 from tests.launching import ROOT
 
 
@@ -53,10 +53,9 @@ def test_the_prompts_all_differ_and_end_where_a_word_ends(tmp_path):
 def test_step_3_takes_the_flags_of_the_script(tmp_path):
     script = (ROOT / "docs/examples/sentiment.sh").read_text().replace("$output", str(tmp_path))
     words = shlex.split(re.search(r"^flags=\((.*?)^\)$", script, re.S | re.M)[1], comments=True)
-    reward = words.index("--reward")
-    assert words.pop(reward + 1) == "$examples/sentiment.py:sentiment" and words.pop(reward)
-    config = parse(config_class(own_reward=True), words)
-    assert not config.reads_reward_model and config.unused_options() == []
+    config = parse(PPOConfig, words)
+    assert config.reward == ("$examples/sentiment.py:sentiment",)
+    assert not config.reads_reward_model and config.unused_options() == {}
 
 
 def test_the_perplexity_is_that_of_the_answers_tokens_after_their_prompts(report, model):
