@@ -51,10 +51,11 @@ def test_the_prompts_all_differ_and_end_where_a_word_ends(tmp_path):
 
 
 def test_step_3_takes_the_flags_of_the_script(tmp_path):
-    script = (ROOT / "docs/examples/sentiment.sh").read_text().replace("$output", str(tmp_path))
+    script = (ROOT / "docs/examples/sentiment.sh").read_text()
+    script = script.replace("$output", str(tmp_path)).replace("$examples", "docs/examples")
     words = shlex.split(re.search(r"^flags=\((.*?)^\)$", script, re.S | re.M)[1], comments=True)
     config = parse(PPOConfig, words)
-    assert config.reward == ("$examples/sentiment.py:sentiment",)
+    assert config.reward == ("docs/examples/sentiment.py:sentiment",)
     assert not config.reads_reward_model and config.unused_options() == {}
 
 
