@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.proof.estimators import run_estimator
 from launch.report import Report, make_report
+from step3_ppo.advantages import ESTIMATORS
 from tests.launching import ROOT, launch, run
 
 PPO_RECIPE = ROOT / "launch" / "recipes" / "quickstart" / "ppo.yaml"
@@ -74,3 +76,14 @@ def test_every_seed_raises_the_true_reward(quickstart, seed, tmp_path):
         str(tmp_path / "ppo"),
     )
     assert_the_truth_rose(make_report(quickstart / "sft", quickstart / "reward", tmp_path / "ppo"))
+
+
+def test_an_estimator_without_a_critic_raises_it_too(quickstart, tmp_path):
+    assert_the_truth_rose(run_estimator(quickstart, "rloo", 1, tmp_path / "ppo"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", (1, 2, 3))
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "gae"])
+def test_every_estimator_raises_it_with_every_seed(quickstart, name, seed, tmp_path):
+    assert_the_truth_rose(run_estimator(quickstart, name, seed, tmp_path / "ppo"))

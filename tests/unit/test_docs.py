@@ -87,7 +87,7 @@ def test_the_documents_name_options_that_exist():
     for config in subclasses(Config):
         for name, option in options(config).items():
             known |= {name, *option.aliases} | ({f"no_{name}"} if option.kind is bool else set())
-    for script in [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.py")]:
+    for script in [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.py"), *ROOT.glob("benchmarks/proof/*.py")]:
         known |= set(re.findall(r"--(\w+)", script.read_text(encoding="utf-8")))
     unknown = {
         f"{document.relative_to(ROOT)}: --{name}"
