@@ -69,12 +69,12 @@ class PlainPPO:
     def _generate(self, micro_batch: MicroBatch, index: int) -> Rollout:
         trainer = self.trainer
         batch = collate_prompts(trainer.prompts, micro_batch, trainer.codec.pad_id)
-        uniform = uniforms(trainer.config.seed, index, batch.prompt_index, trainer.sampling.max_new_tokens)
-        lengths = response_limits(trainer.config.seed, index, batch.prompt_index, trainer.sampling)[:, 1]
+        uniform = uniforms(trainer.config.seed, index, batch.prompt_index, trainer.responder.sampling.max_new_tokens)
+        lengths = response_limits(trainer.config.seed, index, batch.prompt_index, trainer.responder.sampling)[:, 1]
         responses = cached_generate(
             trainer.models.actor,
             batch.to(device()),
-            trainer.sampling,
+            trainer.responder.sampling,
             uniform,
             lengths,
             end_id=trainer.codec.end_id,

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scale = ScoreScale(RAW)
     models = build_models(config, codec, actor, critic, scale, optimizer_steps_per_iteration(config, len(data)))
     trainer = PPOTrainer(models, TokenRewardModel(models, config), config, codec, data, None, scale)
-    trainer.sampling = LongTail(**asdict(trainer.sampling))
+    trainer.responder.sampling = LongTail(**asdict(trainer.responder.sampling))
     frozen = {} if config.only == "product" else standard_frozen_models(config, codec, actor, critic)
     trained = [models.actor, models.critic]
     variants = {

@@ -13,9 +13,10 @@ from common.runtime.distributed import rank, world_size
 from step3_ppo.config import PPOConfig
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.metrics import CLIPPED, Metrics, rollout_metrics
+from step3_ppo.responder import EVALUATION
 from step3_ppo.reward import RewardInputs
 from step3_ppo.scoring import ModelOutputs, observe
-from step3_ppo.trainer import EVALUATION, PPOTrainer
+from step3_ppo.trainer import PPOTrainer
 
 
 def evaluation_prompts(config: PPOConfig, held_out: Dataset) -> Dataset:
@@ -35,8 +36,8 @@ def evaluate(trainer: PPOTrainer, prompts: Dataset) -> tuple[Metrics, list[dict]
         return {}, []
     rows_per_batch = min(trainer.config.per_device_generation_batch_size, ceil(len(prompts) / world_size()))
     batches = evaluation_batches(prompts["length"][:], rows_per_batch, world_size(), rank())
-    rollout = trainer.roll_out(prompts, batches, EVALUATION)
-    outputs = trainer.score(prompts, rollout, EVALUATION)
+    rollout = trainer.responder.roll_out(prompts, batches, EVALUATION)
+    outputs = trainer.responder.score(prompts, rollout, EVALUATION)
     shaped, _ = trainer.rewards(rollout, outputs)
     metrics = rollout_metrics(rollout, shaped, outputs)
     if not observe(trainer.reward, trainer.scale, outputs):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from itertools import islice
 
 from datasets import Dataset
 from torch import Tensor
 
-from common.batching.collate import TokenBatch, collate_prompts
+from common.batching.collate import TokenBatch
 from common.batching.sampler import MicroBatch, StepSampler
-from common.config.option import Phase
 from common.data.tokenization import Codec
-from common.errors import DIVERGED, Diverged
-from common.runtime.distributed import device, on_gpu, rank, say, world_size
+from common.runtime.distributed import device, rank, say, world_size
 from common.training.engine import TrainedEngine
-from common.training.loop import check_finite
 from common.training.memory import MAX_TOKENS
 from common.training.metrics import StepMetrics, Sums
 from common.training.timing import PhaseClock
@@ -24,10 +20,7 @@ from step3_ppo.calibration import ScoreScale
 from step3_ppo.combined import CombinedReward
 from step3_ppo.config import PPOConfig
 from step3_ppo.experience import Experience
-from step3_ppo.generation.actor_rollouts import ActorRollouts
-from step3_ppo.generation.optimizer_offload import OptimizerOffload
 from step3_ppo.generation.rollout import Rollout
-from step3_ppo.generation.sampling import NO_TOKEN
 from step3_ppo.groups import Responses, refill_batches, refilled
 from step3_ppo.kl_controller import kl_controller
 from step3_ppo.learner import Learner
@@ -41,13 +34,11 @@ from step3_ppo.metrics import (
     update_metrics,
 )
 from step3_ppo.models import PPOModels
-from step3_ppo.reward import Reward, RewardInputs
+from step3_ppo.responder import Responder, name_of
+from step3_ppo.reward import Reward
 from step3_ppo.rewards import ShapedScores, overlong_penalties, shape_scores, token_rewards
-from step3_ppo.scoring import ModelOutputs, score_rollout, to_scale
-from step3_ppo.sharing import share_rollout
+from step3_ppo.scoring import ModelOutputs, to_scale
 from step3_ppo.whitening import whiten
-
-EVALUATION = 2**31  # replaces the iteration in the key of the random numbers: every evaluation draws the same ones
 
 
 class PPOTrainer:
@@ -76,24 +67,10 @@ class PPOTrainer:
         self.models, self.reward, self.config, self.codec = models, reward, config, codec
         self.prompts, self.texts, self.scale = prompts, texts, scale
         self.estimator = config.estimator
-        self.sampling = config.sampling
-        self.rollouts = ActorRollouts(
-            models.actor,
-            slots=config.per_device_generation_batch_size,
-            seed=config.seed,
-            end_ids=codec.end_ids,
-            pad_id=codec.pad_id,
-            gather=not config.unpin_actor_parameters,
-            keep_cache=not (config.release_inference_cache or config.offload_in_rollouts),
-        )
-        self.optimizer_offload = OptimizerOffload(
-            list(models.trained().values()) if config.offload_in_rollouts and on_gpu() else []
-        )
-        if config.offload_in_rollouts and not on_gpu():
-            say("note: --offload_in_rollouts moves nothing where there is no GPU")
         self.kl = kl_controller(config)
         self.optimizer_steps_made = 0  # those that were skipped included
         self.clock = PhaseClock()
+        self.responder = Responder(models, reward, config, codec, self.clock)
         self.learner = Learner(models, config, self.clock)
         self.latest: tuple[Rollout, ModelOutputs] | None = None  # those of the last iteration
 
@@ -128,53 +105,16 @@ class PPOTrainer:
         Returns:
             All that were made, the same on every rank; and the rows (N,) long that are learnt from, None for all.
         """
-        first = self.respond(prompts, index)
+        first = self.responder.respond(self.prompts, prompts, index)
         if not self.config.drop_equal_groups:
             return first, None
 
         def respond(rows: list[int]) -> Responses:
             lengths, slots = self.prompts[rows]["length"], self.config.per_device_generation_batch_size
-            return self.respond(refill_batches(rows, lengths, slots, world_size(), rank()), index)
+            batches = refill_batches(rows, lengths, slots, world_size(), rank())
+            return self.responder.respond(self.prompts, batches, index)
 
         return refilled(first, respond, len(self.prompts), index, self.config)
-
-    def respond(self, prompts: Sequence[MicroBatch], index: int) -> Responses:
-        """Responses of all ranks to training prompts, and what the models and the reward say of them."""
-        with self.clock.phase(Phase.GENERATE):
-            rollout = self.roll_out(self.prompts, prompts, index)
-        return Responses(rollout, self.score(self.prompts, rollout, index))
-
-    def roll_out(self, dataset: Dataset, micro_batches: Sequence[MicroBatch], stream: int) -> Rollout:
-        """Responses of all ranks to the prompts of `micro_batches`, on every rank.
-
-        Args:
-            stream: the iteration, or `EVALUATION`: key of the random numbers.
-
-        Raises:
-            RolloutAbandoned: on all ranks alike, if one of them was asked to stop.
-            Diverged: on all ranks alike, if on one of them the actor's logits are not numbers.
-        """
-        rows = MicroBatch(
-            tuple(index for batch in micro_batches for index in batch.indices),
-            tuple(real for batch in micro_batches for real in batch.real),
-        )
-        prompts = collate_prompts(dataset, rows, self.codec.pad_id)
-        with self.optimizer_offload.offloaded():
-            own = self.rollouts.roll_out(prompts, self.sampling, stream)
-        rollout = share_rollout(own)
-        if (rollout.tokens == NO_TOKEN).any():
-            raise Diverged(f"the actor's logits in the rollout of {name_of(stream)} are not numbers: {DIVERGED}")
-        return rollout
-
-    def score(self, dataset: Dataset, rollout: Rollout, stream: int) -> ModelOutputs:
-        """The models' outputs and the reward for a rollout. Raises Diverged on all ranks alike if one is not finite."""
-        inputs = RewardInputs(rollout, self.codec, dataset)
-        outputs = score_rollout(self.models, self.reward, inputs, self.clock, self.config)
-        for field in fields(outputs):
-            numbers = getattr(outputs, field.name)
-            if isinstance(numbers, Tensor):
-                check_finite(float(numbers.sum()), f"sum of all {field.name.replace('_', ' ')}", name_of(stream))
-        return outputs
 
     def rewards(self, rollout: Rollout, outputs: ModelOutputs) -> tuple[ShapedScores, Tensor]:
         """Shaped scores (B,) and token rewards (B, R)."""
@@ -322,8 +262,3 @@ class PPOTrainer:
         return (
             limit is not None and "approx_kl" in step and float(step["approx_kl"] / step["tokens"].clamp_min(1)) > limit
         )
-
-
-def name_of(stream: int) -> str:
-    """An iteration, or the evaluation, in the words of messages."""
-    return "the evaluation" if stream == EVALUATION else f"iteration {stream + 1}"

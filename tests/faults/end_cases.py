@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def ppo(marks: Path, where: str, flags: list[str]) -> None:
-    from step3_ppo import main, trainer
+    from step3_ppo import main, responder, trainer
     from step3_ppo.generation import actor_rollouts, continuous_batching
 
     now = ""  # where it is
@@ -67,7 +67,7 @@ def ppo(marks: Path, where: str, flags: list[str]) -> None:
         return sample_tokens(*args)
 
     def roll_out(self, prompts, sampling, iteration):
-        at("evaluation" if iteration == trainer.EVALUATION else f"rollout-{iteration}")
+        at("evaluation" if iteration == responder.EVALUATION else f"rollout-{iteration}")
         return whole_rollout(self, prompts, sampling, iteration)
 
     def update(self, experience, index):

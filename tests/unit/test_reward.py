@@ -86,11 +86,11 @@ def test_a_function_is_a_reward_and_an_experience_without_critic_has_no_values(i
         return torch.tensor([float(len(text)) for text in inputs.responses])
 
     trainer = trainer_with(length, model)
-    outputs = trainer.score(inputs.dataset, inputs.rollout, 0)
+    outputs = trainer.responder.score(inputs.dataset, inputs.rollout, 0)
     assert outputs.scores.tolist() == [len(text) for text in inputs.responses]
     assert outputs.values is None
     rollout = inputs.rollout.select([1, 2])  # both of one prompt
-    outputs = trainer.score(inputs.dataset, rollout, 0)
+    outputs = trainer.responder.score(inputs.dataset, rollout, 0)
     experience = trainer.advantages(rollout, outputs, trainer.rewards(rollout, outputs)[1])
     assert experience.values is None and experience.returns is None
     assert experience.to("cpu").select([1, 0]).values is None
@@ -102,7 +102,7 @@ def test_without_a_reference_there_is_no_kl_and_the_rewards_are_the_scores(input
 
     trainer = trainer_with(one_each, model, kl_placement="none")
     monkeypatch.setattr(PPOModels, "reference_log_probs", None)  # is not called
-    outputs = trainer.score(inputs.dataset, inputs.rollout, 0)
+    outputs = trainer.responder.score(inputs.dataset, inputs.rollout, 0)
     assert outputs.ref_log_probs is None and outputs.log_ratio() is None and outputs.response_kl() is None
     shaped, rewards = trainer.rewards(inputs.rollout, outputs)
     assert torch.equal(rewards.sum(1), shaped.scores)
@@ -124,7 +124,7 @@ def test_a_reward_that_differs_between_ranks_is_named_on_all_of_them(inputs, mod
 
         monkeypatch.setattr("step3_ppo.scoring.gather_objects", lambda item: [torch.tensor(here), torch.tensor(there)])
         with pytest.raises(UserError) as error:
-            trainer_with(length, model).score(inputs.dataset, inputs.rollout, 0)
+            trainer_with(length, model).responder.score(inputs.dataset, inputs.rollout, 0)
         said.append(str(error.value))
     assert said[0] == said[1] and "length gave" in said[0] and "\n" not in said[0]
 
@@ -137,4 +137,4 @@ def test_a_reward_that_gives_no_score_for_each_response_is_named(scores, what, i
         return scores
 
     with pytest.raises(UserError, match=f"unfit gave {what} for 4 responses: it must give a torch tensor"):
-        trainer_with(unfit, model).score(inputs.dataset, inputs.rollout, 0)
+        trainer_with(unfit, model).responder.score(inputs.dataset, inputs.rollout, 0)
