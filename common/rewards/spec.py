@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import PurePath
 from typing import Literal
 from urllib.parse import urlsplit
@@ -51,16 +52,14 @@ def parse_rewards(words: Sequence[str]) -> tuple[RewardSpec, ...]:
             without a function.
     """
     specs: list[RewardSpec] = []
-    labels: list[str] = []
     for word in words:
         name, weight = _split_weight(word)
         spec = _checked(RewardSpec(name, weight))
         if any(spec.name == other.name for other in specs):
             raise RewardError(spec.name, "is named twice: keep one, with the sum of both weights")
-        label = _short_name(spec)
-        label += f"-{labels.count(label) + 1}" if label in labels else ""
-        labels.append(_short_name(spec))
-        specs.append(RewardSpec(spec.name, spec.weight, label))
+        label, taken = _short_name(spec), {other.label for other in specs}
+        numbered = (f"{label}-{number}" for number in count(2))
+        specs.append(RewardSpec(name, weight, next(free for free in chain([label], numbered) if free not in taken)))
     return tuple(specs)
 
 

@@ -37,6 +37,8 @@ def test_every_reward_has_a_label_of_its_own():
         "score-2",
         "score-3",
     ]
+    labels = [spec.label for spec in parse_rewards(["a/judge-2", "b/judge", "c/judge"])]
+    assert labels == ["judge-2", "judge", "judge-3"]
 
 
 @pytest.mark.parametrize(
