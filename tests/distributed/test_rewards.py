@@ -14,8 +14,7 @@ from tests.distributed import reward_functions
 from tests.distributed.reward_cases import CASES
 from tests.launching import ROOT, launch_each
 from tests.logs import metrics
-from tests.unit.test_reward_service import Server
-from tests.unit.test_text_reward_model import TINY, WORDS, word_tokenizer
+from tests.rewards import TINY, WORDS, Server, word_tokenizer
 
 PROGRAM = ROOT / "tests" / "distributed" / "reward_cases.py"
 RANKS = (1, 2)

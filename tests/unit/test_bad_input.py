@@ -5,11 +5,11 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from common.errors import UserError
 from common.models.builtin import materialise
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
+from tests.refusals import refusal
 
 
 @pytest.fixture
@@ -27,15 +27,6 @@ def good(tmp_path, builtin_cache):
         "--output_dir": str(tmp_path / "out"),
         "--data_output_path": str(tmp_path / "data"),
     }
-
-
-def refusal(program, arguments: dict[str, str]) -> str:
-    """The one line with which a program refuses; fails if it starts."""
-    with pytest.raises(UserError) as error:
-        program([word for pair in arguments.items() for word in pair if word is not None])
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 1200
-    return message
 
 
 @pytest.mark.parametrize(

@@ -120,3 +120,10 @@ def test_the_main_of_each_step_fits_on_a_screen(step):
 
 def subclasses(parent: type) -> list[type]:
     return [kind for child in parent.__subclasses__() for kind in (child, *subclasses(child))]
+
+
+def test_no_test_file_imports_another():
+    """What several need lies beside them, in a module without tests."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    importing = [path for path in files if re.search(r"^\s*(from|import) tests\.\S*\btest_", path.read_text(), re.M)]
+    assert names(importing) == []

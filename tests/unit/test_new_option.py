@@ -17,6 +17,7 @@ from common.errors import AlreadyComplete, UserError
 from common.training.engine import check_engine_options
 from common.training.memory import memory_advice
 from step1_sft.config import SFTConfig
+from tests.logs import NoLog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +34,6 @@ class ExtendedConfig(SFTConfig):
     )
     shout: bool = option(False, "print in capitals", affects="nothing")
     judge_name_or_path: str | None = option(None, "a model that judges", names_model=True)
-
-
-class NoLog:
-    """Metrics that are written nowhere."""
-
-    def begin(self, place=None) -> None:
-        pass
-
-    def place(self, step: int) -> dict[str, float]:
-        return {"step": step, "bytes": 0, "seconds": 0.0}
-
-    def lost(self) -> None:
-        return None
 
 
 @pytest.fixture

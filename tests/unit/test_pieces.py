@@ -21,7 +21,7 @@ from common.supervised.run import run_supervised
 from step1_sft.config import SFTConfig
 from step1_sft.task import SFTTask
 from tests.launching import ROOT
-from tests.unit.test_new_option import NoLog
+from tests.logs import NoLog
 
 OWN, PRODUCT = {"reward": "rules.score"}, {"reward": "step3_ppo.reward.TokenRewardModel"}
 

@@ -22,8 +22,8 @@ from step3_ppo.inputs import read_inputs
 from step3_ppo.main import main as step3
 from tests.architectures import build_model
 from tests.launching import ROOT
-from tests.unit.test_bad_input import refusal
-from tests.unit.test_reward_service import Server
+from tests.refusals import refusal
+from tests.rewards import Server
 
 FUNCTIONS = """
 def good(responses, answer): return [0.0] * len(responses)

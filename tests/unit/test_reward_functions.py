@@ -15,21 +15,9 @@ from common.rewards.errors import Failure, RewardError
 from common.rewards.function import FunctionReward, load_function
 from common.rewards.opening import kept_columns, try_reward
 from common.rewards.pool import PooledFunction
+from tests.rewards import batch_of
 
 TIMEOUT = 60.0  # far more than any call of these tests takes, but for those that hang
-
-
-def batch_of(*responses: str, **columns) -> RewardBatch:
-    count = len(responses)
-    return RewardBatch(
-        [f"prompt {number}" for number in range(count)],
-        [[{"role": "user", "content": f"question {number}"}] for number in range(count)],
-        list(responses),
-        [[number] for number in range(count)],
-        [True] * count,
-        columns,
-        [f"data.jsonl:{number + 1}" for number in range(count)],
-    )
 
 
 @pytest.fixture

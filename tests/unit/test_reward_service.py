@@ -2,49 +2,14 @@
 
 import json
 import logging
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from common.rewards.errors import RewardError
 from common.rewards.service import ServiceReward, ServiceSettings
-from tests.unit.test_reward_functions import batch_of
+from tests.rewards import Server, batch_of
 
 SECRET = "s3cret-t0ken"
-
-
-class Server(ThreadingHTTPServer):
-    """Answers with what `answers` gives, one after another, and the last one from then on."""
-
-    def __init__(self, *answers):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers, self.requests, self.headers = list(answers), [], []
-        self.released = threading.Event()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/score"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(body)
-        self.server.headers.append(self.headers.get("Authorization"))
-        answers = self.server.answers
-        status, text = answers.pop(0) if len(answers) > 1 else answers[0]
-        if status == 0:  # no answer at all
-            self.server.released.wait(60)
-            return
-        text = text(body) if callable(text) else text
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture

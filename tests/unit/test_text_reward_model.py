@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from common.artifacts.compatibility import text_of
 from common.artifacts.provenance import Provenance
@@ -15,26 +14,13 @@ from common.rewards.batch import RewardBatch
 from common.rewards.reading import check_reward_model, check_text_labels, reads_ids_of, scores_last_token
 from common.rewards.text_model import TextRewardModel, plain_dialogue
 from tests.architectures import build_model
+from tests.rewards import TINY, WORDS, word_tokenizer
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"what is two plus three five six a b c d e f user : assistant ?".split()]
-TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 ENCODERS = {
     "bert": (hf.BertConfig, {"max_position_embeddings": 24}, 24),
     "roberta": (hf.RobertaConfig, {"max_position_embeddings": 25, "pad_token_id": 0, "type_vocab_size": 1}, 24),
     "deberta-v2": (hf.DebertaV2Config, {"max_position_embeddings": 24}, 24),
 }
-
-
-def word_tokenizer(directory):
-    """A tokenizer of whole words, with the special tokens of BERT around one text or a pair of them."""
-    backend = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer = hf.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-    tokenizer.save_pretrained(directory)
-    return tokenizer
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
