@@ -237,7 +237,7 @@ def _calibration(
             "--score_calibration rollout"
         )
     if wanted == "none":
-        say(f"scores{of} are used as they are")
+        say(f"scores{of} are used as they are, clipped to plus or minus {config.score_clip:g} (--score_clip)")
         return RAW
     if wanted == "running":
         say(f"scores{of} are measured in the mean and spread of all answers so far")

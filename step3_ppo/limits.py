@@ -21,6 +21,7 @@ def check_limits(config: PPOConfig, outputs: ModelOutputs, when: str) -> None:
         if limit is not None and exceeded(mean, limit):
             raise Diverged(
                 f"the mean {what} of the answers of {when} is {float(mean):.4g}, beyond "
-                f"--{flag} {limit:g}: training stopped before it learnt from them; raise --kl_coef, "
+                f"--{flag} {limit:g}: training stopped before it learnt from them; "
+                f"{'raise --kl_coef' if config.has_reference else 'add --kl_placement reward'}, "
                 "lower --actor_learning_rate, or set another limit"
             )

@@ -1,11 +1,13 @@
 """The inputs of a reward, and the use of its scores."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset
 
 from common.data.tokenization import load_tokenizer, make_codec
-from common.errors import UserError
+from common.errors import Diverged, UserError
 from common.models.builtin import materialise
 from common.models.calibration import RAW
 from common.models.loading import load_causal_lm
@@ -107,6 +109,8 @@ def test_without_a_reference_there_is_no_kl_and_the_rewards_are_the_scores(input
     shaped, rewards = trainer.rewards(inputs.rollout, outputs)
     assert torch.equal(rewards.sum(1), shaped.scores)
     check_limits(trainer.config, outputs, "iteration 1")
+    with pytest.raises(Diverged, match="beyond --max_reward 1: .* add --kl_placement reward"):
+        check_limits(replace(trainer.config, max_reward=1.0), outputs, "iteration 1")
     metrics = rollout_metrics(inputs.rollout, shaped, outputs)
     assert "kl" not in metrics and metrics["reward"] == 1.5
     rows = sample_rows(inputs.rollout, outputs, inputs.codec, inputs.dataset, 2)

@@ -70,7 +70,7 @@ def calibrated(reward_model, tmp_path):
         ({}, Calibration(0.5, 2.0), "own mean 0.5 and spread 2"),
         ({"score_calibration": "provenance"}, Calibration(0.5, 2.0), "own mean 0.5 and spread 2"),
         ({"score_calibration": "rollout"}, None, "first rollouts"),
-        ({"score_calibration": "none"}, RAW, "as they are"),
+        ({"score_calibration": "none"}, RAW, "as they are, clipped to plus or minus 5 (--score_clip)"),
         ({"normalize_scores": False}, RAW, "as they are"),
     ],
 )
