@@ -11,7 +11,7 @@ from common.data.tokenization import Codec
 from common.errors import UserError, named_by
 from common.paths import writing_to
 from common.rewards.batch import BatchReward, RewardBatch, columns_in
-from common.rewards.opening import kept_columns, open_functions, open_reward, try_reward
+from common.rewards.opening import MADE_UP, TRIED_PROMPTS, kept_columns, open_functions, open_reward, try_reward
 from common.rewards.options import NamedRewards
 from common.rewards.reading import check_text_labels, scores_last_token
 from common.rewards.spec import RewardSpec
@@ -22,8 +22,6 @@ from inference.locating import find_model
 from inference.options import LoadOptions
 from inference.prompts import Kept
 from inference.scoring import score_responses
-
-_TRIED_PROMPTS = 2
 
 
 class Rewards:
@@ -56,8 +54,8 @@ class Rewards:
 
     def try_on(self, prompts: Sequence[Prompt]) -> None:
         """Let functions and services score a made-up response. Raises UserError if one fails."""
-        some = list(prompts[:_TRIED_PROMPTS])
-        batch = self._batch(some, [Response("I do not know.", (0,), True)] * len(some), None)
+        some = list(prompts[:TRIED_PROMPTS])
+        batch = self._batch(some, [Response(MADE_UP, (0,), True)] * len(some), None)
         for spec in self.specs:
             if spec.label in self._scorers:
                 with named_by(self.flag):

@@ -21,9 +21,8 @@ from step3_ppo.scoring import ModelOutputs
 
 # Scores this close are equal: absolutely, or relative to the larger one where that is above 1.
 TOLERANCE = 1e-6
-_REFILL = (
-    1  # ends the key of the order of prompts; numpy takes missing words of a key for 0, and epochs have shorter ones
-)
+# Ends the key of the order of prompts. Numpy takes missing words of a key for 0, and the keys of epochs are shorter.
+_REFILL = 1
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,12 @@ from common.models.configuration import check_length
 from common.paths import writing_to
 from common.rewards.batch import BatchReward, trial_batch
 from common.rewards.function import Function
-from common.rewards.opening import kept_columns, open_functions, open_reward, try_reward
+from common.rewards.opening import MADE_UP, TRIED_PROMPTS, kept_columns, open_functions, open_reward, try_reward
 from common.rewards.reading import check_reward_model, check_text_labels, reads_ids_of
 from common.rewards.spec import RewardSpec
 from common.runtime.distributed import is_main, say
 from step3_ppo.calibration import ScoreScale, checked_provenance, reward_calibration, scale_of
 from step3_ppo.config import PPOConfig
-
-_TRIED_ROWS = 2
-_MADE_UP = "I do not know."
 
 
 @dataclass(frozen=True)
@@ -104,11 +101,11 @@ def try_rewards(opened: Sequence[OpenedReward], codec: Codec, prompts: PreparedD
     Raises:
         UserError: one fails.
     """
-    rows = prompts.train.select(range(min(_TRIED_ROWS, len(prompts.train))))
+    rows = prompts.train.select(range(min(TRIED_PROMPTS, len(prompts.train))))
     if KEPT not in rows.column_names or not len(rows):
         return
     texts = [str(codec.tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows["prompt_ids"]]
-    batch = trial_batch(rows[KEPT], texts, _MADE_UP, codec.encode_response(_MADE_UP))
+    batch = trial_batch(rows[KEPT], texts, MADE_UP, codec.encode_response(MADE_UP))
     for reward in opened:
         if reward.scorer is not None and (is_main() or reward.spec.kind == "function"):
             with named_by("--reward"):

@@ -38,8 +38,8 @@ class PreparedData:
 
     Columns by kind: demonstration: `prompt_ids`, `response_ids`; comparison: `prompt_ids`, `chosen_ids`,
     `rejected_ids`, and `margin` if the request names its column; prompt: `prompt_ids`, and `kept` where columns are
-    kept, see `keeping`; text: `input_ids`. Always
-    `length`, the tokens of the row's longest sequence, and `dialogue`, see `common.data.openings.SplitKey`.
+    kept, see `keeping`; text: `input_ids`. Always `length`, the tokens of the row's longest sequence, and `dialogue`,
+    see `common.data.openings.SplitKey`.
 
     Attributes:
         train, eval: the rows to train and to evaluate on.

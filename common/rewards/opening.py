@@ -13,6 +13,9 @@ from common.rewards.pool import PooledFunction
 from common.rewards.service import ServiceReward
 from common.rewards.spec import RewardSpec
 
+TRIED_PROMPTS = 2  # that a reward is tried on
+MADE_UP = "I do not know."  # the response that it is tried with
+
 
 def open_functions(specs: Sequence[RewardSpec]) -> dict[str, Function]:
     """The functions among the rewards, by their names. Raises RewardError for one that cannot be loaded."""
