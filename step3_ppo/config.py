@@ -262,8 +262,10 @@ class PPOConfig(
             )
 
     def useless_options(self) -> list[str]:
-        """The options that --advantage, --policy_loss and --kl_placement have no use for."""
-        return list(dict.fromkeys(name for names in self._useless_beside().values() for name in names))
+        """The options that --advantage, --policy_loss, --kl_placement and --reward have no use for."""
+        names = [name for names in self._useless_beside().values() for name in names]
+        with_models = any(spec.kind == "model" for spec in self.reward_specs())
+        return list(dict.fromkeys([*names, *([] if with_models else ["reward_batch_size"])]))
 
     def unused_options(self) -> dict[str, list[str]]:
         """The options that are set, in a recipe or by a flag, but without effect, by the choice that does not use

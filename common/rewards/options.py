@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from common.config.option import Phase
 from common.config.parser import Config, PathName, option
 from common.errors import named_by
 from common.rewards.spec import RewardSpec, parse_rewards
@@ -46,7 +47,11 @@ class NamedRewards(Config):
         affects="nothing",
     )
     reward_batch_size: int = option(
-        16, "answers that a service, or a reward model with a tokenizer of its own, gets at once", low=1
+        16,
+        "answers that a service, or a reward model with a tokenizer of its own, gets at once",
+        low=1,
+        relieves=(Phase.SCORE,),
+        advice="lower {flag}",
     )
 
     keep_columns: tuple[str, ...] = option(

@@ -120,6 +120,8 @@ def test_the_options_that_relieve_a_phase_are_advised(cls, phase, advice):
         (PPOConfig(release_inference_cache=True), "generate", "cache", "--per_device_generation_batch_size"),
         (PPOConfig(advantage="rloo"), "loading the models", "--critic_lora_dim", "--actor_lora_dim"),
         (PPOConfig(advantage="rloo"), "actor_update", "critic", "--actor_gradient_checkpointing"),
+        (PPOConfig(reward=("a.py:f",)), "score", "--reward_batch_size", "--per_device_training_batch_size"),
+        (PPOConfig(reward=("a.py:f", "judge")), "score", "--reward_workers", "--reward_batch_size"),
     ],
 )
 def test_what_is_on_already_or_has_no_effect_is_not_advised(config, phase, absent, advised):
