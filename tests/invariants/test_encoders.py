@@ -26,7 +26,7 @@ from inference.decoding import Response
 from inference.loading import LoadedModel, load_reward_model
 from inference.options import LoadOptions
 from inference.scoring import score_responses
-from step3_ppo.inputs import check_critic
+from step3_ppo.inputs import check_critic_kind
 from tests.architectures import ENCODERS, build_encoder
 
 PROMPTS = [Prompt((Message("user", text),)) for text in ("How much is 3 plus 21?", "Why?", "What is it? " * 9)]
@@ -209,7 +209,7 @@ def test_an_encoder_writes_no_text_and_gives_no_values(directory, codec):
         with pytest.raises(EncoderError, match="it is an encoder .*no value at each token"):
             refusing(str(directory))
     with pytest.raises(EncoderError, match="no value at each token.*--reward"):
-        check_critic(str(directory))
+        check_critic_kind(str(directory))
 
 
 @torch.no_grad()
