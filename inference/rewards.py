@@ -13,7 +13,7 @@ from common.paths import writing_to
 from common.rewards.batch import BatchReward, RewardBatch, columns_in
 from common.rewards.opening import MADE_UP, TRIED_PROMPTS, kept_columns, open_functions, open_reward, try_reward
 from common.rewards.options import NamedRewards
-from common.rewards.reading import check_text_labels, scores_last_token
+from common.rewards.reading import check_text_model, scores_last_token
 from common.rewards.spec import RewardSpec
 from common.rewards.text_model import TextRewardModel
 from inference.decoding import Response
@@ -72,7 +72,7 @@ class Rewards:
                 if files.adapter or scores_last_token(files.weights, options.trust_remote_code):
                     self._models[spec.label] = load_reward_model(spec.name, options)
                     continue
-                check_text_labels(files.weights, options.trust_remote_code)
+                check_text_model(files.weights, options.trust_remote_code)
                 device = choose_device(options.device)
                 self._scorers[spec.label] = TextRewardModel(
                     files.weights,

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from common.errors import Diverged
+from common.errors import UserError
 from common.models.calibration import RAW
 from common.rewards.batch import BatchReward, Scores, mean_figures
 from common.rewards.errors import Failure
-from common.runtime.distributed import gather_objects, rank
+from common.runtime.distributed import gather_objects, rank, say
 from step3_ppo.calibration import ScoreScale
 from step3_ppo.reward import RewardInputs, TokenRewardModel
 from step3_ppo.rewards import WeightedScores, weigh_scores
@@ -84,7 +84,8 @@ class CombinedReward:
         """The raw scores of every reward. All ranks must call it together.
 
         Raises:
-            Diverged: on all ranks alike, if a reward failed on a response and that is not to count 0.
+            UserError: on all ranks alike, if a reward failed on a response and that is not to count 0, or if one failed
+                on all of them.
         """
         responses = len(inputs.rollout.tokens)
         raw = torch.zeros(responses, len(self.parts))
@@ -104,8 +105,7 @@ class CombinedReward:
                     failures.append((rows[failure.response], at, failure.why))
             means = mean_figures([(len(rows), by_part[at].figures) for rows, by_part in on_ranks])
             figures |= {f"{part.label}/{name}": value for name, value in means.items()}
-        if failures and not self.zero_if_failed:
-            self._report(inputs, *min(failures))
+        self._report(inputs, failed, failures)
         return RewardScores(tuple(part.label for part in self.parts), self._weights, raw, failed, figures)
 
     def weigh(self, scores: RewardScores, clip: float) -> WeightedScores:
@@ -163,7 +163,23 @@ class CombinedReward:
         batch = inputs.batch(rows)
         return rows, {at: reward.score(batch) for at, reward in others.items()}
 
-    def _report(self, inputs: RewardInputs, response: int, at: int, why: str) -> None:
-        (row,) = inputs.batch([response]).rows
-        line = "--reward " + Failure(response, why).line(self.parts[at].name, response + 1, row)
-        raise Diverged(f"{line}; mend it, or add --reward_errors zero, with which such an answer gets 0")
+    def _report(self, inputs: RewardInputs, failed: Tensor, failures: Sequence[tuple[int, int, str]]) -> None:
+        """Name the first failure of each reward: as an error, or as a warning where failures count 0.
+
+        Args:
+            failed: (B, K) bool.
+            failures: response, number of the reward, reason.
+        """
+        for part in sorted({at for _, at, _ in failures}):
+            response, _, why = min(failure for failure in failures if failure[1] == part)
+            (row,) = inputs.batch([response]).rows
+            line = "--reward " + Failure(response, why).line(self.parts[part].name, response + 1, row)
+            number = int(failed[:, part].sum())
+            if not self.zero_if_failed:
+                raise UserError(
+                    f"{line}; mend it and run the same command again, which goes on where it saved last; or add "
+                    "--reward_errors zero, with which such an answer gets 0"
+                )
+            if number == len(failed):
+                raise UserError(f"{line}; it failed on all {number} answers, so nothing can be learnt from it: mend it")
+            say(f"warning: {line}; {number} of {len(failed)} answers get 0 of it for such a reason")

@@ -17,7 +17,7 @@ from common.paths import writing_to
 from common.rewards.batch import BatchReward, trial_batch
 from common.rewards.function import Function
 from common.rewards.opening import MADE_UP, TRIED_PROMPTS, kept_columns, open_functions, open_reward, try_reward
-from common.rewards.reading import check_reward_model, check_text_labels, reads_ids_of
+from common.rewards.reading import check_reward_model, check_text_model, reads_ids_of
 from common.rewards.spec import RewardSpec
 from common.runtime.distributed import is_main, say
 from step3_ppo.calibration import ScoreScale, checked_provenance, reward_calibration, scale_of
@@ -73,7 +73,7 @@ def _open_model(config: PPOConfig, codec: Codec, spec: RewardSpec) -> OpenedRewa
             tokens = config.max_prompt_seq_len + config.max_answer_seq_len
             check_length(source, tokens, config.trust_remote_code)
         else:
-            check_text_labels(source, config.trust_remote_code)
+            check_text_model(source, config.trust_remote_code)
     if reads_ids:
         provenance = checked_provenance(config, codec, source, "--reward", spec.name)
     else:
@@ -106,6 +106,8 @@ def try_rewards(opened: Sequence[OpenedReward], codec: Codec, prompts: PreparedD
         return
     texts = [str(codec.tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows["prompt_ids"]]
     batch = trial_batch(rows[KEPT], texts, MADE_UP, codec.encode_response(MADE_UP))
+    if tried := [reward.spec.name for reward in opened if reward.scorer is not None]:
+        say(f"{', '.join(tried)}: tried on a made-up answer to {len(rows)} prompts")
     for reward in opened:
         if reward.scorer is not None and (is_main() or reward.spec.kind == "function"):
             with named_by("--reward"):

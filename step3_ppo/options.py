@@ -95,8 +95,9 @@ class RewardOptions(NamedRewards):
     reward_errors: str = option(
         "stop",
         "what happens when a function or a service of --reward fails on an answer: stop: the run ends; zero: the "
-        "answer gets 0, and is counted",
+        "answer gets 0, and is counted, but where it fails on all answers the run ends too",
         choices=("stop", "zero"),
+        affects="nothing",  # a run that goes on has met no failure with stop
     )
     kl_coef: float | None = option(
         None, "weight of the KL to the reference; if adaptive, at the start; none: 0.1 if fixed, 0.2 if adaptive", low=0

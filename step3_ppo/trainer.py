@@ -24,7 +24,7 @@ from step3_ppo.generation.rollout import Rollout
 from step3_ppo.groups import Responses, refill_batches, refilled
 from step3_ppo.kl_controller import kl_controller
 from step3_ppo.learner import Learner
-from step3_ppo.limits import check_limits
+from step3_ppo.limits import check_limits, warn_of_clipped
 from step3_ppo.metrics import (
     experience_metrics,
     gradient_norms,
@@ -73,6 +73,7 @@ class PPOTrainer:
         self.responder = Responder(models, reward, config, codec, self.clock)
         self.learner = Learner(models, config, self.clock)
         self.latest: tuple[Rollout, ModelOutputs] | None = None  # those of the last iteration
+        self._warned_of_clipped = False
 
     def iteration(self, index: int, prompts: Sequence[MicroBatch]) -> StepMetrics:
         """Roll out, score, reward, estimate advantages, update; returns what to log.
@@ -90,6 +91,7 @@ class PPOTrainer:
         with self.clock.phase("advantages"):
             shaped, rewards = self.rewards(rollout, outputs)
             check_limits(self.config, outputs, name_of(index))
+            self._warned_of_clipped = self._warned_of_clipped or warn_of_clipped(self.config, shaped, name_of(index))
             experience = self.experience(rollout, outputs, rewards, chosen)
         self.latest = rollout, outputs
         updates = self.update(experience, index)

@@ -67,7 +67,7 @@ def publishing(
         if engine.weight_changes.none():
             say(
                 f"warning: training has left every weight of the {name} as it was: its learning rate is 0 or too small "
-                "for --dtype, or every optimizer step was skipped"
+                "for --dtype, or every optimizer step was skipped, or no answer was left to learn from"
             )
     output = Path(config.output_dir)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from common.rewards.batch import Scores
 from common.rewards.errors import Failure
 
+_LARGEST = 1e37  # scores are float32, of which sums are taken
 _SHAPES = "a list with one number for each response, or such a list and a dict of figures"
 
 
@@ -38,8 +39,8 @@ def read_answer(answer: Any, responses: int) -> Scores:
     numbers, failures = [], []
     for at, value in enumerate(answer):
         number = _number(value)
-        if number is None or not math.isfinite(number):
-            failures.append(Failure(at, f"it gave {_named(value)}, which is no finite number"))
+        if number is None or not math.isfinite(number) or abs(number) > _LARGEST:
+            failures.append(Failure(at, f"it gave {_named(value)}, which is no finite number of single precision"))
             number = 0.0
         numbers.append(number)
     return Scores(numbers, _figures(figures), tuple(failures))

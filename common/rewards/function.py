@@ -59,7 +59,7 @@ class Function:
         """
         try:
             answer = self.call(**arguments)
-        except Exception as error:  # of the user's code
+        except (Exception, SystemExit) as error:  # of the user's code
             raise WrongAnswer(f"it raised {described(error)}") from error
         return read_answer(answer, responses)
 

@@ -38,11 +38,22 @@ def reads_ids_of(codec: Codec, source: str, trust_remote_code: bool = False) -> 
     return same and fingerprints[0] == fingerprints[1] and scores_last_token(source, trust_remote_code)
 
 
-def check_text_labels(source: str, trust_remote_code: bool = False) -> None:
-    """Raises ModelError for a classifier that is not of one label by its config.json."""
-    labels = load_config(source, trust_remote_code).num_labels
-    if labels != 1:
-        raise ModelError(source, f"it is a classifier of {labels} labels, and a reward model gives one score")
+def check_text_model(source: str, trust_remote_code: bool = False) -> None:
+    """Raises ModelError for a classifier that is not of one label by its config.json, or that lacks tokens of its
+    tokenizer."""
+    config = load_config(source, trust_remote_code)
+    if config.num_labels != 1:
+        raise ModelError(
+            source, f"it is a classifier of {config.num_labels} labels, and a reward model gives one score"
+        )
+    tokens = len(load_tokenizer(source, trust_remote_code=trust_remote_code))
+    known = getattr(config.get_text_config(), "vocab_size", tokens)
+    if tokens > known:
+        raise ModelError(
+            source,
+            f"its tokenizer has {tokens} tokens and its config.json {known}: they are not of one model; put the files "
+            "of the model's own tokenizer there",
+        )
 
 
 def scores_last_token(source: str, trust_remote_code: bool = False) -> bool:

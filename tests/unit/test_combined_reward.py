@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from common.errors import Diverged, UserError
+from common.errors import UserError
 from common.models.calibration import RAW, Calibration
 from common.rewards.batch import Scores
 from common.rewards.errors import Failure
@@ -96,10 +96,19 @@ def test_one_reward_of_weight_1_is_shaped_as_the_reward_model_is():
 
 def test_a_reward_that_fails_ends_the_run_with_the_row_and_the_response():
     failing = Given([1.0, 0.0, 3.0, 0.0], [Failure(1, "it gave None"), Failure(3, "it gave nan")])
-    with pytest.raises(Diverged) as error:
+    with pytest.raises(UserError) as error:
         combined((Given([0.0] * 4), 1.0, ScoreScale(RAW)), (failing, 1.0, ScoreScale(RAW))).score(Inputs(4))
     assert str(error.value).startswith("--reward file.py:r1, on response 2 to the prompt in data.jsonl:2: it gave None")
     assert "--reward_errors zero" in str(error.value)
+
+
+def test_where_failures_count_0_the_first_is_named_and_a_reward_that_always_fails_ends_the_run(capsys):
+    some = Given([1.0, 0.0, 3.0, 0.0], [Failure(3, "it gave nan"), Failure(1, "it gave None")])
+    combined((some, 1.0, ScoreScale(RAW)), zero=True).score(Inputs(4))
+    assert "on response 2 to the prompt in data.jsonl:2: it gave None; 2 of 4 answers get 0" in capsys.readouterr().out
+    never = Given([0.0] * 4, [Failure(at, "it raised ValueError: cannot parse") for at in range(4)])
+    with pytest.raises(UserError, match="cannot parse; it failed on all 4 answers.*: mend it"):
+        combined((some, 1.0, ScoreScale(RAW)), (never, 1.0, ScoreScale(RAW)), zero=True).score(Inputs(4))
 
 
 def test_a_response_that_a_reward_fails_on_counts_0_after_normalisation_and_is_counted():

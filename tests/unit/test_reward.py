@@ -15,10 +15,11 @@ from step3_ppo.calibration import ScoreScale
 from step3_ppo.config import PPOConfig
 from step3_ppo.evaluation import sample_rows
 from step3_ppo.generation.rollout import Rollout
-from step3_ppo.limits import check_limits
+from step3_ppo.limits import check_limits, warn_of_clipped
 from step3_ppo.metrics import rollout_metrics
 from step3_ppo.models import PPOModels
 from step3_ppo.reward import RewardInputs
+from step3_ppo.rewards import shape_scores
 from step3_ppo.trainer import PPOTrainer
 
 PROMPTS = [" up", " the contrary of up", " a frog"]
@@ -142,3 +143,11 @@ def test_a_reward_that_gives_no_score_for_each_response_is_named(scores, what, i
 
     with pytest.raises(UserError, match=f"unfit gave {what} for 4 responses: it must give a torch tensor"):
         trainer_with(unfit, model).responder.score(inputs.dataset, inputs.rollout, 0)
+
+
+@pytest.mark.parametrize("beyond, warned", [(1, False), (3, True)])
+def test_scores_that_are_mostly_clipped_are_warned_of(capsys, beyond, warned):
+    scores = torch.tensor([100.0] * beyond + [1.0] * (4 - beyond))
+    shaped = shape_scores(scores, torch.ones(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool))
+    assert warn_of_clipped(PPOConfig(), shaped, "iteration 1") == warned
+    assert ("75% of the scores of iteration 1 are beyond --score_clip 5" in capsys.readouterr().out) == warned

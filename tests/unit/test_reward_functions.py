@@ -129,6 +129,8 @@ def test_an_answer_that_is_wrong_as_a_whole_says_why(answer, said):
         ("float('nan')", "it gave nan, which"),
         ("-float('inf')", "it gave -inf, which"),
         ("10 ** 400", "which is no finite number"),
+        ("1e300", "it gave 1e+300, which is no finite number of single precision"),
+        ("exit(0)", "it raised SystemExit: 0"),
         ("'0.5'", "it gave a str '0.5', which"),
         ("[1.0]", "it gave a list, which"),
         ("{}['missing']", "it raised KeyError: 'missing' (rewards_0.py, line 1)"),

@@ -11,7 +11,7 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import ModelError, UserError
 from common.models.builtin import materialise
 from common.rewards.batch import RewardBatch
-from common.rewards.reading import check_reward_model, check_text_labels, reads_ids_of, scores_last_token
+from common.rewards.reading import check_reward_model, check_text_model, reads_ids_of, scores_last_token
 from common.rewards.text_model import TextRewardModel, plain_dialogue
 from tests.architectures import build_model
 from tests.rewards import TINY, WORDS, word_tokenizer
@@ -85,7 +85,7 @@ def test_an_encoder_reads_text_and_never_the_actors_ids(encoder):
     directory, *_ = encoder
     assert not scores_last_token(str(directory))
     check_reward_model(str(directory))
-    check_text_labels(str(directory))
+    check_text_model(str(directory))
 
 
 def test_a_classifier_of_several_labels_is_refused(tmp_path):
@@ -93,7 +93,15 @@ def test_a_classifier_of_several_labels_is_refused(tmp_path):
         tmp_path
     )
     with pytest.raises(ModelError, match="a classifier of 2 labels"):
-        check_text_labels(str(tmp_path))
+        check_text_model(str(tmp_path))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    config = hf.BertConfig(vocab_size=3, num_labels=1, architectures=["BertForSequenceClassification"], **TINY)
+    config.save_pretrained(tmp_path)
+    word_tokenizer(tmp_path)
+    with pytest.raises(ModelError, match=f"its tokenizer has {len(WORDS)} tokens and its config.json 3"):
+        check_text_model(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
