@@ -127,3 +127,9 @@ def test_no_test_file_imports_another():
     files = list((ROOT / "tests").rglob("*.py"))
     importing = [path for path in files if re.search(r"^\s*(from|import) tests\.\S*\btest_", path.read_text(), re.M)]
     assert names(importing) == []
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports them by it; two of one name stop the collection of the whole suite."""
+    files = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(name for name in set(files) if files.count(name) > 1) == []
