@@ -154,6 +154,15 @@ def read_calibration(config: PPOConfig, codec: Codec, source: str | None) -> Cal
     return _calibration(config, flag, provenance, "rollout")
 
 
+def calibration_of(provenance: Provenance | None) -> Calibration:
+    """The mean and standard deviation of a reward model's own scores, in which its values begin near 0; `RAW` where
+    they are not known."""
+    mean, std = (provenance.score_mean, provenance.score_std) if provenance is not None else (None, None)
+    if mean is None or std is None or not Calibration(mean, std).usable:
+        return RAW
+    return Calibration(mean, std)
+
+
 def check_critic(config: PPOConfig, codec: Codec, source: str) -> Provenance | None:
     """How the model of --critic_model_name_or_path was trained. Raises as `read_calibration`."""
     name = str(config.critic_model_name_or_path)

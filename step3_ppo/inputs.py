@@ -18,7 +18,7 @@ from common.models.configuration import EncoderError, check_gives_values, check_
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.training.engine import check_engine_options
-from step3_ppo.calibration import ScoreScale, check_critic, read_calibration, scale_of
+from step3_ppo.calibration import ScoreScale, calibration_of, check_critic, read_calibration, scale_of
 from step3_ppo.config import PPOConfig
 from step3_ppo.opening import OpenedReward, columns_to_keep, open_rewards, try_rewards
 
@@ -93,8 +93,9 @@ def critic_start(
     if not config.estimator.needs_critic:
         return None, ScoreScale(RAW)
     models = {reward.source: reward for reward in rewards if reward.reads_ids}
+    scale = ScoreScale(RAW)
     if given is not None:
-        check_critic(config, codec, given)
+        scale = ScoreScale(calibration_of(check_critic(config, codec, given)))
         start = given
     elif models:
         start = next(str(source) for source in models)
@@ -102,7 +103,7 @@ def critic_start(
     else:
         start = actor
         say("the critic starts from the actor, with a new score head: no reward reads the actor's tokens")
-    return start, models[start].scale if start in models else ScoreScale(RAW)
+    return start, models[start].scale if start in models else scale
 
 
 def checked_model(config: PPOConfig, option: str, check: Callable[[str, bool], object]) -> str:

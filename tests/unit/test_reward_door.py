@@ -163,7 +163,9 @@ def test_the_critic_starts_from_the_actor_where_no_reward_reads_its_tokens(good,
 def test_the_critic_starts_from_what_is_named_for_it(good, reward_models):
     same = str(reward_models / "same")
     inputs = opened(good, reward_models, "my.py:good", critic_model_name_or_path=same)
-    assert inputs.critic == same and inputs.scale.calibration == RAW  # it gives no score here
+    assert inputs.critic == same and inputs.scale.calibration == Calibration(
+        0.5, 2.0
+    )  # its own, so values begin near 0
     both = opened(good, reward_models, same, critic_model_name_or_path=same)
     assert both.scale is both.rewards[0].scale
 
