@@ -62,6 +62,8 @@ def _as_given(name: str, value: Any) -> str:
     """An option with its value, as on a command line."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no_{name}"
+    if isinstance(value, float):
+        return f"--{name} {value:g}"
     return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 

@@ -49,7 +49,7 @@ CONTRADICTION = "contradict each other: keep one"
         (
             PPOConfig,
             MODELS + "--missing_eos_score 0 --missing_eos_penalty 2",
-            f"--missing_eos_penalty 2.0 and --missing_eos_score 0.0 {CONTRADICTION}",
+            f"--missing_eos_penalty 2 and --missing_eos_score 0 {CONTRADICTION}",
         ),
         (
             SFTConfig,

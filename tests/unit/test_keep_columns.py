@@ -103,7 +103,7 @@ def test_a_column_that_no_file_has_is_one_line_with_those_there_are(tmp_path, co
 
 def test_a_parameter_that_is_nearly_one_of_a_rewards_own_is_advised_as_such(tmp_path, codec):
     columns = kept_columns([Function("my.py:f", len, ("prompts",), ("response",), (), False)], [])
-    with pytest.raises(UserError, match="its parameter response is .* none of that name; did you mean responses?"):
+    with pytest.raises(UserError, match=r"its parameter response is .* none of that name; did you mean responses\?"):
         prepare(asked(tmp_path, ROWS, columns), codec)
 
 
