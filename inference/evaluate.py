@@ -57,7 +57,7 @@ class EvaluateConfig(DecodingOptions, PromptOptions, NamedRewards, LoadOptions):
             raise UserError(f"--path: give one model or two, not {len(self.path)}")
         if not self.data_path:
             raise UserError(f"--data_path is needed: where the prompts are, such as {_TASK}")
-        self.only_with("no --reward", not self.reward, "reward_model_path")
+        self.not_both("reward_model_path", "reward")
         self.only_with("--reward", bool(self.reward), "keep_columns")
 
 
@@ -99,6 +99,8 @@ class Evaluation:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, respond with each model, score, report."""
     config = read_options(EvaluateConfig, argv)
+    for warning in config.reward_warnings():
+        print(f"warning: {warning}", file=sys.stderr)
     rewards = open_rewards(config)
     try:
         _evaluate(config, rewards)

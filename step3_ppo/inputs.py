@@ -130,7 +130,11 @@ def check_critic_kind(source: str, trust_remote_code: bool = False) -> None:
     try:
         check_gives_values(source, trust_remote_code)
     except EncoderError as error:
-        raise EncoderError(source, f"{error.why}; --reward takes an encoder, as a reward that reads text") from None
+        raise EncoderError(
+            source,
+            f"{error.why}, or, to have this one score the answers, leave --critic_model_name_or_path out and say "
+            f"--reward {source}: the critic then starts from the actor",
+        ) from None
 
 
 def text_request(config: PPOConfig) -> DataRequest:
@@ -159,3 +163,10 @@ def warn(config: PPOConfig) -> None:
             "trained: the ratio of new to old policy is then only approximate; --truncated_sampling exact makes it "
             "right"
         )
+    if config.clip_range_high is not None and config.clip_range_high < config.clip_range < 1:
+        say(
+            f"note: --clip_range_high {config.clip_range_high:g} is below --clip_range {config.clip_range:g}: in an "
+            "update tokens may lose more probability than they may gain"
+        )
+    for warning in config.reward_warnings():
+        say(f"warning: {warning}")

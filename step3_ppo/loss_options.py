@@ -81,4 +81,4 @@ class LossOptions(Config):
 
     def validate(self) -> None:
         super().validate()
-        self.only_with("--gae_lambda_alpha none", self.gae_lambda_alpha is None, "gae_lambda")
+        self.not_both("gae_lambda", "gae_lambda_alpha")

@@ -152,7 +152,7 @@ class RewardOptions(NamedRewards):
         self.only_with("--kl_controller adaptive", adaptive, "kl_target", "kl_horizon")
         if adaptive and self.kl_coef == 0:
             raise UserError("--kl_controller adaptive needs --kl_coef above 0: it multiplies it")
-        self.only_with("--missing_eos_score none", self.missing_eos_score is None, "missing_eos_penalty")
+        self.not_both("missing_eos_penalty", "missing_eos_score")
         fails = any(spec.kind != "model" for spec in self.reward_specs())
         self.only_with("a function or a service in --reward", fails, "reward_errors")
 

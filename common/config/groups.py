@@ -100,11 +100,7 @@ class ScheduleOptions(Config):
 
     def validate(self) -> None:
         super().validate()
-        if self.auto_micro_batch and self.max_tokens_per_micro_batch:
-            raise UserError(
-                f"--auto_micro_batch and --max_tokens_per_micro_batch {self.max_tokens_per_micro_batch} "
-                "contradict each other: keep one"
-            )
+        self.not_both("auto_micro_batch", "max_tokens_per_micro_batch")
         if self.lr_scheduler_type == "constant" and self.num_warmup_steps not in (
             0,
             options(type(self))["num_warmup_steps"].default,

@@ -47,8 +47,24 @@ class Config:
             if not met and getattr(self, name) != options(type(self))[name].default:
                 raise UserError(f"--{name} works only with {requirement}: add that, or leave --{name} out")
 
+    def not_both(self, name: str, other: str) -> None:
+        """Raise UserError when two options are set (are not their defaults) of which only one can hold."""
+        known = options(type(self))
+        if all(getattr(self, one) != known[one].default for one in (name, other)):
+            flags = " and ".join(_as_given(one, getattr(self, one)) for one in (name, other))
+            raise UserError(f"{flags} contradict each other: keep one")
+
 
 ConfigType = TypeVar("ConfigType", bound=Config)
+
+
+def _as_given(name: str, value: Any) -> str:
+    """An option with its value, as on a command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    if isinstance(value, float):
+        return f"--{name} {value:g}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 _known: dict[type[Config], dict[str, Option]] = {}

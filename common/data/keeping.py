@@ -26,12 +26,14 @@ class KeptColumns:
         optional: kept where a row has them.
         everything: all that a row has is kept.
         declared: by column, the name of the reward that needs it, for messages.
+        given: names of what such a reward gets besides columns, for messages.
     """
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     everything: bool = False
     declared: Mapping[str, str] = field(default_factory=dict)
+    given: tuple[str, ...] = ()
 
     def of(self, values: Mapping[str, Any]) -> str:
         """The kept columns of a row, a JSON object. Raises BadRow if one is missing or cannot be written as JSON."""
@@ -54,16 +56,18 @@ class KeptColumns:
         return self.everything or column in self.required or column in self.optional
 
     def check(self, files: Mapping[str, Collection[str]]) -> None:
-        """Raises KeptColumnsError or DeclaredColumnError if none of the `files` (label -> columns found) has a column
-        that is required."""
+        """Raises KeptColumnsError or DeclaredColumnError if none of the files of a source (label -> columns found) has
+        a column that is required."""
         for column in self.required:
             if files and not any(column in columns for columns in files.values()):
                 label, columns = next(iter(files.items()))
-                found = f"{did_you_mean(column, columns)}; it has {', '.join(sorted(columns))}"
+                found = f"; it has {', '.join(sorted(columns))}"
                 if column in self.declared:
-                    why = f"its parameter {column} is a column of the data, but {label} has none of that name{found}"
-                    raise DeclaredColumnError(self.declared[column], why)
-                raise KeptColumnsError(column, f"{label} has no such column{found}")
+                    why = f"its parameter {column} is a column of the data, but {label} has none of that name"
+                    raise DeclaredColumnError(
+                        self.declared[column], f"{why}{did_you_mean(column, [*columns, *self.given])}{found}"
+                    )
+                raise KeptColumnsError(column, f"{label} has no such column{did_you_mean(column, columns)}{found}")
 
 
 def kept_json(columns: str, prompt: Prompt, location: str) -> str:

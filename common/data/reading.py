@@ -91,11 +91,13 @@ def read_records(
     column_map = ColumnMap(columns).for_kind(kind)
     sources = [(spec, open_source(spec, kind)) for spec in specs]
     if column_map.names or keep is not None:
-        files = {part.label: columns_of(part) for _, source in sources for part in source.parts}
-        files = {label: columns for label, columns in files.items() if columns}
-        column_map.check(files)
+        by_source = [
+            {part.label: found for part in source.parts if (found := columns_of(part))} for _, source in sources
+        ]
+        column_map.check({label: found for files in by_source for label, found in files.items()})
         if keep is not None:
-            keep.check(files)
+            for files in by_source:
+                keep.check(files)
     keyers: dict[str, Keyer] = {}
     for spec, source in sources:
         report.sources.setdefault(spec.name, Counts())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from common.data.keeping import KeptColumns
 from common.rewards.batch import BatchReward, RewardBatch
 from common.rewards.errors import RewardError
-from common.rewards.function import Function, FunctionReward, load_function
+from common.rewards.function import OF_RESPONSES, Function, FunctionReward, load_function
 from common.rewards.options import NamedRewards
 from common.rewards.pool import PooledFunction
 from common.rewards.service import ServiceReward
@@ -28,7 +28,9 @@ def kept_columns(functions: Sequence[Function], named: Sequence[str]) -> KeptCol
     required += [column for column in named if column != "*"]
     optional = [column for function in functions for column in function.optional_columns]
     declared = {column: function.name for function in reversed(functions) for column in function.columns}
-    return KeptColumns(tuple(dict.fromkeys(required)), tuple(dict.fromkeys(optional)), "*" in named, declared)
+    return KeptColumns(
+        tuple(dict.fromkeys(required)), tuple(dict.fromkeys(optional)), "*" in named, declared, OF_RESPONSES
+    )
 
 
 def open_reward(

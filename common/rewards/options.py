@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from common.config.option import Phase
 from common.config.parser import Config, PathName, option
 from common.errors import named_by
-from common.rewards.spec import RewardSpec, parse_rewards
+from common.rewards.spec import RewardSpec, parse_rewards, queries
 
 if TYPE_CHECKING:
     from common.rewards.service import ServiceSettings
@@ -64,6 +64,14 @@ class NamedRewards(Config):
         """The rewards of --reward. Raises UserError for one that means nothing."""
         with named_by("--reward"):
             return parse_rewards(self.reward)
+
+    def reward_warnings(self) -> list[str]:
+        """What to say of --reward at the start."""
+        return [
+            f"--reward {address}: the address is saved and printed as it is; if its query holds a key, put that into "
+            "an environment variable and name it with --reward_header_env"
+            for address in queries(self.reward_specs())
+        ]
 
     def service_settings(self) -> ServiceSettings:
         """How services are asked."""

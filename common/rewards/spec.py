@@ -78,7 +78,9 @@ def _split_weight(word: str) -> tuple[str, float]:
         return word, 1.0
     raise RewardError(
         _without_password(word),
-        f"the weight behind = is to be a number other than 0, not {text!r}" if name else "there is no name before =",
+        f"the weight behind = is to be a finite number other than 0, not {text!r}"
+        if name
+        else "there is no name before =",
     )
 
 
@@ -100,6 +102,12 @@ def _checked(spec: RewardSpec) -> RewardSpec:
     elif spec.name.endswith(".py") or spec.name.endswith(".py:"):
         raise RewardError(spec.name, "is a file: name the function in it too, as in my_reward.py:correct")
     return spec
+
+
+def queries(specs: Sequence[RewardSpec]) -> list[str]:
+    """The addresses of services that have a query, without it: it may hold a key."""
+    services = (urlsplit(spec.name) for spec in specs if spec.kind == "service")
+    return [url._replace(query="...", fragment="").geturl() for url in services if url.query]
 
 
 def _without_password(url: str) -> str:

@@ -9,6 +9,7 @@ from common.config.parser import ignored_options, options
 from tests.distributed.option_inputs import make_inputs
 from tests.distributed.option_rows import STEPS
 from tests.launching import ROOT, launch
+from tests.metrics_docs import as_documented, documented_metrics
 
 PROGRAM = ROOT / "tests" / "distributed" / "option_cases.py"
 # In test_resumed_runs.py and faults/test_numbers.py: they need a run that broke off, or numbers that are not finite.
@@ -56,6 +57,12 @@ def test_every_option_changes_what_the_program_does(found, step, option):
 def test_the_same_flags_do_the_same(found, step):
     assert found[step]["again"] == found[step][""]
     assert found[step][""]["metrics"][-1]["phase"] == "done"
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_metric_of_every_run_is_documented(found, step):
+    logged = {as_documented(name) for run in found[step].values() for record in run["metrics"] for name in record}
+    assert logged - documented_metrics(step) == set(), "add a row to docs/metrics.md"
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -10,6 +10,8 @@ from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 from tests.command_lines import MODELS, message, read, recipe
 
+CONTRADICTION = "contradict each other: keep one"
+
 
 @pytest.mark.parametrize(
     "cls, line, part",
@@ -41,10 +43,19 @@ from tests.command_lines import MODELS, message, read, recipe
             MODELS + "--advantage grpo --answers_per_prompt 4 --kl_estimator k3 --kl_placement reward",
             "--kl_placement loss",
         ),
-        (PPOConfig, MODELS + "--gae_lambda 0.9 --gae_lambda_alpha 0.05", "--gae_lambda_alpha none"),
+        (PPOConfig, MODELS + "--gae_lambda 0.9 --gae_lambda_alpha 0.05", f"--gae_lambda_alpha 0.05 {CONTRADICTION}"),
         (PPOConfig, MODELS + "--dual_clip 1", "above 1"),
         (PPOConfig, MODELS + "--loss_aggregation mean", "token, sequence, constant"),
-        (PPOConfig, MODELS + "--missing_eos_score -1 --missing_eos_penalty 2", "--missing_eos_score"),
+        (
+            PPOConfig,
+            MODELS + "--missing_eos_score 0 --missing_eos_penalty 2",
+            f"--missing_eos_penalty 2 and --missing_eos_score 0 {CONTRADICTION}",
+        ),
+        (
+            SFTConfig,
+            "--auto_micro_batch --max_tokens_per_micro_batch 9",
+            f"--auto_micro_batch and --max_tokens_per_micro_batch 9 {CONTRADICTION}",
+        ),
         (PPOConfig, MODELS + "--truncated_sampling exact", "works only with --top_p, --top_k"),
         (PPOConfig, MODELS + "--missing_eos_score -1 --draw_answer_lengths", "--missing_eos_score"),
         (PPOConfig, MODELS + "--ema_decay 0.9", "--enable_ema"),

@@ -104,6 +104,12 @@ def test_a_start_of_the_critic_is_noted_where_there_is_no_critic_and_no_reward_m
     assert capsys.readouterr().out == noted
 
 
+@pytest.mark.parametrize("low, high, noted", [("0.2", "0.1", True), ("0.2", "0.28", False), ("1", "0.5", False)])
+def test_an_upper_side_of_the_clip_below_the_lower_is_noted(low, high, noted, capsys):
+    warn(parse(PPOConfig, [*MODELS, "--clip_range", low, "--clip_range_high", high]))
+    assert capsys.readouterr().out.startswith("note: --clip_range_high 0.1 is below --clip_range 0.2: ") == noted
+
+
 def test_options_that_a_loss_or_no_reference_leaves_without_effect_are_noted(capsys):
     config = parse(PPOConfig, [*MODELS, "--policy_loss", "cispo", "--dual_clip", "3", "--kl_placement", "none"])
     warn(replace(config, kl_controller="adaptive", max_kl=3.0, offload_reference_model=True))

@@ -16,6 +16,8 @@ from common.data.request import data_key
 from common.data.tokenization import load_tokenizer, make_codec
 from common.data.values import BadRow
 from common.errors import UserError
+from common.rewards.function import Function
+from common.rewards.opening import kept_columns
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.reward import RewardInputs
 from tests.preparation import request
@@ -97,6 +99,22 @@ def test_a_column_that_no_file_has_is_one_line_with_those_there_are(tmp_path, co
         prepare(asked(tmp_path, ROWS, KeptColumns(("anwser",), declared=declared)), codec)
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
     assert "did you mean answer?; it has answer, note, prompt, tests" in str(error.value)
+
+
+def test_a_parameter_that_is_nearly_one_of_a_rewards_own_is_advised_as_such(tmp_path, codec):
+    columns = kept_columns([Function("my.py:f", len, ("prompts",), ("response",), (), False)], [])
+    with pytest.raises(UserError, match=r"its parameter response is .* none of that name; did you mean responses\?"):
+        prepare(asked(tmp_path, ROWS, columns), codec)
+
+
+@pytest.mark.parametrize("first", (True, False))
+def test_a_source_of_a_blend_without_a_column_is_named_with_the_reward_that_needs_it(tmp_path, codec, first):
+    asking = asked(tmp_path, ROWS, KeptColumns(("answer",), declared={"answer": "my.py:correct"}))
+    others = asked(tmp_path, [{"prompt": "Why?"}] * 20, None, "others.jsonl").data_path
+    both = asking.data_path + others if first else others + asking.data_path
+    said = "^--reward my.py:correct: its parameter answer is a column of the data, but .*others.jsonl has none of that"
+    with pytest.raises(UserError, match=said), naming_flags():
+        prepare(replace(asking, data_path=both), codec)
 
 
 def test_values_of_other_formats_are_kept_as_json_has_them():

@@ -44,7 +44,8 @@ def test_every_reward_has_a_label_of_its_own():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["my.py:correct=much"], "is to be a number other than 0, not 'much'"),
+        (["my.py:correct=much"], "is to be a finite number other than 0, not 'much'"),
+        (["my.py:correct=1e400"], "is to be a finite number other than 0, not '1e400'"),
         (["my.py:correct="], "not ''"),
         (["my.py:correct=0"], "not '0'"),
         (["my.py:correct=nan"], "not 'nan'"),
@@ -69,6 +70,13 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(url):
     with pytest.raises(UserError) as error:
         parse(PPOConfig, [*MODELS, "--reward", url])
     assert "hidden" not in str(error.value) and "***@" in str(error.value)
+
+
+def test_a_query_in_an_address_gets_a_warning_that_does_not_repeat_it():
+    words = ["--reward", "https://host/score?key=hidden", "http://other/", "a.py:f"]
+    (warning,) = parse(PPOConfig, [*MODELS, *words]).reward_warnings()
+    assert warning.startswith("--reward https://host/score?...: the address is saved and printed as it is")
+    assert "--reward_header_env" in warning and "hidden" not in warning
 
 
 @pytest.mark.parametrize(
@@ -109,5 +117,5 @@ def test_a_reward_of_the_programs_own_leaves_no_room_for_others():
 def test_an_evaluation_takes_one_reward_model_or_rewards():
     data = ["--data_path", "builtin:courtesy"]
     assert parse(EvaluateConfig, [*data, "--reward", "a.py:f", "./model=2"]).reward_specs()[1].weight == 2
-    with pytest.raises(UserError, match="--reward_model_path works only with no --reward"):
+    with pytest.raises(UserError, match="--reward_model_path .*model and --reward a.py:f contradict each other: keep"):
         parse(EvaluateConfig, [*data, "--reward", "a.py:f", "--reward_model_path", "./model"])
