@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import psutil
 
-from common.errors import TrainingFailure
+from common.errors import UserError
 from common.runtime.distributed import say, world_size
 from common.runtime.program import run_program
 from step3_ppo.main import main as step3
@@ -43,7 +43,7 @@ def main() -> None:
         words = flags.format(inputs=inputs, url=url).split()
         try:
             step3([*common(inputs, place), *words, "--output_dir", str(place / name)])
-        except TrainingFailure as failure:
+        except UserError as failure:
             say(f"refused: {name}: {failure}")
         left = [child for child in psutil.Process().children() if "common.rewards.worker" in child.cmdline()]
         assert not left, f"{name} has left its workers: {left}"

@@ -133,4 +133,5 @@ def test_failures_are_counted_or_end_the_run_in_one_line(output, ranks):
     said = (output / f"{ranks}.said").read_text()
     (line,) = [line for line in said.splitlines() if line.startswith("refused: ")]
     assert line.startswith("refused: stop: --reward ") and "rows.jsonl:" in line and "it gave None" in line
-    assert "checkpoint" in line and "Traceback" not in said
+    assert "run the same command again" in line and "Traceback" not in said
+    assert "reward_functions.py:picky, on response" in said and "answers get 0 of it" in said
