@@ -107,7 +107,7 @@ class RewardOptions(NamedRewards):
         "auto",
         "where the KL pulls: reward: taken off every token's reward, which also counts what a token does to "
         "the KL of later ones; loss: a term of the actor's loss with the gradient of each token's KL; none: nowhere, "
-        "and no reference is loaded; auto: as the paper of --advantage: loss for grpo, dr_grpo and "
+        "and no reference is loaded; auto: as is usual with --advantage: loss for grpo, dr_grpo and "
         "reinforce++_baseline, reward for the others",
         choices=("auto", "reward", "loss", "none"),
     )
