@@ -138,14 +138,10 @@ def leave_one_out(rewards: Tensor, response_mask: Tensor, groups: Tensor) -> Ten
         ValueError: a response is alone in its group.
     """
     totals = rewards.masked_fill(~response_mask, 0).sum(1)
-    _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
-    others = sizes[group] - 1
-    if not others.all():
-        raise ValueError("leave-one-out needs two responses or more to every prompt")
+    differences, group, sizes = _less_group_mean(totals, groups)
     # Subtracting the group's mean first avoids cancellation if all its rewards are large and similar:
     # G - (sum - G) / (k - 1) = (G - mean) * k / (k - 1).
-    means = totals.new_zeros(len(sizes)).index_add(0, group, totals) / sizes
-    advantages = (totals - means[group]) * sizes[group] / others
+    advantages = differences * sizes[group] / (sizes[group] - 1)
     return advantages[:, None].expand(rewards.shape).masked_fill(~response_mask, 0)
 
 
@@ -205,14 +201,31 @@ def group_relative(rewards: Tensor, response_mask: Tensor, groups: Tensor, *, di
     """
     # In float64, since the rounding of a mean in float32 would be taken for a spread where all rewards are equal.
     totals = rewards.double().masked_fill(~response_mask, 0).sum(1)
+    advantages, group, sizes = _less_group_mean(totals, groups)
+    if divide_by_std:
+        squares = totals.new_zeros(len(sizes)).index_add(0, group, advantages.square())
+        advantages = advantages / ((squares / (sizes - 1)).sqrt() + 1e-6)[group]
+    return advantages[:, None].expand(rewards.shape).masked_fill(~response_mask, 0).to(rewards.dtype)
+
+
+def _less_group_mean(totals: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each response's reward less the mean of its group.
+
+    Args:
+        totals: (B,) whole rewards of responses.
+        groups: (B,) long, the same number for all responses to one prompt.
+
+    Returns:
+        The differences (B,); the group of each response (B,) long, counted from 0; the responses in each group (G,).
+
+    Raises:
+        ValueError: a response is alone in its group.
+    """
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
     if not (sizes > 1).all():
         raise ValueError("comparing answers needs two responses or more to every prompt")
-    over_groups = lambda numbers: totals.new_zeros(len(sizes)).index_add(0, group, numbers)
-    advantages = totals - (over_groups(totals) / sizes)[group]
-    if divide_by_std:
-        advantages = advantages / ((over_groups(advantages.square()) / (sizes - 1)).sqrt() + 1e-6)[group]
-    return advantages[:, None].expand(rewards.shape).masked_fill(~response_mask, 0).to(rewards.dtype)
+    means = totals.new_zeros(len(sizes)).index_add(0, group, totals) / sizes
+    return totals - means[group], group, sizes
 
 
 @estimator("gae", needs_critic=True, options=("gamma", "gae_lambda", "gae_lambda_alpha", "critic_gae_lambda"))
