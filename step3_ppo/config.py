@@ -176,6 +176,11 @@ class PPOConfig(
             self.generation_batches, ceil(needed / (self.per_device_generation_batch_size * self.answers_per_prompt))
         )
 
+    def models(self) -> dict[str, str | None]:
+        """The actor, the critic and the reward models."""
+        rewards = {f"reward {spec.name}": spec.name for spec in self.reward_specs() if spec.kind == "model"}
+        return {**super().models(), **rewards}
+
     def batches(self) -> list[Batch]:
         """The prompts of one iteration and the answers of one optimizer step."""
         return [

@@ -51,6 +51,11 @@ class RunInputs:
         """All prepared data."""
         return [self.prompts, *([self.texts] if self.texts is not None else [])]
 
+    @property
+    def functions(self) -> dict[str, str]:
+        """The checksum of the file of each reward function, by what it is called in a message."""
+        return {f"file of {one.spec.name}": one.checksum for one in self.rewards if one.checksum is not None}
+
 
 def read_inputs(config: PPOConfig) -> RunInputs:
     """Check the models and prepare the data, before the process group exists. One process per machine prepares.

@@ -38,7 +38,8 @@ def main(
     """
     config = parse(config_class(advantages, own_reward=reward is not None), argv)
     inputs = read_inputs(config)
-    run = start_run(config, *inputs.data, parts=model_parts(config), pieces={"reward": reward or reward_piece(config)})
+    pieces = {"reward": reward or reward_piece(config), **inputs.functions}
+    run = start_run(config, *inputs.data, parts=model_parts(config), pieces=pieces)
     prompts, held_out = inputs.prompts.train, evaluation_prompts(config, inputs.prompts.eval)
     sampler = prompt_sampler(config, prompts)
     iterations = min(scheduled_iterations(config, len(prompts)), config.stop_after or sys.maxsize)

@@ -33,6 +33,7 @@ class OpenedReward:
         scorer: a function or a service, ready to score; None for a reward model.
         source: directory or hub name of a reward model; None for the others.
         reads_ids: whether a reward model reads the actor's ids, so that it can be the critic's start.
+        checksum: of the file of a function.
     """
 
     spec: RewardSpec
@@ -40,6 +41,7 @@ class OpenedReward:
     scorer: BatchReward | None
     source: str | None
     reads_ids: bool
+    checksum: str | None = None
 
 
 def open_rewards(config: PPOConfig, codec: Codec) -> tuple[list[OpenedReward], dict[str, Function]]:
@@ -56,10 +58,12 @@ def open_rewards(config: PPOConfig, codec: Codec) -> tuple[list[OpenedReward], d
         if spec.kind == "model":
             opened.append(_open_model(config, codec, spec))
             continue
+        function = functions.get(spec.name)
         with named_by("--reward_header_env" if spec.kind == "service" else "--reward"):
-            scorer = open_reward(spec, functions.get(spec.name), config, config.reward_errors == "zero")
+            scorer = open_reward(spec, function, config, config.reward_errors == "zero")
         scale = scale_of(reward_calibration(config, spec.name, None, is_model=False), config, spec.name)
-        opened.append(OpenedReward(spec, scale, scorer, None, reads_ids=False))
+        checksum = function and function.checksum
+        opened.append(OpenedReward(spec, scale, scorer, None, reads_ids=False, checksum=checksum))
     return opened, functions
 
 

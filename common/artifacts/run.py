@@ -51,7 +51,7 @@ def start_run(
         data: all that the run reads; a checkpoint of other data is refused.
         parts: as of `open_run`.
         pieces: what decides the result and no option describes, such as {"task": task}: classes, functions or
-            instances. A run with a piece of another `name_of` is another run.
+            instances, or a text, such as a checksum. A run with a piece of another `name_of` is another run.
 
     Raises:
         AlreadyComplete: the output directory holds the result of this command.
@@ -66,10 +66,13 @@ def start_run(
 
 
 def name_of(piece: object) -> str:
-    """Module and qualified name of a class or a function, or of an instance's class: "step1_sft.task.SFTTask".
+    """Module and qualified name of a class or a function, or of an instance's class: "step1_sft.task.SFTTask". A text
+    is its own name.
 
     In a program that is run as a file, that file's name stands for the module, which Python calls __main__.
     """
+    if isinstance(piece, str):
+        return piece
     while isinstance(piece, partial):
         piece = piece.func
     named = piece if hasattr(piece, "__qualname__") else type(piece)

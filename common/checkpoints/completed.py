@@ -17,7 +17,7 @@ from common.checkpoints.config_changes import (
     unknown_options,
 )
 from common.config.groups import RunOptions
-from common.config.parser import Option, options
+from common.config.parser import options
 from common.formats import check_format
 from common.paths import content_digest
 
@@ -78,7 +78,7 @@ class CompletedRun:
                 "data": self.data,
                 "pieces": self.pieces,
                 "files": self._files(),
-                "models": {name: _digest(getattr(self.config, name)) for name in self._model_options()},
+                "models": {name: _digest(model) for name, model in self.config.models().items()},
             }
             new.write_text(json.dumps(values, indent=1), encoding="utf-8")
             os.replace(new, self.path)
@@ -109,15 +109,13 @@ class CompletedRun:
             for path in output.glob(pattern)
         }
 
-    def _model_options(self) -> dict[str, Option]:
-        """The options that name the models that the run starts from."""
-        return {name: meta for name, meta in options(type(self.config)).items() if meta.names_model}
-
     def _same_models(self, recorded: Mapping[str, Any]) -> bool:
         """Whether the files of the models are those of the record. An option that it lacks had its default."""
+        declared = options(type(self.config))
         return all(
-            (recorded[name] if name in recorded else _digest(meta.default)) == _digest(getattr(self.config, name))
-            for name, meta in self._model_options().items()
+            (recorded[name] if name in recorded else _digest(declared[name].default)) == _digest(model)
+            for name, model in self.config.models().items()
+            if name in recorded or name in declared
         )
 
 

@@ -167,6 +167,10 @@ class RunOptions(Config):
         """Optimizer steps (iterations in step 3) after which the run stops early; 0 for never."""
         return self.test_stop_step if self.enable_test_mode else 0
 
+    def models(self) -> dict[str, str | None]:
+        """The models that the run starts from or asks, by what names them."""
+        return {name: getattr(self, name) for name, meta in options(type(self)).items() if meta.names_model}
+
     def batches(self) -> list[Batch]:
         """The batches that decide what is computed, however the ranks share them; every step has its own."""
         return []

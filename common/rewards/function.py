@@ -10,9 +10,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from common.errors import did_you_mean
+from common.paths import content_digest
 from common.rewards.answers import WrongAnswer, read_answer
 from common.rewards.batch import RewardBatch, Scores, merged
 from common.rewards.errors import Failure, RewardError
@@ -32,6 +34,7 @@ class Function:
         columns: the columns that it needs.
         optional_columns: those whose parameters have a default; it is left to the function where the data has none.
         takes_rest: whether it takes all other columns too, by **kwargs.
+        checksum: of the file that it is in; None where no file of Python is known, as for a compiled module.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Function:
     columns: tuple[str, ...]
     optional_columns: tuple[str, ...]
     takes_rest: bool
+    checksum: str | None = None
 
     def arguments(self, batch: RewardBatch) -> dict[str, Any]:
         """What the function gets for a batch."""
@@ -84,10 +88,15 @@ def load_function(name: str) -> Function:
         raise RewardError(
             name, f"{place} {what} {attribute}{did_you_mean(attribute, found)}; it has {', '.join(found) or 'none'}"
         )
-    return _with_parameters(name, call)
+    return _with_parameters(name, call, _checksum(module))
 
 
-def _with_parameters(name: str, call: Callable[..., Any]) -> Function:
+def _checksum(module: ModuleType) -> str | None:
+    file = Path(getattr(module, "__file__", None) or "")
+    return f"sha256 {content_digest([file])[:12]}" if file.suffix == ".py" and file.is_file() else None
+
+
+def _with_parameters(name: str, call: Callable[..., Any], checksum: str | None) -> Function:
     if inspect.iscoroutinefunction(call):
         raise RewardError(name, "is an async function: give a plain one")
     try:
@@ -106,6 +115,7 @@ def _with_parameters(name: str, call: Callable[..., Any]) -> Function:
         tuple(one.name for one in columns if one.default is kinds.empty),
         tuple(one.name for one in columns if one.default is not kinds.empty),
         any(one.kind == kinds.VAR_KEYWORD for one in parameters),
+        checksum,
     )
 
 

@@ -13,6 +13,7 @@ from common.checkpoints.training_state import TrainingState
 from common.errors import AlreadyComplete, UserError
 from common.runtime.program import run_program
 from step2_reward.config import RewardConfig
+from step3_ppo.config import PPOConfig
 
 
 @pytest.fixture
@@ -153,3 +154,16 @@ def test_a_program_ends_well_when_there_is_nothing_to_do(capsys):
 
     assert run_program(program, []) == 0
     assert capsys.readouterr().out == "it is there\n"
+
+
+def test_another_reward_model_in_the_same_place_is_another_run(config, tmp_path):
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "model.safetensors").write_bytes(b"weights")
+    ppo = PPOConfig(
+        actor_model_name_or_path=config.model_name_or_path, reward=(f"{judge}=0.5",), output_dir=config.output_dir
+    )
+    finish(ppo)
+    assert is_complete(ppo)
+    (judge / "model.safetensors").write_bytes(b"others!")
+    assert not is_complete(ppo)

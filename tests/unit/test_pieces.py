@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,12 +18,19 @@ from common.checkpoints.completed import FILE
 from common.checkpoints.manager import Checkpoints
 from common.checkpoints.training_state import TrainingState
 from common.errors import AlreadyComplete, UserError
+from common.models.calibration import RAW
+from common.rewards.function import load_function
+from common.rewards.spec import RewardSpec
 from common.supervised.run import run_supervised
 from step1_sft.config import SFTConfig
 from step1_sft.task import SFTTask
+from step3_ppo.calibration import ScoreScale
+from step3_ppo.inputs import RunInputs
+from step3_ppo.opening import OpenedReward
 from tests.launching import ROOT
 from tests.logs import NoLog
 
+FILES = {"file of rules.py:score": "sha256 0123"}
 OWN, PRODUCT = {"reward": "rules.score"}, {"reward": "step3_ppo.reward.TokenRewardModel"}
 
 
@@ -116,7 +124,7 @@ def begins_with(monkeypatch, module: str) -> dict[str, object]:
 
     program = importlib.import_module(module)
     monkeypatch.setattr(program, "start_run", start_run)
-    monkeypatch.setattr(program, "read_inputs", lambda *given: type("Inputs", (), {"data": []}))
+    monkeypatch.setattr(program, "read_inputs", lambda *given: type("Inputs", (), {"data": [], "functions": FILES}))
     return given
 
 
@@ -136,4 +144,24 @@ def test_step_3_names_its_reward(reward, name, monkeypatch, tmp_path):
     models = ("--actor_model_name_or_path", "owner/actor", "--critic_model_name_or_path", "owner/critic")
     with pytest.raises(Reached):
         main([*models, "--output_dir", str(tmp_path)], reward=reward)
-    assert given == {"reward": name}
+    assert given == {"reward": name, **FILES}
+
+
+def test_a_reward_function_that_was_edited_is_another_piece(config, tmp_path):
+    file = tmp_path / "rules.py"
+    name = f"{file}:score"
+
+    def pieces() -> dict[str, str]:
+        function = load_function(name)
+        opened = OpenedReward(
+            RewardSpec(name), ScoreScale(RAW), None, None, reads_ids=False, checksum=function.checksum
+        )
+        return RunInputs("", None, None, ScoreScale(RAW), [opened], None, None).functions
+
+    file.write_text("def score(responses): return [1.0] * len(responses)\n")
+    path = save_checkpoint(config, pieces())
+    assert Checkpoints(config, ["key"], pieces()).find() == path
+    file.write_text("def score(responses): return [2.0] * len(responses)\n")
+    said = rf"the file of {re.escape(name)} was sha256 \w{{12}}, now sha256 \w{{12}}: run the same"
+    with pytest.raises(UserError, match=said):
+        Checkpoints(config, ["key"], pieces()).find()
