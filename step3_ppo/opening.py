@@ -62,7 +62,7 @@ def open_rewards(config: PPOConfig, codec: Codec) -> tuple[list[OpenedReward], d
         with named_by("--reward_header_env" if spec.kind == "service" else "--reward"):
             scorer = open_reward(spec, function, config, config.reward_errors == "zero")
         scale = scale_of(reward_calibration(config, spec.name, None, is_model=False), config, spec.name)
-        checksum = function and function.checksum
+        checksum = function.checksum if function else None
         opened.append(OpenedReward(spec, scale, scorer, None, reads_ids=False, checksum=checksum))
     return opened, functions
 
