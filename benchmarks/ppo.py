@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 if __package__ in (None, ""):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -45,6 +45,7 @@ from step3_ppo.trainer import PPOTrainer
 
 COMPARED = ("reward", "kl", "policy_loss", "value_loss", "actor_gradient_norm", "critic_gradient_norm")
 
+PPOBenchmarkT = TypeVar("PPOBenchmarkT", bound="PPOBenchmark")
 Iteration = Callable[[], tuple[Result, Mapping[str, float]]]  # returns its result and the seconds of its phases
 
 
@@ -181,11 +182,12 @@ def described(config: PPOBenchmark) -> dict[str, object]:
     }
 
 
-def one_step_per_iteration(config: PPOBenchmark) -> PPOBenchmark:
+def one_step_per_iteration(config: PPOBenchmarkT) -> PPOBenchmarkT:
     """All prompts in one rollout batch and one optimizer step, whose gradient can be compared; learning rates of 0."""
     if config.prompts % world_size():
         raise UserError(f"--prompts {config.prompts}: must be a multiple of the {world_size()} ranks")
     rows = config.prompts // world_size()
+    answers = rows * config.answers_per_prompt
     no_learning: dict[str, Any] = {
         f"{model}_{rate}": 0.0 for model in ("actor", "critic") for rate in ("learning_rate", "lora_learning_rate")
     }
@@ -193,8 +195,8 @@ def one_step_per_iteration(config: PPOBenchmark) -> PPOBenchmark:
         config,
         per_device_generation_batch_size=rows,
         generation_batches=1,
-        per_device_training_batch_size=min(rows, config.per_device_training_batch_size),
-        gradient_accumulation_steps=-(-rows // config.per_device_training_batch_size),
+        per_device_training_batch_size=min(answers, config.per_device_training_batch_size),
+        gradient_accumulation_steps=-(-answers // config.per_device_training_batch_size),
         ppo_epochs=1,
         **no_learning,
     )

@@ -47,6 +47,10 @@ case $machine in
             bench 1 ppo --max_tokens_per_micro_batch 2048 --dtype bf16 --actor_lora_dim 8 --critic_lora_dim 8 \
                 --only $only --rounds 1
         done
+        bench 1 critic_free --max_tokens_per_micro_batch 2048 --dtype bf16
+        for only in with_critic without_critic; do
+            bench 1 critic_free --max_tokens_per_micro_batch 2048 --dtype bf16 --only $only --rounds 1
+        done
         ;;
     gpu)
         actor=random:opt-1.3b critic=random:opt-350m
@@ -59,6 +63,8 @@ case $machine in
             bench 1 ppo --actor_model_name_or_path $actor --critic_model_name_or_path $critic --rounds 1 \
                 --max_tokens_per_micro_batch 4096 --actor_lora_dim $lora --critic_lora_dim $lora
         done
+        bench 1 critic_free --actor_model_name_or_path $actor --critic_model_name_or_path $critic --rounds 1 \
+            --max_tokens_per_micro_batch 4096 --actor_lora_dim 16 --critic_lora_dim 16
         ;;
     *)
         echo "error: say cpu or gpu: bash benchmarks/run.sh cpu" >&2

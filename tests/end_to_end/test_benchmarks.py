@@ -95,6 +95,15 @@ def test_an_iteration_is_compared_with_equal_answers(bench, ranks, stage):
 
 
 @pytest.mark.long
+def test_a_critic_free_iteration_is_compared_with_equal_answers(bench):
+    lines = bench("critic_free", *PPO, "--max_tokens_per_micro_batch", "128")
+    assert lines["without_critic"]["equal_responses"] == 1
+    with_critic, without = (set(line["phase_seconds"]) for line in lines.values())
+    assert with_critic - without == {"critic_update"}
+    assert lines["without_critic"]["weights_mib"] < lines["with_critic"]["weights_mib"]
+
+
+@pytest.mark.long
 def test_one_variant_alone_shows_what_its_weights_take(bench):
     lora = (*PPO, "--actor_lora_dim", "2", "--critic_lora_dim", "2")
     alone = {name: bench("ppo", *lora, "--only", name) for name in ("plain", "product")}
