@@ -50,7 +50,14 @@ class Variant:
 
 
 # Twice as many iterations, for advantages that do not vanish at the optimum, or only as their spread is divided out.
-NOISIER = ("grpo", "reinforce++", "rloo_kl_in_loss")
+NOISIER = ("grpo", "reinforce++", "rloo_kl_in_loss", "dr_grpo_kl_in_loss")
+
+
+def optimum_of_own_mean(task: TinyTask, reference: Tensor, beta: float) -> Tensor:
+    """That of the KL in the loss, where a response's own reward is in the mean that it is compared with: advantages are
+    (k - 1) / k of those by the others' mean, for k answers to a prompt."""
+    return task.optimum_of_token_kl(reference, beta * ANSWERS_PER_PROMPT / (ANSWERS_PER_PROMPT - 1))
+
 
 # By the name that --estimators takes. Any estimator of --advantage is trained by its name, with the KL in the reward:
 # there all of them converge to the same policy, see docs/proof.md.
@@ -59,6 +66,8 @@ VARIANTS = {
     "rloo_kl_in_loss": Variant(
         ("--advantage", "rloo", "--kl_placement", "loss", "--no_whiten_advantages"), TinyTask.optimum_of_token_kl
     ),
+    # As published: its definition neither whitens nor divides, and weighs all tokens alike.
+    "dr_grpo_kl_in_loss": Variant(("--advantage", "dr_grpo", "--kl_placement", "loss"), optimum_of_own_mean),
 }
 
 

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from common.rewards.errors import RewardError
 
 Kind = Literal["function", "service", "model"]
+METRIC_ENDINGS = ("", "_std", "_clipped", "_failed")  # of the metrics that carry a reward's label
 
 _SERVICE = re.compile(r"https?://", re.IGNORECASE)
 _IN_FILE = re.compile(r".+\.py:[^/:]*$")
@@ -57,10 +58,15 @@ def parse_rewards(words: Sequence[str]) -> tuple[RewardSpec, ...]:
         spec = _checked(RewardSpec(name, weight))
         if any(spec.name == other.name for other in specs):
             raise RewardError(spec.name, "is named twice: keep one, with the sum of both weights")
-        label, taken = _short_name(spec), {other.label for other in specs}
+        label, taken = _short_name(spec), {metric for other in specs for metric in _metrics(other.label)}
         numbered = (f"{label}-{number}" for number in count(2))
-        specs.append(RewardSpec(name, weight, next(free for free in chain([label], numbered) if free not in taken)))
+        free = next(label for label in chain([label], numbered) if taken.isdisjoint(_metrics(label)))
+        specs.append(RewardSpec(name, weight, free))
     return tuple(specs)
+
+
+def _metrics(label: str) -> list[str]:
+    return [label + ending for ending in METRIC_ENDINGS]
 
 
 def _split_weight(word: str) -> tuple[str, float]:

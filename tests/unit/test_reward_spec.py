@@ -41,6 +41,13 @@ def test_every_reward_has_a_label_of_its_own():
     assert labels == ["judge-2", "judge", "judge-3"]
 
 
+def test_no_reward_is_logged_by_the_name_of_anothers_spread():
+    for words in (["a.py:x", "a.py:x_std"], ["a.py:x_std", "a.py:x"], ["a.py:x_failed", "a.py:x", "a.py:x_clipped"]):
+        labels = [spec.label for spec in parse_rewards(words)]
+        metrics = [label + ending for label in labels for ending in ("", "_std", "_clipped", "_failed")]
+        assert len(set(metrics)) == len(metrics), labels
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
