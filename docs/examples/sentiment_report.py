@@ -26,8 +26,8 @@ LONGEST = 16  # tokens of an answer, as in sentiment.sh
 SHOWN = 6  # samples
 
 
-def read_samples(file: Path) -> list[dict[str, Any]]:
-    """Rows of prompt, response, reward, kl, finished."""
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Of samples: rows of prompt, response, reward, kl, finished. Of metrics: one row for each iteration."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
@@ -57,22 +57,35 @@ def best_of(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
     return [max(group, key=lambda text: sentiment([text])[0]) for group in groups]
 
 
+def reward_at(kl: float, iterations: list[dict[str, Any]]) -> float | None:
+    """The mean reward in training when its KL first came to `kl`, on a line between the iterations before and after."""
+    for earlier, later in zip(iterations, iterations[1:]):
+        if earlier["kl"] < kl <= later["kl"]:
+            share = (kl - earlier["kl"]) / (later["kl"] - earlier["kl"])
+            return float(earlier["reward"] + share * (later["reward"] - earlier["reward"]))
+    return None
+
+
 def main(directory: Path) -> None:
     """Print the report."""
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     model = AutoModelForCausalLM.from_pretrained(directory / "model").eval()
-    samples = {name: read_samples(directory / "ppo/samples" / f"{name}.jsonl") for name in ("before", "after")}
+    samples = {name: read_lines(directory / "ppo/samples" / f"{name}.jsonl") for name in ("before", "after")}
     answers = {name: [(row["prompt"], row["response"]) for row in rows] for name, rows in samples.items()}
     kl = {name: f"{mean(row['kl'] for row in rows):.2f}" for name, rows in samples.items()}
     prompts = list(dict.fromkeys(prompt for prompt, _ in answers["before"]))  # each has several answers
     best = f"best of {N} before"
     answers[best] = list(zip(prompts, best_of(model, tokenizer, prompts)))
-    kl[best] = f"{math.log(N) - (N - 1) / N:.2f}"
+    kl_of_best = math.log(N) - (N - 1) / N
+    kl[best] = f"{kl_of_best:.2f}"
     print(f"{len(prompts)} prompts that were not trained on:\n")
     print("| answers | mean sentiment | KL per answer, nats | perplexity under the model before |\n|---|---|---|---|")
     for name, pairs in answers.items():
         feeling = mean(sentiment([response for _, response in pairs]))
         print(f"| {name} | {feeling:.3f} | {kl[name]} | {perplexity(model, tokenizer, pairs):.1f} |", flush=True)
+    trained = [row for row in read_lines(directory / "ppo/logs/metrics.jsonl") if row["phase"] == "train"]
+    if (reward := reward_at(kl_of_best, trained)) is not None:
+        print(f"| in training, at that KL | {reward:.3f} | {kl_of_best:.2f} | |")
     for prompt in prompts[:: math.ceil(len(prompts) / SHOWN)]:
         print(f"\n{prompt} ...")
         for name, pairs in answers.items():
