@@ -86,12 +86,19 @@ def loading_data_only(directory: Path) -> Iterator[None]:
 
 
 def _known_classes() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """The classes that DeepSpeed's files contain besides tensors and plain values. Their objects hold only data."""
+    """What DeepSpeed's files name besides tensors and plain values: classes whose objects hold only data, and what
+    stands in for `getattr`."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    def member(kind: object, name: str) -> ZeroStageEnum:
+        if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError("GLOBAL builtins.getattr")
+        return ZeroStageEnum[name]
+
+    # Some versions of Python, 3.11.2 of Debian 12 among them, pickle a member of an Enum as getattr(class, name).
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, (member, "builtins.getattr")]
 
 
 @contextlib.contextmanager
