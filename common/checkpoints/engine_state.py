@@ -92,10 +92,12 @@ def _known_classes() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    def member(kind: object, name: str) -> ZeroStageEnum:
-        if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+    members: dict[str, Any] = {member.name: member for member in ZeroStageEnum}
+
+    def member(kind: object, name: str) -> Any:
+        if kind is not ZeroStageEnum or name not in members:
             raise pickle.UnpicklingError("GLOBAL builtins.getattr")
-        return ZeroStageEnum[name]
+        return members[name]
 
     # Some versions of Python, 3.11.2 of Debian 12 among them, pickle a member of an Enum as getattr(class, name).
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, (member, "builtins.getattr")]
