@@ -34,7 +34,7 @@ flags=(
     --advantage rloo --answers_per_prompt 4 --per_device_generation_batch_size 16
     --per_device_training_batch_size 16 --gradient_accumulation_steps 4
     --actor_lora_dim 16 --actor_lora_alpha 32 --actor_lora_learning_rate 1e-3 --actor_zero_stage 0
-    --num_warmup_steps 3 --lr_scheduler_type linear --num_train_epochs 100 --max_iterations 40
+    --num_warmup_steps 3 --lr_scheduler_type linear --num_train_epochs 100 --max_iterations 24
     # Most answers are cut by length: that is no fault here.
     --kl_coef 0.1 --missing_eos_penalty 0
 )
