@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,16 +36,20 @@ class Recorded:
 
 
 def recorded(output: Path) -> list[Recorded]:
-    """The W&B runs in an output directory, by the time of their start."""
+    """The W&B runs in an output directory, by the time of their start; W&B's process is given time to write them."""
     directories = sorted((output / "logs" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_ctime)
-    return [_read(directory) for directory in directories]
+    deadline = time.monotonic() + 10
+    while True:
+        runs = [_read(file) for directory in directories for file in directory.glob("run-*.wandb")]
+        if all(run.exit_code is not None for run in runs) or time.monotonic() > deadline:
+            return runs
+        time.sleep(0.05)
 
 
-def _read(directory: Path) -> Recorded:
+def _read(file: Path) -> Recorded:
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = Recorded()
-    (file,) = directory.glob("run-*.wandb")
     for content in _records(file.read_bytes()):
         record = Record.FromString(content)
         kind = record.WhichOneof("record_type")
@@ -58,7 +63,7 @@ def _read(directory: Path) -> Recorded:
             found.numbers.append(values["_step"])
             row = {name: value for name, value in values.items() if not name.startswith(("_", "samples/"))}
             if path := values.get("samples/path"):
-                found.tables.append({"step": row["step"], **json.loads((directory / "files" / path).read_text())})
+                found.tables.append({"step": row["step"], **json.loads((file.parent / "files" / path).read_text())})
                 row["samples"] = path
             found.rows.append(row)
         elif kind == "metric" and record.metric.step_metric:

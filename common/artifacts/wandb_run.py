@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,13 @@ from common.runtime.signals import STOPPED
 
 FILE = "wandb.json"  # in the logs directory: which W&B run is that of the output directory
 _LONGEST_UPLOAD = 60.0  # seconds that the end of a run waits for W&B, unless WANDB_FINISH_TIMEOUT says otherwise
+_IDLE_TIMEOUT = "30s"  # after which W&B's process ends
 _ADDRESS = re.compile(r"(\w+://)(?:[^/?#\s]*@)?([^/?#:\s]*)\S*")  # scheme, host; user, port, path and query go
 
 
 def check_usable() -> None:
     """Raise InputError if W&B knows no key for online mode, or one of its settings is wrong. It asks no question."""
+    start_service()
     try:
         online = wandb.setup().settings.mode in ("online", "run")
         ready = not online or wandb.login(prompt=False, verify=False)
@@ -44,6 +48,20 @@ def check_usable() -> None:
             "it has no API key: run `wandb login`, or set WANDB_API_KEY, or record on this machine only with "
             "WANDB_MODE=offline",
         )
+
+
+def start_service() -> None:
+    """Start W&B's own process, which keeps and sends what is logged, where the launcher of a run does not find it.
+
+    Below a rank it would be ended with the rank, at once, and what it has not written yet would be lost. It ends by
+    itself, some time after the last run. If it cannot be started, W&B starts one below the rank.
+    """
+    if "WANDB_SERVICE" in os.environ:
+        return
+    command = [sys.executable, "-P", "-m", "wandb", "beta", "core", "start", "--idle-timeout", _IDLE_TIMEOUT]
+    started = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if started.returncode == 0:
+        os.environ["WANDB_SERVICE"] = started.stdout.strip()
 
 
 def without_secrets(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import time
 
 import psutil
 import pytest
@@ -10,22 +11,34 @@ import wandb
 
 from common.artifacts.run import open_run
 from common.artifacts.tracking import Tracker
+from common.artifacts.wandb_run import start_service, without_secrets
 from common.config.parser import options, parse
 from common.errors import UserError
 from common.runtime.signals import Stopped
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
-from tests.wandb_records import Recorded, recorded
+from tests.wandb_records import recorded
 
 SAMPLES = [{"prompt": "Why?", "response": "So.", "reward": 0.5}, {"prompt": "Why not?", "reward": 1, "turns": ["a"]}]
 
 
+@pytest.fixture(scope="module")
+def service():
+    """The address of W&B's process."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            environment.delenv(name)
+        start_service()
+        yield os.environ.pop("WANDB_SERVICE")
+
+
 @pytest.fixture(autouse=True)
-def session(monkeypatch, tmp_path):
+def session(monkeypatch, tmp_path, service):
     """W&B offline, without the user's own settings; it reads its environment once in a session."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_SERVICE", service)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -54,12 +67,6 @@ def train(run: Tracker, steps: range, evaluated: tuple[int, ...] = (), ends: Bas
             raise ends
 
 
-def written(output) -> list[Recorded]:
-    """What is in the files once W&B's own process, which writes them, has ended."""
-    wandb.teardown()
-    return recorded(output)
-
-
 def logged(rows: list[dict]) -> list[tuple]:
     return [(min(row.keys() - {"step"}), row["step"]) for row in rows]
 
@@ -68,7 +75,7 @@ def test_metrics_and_samples_are_recorded_over_the_step(tmp_path):
     run = tracker(tmp_path / "sft")
     run.begin()
     train(run, range(1, 4), evaluated=(0, 2))
-    (found,) = written(tmp_path / "sft")
+    (found,) = recorded(tmp_path / "sft")
     assert found.name == "sft" and found.axis == {"*": "step"} and found.exit_code == 0 and not found.preempting
     assert found.rows[0] == {"step": 0, "eval/loss": 1.0}
     assert found.rows[2] == {"step": 1, "train/loss": 2.0, "train/step_seconds": 0.1}
@@ -106,6 +113,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_with_each_row_once(tmp_path
         run.log("eval", 3, {"loss": 0.25})
         run.samples("step-3", SAMPLES)
         raise ends
+    time.sleep(1)  # W&B names a directory by the second and the id
     again = tracker(tmp_path / "out", "--run_name", "mine")
     again.begin(place)
     with again:
@@ -114,7 +122,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_with_each_row_once(tmp_path
         again.log("eval", 3, {"loss": 0.25})
         again.samples("step-3", SAMPLES)
         again.log("train", 4, {"loss": 0.5, "step_seconds": 0.1})
-    first, second = written(tmp_path / "out")
+    first, second = recorded(tmp_path / "out")
     assert first.id == second.id and first.name == second.name == "mine"
     assert first.exit_code == code and first.preempting == (code == 75) and second.exit_code == 0
     assert [(name, step) for found in (first, second) for name, step in logged(found.rows)] == [
@@ -134,16 +142,18 @@ def test_rows_with_other_numbers_and_those_of_a_killed_run_are_sent_again(tmp_pa
     run.begin()
     place = run.place(0)
     train(run, range(1, 3))
+    time.sleep(1)
     again = tracker(tmp_path)
     again.begin(place)
     again.log("train", 1, {"loss": 7.0})  # resumed with other settings
     again.log("train", 2, {"loss": 1.0})
     killed_at = again.place(0)
     again._wandb._run.finish()  # as if its process had been killed: the run has not been closed
+    time.sleep(1)
     after = tracker(tmp_path)
     after.begin({**killed_at, "bytes": 0})
     train(after, range(1, 3))
-    found = written(tmp_path)
+    found = recorded(tmp_path)
     assert [row["train/loss"] for one in found for row in one.rows] == [2.0, 1.0, 7.0, 2.0, 1.0]
     numbers = [number for one in found for number in one.numbers]
     assert numbers == sorted(set(numbers)), "W&B refuses a row whose number does not rise"
@@ -154,7 +164,7 @@ def test_a_run_that_starts_anew_is_another_wandb_run(tmp_path):
         run = tracker(tmp_path)
         run.begin()
         train(run, range(1, 2))
-    first, second = written(tmp_path)
+    first, second = recorded(tmp_path)
     assert first.id != second.id
 
 
@@ -166,7 +176,7 @@ def test_nothing_secret_is_recorded_or_saved(tmp_path, monkeypatch):
     run = tracker(tmp_path, "--reward", *services, "--reward_header_env", "REWARD_TOKEN", reward=True)
     run.begin()
     train(run, range(1, 2))
-    (found,) = written(tmp_path)
+    (found,) = recorded(tmp_path)
     assert found.config["reward"] == ["https://host.example/...", "http://other.example/..."]
     assert found.config["reward_header_env"] == "REWARD_TOKEN"
     files = [path for path in (tmp_path / "logs").rglob("*") if path.is_file() and not path.is_symlink()]
@@ -185,8 +195,6 @@ def test_nothing_secret_is_recorded_or_saved(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("cls", [SFTConfig, RewardConfig, PPOConfig])
 def test_of_an_address_in_any_option_the_host_alone_is_shown(cls, address):
-    from common.artifacts.wandb_run import without_secrets
-
     kinds = {str: address, tuple: (f"a {address}", address), dict: {"column": address}}
     texts = {name: kinds[meta.kind] for name, meta in options(cls).items() if meta.kind in kinds and not meta.ignored}
     unchecked = type(cls.__name__, (cls,), {"__doc__": cls.__doc__, "__post_init__": lambda self: None})
@@ -276,15 +284,16 @@ def test_tensorboard_is_written_unless_others_are_named_or_it_is_switched_off(fl
     assert parse(SFTConfig, flags.split()).writes_tensorboard == tensorboard
 
 
-def test_a_wandb_that_breaks_down_is_one_warning_and_the_run_goes_on(tmp_path, capsys):
+def test_a_wandb_that_breaks_down_is_one_warning_and_the_run_goes_on(tmp_path, service, capsys):
     """The last of this file: the package cannot be used in this process afterwards."""
     run = tracker(tmp_path)
     run.begin()
     run.log("train", 1, {"loss": 1.0})
-    for child in psutil.Process().children():
-        if "wandb-core" in " ".join(child.cmdline()):
-            child.kill()
-            child.wait()
+    starter = service.split("-")[1]
+    (process,) = [one for one in psutil.process_iter(["cmdline"]) if ["--pid", starter] == one.info["cmdline"][-5:-3]]
+    assert process.name() == "wandb-core" and psutil.Process() not in process.parents()
+    process.kill()
+    process.wait()
     train(run, range(2, 5), evaluated=(3,))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(said) == 1 and said[0].startswith("warning: Weights & Biases: ") and "the run goes on" in said[0]
