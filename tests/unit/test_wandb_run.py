@@ -290,7 +290,8 @@ def test_a_wandb_that_breaks_down_is_one_warning_and_the_run_goes_on(tmp_path, s
     run.begin()
     run.log("train", 1, {"loss": 1.0})
     starter = service.split("-")[1]
-    (process,) = [one for one in psutil.process_iter(["cmdline"]) if ["--pid", starter] == one.info["cmdline"][-5:-3]]
+    found = psutil.process_iter(["cmdline"])
+    (process,) = [one for one in found if {"--detached", starter} <= {*(one.info["cmdline"] or ())}]
     assert process.name() == "wandb-core" and psutil.Process() not in process.parents()
     process.kill()
     process.wait()
