@@ -26,7 +26,8 @@ from common.runtime.distributed import say
 from common.runtime.signals import STOPPED
 
 FILE = "wandb.json"  # in the logs directory: which W&B run is that of the output directory
-_LONGEST_UPLOAD = 60.0  # seconds that the end of a run waits for W&B, unless WANDB_FINISH_TIMEOUT says otherwise
+# Seconds that the end of a run waits for W&B, unless WANDB_FINISH_TIMEOUT says otherwise; less than `watchdog.GRACE`.
+_LONGEST_UPLOAD = 20.0
 _IDLE_TIMEOUT = "30s"  # after which W&B's process ends
 _ADDRESS = re.compile(r"(\w+://)(?:[^/?#\s]*@)?([^/?#:\s]*)\S*")  # scheme, host; user, port, path and query go
 
@@ -59,8 +60,10 @@ def start_service() -> None:
     if "WANDB_SERVICE" in os.environ:
         return
     command = [sys.executable, "-P", "-m", "wandb", "beta", "core", "start", "--idle-timeout", _IDLE_TIMEOUT]
-    started = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    if started.returncode == 0:
+    with contextlib.suppress(subprocess.SubprocessError):
+        started = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60, check=True
+        )
         os.environ["WANDB_SERVICE"] = started.stdout.strip()
 
 
@@ -107,12 +110,13 @@ class WandbRun:
             place: where the rows of the checkpoint end in the metrics file; None: the run starts anew.
             metrics: the content of that file before anything is removed from it.
         """
-        before = None if place is None else self._recorded()
-        if before is not None:
-            self._sent = [_without_times(json.loads(line)) for line in metrics[place : before["bytes"]].splitlines()]
-            # Of a killed run it is not known; a row of the file is one of metrics, and perhaps one with samples.
-            self._rows = before["rows"] + (0 if before["bytes"] else 2 * metrics.count(b"\n"))
         with self._tolerant():
+            before = None if place is None else self._recorded()
+            if before is not None:
+                again = metrics[place : before["bytes"]].splitlines()
+                self._sent = [_without_times(json.loads(line)) for line in again]
+                # Of a killed run it is not known; a row of the file is one of metrics, and perhaps one with samples.
+                self._rows = before["rows"] + (0 if before["bytes"] else 2 * metrics.count(b"\n"))
             run = wandb.init(
                 dir=os.environ.get("WANDB_DIR") or str(self._logs),
                 name=self._name,

@@ -8,11 +8,12 @@ import time
 import psutil
 import pytest
 import wandb
+import yaml
 
 from common.artifacts.run import open_run
 from common.artifacts.tracking import Tracker
 from common.artifacts.wandb_run import start_service, without_secrets
-from common.config.parser import options, parse
+from common.config.parser import options, parse, save_config
 from common.errors import UserError
 from common.runtime.signals import Stopped
 from step1_sft.config import SFTConfig
@@ -173,7 +174,8 @@ def test_nothing_secret_is_recorded_or_saved(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "hidden-in-the-environment")
     monkeypatch.setattr("sys.argv", ["main.py", "--reward", "https://host/score?key=hidden-in-a-query"])
     services = ["https://host.example:8000/hidden-in-a-path/score?key=hidden-in-a-query=2", "http://other.example/"]
-    run = tracker(tmp_path, "--reward", *services, "--reward_header_env", "REWARD_TOKEN", reward=True)
+    flags = ["--reward", *services, "--reward_header_env", "REWARD_TOKEN"]
+    run = tracker(tmp_path, *flags, reward=True)
     run.begin()
     train(run, range(1, 2))
     (found,) = recorded(tmp_path)
@@ -181,6 +183,12 @@ def test_nothing_secret_is_recorded_or_saved(tmp_path, monkeypatch):
     assert found.config["reward_header_env"] == "REWARD_TOKEN"
     files = [path for path in (tmp_path / "logs").rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(files) > 3 and [path for path in files if b"hidden" in path.read_bytes()] == []
+    # The saved settings repeat the run: they have the addresses, of which the user is warned, and no more of these.
+    config = parse(PPOConfig, ["--actor_model_name_or_path", "./a", *flags])
+    save_config(config, tmp_path / "run_config.yaml")
+    saved = yaml.safe_load((tmp_path / "run_config.yaml").read_text())
+    assert [name for name, value in saved.items() if "hidden" in str(value)] == ["reward"]
+    assert any("host.example" in warning for warning in config.reward_warnings())
 
 
 @pytest.mark.parametrize(
