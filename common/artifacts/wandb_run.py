@@ -139,8 +139,8 @@ class WandbRun:
     def log(self, row: Mapping[str, Any]) -> None:
         """Send a row of the metrics file as PHASE/METRIC."""
         self._step, self._repeated = row["step"], _without_times(row) in self._sent
-        names = row.keys() - {"phase", "step", "seconds"}
-        self._send({f"{row['phase']}/{name}": row[name] for name in row if name in names and row[name] is not None})
+        metrics = {name: value for name, value in row.items() if name not in ("phase", "step", "seconds")}
+        self._send({f"{row['phase']}/{name}": value for name, value in metrics.items() if value is not None})
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send samples as a table, at the step of the last row of metrics."""
