@@ -108,7 +108,7 @@ def respond_in_rows(
         scores = rewards.scores(asked, responses, actor.codec, config.reward_batch_size) if config.reward else {}
         totals = rewards.total(scores)
         for at, (prompt, response) in enumerate(zip(asked, responses)):
-            row = {"prompt": plain(prompt), "response": response.text}
+            row: dict[str, Any] = {"prompt": plain(prompt), "response": response.text}
             if scores:
                 row["score"] = totals[at]
             yield row | {f"reward/{label}": numbers[at] for label, numbers in scores.items()}

@@ -120,7 +120,7 @@ class WandbRun:
             run = wandb.init(
                 dir=os.environ.get("WANDB_DIR") or str(self._logs),
                 name=self._name,
-                id=before and before["id"],
+                id=before["id"] if before else None,
                 resume="allow" if before else None,
                 config=self._config,
                 settings=_settings(),
@@ -146,8 +146,8 @@ class WandbRun:
         """Send samples as a table, at the step of the last row of metrics."""
         if self._run is None or not rows:
             return
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        data = [[_cell(row.get(name)) for name in columns] for row in rows]
+        columns: list[str | int] = list(dict.fromkeys(name for row in rows for name in row))
+        data = [[_cell(row.get(str(name))) for name in columns] for row in rows]
         with self._tolerant():
             self._send({"samples": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
 
@@ -205,16 +205,17 @@ class WandbRun:
 def _settings() -> wandb.Settings:
     """Without what may hold secrets: the command line, the address of the git repository, packages' addresses, code,
     and what is printed."""
-    waits = {} if "WANDB_FINISH_TIMEOUT" in os.environ else {"finish_timeout": _LONGEST_UPLOAD}
-    return wandb.Settings(
+    settings = wandb.Settings(
         x_disable_meta=True,
         disable_git=True,
         x_save_requirements=False,
         save_code=False,
         console="off",
         finish_timeout_raises=True,
-        **waits,
     )
+    if "WANDB_FINISH_TIMEOUT" not in os.environ:
+        settings.finish_timeout = _LONGEST_UPLOAD
+    return settings
 
 
 def _without_addresses(value: Any) -> Any:
