@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from common.artifacts.compatibility import trained_codec
 from common.artifacts.provenance import read_provenance
 from common.data.keeping import prompt_of
+from common.data.records import Prompt
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import ModelError
 from common.models.configuration import load_config, max_positions
@@ -164,16 +165,28 @@ def _by_codec(codec: Codec, closed: bool) -> Callable[..., dict[str, list[int]]]
     """
 
     def encode(messages: Messages, response: str, finished: bool, max_tokens: int | None) -> dict[str, list[int]]:
-        ended = codec.encode_response(response)
-        response_ids = ended if finished or closed else ended[:-1]
-        prompt = prompt_of(messages)
-        if max_tokens is not None and len(response_ids) > max_tokens - codec.shortest_prompt:
-            response_ids = response_ids[len(response_ids) - (max_tokens - codec.shortest_prompt) :]
-        room = None if max_tokens is None else max_tokens - len(response_ids)
-        ids = codec.encode_prompt(prompt, room) + response_ids
+        ids = dialogue_ids(codec, prompt_of(messages), response, finished or closed, max_tokens)
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     return encode
+
+
+def dialogue_ids(codec: Codec, prompt: Prompt, response: str, ended: bool, max_tokens: int | None) -> list[int]:
+    """The ids of a prompt and a response, at most `max_tokens`: the prompt loses its beginning first, and if that is
+    not enough, so does the response, because a score is read at the end.
+
+    Args:
+        ended: whether the end token follows.
+    """
+    response_ids = codec.encode_response(response)
+    if not ended:
+        response_ids = response_ids[:-1]
+    if max_tokens is None:
+        return codec.encode_prompt(prompt) + response_ids
+    room = max_tokens - codec.shortest_prompt
+    if len(response_ids) > room:
+        response_ids = response_ids[len(response_ids) - room :]
+    return codec.encode_prompt(prompt, max_tokens - len(response_ids)) + response_ids
 
 
 def _as_pair(tokenizer: PreTrainedTokenizerBase) -> Callable[..., dict[str, list[int]]]:

@@ -52,6 +52,12 @@ def require_environment() -> None:
     _require_open_files()
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported. A mere directory of that name, such as the one that wandb makes, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 def _require_open_files() -> None:
     """Raise the limit of open files to the usual one, as far as the system allows.
 

@@ -64,7 +64,7 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
     """
     inputs = read_inputs(task, config)
     run = start_run(config, inputs.data, pieces={"task": task})
-    with advising_on_memory(config):
+    with run.tracker, advising_on_memory(config):
         trainer, state = build(task, config, inputs, run)
         loop = SupervisedLoop.from_config(config, trainer.batching.sampler, run.tracker)
         saver = run.restore(state)
@@ -73,7 +73,7 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
             # Before the result is written: an error in the samples must not leave an incomplete result.
             run.tracker.samples("after", trainer.samples(inputs.codec))
             publish(task, config, inputs, trainer.engine, metrics)
-    report_done(run.tracker, loop.total_steps, metrics, config.output_dir)
+        report_done(run.tracker, loop.total_steps, metrics, config.output_dir)
     run.checkpoints.discard()
     trainer.engine.destroy()
     return metrics

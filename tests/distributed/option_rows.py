@@ -34,6 +34,7 @@ RUN = {
     "save_interval": Row("checkpoints", "1"),
     "keep_checkpoints": Row("checkpoints", "3", "--save_interval 1 --num_train_epochs 3"),
     "resume": Row("error", "{inputs}/no-checkpoint"),
+    "report_to": Row("files", "wandb"),
     "enable_tensorboard": Row("files"),
     "tensorboard_path": Row("elsewhere", "{elsewhere}/board", "--enable_tensorboard"),
     "enable_test_mode": Row("metrics", "true --test_stop_step 1"),
