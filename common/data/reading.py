@@ -26,6 +26,9 @@ from common.data.values import BadRow
 
 _SAID_EVERY = 30  # seconds
 
+# The records of a row, why it has none or None, and the user's messages in it.
+RowContent = tuple[Sequence[Record], str | Exception | None, set[tuple[str, ...]]]
+
 
 @dataclass(frozen=True)
 class SourcedRecord:
@@ -147,11 +150,8 @@ def read_records(
         report.inseparable += filter(None, [keyer.inseparable()])
 
 
-RowContent = tuple[Sequence[Record], "str | Exception | None", "set[tuple[str, ...]]"]
-
-
 def read_row(row: Row, reader: Reader | None, all_turns: bool) -> RowContent:
-    """(records of a row, why it has none or None, the user's messages in it); see `part_reader`."""
+    """What a row says; for `all_turns` see `Reader.user_turns`."""
     records, problem = records_of(row, reader)
     return records, problem, reader.user_turns(row, records, all_turns) if reader is not None else set()
 

@@ -10,8 +10,9 @@ What belongs to another step, is held out or is test data is found row by row, b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,7 @@ import pyarrow
 
 from common.data.blend import SourceSpec
 from common.data.encoding import Chunk, Encoder, features
-from common.data.errors import BadRowsError, NothingToTrainOnError
+from common.data.errors import BadRowsError, NothingToTrainOnError, SourceError
 from common.data.keying import Keyer
 from common.data.part_reader import Reader, part_rows
 from common.data.prepare import PreparedData
@@ -156,16 +157,16 @@ class RowStream:
 
 
 class _Source:
-    """One source of a stream: the parts of its training data, each with its reader.
-
-    Attributes:
-        parts: in the order of their names; a pass has an order of its own.
-    """
+    """One source of a stream: the parts of its training data, each with its reader."""
 
     def __init__(self, spec: SourceSpec, request: DataRequest, keyer: Keyer, seed: int):
         self.spec, self.request, self.keyer, self.seed = spec, request, keyer, seed
-        self.parts = [part for part in open_source(spec, request.kind).parts if part.split == "train"]
         self._readers: dict[str, Reader | None] = {}
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Those for training, in the order of their names; they are found when they are needed, on one rank alone."""
+        return [part for part in open_source(self.spec, self.request.kind).parts if part.split == "train"]
 
     def reader(self, part: Part) -> Reader | None:
         """How the rows of a part are read, by its first rows; None if no row of it has columns."""
@@ -184,27 +185,21 @@ class _Source:
     def cursor(self, number: int, place: Place | None) -> _Cursor:
         """The rows of the pass with this number, from a place on."""
         order = np.random.default_rng([self.seed, number]).permutation(len(self.parts))
-        return _Cursor([self.parts[index] for index in order], self.reader, self.request.max_rows, place)
+        return _Cursor(self, [self.parts[index] for index in order], place)
 
 
 class _Cursor:
     """The rows of a source in one pass, one after another.
 
     Args:
-        parts: in the order of this pass.
-        max_rows: rows of the pass at most.
+        parts: of the source, in the order of this pass.
         place: where to go on; None: at the beginning.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        reader: Callable[[Part], Reader | None],
-        max_rows: int | None,
-        place: Place | None,
-    ):
-        self._parts, self._reader, self._max_rows = parts, reader, max_rows
-        self._part, self._taken = (place["part"], place["taken"]) if place else (0, 0)
+    def __init__(self, source: _Source, parts: Sequence[Part], place: Place | None):
+        self._source, self._parts = source, parts
+        self._part: int = place["part"] if place else 0
+        self._taken: int = place["taken"] if place else 0
         self._rows = self._opened(place["rows"] if place else None)
 
     @property
@@ -213,10 +208,10 @@ class _Cursor:
 
     def take(self) -> tuple[Row, Reader | None] | None:
         """The next row and its reader; None at the end of the pass."""
-        while self._rows is not None and self._taken != self._max_rows:
+        while self._rows is not None and self._taken != self._source.request.max_rows:
             if (row := self._rows.take()) is not None:
                 self._taken += 1
-                return row, self._reader(self._parts[self._part])
+                return row, self._source.reader(self._parts[self._part])
             self._part += 1
             self._rows = self._opened(None)
         return None
@@ -225,7 +220,7 @@ class _Cursor:
         if self._part == len(self._parts):
             return None
         part = self._parts[self._part]
-        return _FileRows(part, place or 0) if part.table is None else _TableRows(part.label, part.table(), place)
+        return _FileRows(part, place or 0) if part.table is None else _TableRows(self._source.spec.name, part, place)
 
 
 class _FileRows:
@@ -242,10 +237,16 @@ class _FileRows:
 
 
 class _TableRows:
-    """The rows of an IterableDataset, which knows how to go on from a place."""
+    """The rows of an IterableDataset, which knows how to go on from a place.
 
-    def __init__(self, label: str, table: Any, place: dict[str, Any] | None):
-        self._label, self._table, self._start = label, table, place
+    Args:
+        source: its name, for errors.
+    """
+
+    def __init__(self, source: str, part: Part, place: dict[str, Any] | None):
+        assert part.table is not None  # else it is a file
+        table = part.table()
+        self._source, self._label, self._table, self._start = source, part.label, table, place
         self._number = self._first = place["number"] if place else 0
         if place is not None:
             table.load_state_dict(place["state"])
@@ -258,7 +259,12 @@ class _TableRows:
         return {"number": self._number, "state": self._table.state_dict()}
 
     def take(self) -> Row | None:
-        values = next(self._rows, None)
+        try:
+            values = next(self._rows, None)
+        except Exception as error:  # of the network, of a format: each has its own class
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            why = f"what follows row {self._number} of {self._label} cannot be read: {reason}"
+            raise SourceError(self._source, why) from error
         if values is None:
             return None
         self._number += 1

@@ -23,7 +23,7 @@ from common.models.added_token import AddedTokenError
 from common.models.configuration import check_length
 from common.models.lora import add_lora
 from common.paths import writing_to
-from common.runtime.distributed import rank, seed_rank, world_size
+from common.runtime.distributed import rank, say, seed_rank, world_size
 from common.supervised.config import SupervisedConfig
 from common.supervised.streaming import Streaming, streamed_steps, with_place
 from common.supervised.task import BatchT, ConfigT, SupervisedTask
@@ -106,8 +106,13 @@ def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Input
         codec = open_codec(config, source)
     with config.naming_flags():
         data = task.prepare(codec)
-        stream = task.stream(codec, data)
     say_data(data)
+    stream = task.stream(codec, data)
+    if stream is not None:
+        say(
+            f"note: these rows are a sample; training rows are read and shuffled while training, and as their number "
+            f"is not known, the run is as long as it was told to be: {stream.steps:,} steps"
+        )
     return Inputs(source, codec, data, stream)
 
 

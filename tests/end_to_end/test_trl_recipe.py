@@ -23,7 +23,7 @@ FLAGS = {
 def workplace(tmp_path_factory, builtin_cache):
     place = tmp_path_factory.mktemp("trl")
     build_model("opt", place / "facebook/opt-1.3b", builtin_cache, max_position_embeddings=2048)
-    build_encoder("deberta-v3", place / "microsoft/deberta-v3-base", corpus=QUESTIONS)
+    build_encoder("deberta-v3", place / "microsoft/deberta-v3-base", max_position_embeddings=512)
     good, bad = "The sum of both is the answer.", "I will not tell."
     write(
         place / "Open-Orca/OpenOrca",

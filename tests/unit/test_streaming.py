@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from common.batching.sampler import StepSampler
 from common.batching.streamed_steps import StreamedSteps
 from common.data import sources
-from common.data.errors import BadRowsError, NothingToTrainOnError
+from common.data.errors import BadRowsError, NothingToTrainOnError, SourceError
 from common.data.prepare import prepare_many
 from common.data.streaming import RowStream
 from common.data.tokenization import load_tokenizer, make_codec
@@ -162,6 +162,26 @@ def test_what_a_stream_cannot_use_ends_the_run(tmp_path, codec, stream):
     rows._sources[0].request = nothing
     with pytest.raises(NothingToTrainOnError):
         next(rows.blocks())
+
+
+def test_a_source_that_breaks_off_is_named_with_its_row(tmp_path, stream, monkeypatch):
+    rows = stream(request(tmp_path, saved(tmp_path)), sample=20)
+
+    def broken(table):
+        yield from islice(table, 30)
+        raise ConnectionError("the line is dead")
+
+    class Table:
+        def __iter__(self):
+            return broken(Dataset.from_list(pairs(ROWS)))
+
+        def state_dict(self):
+            return {}
+
+    for number, part in enumerate(parts := rows._sources[0].parts):
+        parts[number] = replace(part, table=Table)
+    with pytest.raises(SourceError, match="follows row 30 of .*cannot be read: the line is dead"):
+        one_pass(rows)
 
 
 def test_only_rows_of_the_sample_are_stored(tmp_path, codec):
