@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.option import Phase
 from common.config.parser import PathName, option
 from common.config.shared import same_option
 from common.data.blend import SourceSpec, parse_data_path
@@ -40,8 +39,6 @@ class SFTConfig(SupervisedConfig, StreamOptions):
         unit="tokens",
         low=2,
         affects="evaluation",
-        relieves=(Phase.EVALUATION,),
-        advice="lower {flag}",
     )
     eval_iters: int = same_option(SupervisedConfig, "eval_iters")
 
