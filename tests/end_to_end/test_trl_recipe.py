@@ -61,7 +61,9 @@ def test_the_three_steps_run_by_one_command(workplace):
     assert encoder.config.model_type == "deberta-v2" and encoder.config.num_labels == 1
 
     updates = [row for row in metrics(made / "ppo") if row["phase"] == "train"]
-    assert len(updates) == 2 and updates[0]["kl_coef"] == 0.2
+    assert [row["optimizer_steps"] for row in updates] == [32, 32]
+    assert 0.199 < updates[1]["kl_coef"] < updates[0]["kl_coef"] == 0.2  # steered, since the KL is below its target
+    assert all(row["eos_fraction"] == 0 and 32 <= row["response_length"] <= 400 for row in updates)
     answers = [json.loads(line) for line in (made / "ppo/samples/after.jsonl").read_text().splitlines()]
     assert answers and all(row["prompt"].endswith("?\n\nAnswer:") for row in answers)
     assert not any("Nothing of this" in row["prompt"] for row in answers)
