@@ -121,7 +121,7 @@ def _evaluate(config: EvaluateConfig, rewards: Rewards) -> None:
     prompts = find_prompts(config, rewards.keep if config.reward else None)
     rewards.try_on(prompts)
     scored_together = config.reward_batch_size if config.reward else config.batch_size
-    rewards.load_models(config, scored_together)
+    rewards.load_models(config, scored_together, config.reward_max_seq_len)
     with open_output(config.output_file) as write:
         evaluations = []
         for path in config.path:

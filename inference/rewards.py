@@ -61,8 +61,12 @@ class Rewards:
                 with named_by(self.flag):
                     try_reward(spec.name, self._scorers[spec.label], batch)
 
-    def load_models(self, options: LoadOptions, batch_size: int) -> None:
-        """Load the reward models among them. Raises UserError for one that cannot be used."""
+    def load_models(self, options: LoadOptions, batch_size: int, max_tokens: int | None = None) -> None:
+        """Load the reward models among them. Raises UserError for one that cannot be used.
+
+        Args:
+            max_tokens: of a dialogue, where a model reads text.
+        """
         for spec in self.specs:
             if spec.kind != "model":
                 continue
@@ -79,6 +83,7 @@ class Rewards:
                     dtype=choose_dtype(options.dtype, device),
                     device=device,
                     batch_size=batch_size,
+                    max_tokens=max_tokens,
                     trust_remote_code=options.trust_remote_code,
                 )
 

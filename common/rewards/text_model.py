@@ -36,6 +36,7 @@ class TextRewardModel:
         device: where it computes.
         batch_size: responses of one pass.
         offload: keep the weights in CPU memory between the calls.
+        max_tokens: of a dialogue; None: as many as the model can read.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -50,11 +51,13 @@ class TextRewardModel:
         batch_size: int,
         offload: bool = False,
         trust_remote_code: bool = False,
+        max_tokens: int | None = None,
     ):
         self.device, self.batch_size, self.offload = device, batch_size, offload
         classifier = load_classifier(source, dtype=dtype, trust_remote_code=trust_remote_code)
         self.encoding = dialogue_encoding(source, trust_remote_code)
-        self.max_tokens = _max_tokens(classifier, self.encoding.tokenizer)
+        limits = [limit for limit in (max_tokens, _max_tokens(classifier, self.encoding.tokenizer)) if limit]
+        self.max_tokens = min(limits, default=None)
         # A head called `score` is that of a decoder, which is read at the last token; other models pool by themselves.
         self._decoder = isinstance(getattr(classifier, "score", None), nn.Linear)
         model: nn.Module = classifier

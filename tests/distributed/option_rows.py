@@ -99,11 +99,17 @@ SUPERVISED = {
     "lora_learning_rate": Row("weights", "0.01", _LORA),
 }
 
+_STREAM = "--stream --max_steps 3"
 SFT = {
     **SUPERVISED,
     "sft_only_data_path": Row("metrics", "{inputs}/other.jsonl"),
     "train_on_prompt": Row("metrics"),
     "packing": Row("weights"),
+    "eval_max_seq_len": Row("metrics", "20"),
+    "stream": Row("metrics", "true --max_steps 3"),
+    "max_steps": Row("metrics", "2", _STREAM),
+    "shuffle_buffer": Row("metrics", "3", _STREAM),
+    "stream_sample": Row("metrics", "12", _STREAM),
 }
 
 REWARD = {

@@ -60,6 +60,13 @@ GENERATION_AT_LENGTH = {name: case for name, case in _GENERATION.items() if name
 # Name: step, flags of a run that breaks off and is resumed.
 RESUMED = {
     "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--dropout", "0")),
+    "sft-stream": (
+        "sft",
+        (
+            *("--stream", "--max_steps", "11", "--num_train_epochs", "1", "--shuffle_buffer", "20"),
+            *("--stream_sample", "50", "--packing", "--eval_max_seq_len", "48", "--dropout", "0"),
+        ),
+    ),
     "reward-zero2-lora-dropout": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0.1")),
     "ppo-ema": (
         "ppo",
@@ -176,7 +183,7 @@ RESUMED_AT_LENGTH = {
 }
 
 # Those of RESUMED that are also continued by another number of ranks; without dropout, which is drawn by rank.
-RESHAPED = ("sft-zero3-lora", "ppo-ema", "ppo-groups")
+RESHAPED = ("sft-zero3-lora", "sft-stream", "ppo-ema", "ppo-groups")
 
 # The same, at length.
 _SUPERVISED_LORA = ("--lora_dim", "4", "--lora_learning_rate", "2e-3")

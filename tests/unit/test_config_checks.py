@@ -84,6 +84,12 @@ CONTRADICTION = "contradict each other: keep one"
             "--critic_warmup_iterations 1 trains the critic alone",
         ),
         (SFTConfig, "--adam_epsilon 0", "above 0"),
+        (SFTConfig, "--stream", "--stream needs --max_steps"),
+        (SFTConfig, "--max_steps 5", "--max_steps works only with --stream"),
+        (SFTConfig, "--shuffle_buffer 5", "--shuffle_buffer works only with --stream"),
+        (SFTConfig, "--stream --max_steps 5 --num_train_epochs 2", "--num_train_epochs has no meaning with --stream"),
+        (SFTConfig, "--stream --max_steps 5 --group_by_length", "--group_by_length needs all rows"),
+        (SFTConfig, "--max_seq_len 64 --eval_max_seq_len 65", "--eval_max_seq_len 65 is above --max_seq_len 64"),
     ],
 )
 def test_values_that_do_not_go_together(cls, line, part):

@@ -81,6 +81,17 @@ def test_what_is_too_long_loses_its_beginning_and_that_is_said_once(encoder, cap
     assert len(reward.score(batch_of([["a ?"]], [long])).numbers) == 1  # a response without end is cut as well
 
 
+def test_a_shorter_limit_wins_over_that_of_the_model(encoder):
+    directory, model, tokenizer, _ = encoder
+    reward = scorer(directory, max_tokens=16)
+    assert reward.max_tokens == 16 and scorer(directory, max_tokens=1000).max_tokens == scorer(directory).max_tokens
+    words = " ".join(["a b c d e f"] * 3).split()
+    scores = reward.score(batch_of([[" ".join(words)]], ["six five"]))
+    with torch.no_grad():
+        expected = float(model(**tokenizer(" ".join(words[-(16 - 3 - 2) :]), "six five", return_tensors="pt")).logits)
+    assert scores.numbers == pytest.approx([expected], abs=1e-5) and scores.figures == {"truncated": 1.0}
+
+
 def test_an_encoder_reads_text_and_never_the_actors_ids(encoder):
     directory, *_ = encoder
     assert not scores_last_token(str(directory))
