@@ -21,7 +21,13 @@ from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import InputError, ModelError, named_by
 from common.models.checks import check_finite
-from common.models.configuration import check_language_model, explained, gives_scores, max_positions
+from common.models.configuration import (
+    check_language_model,
+    check_vocabulary,
+    explained,
+    gives_scores,
+    max_positions,
+)
 from common.models.loading import load_causal_lm, load_scoring_model
 from common.models.scalar import ScoringModel, scoring_model
 from common.paths import writing_to
@@ -140,6 +146,8 @@ def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto
     trained = files.provenance
     if trained is None:
         tokenizer = load_tokenizer(files.tokenizer, trust_remote_code=trust_remote_code)
+        with files.loading_weights():
+            check_vocabulary(files.weights, tokenizer, trust_remote_code)
         if tokenizer.eos_token_id is None:
             raise ModelError(files.path, "the tokenizer has no end token, so no answer would ever end")
         guess = "chat" if getattr(tokenizer, "chat_template", None) else _DEFAULT_TEMPLATE

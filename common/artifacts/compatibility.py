@@ -9,6 +9,7 @@ from common.artifacts.split_rule import check_split_rule
 from common.data.options import ProgramConfig
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.errors import ModelError
+from common.models.configuration import check_vocabulary
 from common.runtime.distributed import say
 
 
@@ -16,11 +17,12 @@ def open_codec(config: ProgramConfig, source: str) -> Codec:
     """Load the tokenizer and template for a model. If the model has a provenance, they must be those of its training.
 
     Raises:
-        ModelError: the tokenizer cannot be loaded, or the model was trained with another template, end token,
-            tokenizer or split of the data.
+        ModelError: the tokenizer cannot be loaded, or has more tokens than the model; or the model was trained with
+            another template, end token, tokenizer or split of the data.
         UserError: an option does not suit the tokenizer.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    check_vocabulary(source, tokenizer, config.trust_remote_code)
     with config.naming_flags():
         codec = make_codec(
             tokenizer,

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from common.data.chat_template import control_tokens
 from common.errors import ModelError, UserError, reason_of, refuse_own_code
 from common.models.completeness import score_labels
 from common.models.heads import is_encoder_config, is_scalar_config
@@ -78,6 +79,30 @@ def check_length(source: str, tokens: int, trust_remote_code: bool = False) -> N
     positions = max_length(source, trust_remote_code)
     if positions is not None and tokens > positions:
         raise ModelError(source, f"it has room for {positions} tokens, not for {tokens}: lower the length")
+
+
+def without_embedding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens of a tokenizer for which a model has no row of embeddings, but for padding, which is never read."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    beyond = [] if rows is None else [token for token, index in tokenizer.get_vocab().items() if index >= rows]
+    return [token for token in beyond if token != tokenizer.pad_token]
+
+
+def check_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> None:
+    """Raises ModelError if a tokenizer makes of text ids for which a model has no embeddings.
+
+    Special tokens may be without: loading adds rows for them.
+    """
+    config = load_config(source, trust_remote_code)
+    special = control_tokens(tokenizer)
+    words = sorted(token for token in without_embedding(config, tokenizer) if token not in special)
+    if words:
+        raise ModelError(
+            source,
+            f"its tokenizer has {len(words)} tokens more than the model has embeddings "
+            f"({config.get_text_config().vocab_size}), such as {words[0]!r}: put the files of the model's own "
+            "tokenizer there, or enlarge the model for this one with resize_token_embeddings() of transformers",
+        )
 
 
 def check_language_model(source: str, trust_remote_code: bool = False) -> None:

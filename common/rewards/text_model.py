@@ -58,6 +58,9 @@ class TextRewardModel:
         self.encoding = dialogue_encoding(source, trust_remote_code)
         limits = [limit for limit in (max_tokens, _max_tokens(classifier, self.encoding.tokenizer)) if limit]
         self.max_tokens = min(limits, default=None)
+        # A tokenizer without padding was given a token that the model may lack. Padding is masked: any id will do.
+        rows = classifier.get_input_embeddings().num_embeddings
+        self.pad_id = self.encoding.pad_id if self.encoding.pad_id < rows else 0
         # A head called `score` is that of a decoder, which is read at the last token; other models pool by themselves.
         self._decoder = isinstance(getattr(classifier, "score", None), nn.Linear)
         model: nn.Module = classifier
@@ -102,7 +105,7 @@ class TextRewardModel:
     def _scores(self, rows: list[dict[str, list[int]]]) -> Tensor:
         """(b,) fp32 raw scores."""
         lengths = [len(row["input_ids"]) for row in rows]
-        padding = {"input_ids": self.encoding.pad_id, "attention_mask": 0, "token_type_ids": 0}
+        padding = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
         width = max(lengths)
         inputs = {
             name: torch.tensor([row[name] + [padding[name]] * (width - len(row[name])) for row in rows]).to(self.device)

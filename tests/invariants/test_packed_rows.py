@@ -12,12 +12,14 @@ from common.models.loading import load_causal_lm
 from common.models.logprobs import next_token_loss_sum
 from step1_sft import packing
 from step1_sft.packing import Packing, packing_of
-from tests.architectures import CONFIGS, build_model
+from tests.architectures import CONFIGS, FURTHER_CONFIGS, build_model
+from tests.launching import at_length
 
 LENGTHS = [(3, 5), (9, 2), (1, 7), (4, 4), (6, 1)]
 APART = MicroBatch((0, 1, 2, 3, 4), (True,) * 5)
 PACKED = MicroBatch((1, 0, 2, 4, 3), (True,) * 5, packs=(3, 2))
 PACKABLE = [name for name in CONFIGS if name != "bloom"]
+PACKABLE += at_length(name for name in FURTHER_CONFIGS if name not in ("falcon-rw", "mpt"))  # with ALiBi, as BLOOM
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +124,13 @@ def test_no_position_sees_another_row(name, rows, tmp_path, builtin_cache):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *at_length(FURTHER_CONFIGS)])
 def test_the_probe_finds_what_can_be_packed(name, dtype, tmp_path, builtin_cache):
     way = packing_of(engine_around(load(name, tmp_path, builtin_cache, dtype)), 128)
     assert way == (None if name == "bloom" else Packing.MASKED)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *at_length(FURTHER_CONFIGS)])
 def test_flash_attention_is_taken_where_it_is_and_can_be(name, varlen, tmp_path, builtin_cache):
     model = load(name, tmp_path, builtin_cache, torch.bfloat16)
     plain = model.config._attn_implementation

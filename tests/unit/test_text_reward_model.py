@@ -15,6 +15,7 @@ from common.rewards.reading import check_reward_model, check_text_model, reads_i
 from common.rewards.text_model import TextRewardModel, plain_dialogue
 from tests.architectures import build_model
 from tests.rewards import TINY, WORDS, word_tokenizer
+from tests.tokenizers_built import llama3_bpe
 
 ENCODERS = {
     "bert": (hf.BertConfig, {"max_position_embeddings": 24}, 24),
@@ -113,6 +114,22 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     word_tokenizer(tmp_path)
     with pytest.raises(ModelError, match=f"its tokenizer has {len(WORDS)} tokens and its config.json 3"):
         check_text_model(str(tmp_path))
+
+
+def test_padding_that_a_tokenizer_lacks_needs_no_row_of_embeddings(tmp_path):
+    tokenizer = hf.AutoTokenizer.from_pretrained(llama3_bpe(tmp_path))
+    torch.manual_seed(0)
+    sizes = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "num_labels": 1}
+    model = hf.AutoModelForSequenceClassification.from_config(hf.LlamaConfig(**sizes))
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path)
+    check_text_model(str(tmp_path))
+    assert load_tokenizer(str(tmp_path)).pad_token_id == len(tokenizer)
+    dialogues, responses = [["What is it?"], ["a"]], ["The sum is 8, naturally.", "No."]
+    together, alone = (
+        scorer(tmp_path, batch_size=size).score(batch_of(dialogues, responses)).numbers for size in (2, 1)
+    )
+    assert together == pytest.approx(alone, abs=1e-5) and together[0] != together[1]
 
 
 @pytest.fixture(scope="module")
