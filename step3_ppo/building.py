@@ -66,6 +66,7 @@ def load_rewards(config: PPOConfig, inputs: RunInputs) -> dict[str, Engine | Tex
                 device=device(),
                 batch_size=config.reward_batch_size,
                 offload=config.offload_reward_model,
+                quantize=config.reward_quantize,
                 trust_remote_code=config.trust_remote_code,
             )
     return loaded

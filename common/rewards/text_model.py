@@ -35,6 +35,7 @@ class TextRewardModel:
         device: where it computes.
         batch_size: responses of one pass.
         offload: keep the weights in CPU memory between the calls.
+        quantize: how its linear layers are held: none, nf4 or int8. They then compute in `dtype`.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -48,10 +49,11 @@ class TextRewardModel:
         device: torch.device,
         batch_size: int,
         offload: bool = False,
+        quantize: str = "none",
         trust_remote_code: bool = False,
     ):
         self.device, self.batch_size, self.offload = device, batch_size, offload
-        classifier = load_classifier(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        classifier = load_classifier(source, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
         self.encoding = dialogue_encoding(source, trust_remote_code)
         self.max_tokens = _max_tokens(classifier, self.encoding.tokenizer)
         # A head called `score` is that of a decoder, which is read at the last token; other models pool by themselves.
