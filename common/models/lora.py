@@ -91,6 +91,7 @@ def _inject(model: nn.Module, config: Any) -> None:
     """Freeze `model` and add adapters by a LoraConfig."""
     from peft import inject_adapter_in_model
 
+    config.modules_to_save = None  # of a head peft would make a copy
     model.requires_grad_(False)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name in head_names(model):

@@ -125,9 +125,7 @@ def quantize(
     """
     for name in layers:
         parent, _, attribute = name.rpartition(".")
-        setattr(
-            model.get_submodule(parent), attribute, QuantizedLinear(_linear(model, name), kind, compute_dtype)
-        )
+        setattr(model.get_submodule(parent), attribute, QuantizedLinear(_linear(model, name), kind, compute_dtype))
     model.float()
     if compute_dtype != torch.float32:
         backbone: Any = model.base_model

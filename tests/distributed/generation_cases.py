@@ -60,11 +60,11 @@ def main() -> None:
         (output_dir / f"{world_size()}.json").write_text(json.dumps(found))
 
 
-def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
+def case(model: str, codec, stage: int, lora: bool, dtype: str, quantize: str = "none") -> dict:
     """Two training steps with rollouts before, between and after, optimizer states away meanwhile; and with none."""
     weights, texts, gaps, unmoved, emptied = {}, {}, {}, [], []
     for rolling in (True, False):
-        engine = build(model, codec, stage, lora, dtype)
+        engine = build(model, codec, stage, lora, dtype, quantize)
         trainer = sft_trainer(engine, rows(["prompt_ids", "response_ids"]), codec.pad_id)
         for step in range(3):
             if rolling:
@@ -116,8 +116,8 @@ def one_prompt(model: str, codec, stage: int) -> list[list[list[int]]]:
     return texts
 
 
-def build(model: str, codec, stage: int, lora: bool, dtype: str):
-    settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=DEEPSPEED)
+def build(model: str, codec, stage: int, lora: bool, dtype: str, quantize: str = "none"):
+    settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=DEEPSPEED, quantize=quantize)
     network = load_causal_lm(
         model,
         codec,
@@ -125,6 +125,7 @@ def build(model: str, codec, stage: int, lora: bool, dtype: str):
         dropout=0.0,
         ds_config=deepspeed_config(settings),
         gradient_checkpointing=True,
+        quantize=quantize,
     )
     return training_engine(
         with_lora(network) if lora else network, settings, OptimizerSettings(1e-2, 1e-2, 0.0, "constant", 0, 10)

@@ -6,17 +6,18 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 import common.models.quantization as quantization
 from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import InputError, ModelError
 from common.models.configuration import load_config
-from common.models.loading import load_causal_lm, load_classifier, load_scalar_model
+from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import add_lora, folded_adapters, folding_takes, linear_modules
 from common.models.quantization import QuantizedLinear, check_quantization, compute_dtype, quantized_layers
 from step3_ppo.generation import generation_mode as generation
-from tests.architectures import build_encoder, build_model
+from tests.architectures import build_model
 from tests.unsharded_engine import UnshardedEngine
 
 ARCHITECTURES = ("opt-350m", "llama", "bloom", "gpt2")  # projected embeddings, no biases, tied ones, transposed weights
@@ -52,8 +53,8 @@ def with_restored_weights(directory, quantized):
     """The plain model with the numbers that the quantised one has."""
     plain = load(directory, "none")
     for name in linear_modules(plain):
-        weight, restored = plain.get_submodule(name).weight, quantized.get_submodule(name).restored().float()
-        weight.data = restored.T.contiguous() if weight.shape != restored.shape else restored
+        layer, restored = plain.get_submodule(name), quantized.get_submodule(name).restored().float()
+        layer.weight.data = restored.T.contiguous() if isinstance(layer, Conv1D) else restored
     return plain
 
 
@@ -186,16 +187,6 @@ def test_layers_without_adapters_are_restored_for_rollouts_too(tmp_path, builtin
     add_lora(model, dim=2, alpha=4, dropout=0.0, modules="q_proj", base_name="x", seed=0)
     with folded_adapters(model):
         assert all(layer.whole is not None for layer in quantized_layers(model))
-
-
-@pytest.mark.parametrize("family", ("deberta-v3", "roberta"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_a_quantised_encoder_scores_as_its_own_weights_nearly_do(family, dtype, tmp_path):
-    directory = build_encoder(family, tmp_path)
-    plain, quantized = (load_classifier(str(directory), dtype=dtype, quantize=kind).eval() for kind in ("none", "int8"))
-    with torch.no_grad():
-        scores = [model(input_ids=IDS).logits.float() for model in (plain.float(), quantized)]
-    torch.testing.assert_close(*scores, rtol=0.05, atol=0.05)
 
 
 def test_what_cannot_be_is_refused_at_the_door(monkeypatch):
