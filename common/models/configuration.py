@@ -48,8 +48,8 @@ def load_config(source: str, trust_remote_code: bool = False, **changes: Any) ->
     if method in _ROUNDED:
         raise ModelError(
             source,
-            f"its weights are quantised already ({method}), and no sum with an adapter could be saved in them: name the "
-            "model in full precision that they were made from",
+            f"its weights are quantised already ({method}), and no sum with an adapter could be saved in them: name "
+            "the model in full precision that they were made from",
         )
     return config
 

@@ -33,11 +33,11 @@ class QuantizedLinear(nn.Linear):
     Args:
         layer: of the model, its weight finite; a Conv1D (whose weight is transposed) or a linear layer.
         kind: nf4 or int8.
-        compute_dtype: in which it multiplies. Its results have the dtype of its inputs, or of its bias if that is wider.
+        compute_dtype: in which it multiplies. Results have the dtype of the inputs, or of the bias if that is wider.
 
     Attributes:
         weight: the bits: uint8 with two numbers each for nf4, else int8. A parameter, so that ZeRO-3 can partition it.
-        scales: what makes numbers of them; not partitioned, about 1/8 byte a number for nf4 before its own quantisation.
+        scales: what makes numbers of the bits; not partitioned: 0.13 bits a number for nf4, 4 bytes an output for int8.
         whole: the weight (out, in) in the compute dtype, while a copy is wanted, see `common.models.lora`.
     """
 
@@ -67,6 +67,10 @@ class QuantizedLinear(nn.Linear):
         if self.kind == "nf4":
             return bits.dequantize_4bit(self.weight.data, self.scales)
         return bits.int8_vectorwise_dequant(self.weight.data, self.scales).to(self.compute_dtype)
+
+    def scale_tensors(self) -> list[Tensor]:
+        """The scales as tensors, for their size."""
+        return [self.scales] if self.kind == "int8" else [self.scales.absmax, self.scales.state2.absmax]
 
     def forward(self, inputs: Tensor) -> Tensor:
         product = _Product.apply(inputs.to(self.compute_dtype), self).to(inputs.dtype)

@@ -53,8 +53,10 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def check_engine_options(config: RunOptions) -> None:
-    """Raise UserError if --dtype, --deepspeed_config or weights of few bits cannot be used. Programs call it before they
-    load anything."""
+    """Raise UserError if --dtype, --deepspeed_config or weights of few bits cannot be used.
+
+    Programs call it before they load anything.
+    """
     with named_by("--dtype"):
         dtype = resolve_dtype(config.dtype)
     for name, meta in options(type(config)).items():

@@ -20,18 +20,22 @@ GATHERING_TAKES = 2  # times the size of the weights: DeepSpeed copies what it g
 
 
 @contextlib.contextmanager
-def generation_mode(engine) -> Iterator[nn.Module]:
+def generation_mode(engine, fold: bool = True) -> Iterator[nn.Module]:
     """Within the context each rank runs the engine's module by itself; all ranks must enter and leave together.
 
     Under ZeRO-3 all parameters are gathered once, and DeepSpeed's hooks, which would partition them again after each
     forward pass, are removed. LoRA adapters are folded into the base weights. The module is in evaluation mode, without
     dropout and gradient checkpointing. On leaving, all weights are bit for bit what they were.
+
+    Args:
+        fold: fold adapters in, into a quantised model where its copy fits; else they stay beside the weights.
     """
     module = engine.module
     engine.eval()
     try:
-        with _whole_weights(engine), folded_adapters(module) if _copy_fits(module) else contextlib.nullcontext():
-            yield module
+        with _whole_weights(engine):
+            with folded_adapters(module) if fold and _copy_fits(module) else contextlib.nullcontext():
+                yield module
     finally:
         engine.train()
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 import common.models.quantization as quantization
+from benchmarks.memory_plan import plan
 from common.artifacts.export import write_model
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import InputError, ModelError
@@ -80,12 +81,22 @@ def test_a_quantised_model_computes_what_its_restored_weights_do(directory, kind
 def test_weights_take_few_bits_and_stay_near_what_they_were(kind, bits, error):
     layer = torch.nn.Linear(512, 384)
     quantized = QuantizedLinear(layer, kind, torch.float32)
-    scales = quantized.scales
-    tensors = [scales] if kind == "int8" else [scales.absmax, scales.state2.absmax]
-    taken = sum(tensor.numel() * tensor.element_size() for tensor in (quantized.weight, *tensors))
+    taken = sum(tensor.numel() * tensor.element_size() for tensor in (quantized.weight, *quantized.scale_tensors()))
     assert 8 * taken < bits * layer.weight.numel()
     off = quantized.restored() - layer.weight
     assert off.norm() < error * layer.weight.norm()
+
+
+def test_the_plan_of_memory_is_what_a_model_takes(tmp_path, builtin_cache):
+    directory = build_model("llama", tmp_path, builtin_cache, hidden_size=256, intermediate_size=512)
+    expected = plan(load(directory, "none"), rank=2)
+    for kind in KINDS:
+        model = load(directory, kind)
+        held = [*model.parameters(), *(scale for layer in quantized_layers(model) for scale in layer.scale_tensors())]
+        taken = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        assert taken == pytest.approx(getattr(expected, kind), rel=1e-3)
+        adapters = sum(weight.numel() for name, weight in adapted(model).named_parameters() if "lora_" in name)
+        assert expected.adapters == 16 * adapters and expected.copy == folding_takes(model) / 2  # in fp32
 
 
 @pytest.mark.parametrize("kind", KINDS)
