@@ -60,8 +60,8 @@ class RolloutBenchmark(BenchmarkOptions, PPOConfig):
     greedy: bool = option(False, "take the likeliest token, in place of a sampled one")
     against: str = option(
         "generate",
-        "transformers' standard way, its continuous batching (greedy, ZeRO 0), or the product's own with adapters beside "
-        "the weights, not folded in",
+        "transformers' standard way, its continuous batching (greedy, ZeRO 0), or the product's own with adapters "
+        "beside the weights, not folded in",
         choices=("generate", "generate_batch", "unfolded"),
     )
     critic_model_name_or_path: PathName = option("none", "", ignored="no reward model takes part")

@@ -203,7 +203,7 @@ def folding_takes(model: nn.Module) -> int:
     weights = {id(weight): weight for weight in folded}  # tied embeddings share one weight
     return sum(
         getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights.values()
-    ) + sum(base.in_features * base.out_features * base.compute_dtype.itemsize for base in quantized)
+    ) + sum(base.in_features * base.out_features * base.computes_in.itemsize for base in quantized)
 
 
 def fold(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float, transposed: bool) -> torch.Tensor:

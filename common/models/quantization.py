@@ -56,7 +56,8 @@ class QuantizedLinear(nn.Linear):
             self.scales.dtype = compute_dtype
         else:
             packed, self.scales, _ = bits.int8_vectorwise_quant(weight.to(torch.float16))
-        self.kind, self.compute_dtype = kind, compute_dtype
+        self.kind = kind
+        self.computes_in = compute_dtype  # under the name compute_dtype peft would take it for that of adapters
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = layer.bias
 
@@ -66,14 +67,14 @@ class QuantizedLinear(nn.Linear):
 
         if self.kind == "nf4":
             return bits.dequantize_4bit(self.weight.data, self.scales)
-        return bits.int8_vectorwise_dequant(self.weight.data, self.scales).to(self.compute_dtype)
+        return bits.int8_vectorwise_dequant(self.weight.data, self.scales).to(self.computes_in)
 
     def scale_tensors(self) -> list[Tensor]:
         """The scales as tensors, for their size."""
         return [self.scales] if self.kind == "int8" else [self.scales.absmax, self.scales.state2.absmax]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        product = _Product.apply(inputs.to(self.compute_dtype), self).to(inputs.dtype)
+        product = _Product.apply(inputs.to(self.computes_in), self).to(inputs.dtype)
         return product if self.bias is None else product + self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -161,7 +162,7 @@ def quantized_layers(model: nn.Module) -> list[QuantizedLinear]:
 def compute_dtype(model: Any) -> torch.dtype:
     """In which a model computes its matrix products: that of its weights, if they are not quantised."""
     layers = quantized_layers(model)
-    return layers[0].compute_dtype if layers else model.dtype
+    return layers[0].computes_in if layers else model.dtype
 
 
 def full_precision(model: Any) -> PreTrainedModel | None:
