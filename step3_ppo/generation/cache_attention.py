@@ -37,8 +37,9 @@ def fastest_cache_dtype(model) -> torch.dtype:
     """
     computes = compute_dtype(model)
     fastest = torch.float32 if model.device.type == "cpu" and computes == torch.bfloat16 else computes
-    replaceable = model.config._attn_implementation == "sdpa" and _can_be_replaced(model)
-    return fastest if fastest != model.dtype and replaceable else model.dtype
+    if fastest == model.dtype or model.config._attn_implementation != "sdpa":
+        return model.dtype
+    return fastest if _can_be_replaced(model) else model.dtype
 
 
 def _can_be_replaced(model) -> bool:

@@ -196,6 +196,7 @@ RESUMED_AT_LENGTH = {
         (
             *("--advantage", "rloo", "--answers_per_prompt", "2", "--reward_quantize", "nf4"),
             *("--actor_zero_stage", "2", "--actor_lora_dim", "4", "--actor_quantize", "int8", "--offload"),
+            "--offload_reward_model",
         ),
     ),
     "ppo-zero2-bf16-lora": ("ppo", ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--dtype", "bf16")),
