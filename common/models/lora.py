@@ -70,14 +70,12 @@ def add_lora(
     if not targets:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise InputError(modules, f"matches no linear layer; the model's are {', '.join(kinds)}")
-    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     config = LoraConfig(
         r=dim,
         lora_alpha=1 if alpha is None else alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=dropout,
         target_modules=targets,
         bias="none",
-        fan_in_fan_out=transposed,
         base_model_name_or_path=from_anywhere(base_name),
     )
     torch.manual_seed(seed)
@@ -92,6 +90,7 @@ def _inject(model: nn.Module, config: Any) -> None:
     from peft import inject_adapter_in_model
 
     config.modules_to_save = None  # of a head peft would make a copy
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     model.requires_grad_(False)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name in head_names(model):
@@ -116,7 +115,6 @@ def on_full_precision(
     base = full_precision(model)
     if base is None:
         return None
-    # peft changes the configuration that it is given: GPT-2's weights are transposed, those of quantised layers not.
     _inject(base, copy.deepcopy(cast(Any, model).lora_config))
     quantized = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     whole: dict[str, torch.Tensor] = {}

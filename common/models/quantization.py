@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from common.errors import InputError
+from common.models.heads import is_encoder_config
 from common.runtime.distributed import device
 
 INSTALL = "pip install 'rlhf-pipeline[quantize]'"
@@ -120,7 +121,8 @@ def quantize(
 ) -> None:
     """Quantise layers of a loaded model in place, and raise all its other weights to fp32.
 
-    With bf16 the backbone computes in it wherever torch's autocast holds that to be safe; what it returns is fp32.
+    With bf16 a decoder's backbone computes in it wherever torch's autocast holds that to be safe; what it returns is
+    fp32. Encoders compute in fp32 between their quantised layers: DeBERTa's attention does not run under autocast.
 
     Args:
         layers: names of linear layers.
@@ -132,7 +134,7 @@ def quantize(
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, QuantizedLinear(_linear(model, name), kind, compute_dtype))
     model.float()
-    if compute_dtype != torch.float32:
+    if compute_dtype != torch.float32 and not is_encoder_config(model.config):
         backbone: Any = model.base_model
         backbone.forward = _autocast(backbone.forward, compute_dtype)
     holder: Any = model
