@@ -23,6 +23,7 @@ from common.batching.sampler import evaluation_batches
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm
 from common.models.logprobs import response_log_probs
+from common.models.quantization import quantized_layers
 from common.runtime.distributed import device, is_main, on_every_rank, rank, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
@@ -80,6 +81,7 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str, quantize: str = 
             if step < 2:
                 trainer.train_step(one_step(trainer.train["length"], ROWS // 2))
         weights[rolling] = full_state_dict(engine)
+        released = [not layer.weight.numel() for layer in quantized_layers(engine.module)]
         engine.destroy()
     same = not is_main() or all(torch.equal(weights[True][name], weights[False][name]) for name in weights[True])
     return {
@@ -88,6 +90,7 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str, quantize: str = 
         "weights_unmoved": all(unmoved),
         "training_unmoved": same,
         "states_away": all(emptied),
+        "quantised_weights_released": released,
     }
 
 
