@@ -36,7 +36,7 @@ from step3_ppo.sharing import share_rollout
 from tests.architectures import build_model
 from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
 from tests.distributed.shared_models import shared_models
-from tests.distributed.variants import DEEPSPEED, GENERATION, GENERATION_AT_LENGTH
+from tests.distributed.variants import DEEPSPEED, DEEPSPEED_QUANTIZED, GENERATION, GENERATION_AT_LENGTH
 from tests.supervised import sft_trainer
 
 PROMPTS = 10  # not a multiple of ranks and slots
@@ -120,7 +120,8 @@ def one_prompt(model: str, codec, stage: int) -> list[list[list[int]]]:
 
 
 def build(model: str, codec, stage: int, lora: bool, dtype: str, quantize: str = "none"):
-    settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=DEEPSPEED, quantize=quantize)
+    override = DEEPSPEED if quantize == "none" else DEEPSPEED_QUANTIZED
+    settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=override, quantize=quantize)
     network = load_causal_lm(
         model,
         codec,

@@ -4,6 +4,8 @@ from pathlib import Path
 
 # So that ZeRO-3 partitions some layers of tiny models and keeps others whole, and gradients need several buckets.
 DEEPSPEED = str(Path(__file__).with_name("deepspeed.json"))
+# The same for layers whose weights take half as many numbers.
+DEEPSPEED_QUANTIZED = str(Path(__file__).with_name("deepspeed_quantized.json"))
 
 
 FUNCTIONS = str(Path(__file__).with_name("reward_functions.py"))  # see --reward
@@ -159,6 +161,7 @@ RESUMED = {
         (
             *("--actor_zero_stage", "3", "--actor_lora_dim", "4", "--actor_quantize", "nf4", "--enable_ema"),
             *("--critic_zero_stage", "3", "--critic_lora_dim", "4", "--critic_quantize", "int8", "--dtype", "bf16"),
+            *("--deepspeed_config", DEEPSPEED_QUANTIZED),
         ),
     ),
     "ppo-critic-warmup": ("ppo", ("--critic_warmup_iterations", "5", "--enable_ema")),
