@@ -25,8 +25,6 @@ from common.errors import InputError
 from common.models.heads import is_encoder_config
 from common.runtime.distributed import device
 
-INSTALL = "pip install 'rlhf-pipeline[quantize]'"
-
 
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer with a weight of few bits.
@@ -107,7 +105,7 @@ def check_quantization(kind: str, dtype: torch.dtype) -> None:
     if kind == "none":
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(kind, f"it needs bitsandbytes, which is not installed: {INSTALL}")
+        raise InputError(kind, "the package bitsandbytes is not installed: pip install bitsandbytes")
     if dtype == torch.float16:
         raise InputError(kind, "it computes in bf16 or fp32, and this run would in fp16")
 

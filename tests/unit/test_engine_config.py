@@ -56,7 +56,7 @@ def test_the_engine_of_a_quantised_model_has_no_weights_in_half_precision():
 def test_without_bitsandbytes_the_flag_that_needs_it_is_refused(config, flag, monkeypatch):
     check_engine_options(config)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=re.escape(f"{flag}: it needs bitsandbytes, which is not installed: pip ")):
+    with pytest.raises(UserError, match=re.escape(f"{flag}: the package bitsandbytes is not installed: pip ")):
         check_engine_options(config)
 
 
