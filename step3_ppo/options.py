@@ -124,8 +124,6 @@ class RewardOptions(NamedRewards):
         "hold the linear layers of reward models in 4 bits (nf4) or 8 (int8); one that is the LoRA critic with its "
         "adapters off has the critic's",
         choices=QUANTIZATIONS,
-        relieves=(Phase.SCORE,),
-        advice="hold reward models in 4 bits by {flag} nf4",
     )
     score_calibration: str = option(
         "auto",

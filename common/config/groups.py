@@ -226,8 +226,6 @@ class TrainedModelOptions(Config):
         "none",
         "hold the frozen linear layers in 4 bits (nf4) or 8 (int8), for adapters to be trained on: QLoRA",
         choices=QUANTIZATIONS,
-        relieves=(Phase.ANYWHERE,),
-        advice="with adapters hold what is frozen in 4 bits by {flag} nf4",
     )
 
 

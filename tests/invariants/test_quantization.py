@@ -1,6 +1,7 @@
 """What must hold for models with quantised layers, of several architectures."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -18,17 +19,22 @@ from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import add_lora, folded_adapters, folding_takes, linear_modules
 from common.models.quantization import QuantizedLinear, check_quantization, compute_dtype, quantized_layers
 from step3_ppo.generation import generation_mode as generation
-from tests.architectures import build_model
+from tests.architectures import CONFIGS, build_model
+from tests.launching import at_length
 from tests.unsharded_engine import UnshardedEngine
 
-ARCHITECTURES = ("opt-350m", "llama", "gpt2")  # projected embeddings, no biases, transposed weights
 KINDS = ("nf4", "int8")
+# Projected embeddings, no biases, transposed weights.
+SHORT = [("opt-350m", "nf4"), ("llama", "int8"), ("gpt2", "nf4")]
+CASES = [*SHORT, *at_length(sorted({*product(CONFIGS, KINDS)} - {*SHORT}))]
 IDS = torch.arange(20, 60).view(2, 20)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def directory(request, tmp_path_factory, builtin_cache):
-    return build_model(request.param, tmp_path_factory.mktemp(request.param), builtin_cache)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request, tmp_path_factory, builtin_cache):
+    """The directory of a model, and the kind in which it is quantised."""
+    architecture, kind = request.param
+    return build_model(architecture, tmp_path_factory.mktemp(architecture), builtin_cache), kind
 
 
 def codec_of(directory, **changes):
@@ -59,9 +65,9 @@ def with_restored_weights(directory, quantized):
     return plain
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_model_computes_what_its_restored_weights_do(directory, kind):
+def test_a_quantised_model_computes_what_its_restored_weights_do(case):
     """Values and the gradients of adapters, whose inputs and outputs pass quantised layers."""
+    directory, kind = case
     quantized = load(directory, kind, gradient_checkpointing=True)
     plain = with_restored_weights(directory, quantized)
     assert {type(quantized.get_submodule(name)) for name in linear_modules(plain)} == {QuantizedLinear}
@@ -107,9 +113,9 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind):
     torch.testing.assert_close(layer(torch.cat([rows, beside]))[:3], layer(rows))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_what_is_not_quantised_is_in_fp32(directory, kind, dtype):
+def test_what_is_not_quantised_is_in_fp32(case, dtype):
+    directory, kind = case
     model = load(directory, kind, dtype).eval()
     with torch.no_grad():
         logits = model(input_ids=IDS).logits
@@ -122,9 +128,9 @@ def test_what_is_not_quantised_is_in_fp32(directory, kind, dtype):
         assert weight.dtype == ({"nf4": torch.uint8, "int8": torch.int8}[kind] if few else torch.float32), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_result_is_the_full_precision_base_with_the_adapters(directory, kind, tmp_path):
+def test_the_result_is_the_full_precision_base_with_the_adapters(case, tmp_path):
     """With an end token that the vocabulary had no room for, whose row is trained."""
+    directory, kind = case
     codec = codec_of(directory, add_eot_token=True, eot_token="<|stop|>")
     model = adapted(load(directory, kind, codec=codec), directory)
     write_model(model, model.state_dict(), codec, tmp_path / "whole", tmp_path / "adapter")
@@ -175,8 +181,8 @@ def test_a_quantised_critic_and_its_result(tmp_path, builtin_cache):
         assert abs(whole(input_ids=IDS).logits[:, 0] - model.eval()(IDS)[:, -1]).max() < 0.5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rollouts_are_made_on_a_folded_copy_where_it_fits(directory, kind, monkeypatch):
+def test_rollouts_are_made_on_a_folded_copy_where_it_fits(case, monkeypatch):
+    directory, kind = case
     model = adapted(load(directory, kind))
     engine = UnshardedEngine(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
