@@ -67,7 +67,7 @@ class Plan:
 
 def plan(model: nn.Module, rank: int = RANK) -> Plan:
     """The plan of a model, which may lie on the meta device."""
-    layers = [model.get_submodule(name).weight for name in linear_modules(model)]
+    layers = [model.get_parameter(f"{name}.weight") for name in linear_modules(model)]
     numbers = sum(weight.numel() for weight in layers)
     outputs = sum(weight.shape[0] for weight in layers)
     others = sum(weight.numel() for weight in model.parameters()) - numbers
