@@ -20,6 +20,7 @@ from common.data.tokenization import Codec
 from common.models.engine import Engine
 from common.models.loading import load_causal_lm
 from common.models.logprobs import next_token_loss_sum
+from common.models.quantization import compute_dtype
 from common.runtime.distributed import device, say, world_size
 from common.supervised.streaming import Streaming, first_rows, streamed
 from common.supervised.task import Batching, SupervisedTask
@@ -98,7 +99,7 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
 
     def loss_sum(self, engine: Engine, batch: SFTBatch) -> tuple[Tensor, Sums]:
         """-log p summed over the target tokens, in nats."""
-        loss, tokens = next_token_loss_sum(engine, batch.inputs(engine.module.dtype), batch.loss_mask)
+        loss, tokens = next_token_loss_sum(engine, batch.inputs(compute_dtype(engine.module)), batch.loss_mask)
         return loss, {"tokens": tokens.double(), "loss": loss.detach().double()}
 
     def train_metrics(self, sums: Sums) -> Metrics:

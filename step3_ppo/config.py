@@ -228,7 +228,7 @@ class PPOConfig(
         for spec in models:
             check_output_dir(self.output_dir, reward=spec.name)
         if self.scored_otherwise and not models:
-            self.only_with("the scores of a reward model", False, "offload_reward_model")
+            self.only_with("the scores of a reward model", False, "offload_reward_model", "reward_quantize")
 
     def _check_advantage(self) -> None:
         estimator = self.estimator

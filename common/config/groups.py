@@ -12,6 +12,8 @@ from common.config.shared import same_option, unprefixed
 from common.errors import UserError
 from common.runtime.requirements import is_installed
 
+# How the frozen linear layers of a model are held, see common.models.quantization.
+QUANTIZATIONS = ("none", "nf4", "int8")
 # Schedules of the learning rate, see common.training.learning_rate.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # The phases in which a micro-batch passes forward or backward, see Option.relieves.
@@ -251,13 +253,25 @@ class TrainedModelOptions(Config):
         "auto", "comma-separated parts of the names of the layers to adapt; auto: all linear layers"
     )
     lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
+    quantize: str = option(
+        "none",
+        "hold the frozen linear layers in 4 bits (nf4) or 8 (int8), for adapters to be trained on: QLoRA",
+        choices=QUANTIZATIONS,
+    )
 
 
 def check_lora(config: Config, prefix: str = "") -> None:
-    """Raise UserError for an option of LoRA that is set while no adapters are trained."""
+    """Raise UserError for an option of LoRA that is set while no adapters are trained, and for weights of few bits
+    that would have to be trained."""
     names = [name for name in options(type(config)) if name.startswith(f"{prefix}lora_")]
     names.remove(f"{prefix}lora_dim")
     config.only_with(f"--{prefix}lora_dim above 0", getattr(config, f"{prefix}lora_dim") > 0, *names)
+    quantize = getattr(config, f"{prefix}quantize")
+    if quantize != "none" and not getattr(config, f"{prefix}lora_dim"):
+        raise UserError(
+            f"--{prefix}quantize {quantize} holds weights that cannot be trained: add adapters with --{prefix}lora_dim "
+            "16, say, or leave it out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +361,7 @@ class LoraOptions(Config):
     lora_dropout: float = option(0.0, "dropout before the adapters", low=0, below=1)
     lora_module_name: str = same_option(TrainedModelOptions, "lora_module_name")
     lora_learning_rate: float = same_option(TrainedModelOptions, "lora_learning_rate")
+    quantize: str = same_option(TrainedModelOptions, "quantize")
 
     def validate(self) -> None:
         super().validate()

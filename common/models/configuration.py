@@ -26,6 +26,10 @@ _COUNT_BEHIND_PADDING = frozenset(
 )
 
 
+# Methods of `quantization_config` that save weights in few bits, by bitsandbytes.
+_ROUNDED = ("bitsandbytes",)
+
+
 class EncoderError(ModelError):
     """An encoder where a decoder is needed."""
 
@@ -34,12 +38,21 @@ def load_config(source: str, trust_remote_code: bool = False, **changes: Any) ->
     """The transformers configuration of a model, with `changes` made to it.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or its weights are saved in few bits.
     """
     from transformers import AutoConfig
 
     with explained(source):
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **changes)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **changes)
+    saved = getattr(config, "quantization_config", None)
+    method = saved.get("quant_method") if isinstance(saved, dict) else None
+    if method in _ROUNDED:
+        raise ModelError(
+            source,
+            f"its weights are quantised already ({method}), and no sum with an adapter could be saved in them: name "
+            "the model in full precision that they were made from",
+        )
+    return config
 
 
 def gives_scores(source: str, trust_remote_code: bool = False) -> bool:

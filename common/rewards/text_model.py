@@ -37,6 +37,7 @@ class TextRewardModel:
         batch_size: responses of one pass.
         offload: keep the weights in CPU memory between the calls.
         max_tokens: of a dialogue; None: as many as the model can read.
+        quantize: how its linear layers are held: none, nf4 or int8. They then compute in `dtype`.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -50,11 +51,12 @@ class TextRewardModel:
         device: torch.device,
         batch_size: int,
         offload: bool = False,
+        quantize: str = "none",
         trust_remote_code: bool = False,
         max_tokens: int | None = None,
     ):
         self.device, self.batch_size, self.offload = device, batch_size, offload
-        classifier = load_classifier(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        classifier = load_classifier(source, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
         self.encoding = dialogue_encoding(source, trust_remote_code)
         limits = [limit for limit in (max_tokens, _max_tokens(classifier, self.encoding.tokenizer)) if limit]
         self.max_tokens = min(limits, default=None)

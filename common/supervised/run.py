@@ -130,6 +130,7 @@ def build_engine(
             dropout=config.dropout_probability,
             gradient_checkpointing=config.gradient_checkpointing,
             trust_remote_code=config.trust_remote_code,
+            quantize=config.quantize,
         )
     if config.lora_dim:
         with named_by("--lora_module_name"), named_by("--add_eot_token", kind=AddedTokenError):

@@ -97,6 +97,7 @@ SUPERVISED = {
     "lora_dropout": Row("weights", "0.5", _LORA),
     "lora_module_name": Row("weights", "q_proj", _LORA),
     "lora_learning_rate": Row("weights", "0.01", _LORA),
+    "quantize": Row("weights", "nf4", _LORA),
 }
 
 _STREAM = "--stream --max_steps 3"
@@ -134,6 +135,7 @@ def _of_role(role: str) -> dict[str, Row]:
         f"{role}_lora_alpha": Row("weights", "1", lora),
         f"{role}_lora_module_name": Row("weights", "q_proj", lora),
         f"{role}_lora_learning_rate": Row("weights", "0.01", lora),
+        f"{role}_quantize": Row("weights", "nf4", lora),
     }
 
 
@@ -187,6 +189,7 @@ PPO = {
     "reward_timeout": Row("error", "0.01", "--reward {inputs}/rewards.py:slow --reward_workers 1"),
     "reward_errors": Row("error", "zero", "--reward {inputs}/rewards.py:picky"),
     "keep_columns": Row("metrics", "question", _REWARD),
+    "reward_quantize": Row("metrics", "nf4"),
     "kl_coef": Row("weights", "3"),
     "kl_controller": Row("weights", "adaptive"),
     "kl_placement": Row("weights", "loss", "--ppo_epochs 2"),

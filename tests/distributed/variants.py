@@ -4,6 +4,8 @@ from pathlib import Path
 
 # So that ZeRO-3 partitions some layers of tiny models and keeps others whole, and gradients need several buckets.
 DEEPSPEED = str(Path(__file__).with_name("deepspeed.json"))
+# The same for layers whose weights take half as many numbers.
+DEEPSPEED_QUANTIZED = str(Path(__file__).with_name("deepspeed_quantized.json"))
 
 
 FUNCTIONS = str(Path(__file__).with_name("reward_functions.py"))  # see --reward
@@ -48,11 +50,21 @@ _GENERATION = {
     for stage in (0, 1, 2, 3)
     for kind in ("full", "lora")
     for dtype in ("fp32", "bf16")
+} | {
+    f"zero{stage}-{quantize}-{dtype}": (stage, True, dtype, quantize)
+    for stage in (0, 2, 3)
+    for quantize in ("nf4", "int8")
+    for dtype in ("fp32", "bf16")
 }
 _LESS_LIKELY_TO_FAIL = ("zero0-full-bf16", "zero0-lora-bf16", "zero2-full-fp32", "zero2-lora-bf16", "zero3-full-bf16")
+_LESS_LIKELY_TO_FAIL += ("zero0-nf4-bf16", "zero2-nf4-fp32", "zero2-nf4-bf16", "zero3-nf4-bf16")
 
-# Name: ZeRO stage, LoRA, dtype of the actor that rollouts are made with.
-GENERATION = {name: case for name, case in _GENERATION.items() if case[0] != 1 and name not in _LESS_LIKELY_TO_FAIL}
+# Name: ZeRO stage, LoRA, dtype of the actor that rollouts are made with, and how it is quantised, if it is.
+GENERATION = {
+    name: case
+    for name, case in _GENERATION.items()
+    if case[0] != 1 and "int8" not in name and name not in _LESS_LIKELY_TO_FAIL
+}
 
 # The same, at length.
 GENERATION_AT_LENGTH = {name: case for name, case in _GENERATION.items() if name not in GENERATION}
@@ -150,6 +162,15 @@ RESUMED = {
             "1e-6",  # so that gradients of nothing but rounding, as of OPT's key biases, move nothing
         ),
     ),
+    "sft-zero2-nf4": ("sft", ("--zero_stage", "2", "--lora_dim", "4", "--quantize", "nf4", "--gradient_checkpointing")),
+    "ppo-zero3-nf4-int8": (
+        "ppo",
+        (
+            *("--actor_zero_stage", "3", "--actor_lora_dim", "4", "--actor_quantize", "nf4", "--enable_ema"),
+            *("--critic_zero_stage", "3", "--critic_lora_dim", "4", "--critic_quantize", "int8", "--dtype", "bf16"),
+            *("--deepspeed_config", DEEPSPEED_QUANTIZED),
+        ),
+    ),
     "ppo-critic-warmup": ("ppo", ("--critic_warmup_iterations", "5", "--enable_ema")),
     "ppo-functions": (
         "ppo",
@@ -179,6 +200,15 @@ RESUMED_AT_LENGTH = {
     "sft-zero2-lora-dropout": ("sft", ("--zero_stage", "2", "--lora_dim", "4", "--lora_dropout", "0.1")),
     "reward-bf16": ("reward", ("--dtype", "bf16")),
     "ppo-zero3-ema": ("ppo", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--enable_ema")),
+    "reward-zero3-int8": ("reward", ("--zero_stage", "3", "--lora_dim", "4", "--quantize", "int8", "--dtype", "bf16")),
+    "ppo-rloo-reward-nf4": (
+        "ppo",
+        (
+            *("--advantage", "rloo", "--answers_per_prompt", "2", "--reward_quantize", "nf4"),
+            *("--actor_zero_stage", "2", "--actor_lora_dim", "4", "--actor_quantize", "int8", "--offload"),
+            "--offload_reward_model",
+        ),
+    ),
     "ppo-zero2-bf16-lora": ("ppo", ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--dtype", "bf16")),
 }
 
@@ -202,6 +232,10 @@ RESHAPED_AT_LENGTH = {
     **{f"sft-zero{stage}": ("sft", _supervised(stage)) for stage in (0, 1, 2, 3)},
     **{f"sft-zero{stage}-lora": ("sft", (*_supervised(stage), *_SUPERVISED_LORA)) for stage in (0, 1, 2, 3)},
     **{f"sft-zero{stage}-bf16": ("sft", (*_supervised(stage), "--dtype", "bf16")) for stage in (0, 1, 3)},
+    **{
+        f"sft-zero{stage}-nf4": ("sft", (*_supervised(stage), *_SUPERVISED_LORA, "--quantize", "nf4"))
+        for stage in (2, 3)
+    },
     "reward-zero1": ("reward", _supervised(1)),
     "reward-zero3-lora": ("reward", (*_supervised(3), *_SUPERVISED_LORA)),
     **{f"ppo-zero{stage}": ("ppo", _ppo(stage, stage)) for stage in (1, 2, 3)},

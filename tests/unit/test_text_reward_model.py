@@ -47,8 +47,17 @@ def batch_of(dialogues, responses) -> RewardBatch:
 
 
 def scorer(directory, **settings) -> TextRewardModel:
-    settings = {"batch_size": 2, **settings}
-    return TextRewardModel(str(directory), dtype=torch.float32, device=torch.device("cpu"), **settings)
+    settings = {"batch_size": 2, "dtype": torch.float32, **settings}
+    return TextRewardModel(str(directory), device=torch.device("cpu"), **settings)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_an_encoder_of_few_bits_scores_nearly_the_same(encoder, dtype):
+    directory = encoder[0]
+    batch = batch_of([["what is two plus three ?"], ["a ?"]], ["five", "a b c d"])
+    scores = {kind: scorer(directory, dtype=dtype, quantize=kind).score(batch).numbers for kind in ("none", "int8")}
+    assert scores["int8"] != scores["none"]
+    assert scores["int8"] == pytest.approx(scores["none"], rel=0.1, abs=0.1)
 
 
 def test_an_encoder_reads_a_pair_of_texts(encoder):
