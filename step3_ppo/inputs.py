@@ -12,7 +12,7 @@ from common.artifacts.split_rule import data_request
 from common.data.prepare import PreparedData, prepare
 from common.data.request import DataRequest
 from common.data.tokenization import Codec
-from common.errors import named_by
+from common.errors import UserError, named_by
 from common.models.calibration import RAW
 from common.models.configuration import EncoderError, check_gives_values, check_language_model, check_length
 from common.paths import writing_to
@@ -65,6 +65,8 @@ def read_inputs(config: PPOConfig) -> RunInputs:
         critic = checked_model(config, "critic_model_name_or_path", check_critic_kind)
     with named_by("--actor_model_name_or_path", {actor: config.actor_model_name_or_path}):
         codec = open_codec(config, actor)
+    if codec.two_sided:
+        check_two_sided(config)
     rewards, functions = open_rewards(config, codec)
     if rewards:
         critic, scale = critic_start(config, codec, actor, critic, rewards)
@@ -80,6 +82,18 @@ def read_inputs(config: PPOConfig) -> RunInputs:
     say(f"the actor's update: {config.update_rule}")
     warn(config)
     return RunInputs(actor, critic, codec, scale, rewards, prompts, texts)
+
+
+def check_two_sided(config: PPOConfig) -> None:
+    """Raises UserError for options that an encoder-decoder actor cannot have."""
+    name = f"--actor_model_name_or_path {config.actor_model_name_or_path} is an encoder-decoder"
+    if not config.scored_otherwise:
+        raise UserError(
+            f"{name}, whose tokens no reward model of step 2 reads: give --reward, a function, a service or a reward "
+            "model that reads text"
+        )
+    if config.unsupervised_dataset_name:
+        raise UserError(f"--unsupervised_dataset_name is plain text, which has no prompt, and {name}: leave it out")
 
 
 def critic_start(

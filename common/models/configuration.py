@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from common.errors import ModelError, UserError, reason_of, refuse_own_code
 from common.models.completeness import score_labels
+from common.models.encoder_decoder import FAMILIES, is_encoder_decoder
 from common.models.heads import is_encoder_config, is_scalar_config
 from common.paths import unreachable_hub
 
@@ -82,7 +83,7 @@ def check_length(source: str, tokens: int, trust_remote_code: bool = False) -> N
 
 def check_language_model(source: str, trust_remote_code: bool = False) -> None:
     """Raises ModelError for a reward model, which would load as a language model, but with a random output layer, and
-    EncoderError for an encoder."""
+    for an encoder-decoder that is not one of `FAMILIES`; EncoderError for an encoder."""
     config = load_config(source, trust_remote_code)
     if is_scalar_config(config):
         raise ModelError(source, "it is a reward model, which gives scores and no answers: name a language model")
@@ -91,6 +92,16 @@ def check_language_model(source: str, trust_remote_code: bool = False) -> None:
             source,
             f"it is an encoder ({config.model_type}), which reads text and writes none: name a decoder-only language "
             "model; an encoder can become a reward model",
+        )
+    if is_encoder_decoder(config) and config.model_type not in FAMILIES:
+        raise ModelError(
+            source,
+            f"it is an encoder-decoder of a kind that is not supported ({config.model_type}): name one of "
+            f"{', '.join(FAMILIES)}, or a decoder-only language model",
+        )
+    if is_encoder_decoder(config) and getattr(config, "decoder_start_token_id", None) is None:
+        raise ModelError(
+            source, "its config.json has no decoder_start_token_id: set it to what the model was trained with"
         )
 
 

@@ -21,7 +21,8 @@ from common.models.calibration import RAW
 from common.models.checks import check_finite
 from common.models.completeness import surplus
 from common.models.configuration import explained, gives_scores, load_config, without_values
-from common.models.heads import head_names, init_head, is_encoder_config, score_projection
+from common.models.encoder_decoder import is_encoder_decoder, start_id
+from common.models.heads import head_names, init_head, is_encoder_config, language_model_class, score_projection
 from common.models.scalar import ScalarModel, Scale, ScoringModel, scoring_model
 from common.runtime.distributed import is_main
 
@@ -36,7 +37,7 @@ def load_causal_lm(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in `dtype`, its embeddings large enough for the codec's tokenizer.
+    """A language model in `dtype`, its embeddings large enough for the codec's tokenizer; it may have an encoder too.
 
     Args:
         ds_config: the engine's DeepSpeed configuration; at stage 3 the weights are partitioned while they load.
@@ -45,10 +46,9 @@ def load_causal_lm(
     Raises:
         ModelError: the model cannot be loaded, is incomplete, or has weights that are not finite.
     """
-    from transformers import AutoModelForCausalLM
-
+    auto_class = language_model_class(load_config(source, trust_remote_code))
     with _partitioned_loading(ds_config):
-        model, _ = _load(AutoModelForCausalLM, source, dtype, dropout, trust_remote_code)
+        model, _ = _load(auto_class, source, dtype, dropout, trust_remote_code)
         return _fit(model, codec, gradient_checkpointing)
 
 
@@ -166,6 +166,8 @@ def _load(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of those weights that no file holds: of a `new_head` only."""
     config = load_config(source, trust_remote_code, **config_changes)
+    if dtype == torch.float16 and is_encoder_decoder(config):
+        raise ModelError(source, f"{config.model_type} overflows in fp16: use bf16 or fp32")
     if dropout is not None:
         set_dropout(config, dropout)
     with explained(source):
@@ -225,6 +227,7 @@ def _fit(model: PreTrainedModel, codec: Codec, gradient_checkpointing: bool) -> 
             bos_token_id=codec.tokenizer.bos_token_id,
             eos_token_id=ends[0] if len(ends) == 1 else ends,
             pad_token_id=codec.pad_id,
+            decoder_start_token_id=start_id(model),
         )
     model.config.use_cache = False
     if gradient_checkpointing:

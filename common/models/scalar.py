@@ -1,4 +1,5 @@
-"""Defines the models that score: a decoder with one number per position, an encoder with one number per sequence.
+"""Defines the models that score: a decoder, that of an encoder-decoder too, with one number per position, an encoder
+with one number per sequence.
 
 `sequence_scores` reads the scores of either kind. What is saved is the inner transformers sequence-classification
 model, which gives the same scores.
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.models.calibration import RAW
+from common.models.encoder_decoder import is_encoder_decoder
 from common.models.heads import head_names, is_encoder_config
 
 
@@ -36,7 +38,8 @@ def _scores(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 class ScoringModel(nn.Module):
-    """A sequence-classification model with one label: a `ScalarModel` or an `EncoderModel`.
+    """A sequence-classification model with one label: a `ScalarModel`, maybe a `SourceTargetScalarModel`, or an
+    `EncoderModel`.
 
     Attributes:
         classifier: a transformers *ForSequenceClassification model whose head computes in fp32.
@@ -96,6 +99,45 @@ class ScalarModel(ScoringModel):
         return self.calibration.normalise(self.classifier.score(hidden).squeeze(-1))
 
 
+class SourceTargetScalarModel(ScalarModel):
+    """An encoder-decoder with a number at every position of the target: a critic.
+
+    What is saved is the sequence-classification model of transformers with all its weights, but that model scores a
+    sequence in another way: it reads it with encoder and decoder.
+
+    Args:
+        classifier: a transformers *ForSequenceClassification model with a `classification_head`.
+        calibration: as of `ScalarModel`.
+    """
+
+    def __init__(self, classifier: Any, calibration: Scale = RAW):
+        ScoringModel.__init__(self)
+        classifier.classification_head.out_proj.__class__ = ScoreHead
+        self.classifier = classifier
+        self.calibration = calibration
+
+    def keep_reward_head(self) -> None:
+        """There is nothing to keep: no encoder-decoder is a reward model, so the head is a new one."""
+
+    def forward(  # type: ignore[override]  # the inputs are those of `common.models.encoder_decoder.model_inputs`
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, decoder_input_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Numbers at every position of the target.
+
+        Args:
+            input_ids, attention_mask: (B, P) of the source.
+            decoder_input_ids: (B, 1 + R), the start token and the target, right-padded.
+
+        Returns:
+            (B, 1 + R) fp32; the numbers at padding are meaningless.
+        """
+        backbone = getattr(self.classifier, self.classifier.base_model_prefix)
+        hidden = backbone(
+            input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
+        ).last_hidden_state
+        return self.calibration.normalise(self.classifier.classification_head(hidden).squeeze(-1))
+
+
 class EncoderModel(ScoringModel):
     """An encoder such as DeBERTa, RoBERTa or BERT, which scores a whole sequence by a pooler and a head of its own.
 
@@ -124,7 +166,10 @@ class EncoderModel(ScoringModel):
 
 def scoring_model(classifier: Any, calibration: Scale = RAW) -> ScoringModel:
     """The model around a transformers *ForSequenceClassification model; only a `ScalarModel` has a calibration."""
-    return EncoderModel(classifier) if is_encoder_config(classifier.config) else ScalarModel(classifier, calibration)
+    if is_encoder_config(classifier.config):
+        return EncoderModel(classifier)
+    kind = SourceTargetScalarModel if is_encoder_decoder(classifier.config) else ScalarModel
+    return kind(classifier, calibration)
 
 
 def sequence_scores(engine: Callable[..., Any], input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

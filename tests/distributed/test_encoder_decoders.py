@@ -1,0 +1,94 @@
+"""Encoder-decoder models through steps 1 and 3, on 1 and 2 ranks: the same numbers, and resumed bit for bit."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from datasets import Dataset
+
+from tests.distributed.test_resumed_runs import same_weights
+from tests.distributed.variants import ENCODER_DECODERS, ENCODER_DECODERS_AT_LENGTH
+from tests.encoder_decoders import build_encoder_decoder
+from tests.launching import ROOT, at_length, launch_each
+from tests.logs import metrics
+
+PROGRAM = ROOT / "tests" / "distributed" / "encoder_decoder_cases.py"
+CASES = pytest.mark.parametrize("case", [*ENCODER_DECODERS, *at_length(ENCODER_DECODERS_AT_LENGTH)])
+RANKS = pytest.mark.parametrize("ranks", (1, 2))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory, length) -> Path:
+    """RANKS/{whole,broken}/CASE; one launch for each number of ranks."""
+    directory = tmp_path_factory.mktemp("encoder-decoders")
+    rows = [
+        {"prompt": f"How much is {n} plus {n * 7}?", "chosen": f"the sum is {n * 8}", "rejected": "Paris, of course."}
+        for n in range(60)
+    ]
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("t5", "flan-t5"):
+        build_encoder_decoder(name, directory / "models" / name)
+    launch_each(
+        PROGRAM, *length, str(directory / "pairs.jsonl"), str(directory / "models"), str(directory), timeout=1800
+    )
+    return directory
+
+
+@CASES
+@RANKS
+def test_a_resumed_run_ends_as_an_undisturbed_one(output, case, ranks):
+    whole, resumed = (output / str(ranks) / kind / case for kind in ("whole", "broken"))
+    assert metrics(whole) and metrics(resumed) == metrics(whole)
+    same_weights(whole, resumed)
+    for samples in (whole / "samples").iterdir():
+        assert (resumed / "samples" / samples.name).read_text() == samples.read_text()
+
+
+@CASES
+def test_another_number_of_ranks_gives_the_same_numbers(output, case):
+    one, two = (
+        [record for record in metrics(output / str(ranks) / "whole" / case) if record["phase"] == "train"]
+        for ranks in (1, 2)
+    )
+    names = ("loss",) if case.startswith("sft") else ("reward", "kl", "policy_loss", "value_loss")
+    tolerance = {"rel": 0.1, "abs": 0.1} if "bf16" in case or case == "ppo-zero0-gae" else {"rel": 2e-3, "abs": 2e-4}
+    for name in (name for name in names if name in one[0]):
+        assert [record[name] for record in one] == pytest.approx([record[name] for record in two], **tolerance), name
+
+
+@pytest.mark.parametrize("case", [name for name in ENCODER_DECODERS if name.startswith("sft")])
+@torch.no_grad()
+def test_step_1_learns_and_saves_what_it_measured(output, case):
+    """By transformers' own loss, of the tokens that its own tokenizer makes."""
+    directory = output / "2" / "whole" / case
+    first, *_, last = [record for record in metrics(directory) if record["phase"] == "eval"]
+    assert last["perplexity"] < first["perplexity"]
+    model = hf.AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(directory)
+    (prepared,) = (output / "2" / "data" / ENCODER_DECODERS[case][1]).glob("demonstration-*/eval.arrow")
+    total = tokens = 0
+    for row in Dataset.from_file(str(prepared)):
+        labels = torch.tensor([row["response_ids"]])
+        assert row["prompt_ids"][-1] == row["response_ids"][-1] == tokenizer.eos_token_id
+        total += float(model(input_ids=torch.tensor([row["prompt_ids"]]), labels=labels).loss) * labels.numel()
+        tokens += labels.numel()
+    assert math.exp(total / tokens) == pytest.approx(last["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", [name for name in ENCODER_DECODERS if name.startswith("ppo")])
+@RANKS
+def test_step_3_starts_at_the_reference_and_moves(output, case, ranks):
+    directory = output / str(ranks) / "whole" / case
+    trained = [record for record in metrics(directory) if record["phase"] == "train"]
+    assert abs(trained[0]["kl"]) < 1e-5 and abs(trained[-1]["kl"]) > 1e-6
+    assert all(record["sampler_gap_max"] < 1e-3 for record in trained)
+    start = hf.AutoModelForSeq2SeqLM.from_pretrained(directory.parent / f"sft-{ENCODER_DECODERS[case][1]}").state_dict()
+    actor = hf.AutoModelForSeq2SeqLM.from_pretrained(directory / "actor").state_dict()
+    assert any(not torch.equal(actor[name], start[name]) for name in start)
+    assert (directory / "critic").is_dir() == (case == "ppo-gae")
+    if case == "ppo-gae":
+        critic = hf.AutoModelForSequenceClassification.from_pretrained(directory / "critic")
+        assert isinstance(critic, hf.T5ForSequenceClassification)
