@@ -39,7 +39,8 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
         super().check_model(source)
         if self.config.train_on_prompt and reads_source(source, self.config.trust_remote_code):
             raise UserError(
-                "--train_on_prompt: the model is an encoder-decoder, which predicts no token of a prompt: leave the option out"
+                "--train_on_prompt: the model is an encoder-decoder, which predicts no token of a prompt: leave the "
+                "option out"
             )
 
     def prepare(self, codec: Codec) -> PreparedData:

@@ -15,6 +15,7 @@ from common.data.tokenization import Codec
 from common.errors import UserError, named_by
 from common.models.calibration import RAW
 from common.models.configuration import EncoderError, check_gives_values, check_language_model, check_length
+from common.models.encoder_decoder import reads_source
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.training.engine import check_engine_options
@@ -67,6 +68,11 @@ def read_inputs(config: PPOConfig) -> RunInputs:
         codec = open_codec(config, actor)
     if codec.two_sided:
         check_two_sided(config)
+    if critic is not None and reads_source(critic, config.trust_remote_code) != codec.two_sided:
+        raise UserError(
+            f"--critic_model_name_or_path {config.critic_model_name_or_path}: of this model and the actor one is an "
+            "encoder-decoder and the other not: name a model of the actor's kind, or leave the option out"
+        )
     rewards, functions = open_rewards(config, codec)
     if rewards:
         critic, scale = critic_start(config, codec, actor, critic, rewards)

@@ -38,7 +38,8 @@ def start_id(model: Any) -> int | None:
     """
     module = getattr(model, "module", model)
     config = getattr(getattr(module, "classifier", module), "config", None)
-    return getattr(config, "decoder_start_token_id", None) if is_encoder_decoder(config) else None
+    start: int | None = getattr(config, "decoder_start_token_id", None) if is_encoder_decoder(config) else None
+    return start
 
 
 def model_inputs(

@@ -94,6 +94,12 @@ def load_scoring_model(
     from transformers import AutoModelForSequenceClassification
 
     has_head = gives_scores(source, trust_remote_code)
+    if has_head and is_encoder_decoder(load_config(source, trust_remote_code)):
+        raise ModelError(
+            source,
+            "it is an encoder-decoder with a score head, such as a critic, which is read as no reward model: use a "
+            "decoder-only model or an encoder",
+        )
     with _partitioned_loading(ds_config):
         model, new = _load(
             AutoModelForSequenceClassification,

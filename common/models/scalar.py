@@ -79,24 +79,38 @@ class ScalarModel(ScoringModel):
             self.register_buffer("reward_bias", bias, persistent=False)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, reward: bool = False
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        reward: bool = False,
+        decoder_input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Numbers at every position.
 
         Args:
             input_ids: (B, L) right-padded.
             attention_mask: (B, L), 1 on real tokens; not needed, since no real token attends to what comes after it.
+            decoder_input_ids: with an encoder, the target (B, L'), right-padded; `input_ids` are the source then, and
+                need a mask. See `common.models.encoder_decoder.model_inputs`.
             reward: use the head that `keep_reward_head` has kept, without calibration. With the adapters disabled, the
                 results are the raw scores of the reward model that this model was loaded from.
 
         Returns:
-            (B, L) fp32; the numbers at padding are meaningless.
+            (B, L) fp32, with an encoder (B, L'); the numbers at padding are meaningless.
         """
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        target = {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
+        hidden = backbone(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **target
+        ).last_hidden_state
         if reward:
             return _scores(hidden, self.reward_weight, self.reward_bias).squeeze(-1)
-        return self.calibration.normalise(self.classifier.score(hidden).squeeze(-1))
+        return self.calibration.normalise(self._numbers(hidden).squeeze(-1))
+
+    def _numbers(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head makes of hidden states (B, L, H): (B, L, 1)."""
+        numbers: torch.Tensor = self.classifier.score(hidden)
+        return numbers
 
 
 class SourceTargetScalarModel(ScalarModel):
@@ -119,23 +133,9 @@ class SourceTargetScalarModel(ScalarModel):
     def keep_reward_head(self) -> None:
         """There is nothing to keep: no encoder-decoder is a reward model, so the head is a new one."""
 
-    def forward(  # type: ignore[override]  # the inputs are those of `common.models.encoder_decoder.model_inputs`
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, decoder_input_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Numbers at every position of the target.
-
-        Args:
-            input_ids, attention_mask: (B, P) of the source.
-            decoder_input_ids: (B, 1 + R), the start token and the target, right-padded.
-
-        Returns:
-            (B, 1 + R) fp32; the numbers at padding are meaningless.
-        """
-        backbone = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden = backbone(
-            input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids, use_cache=False
-        ).last_hidden_state
-        return self.calibration.normalise(self.classifier.classification_head(hidden).squeeze(-1))
+    def _numbers(self, hidden: torch.Tensor) -> torch.Tensor:
+        numbers: torch.Tensor = self.classifier.classification_head(hidden)
+        return numbers
 
 
 class EncoderModel(ScoringModel):

@@ -2,13 +2,19 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
 from datasets import Dataset
+from peft import PeftModel
 
+from common.data.records import Message, Prompt
+from inference.decoding import respond, stream_response
+from inference.loading import load_actor
+from inference.options import DecodingOptions, LoadOptions
 from tests.distributed.test_resumed_runs import same_weights
 from tests.distributed.variants import ENCODER_DECODERS, ENCODER_DECODERS_AT_LENGTH
 from tests.encoder_decoders import build_encoder_decoder
@@ -76,6 +82,31 @@ def test_step_1_learns_and_saves_what_it_measured(output, case):
         total += float(model(input_ids=torch.tensor([row["prompt_ids"]]), labels=labels).loss) * labels.numel()
         tokens += labels.numel()
     assert math.exp(total / tokens) == pytest.approx(last["perplexity"], rel=1e-4)
+
+
+@torch.no_grad()
+def test_adapters_on_the_base_are_the_merged_model(output):
+    directory = output / "2" / "whole" / "sft-flan-t5"
+    base = hf.AutoModelForSeq2SeqLM.from_pretrained(output / "models" / "flan-t5")
+    adapted = PeftModel.from_pretrained(base, directory / "adapter").eval()
+    merged = hf.AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
+    inputs = {"input_ids": torch.tensor([[5, 9, 12, 1]]), "decoder_input_ids": torch.tensor([[0, 7, 8]])}
+    assert torch.allclose(adapted(**inputs).logits, merged(**inputs).logits, atol=1e-4)
+
+
+def test_the_result_of_step_1_is_read_by_the_other_programs(output):
+    """What is generated in batches and token by token is what the step's samples say."""
+    directory = output / "2" / "whole" / "sft-t5"
+    actor, decoding = load_actor(str(directory), LoadOptions()), DecodingOptions(max_new_tokens=64)
+    samples = [json.loads(line) for line in (directory / "samples" / "after.jsonl").read_text().splitlines()]
+    asked = [sample["prompt"].removeprefix("Human: ").removesuffix(" Assistant:") for sample in samples]
+    prompts = [Prompt((Message("user", question),)) for question in asked]
+    answers = respond(actor, prompts, decoding, batch_size=3)
+    assert samples and [answer.text for answer in answers] == [sample["response"] for sample in samples]
+    ids = actor.codec.encode_prompt(prompts[0])
+    for way in (decoding, replace(decoding, num_beams=3, repetition_penalty=1.2)):
+        (answer,) = respond(actor, prompts[:1], way, batch_size=1)
+        assert "".join(actor.codec.stream(stream_response(actor, ids, way))) == answer.text
 
 
 @pytest.mark.parametrize("case", [name for name in ENCODER_DECODERS if name.startswith("ppo")])

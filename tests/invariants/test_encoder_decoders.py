@@ -15,6 +15,7 @@ from common.data.records import Message, Prompt
 from common.data.templates import TEXT_TEMPLATES
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import ModelError, UserError
+from common.models.added_token import AddedTokenError
 from common.models.configuration import check_language_model
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import response_log_probs, response_log_probs_and_entropy
@@ -23,9 +24,11 @@ from step1_sft.config import SFTConfig
 from step1_sft.task import SFTTask
 from step2_reward.config import RewardConfig
 from step2_reward.task import RewardTask
+from step3_ppo.config import PPOConfig
 from step3_ppo.generation.actor_rollouts import ActorRollouts
 from step3_ppo.generation.rollout import Rollout
 from step3_ppo.generation.sampling import Sampling
+from step3_ppo.inputs import check_two_sided
 from step3_ppo.models import response_values
 from tests.encoder_decoders import ENCODER_DECODERS, build_encoder_decoder
 from tests.unsharded_engine import UnshardedEngine
@@ -227,6 +230,14 @@ def test_what_does_not_apply_is_refused(directories, tmp_path):
         RewardTask(RewardConfig()).check_model(t5)
     with pytest.raises(ModelError, match="overflows in fp16: use bf16 or fp32"):
         load(t5, torch.float16)
+    with pytest.raises(UserError, match="is an encoder-decoder, whose tokens no reward model.*--reward"):
+        check_two_sided(PPOConfig())
+    with pytest.raises(UserError, match="^--unsupervised_dataset_name is plain text"):
+        check_two_sided(PPOConfig(reward=("my.py:score",), unsupervised_dataset_name="texts.jsonl"))
+    model = load(t5)
+    model.new_token = 7
+    with pytest.raises(AddedTokenError, match="use the tokenizer's own end token"):
+        add_lora(model, dim=2, alpha=4, dropout=0.0, modules="auto", base_name="base", seed=1)
     hf.BartConfig(d_model=8).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"not supported \(bart\)"):
         check_language_model(str(tmp_path))
