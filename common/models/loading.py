@@ -46,7 +46,10 @@ def load_causal_lm(
     Raises:
         ModelError: the model cannot be loaded, is incomplete, or has weights that are not finite.
     """
-    auto_class = language_model_class(load_config(source, trust_remote_code))
+    config = load_config(source, trust_remote_code)
+    if dtype == torch.float16 and is_encoder_decoder(config):
+        raise ModelError(source, f"{config.model_type} overflows in fp16: use bf16 or fp32")
+    auto_class = language_model_class(config)
     with _partitioned_loading(ds_config):
         model, _ = _load(auto_class, source, dtype, dropout, trust_remote_code)
         return _fit(model, codec, gradient_checkpointing)
@@ -172,8 +175,6 @@ def _load(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of those weights that no file holds: of a `new_head` only."""
     config = load_config(source, trust_remote_code, **config_changes)
-    if dtype == torch.float16 and is_encoder_decoder(config):
-        raise ModelError(source, f"{config.model_type} overflows in fp16: use bf16 or fp32")
     if dropout is not None:
         set_dropout(config, dropout)
     with explained(source):

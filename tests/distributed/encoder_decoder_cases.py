@@ -2,7 +2,7 @@
 
 Run under the launcher: encoder_decoder_cases.py [--long] DATA MODELS OUTPUT_DIR, within OUTPUT_DIR/RANKS. The first
 part of every run of `CASES` is made twice, in whole/ and in broken/, where an exception ends it after its checkpoint;
-then the latter is started again by the same command. Runs of step 3 begin with what step 1 has made of the same model.
+then the latter is started again by the same command. A model is one of MODELS, or what a case of step 1 has made.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ def main() -> None:
     place = Path(output) / str(world_size())
     for name, (step, model, flags) in cases.items():
         common = [
-            *("--data_path", data, "--data_output_path", str(place / "data" / model)),
+            *("--data_path", data, "--data_output_path", str(place / "data")),
             *("--data_split", "1,1,1", "--deepspeed_config", DEEPSPEED, "--no_enable_tensorboard", *flags),
         ]
         program = {"sft": step1, "ppo": step3}[step]
-        own = supervised(f"{models}/{model}") if step == "sft" else ppo(place / "whole" / f"sft-{model}")
+        start = str(place / "whole" / model) if model in cases else f"{models}/{model}"
+        own = supervised(start) if step == "sft" else ppo(start)
 
         def run(kind: str) -> None:
             program([*common, *own, "--output_dir", str(place / kind / name)])
@@ -45,18 +46,18 @@ def supervised(model: str) -> list[str]:
     return [
         *("--model_name_or_path", model, "--max_seq_len", "48", "--learning_rate", "5e-3"),
         *("--per_device_train_batch_size", str(4 // world_size()), "--gradient_accumulation_steps", "2"),
-        *("--save_interval", "2", "--log_interval", "1", "--enable_test_mode", "--test_stop_step", "5"),
-        *("--disable_dropout", "--eval_fraction", "0.2"),
+        *("--save_interval", "2", "--log_interval", "1", "--num_train_epochs", "2"),
+        *("--disable_dropout", "--adam_epsilon", "1e-6", "--eval_fraction", "0.2"),
     ]
 
 
-def ppo(actor: Path) -> list[str]:
+def ppo(actor: str) -> list[str]:
     return [
-        *("--actor_model_name_or_path", str(actor), "--reward", f"{FUNCTIONS}:overlap", "--eval_fraction", "0.2"),
+        *("--actor_model_name_or_path", actor, "--reward", f"{FUNCTIONS}:overlap", "--eval_fraction", "0.2"),
         *("--per_device_generation_batch_size", str(4 // world_size()), "--max_prompt_seq_len", "32"),
         *("--per_device_training_batch_size", str(4 // world_size()), "--max_answer_seq_len", "6"),
         *("--max_iterations", "4", "--save_interval", "1", "--eval_prompts", "4", "--num_warmup_steps", "0"),
-        *("--actor_learning_rate", "1e-3", "--score_calibration", "running"),
+        *("--actor_learning_rate", "1e-3", "--actor_adam_epsilon", "1e-6", "--score_calibration", "running"),
     ]
 
 

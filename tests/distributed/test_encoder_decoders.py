@@ -32,7 +32,7 @@ def output(tmp_path_factory, length) -> Path:
     directory = tmp_path_factory.mktemp("encoder-decoders")
     rows = [
         {"prompt": f"How much is {n} plus {n * 7}?", "chosen": f"the sum is {n * 8}", "rejected": "Paris, of course."}
-        for n in range(60)
+        for n in range(120)
     ]
     (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("t5", "flan-t5"):
@@ -74,7 +74,7 @@ def test_step_1_learns_and_saves_what_it_measured(output, case):
     assert last["perplexity"] < first["perplexity"]
     model = hf.AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
     tokenizer = hf.AutoTokenizer.from_pretrained(directory)
-    (prepared,) = (output / "2" / "data" / ENCODER_DECODERS[case][1]).glob("demonstration-*/eval.arrow")
+    (prepared,) = (output / "2" / "data").glob("demonstration-*/eval.arrow")
     total = tokens = 0
     for row in Dataset.from_file(str(prepared)):
         labels = torch.tensor([row["response_ids"]])
@@ -116,7 +116,10 @@ def test_step_3_starts_at_the_reference_and_moves(output, case, ranks):
     trained = [record for record in metrics(directory) if record["phase"] == "train"]
     assert abs(trained[0]["kl"]) < 1e-5 and abs(trained[-1]["kl"]) > 1e-6
     assert all(record["sampler_gap_max"] < 1e-3 for record in trained)
-    start = hf.AutoModelForSeq2SeqLM.from_pretrained(directory.parent / f"sft-{ENCODER_DECODERS[case][1]}").state_dict()
+    start = directory.parent / ENCODER_DECODERS[case][1]
+    start = hf.AutoModelForSeq2SeqLM.from_pretrained(
+        start if start.is_dir() else output / "models" / start.name
+    ).state_dict()
     actor = hf.AutoModelForSeq2SeqLM.from_pretrained(directory / "actor").state_dict()
     assert any(not torch.equal(actor[name], start[name]) for name in start)
     assert (directory / "critic").is_dir() == (case == "ppo-gae")
