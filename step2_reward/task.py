@@ -13,9 +13,8 @@ from common.batching.collate import PairBatch, collate_comparisons
 from common.batching.sampler import MicroBatch
 from common.data.prepare import PreparedData, prepare
 from common.data.tokenization import Codec
-from common.errors import ModelError, UserError
-from common.models.configuration import gives_scores
-from common.models.encoder_decoder import reads_source
+from common.errors import UserError
+from common.models.configuration import check_encoder_decoder, gives_scores, load_config
 from common.models.engine import Engine
 from common.models.loading import load_scoring_model
 from common.models.scalar import ScoringModel, sequence_scores
@@ -37,12 +36,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
     def check_model(self, source: str) -> None:
         """Accepts a language model, an encoder, or a reward model with one score."""
         gives_scores(source, self.config.trust_remote_code)
-        if reads_source(source, self.config.trust_remote_code):
-            raise ModelError(
-                source,
-                "it is an encoder-decoder, which becomes no reward model: train an encoder or a decoder-only language "
-                "model, which scores an encoder-decoder's answers as text in step 3 (--reward)",
-            )
+        check_encoder_decoder(source, load_config(source, self.config.trust_remote_code))
 
     def prepare(self, codec: Codec) -> PreparedData:
         """Prepare this step's part of --data_path."""

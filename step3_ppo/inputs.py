@@ -95,8 +95,8 @@ def check_two_sided(config: PPOConfig) -> None:
     name = f"--actor_model_name_or_path {config.actor_model_name_or_path} is an encoder-decoder"
     if not config.scored_otherwise:
         raise UserError(
-            f"{name}, whose tokens no reward model of step 2 reads: give --reward, a function, a service or a reward "
-            "model that reads text"
+            f"{name}, whose answers are scored as text: give --reward, a reward model of any kind, a function or a "
+            "service, in the place of --critic_model_name_or_path"
         )
     if config.unsupervised_dataset_name:
         raise UserError(f"--unsupervised_dataset_name is plain text, which has no prompt, and {name}: leave it out")

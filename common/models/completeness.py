@@ -25,8 +25,13 @@ _ENCODER_HEADS = re.compile(
 # Buffers, not weights: masks, positions and version numbers that older versions saved and that models compute anew.
 _BUFFERS = re.compile(r"(^|\.)(version|_float_tensor|position_ids|inv_freq|masked_bias|(attn|attention)\.bias)$")
 
-# The last layers of classifiers, a row per label: of decoders; of DeBERTa and BERT; of RoBERTa.
-_PROJECTIONS = {"score.weight", "classifier.weight", "classifier.out_proj.weight"}
+# The last layers of classifiers, a row per label: of decoders; of DeBERTa and BERT; of RoBERTa; of T5.
+_PROJECTIONS = {
+    "score.weight",
+    "classifier.weight",
+    "classifier.out_proj.weight",
+    "classification_head.out_proj.weight",
+}
 
 
 def surplus(names: Iterable[str], encoder: bool = False) -> tuple[list[str], list[str]]:

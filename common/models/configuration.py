@@ -93,6 +93,11 @@ def check_language_model(source: str, trust_remote_code: bool = False) -> None:
             f"it is an encoder ({config.model_type}), which reads text and writes none: name a decoder-only language "
             "model; an encoder can become a reward model",
         )
+    check_encoder_decoder(source, config)
+
+
+def check_encoder_decoder(source: str, config: PreTrainedConfig) -> None:
+    """Raises ModelError for an encoder-decoder that is not one of `FAMILIES`, or whose start token is not known."""
     if is_encoder_decoder(config) and config.model_type not in FAMILIES:
         raise ModelError(
             source,
@@ -107,9 +112,10 @@ def check_language_model(source: str, trust_remote_code: bool = False) -> None:
 
 def check_gives_values(source: str, trust_remote_code: bool = False) -> None:
     """Raises EncoderError for an encoder, which has no value at each token, and ModelError for a classifier of several
-    labels."""
+    labels and as of `check_encoder_decoder`."""
     gives_scores(source, trust_remote_code)
     config = load_config(source, trust_remote_code)
+    check_encoder_decoder(source, config)
     if is_encoder_config(config):
         raise without_values(source, config)
 

@@ -34,10 +34,9 @@ def start_id(model: Any) -> int | None:
     """The token that a decoder's sequence starts with; None for a model that has no encoder.
 
     Args:
-        model: of transformers, a `ScoringModel`, or an engine around one.
+        model: of transformers, a `TargetScalarModel`, any other model without `config`, or an engine around one.
     """
-    module = getattr(model, "module", model)
-    config = getattr(getattr(module, "classifier", module), "config", None)
+    config = getattr(getattr(model, "module", model), "config", None)
     start: int | None = getattr(config, "decoder_start_token_id", None) if is_encoder_decoder(config) else None
     return start
 

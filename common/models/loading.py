@@ -46,10 +46,7 @@ def load_causal_lm(
     Raises:
         ModelError: the model cannot be loaded, is incomplete, or has weights that are not finite.
     """
-    config = load_config(source, trust_remote_code)
-    if dtype == torch.float16 and is_encoder_decoder(config):
-        raise ModelError(source, f"{config.model_type} overflows in fp16: use bf16 or fp32")
-    auto_class = language_model_class(config)
+    auto_class = language_model_class(_config_for(source, dtype, trust_remote_code))
     with _partitioned_loading(ds_config):
         model, _ = _load(auto_class, source, dtype, dropout, trust_remote_code)
         return _fit(model, codec, gradient_checkpointing)
@@ -66,7 +63,7 @@ def load_scalar_model(source: str, codec: Codec, *, calibration: Scale = RAW, **
         ModelError: as of `load_scoring_model`.
         EncoderError: it is an encoder.
     """
-    model = load_scoring_model(source, codec, calibration=calibration, **settings)
+    model = load_scoring_model(source, codec, calibration=calibration, values=True, **settings)
     if not isinstance(model, ScalarModel):
         raise without_values(source, model.classifier.config)
     return model
@@ -82,6 +79,7 @@ def load_scoring_model(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     calibration: Scale = RAW,
+    values: bool = False,
     seed: int = 0,
 ) -> ScoringModel:
     """A model that scores sequences, from a reward model, or from a language model or an encoder with a new head.
@@ -89,6 +87,7 @@ def load_scoring_model(
     Args:
         ds_config, dropout: as of `load_causal_lm`.
         calibration: of a decoder, whose outputs are (raw - mean) / std.
+        values: see `scoring_model`.
         seed: of a new head's initial weights.
 
     Raises:
@@ -97,12 +96,7 @@ def load_scoring_model(
     from transformers import AutoModelForSequenceClassification
 
     has_head = gives_scores(source, trust_remote_code)
-    if has_head and is_encoder_decoder(load_config(source, trust_remote_code)):
-        raise ModelError(
-            source,
-            "it is an encoder-decoder with a score head, such as a critic, which is read as no reward model: use a "
-            "decoder-only model or an encoder",
-        )
+    _config_for(source, dtype, trust_remote_code)
     with _partitioned_loading(ds_config):
         model, new = _load(
             AutoModelForSequenceClassification,
@@ -119,7 +113,7 @@ def load_scoring_model(
                 f"{type(model).__name__} has no linear layer that gives one score: use a decoder-only language model "
                 "or an encoder",
             )
-        scoring = scoring_model(_fit(model, codec, gradient_checkpointing), calibration)
+        scoring = scoring_model(_fit(model, codec, gradient_checkpointing), calibration, values)
     if not has_head:
         init_head(scoring.classifier, new, seed)
     return scoring
@@ -145,6 +139,14 @@ def set_dropout(config: PreTrainedConfig, probability: float) -> None:
     for name, value in list(vars(config).items()):
         if ("drop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, name, probability if "layer" not in name else 0.0)
+
+
+def _config_for(source: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a model that is to compute in `dtype`. Raises ModelError if it cannot."""
+    config = load_config(source, trust_remote_code)
+    if dtype == torch.float16 and is_encoder_decoder(config):
+        raise ModelError(source, f"{config.model_type} overflows in fp16: use bf16 or fp32")
+    return config
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
-"""Defines the models that score: a decoder, that of an encoder-decoder too, with one number per position, an encoder
-with one number per sequence.
+"""Defines the models that score: a decoder with one number per position, an encoder with one number per sequence, an
+encoder-decoder with either.
 
 `sequence_scores` reads the scores of either kind. What is saved is the inner transformers sequence-classification
 model, which gives the same scores.
@@ -38,8 +38,7 @@ def _scores(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 class ScoringModel(nn.Module):
-    """A sequence-classification model with one label: a `ScalarModel`, maybe a `SourceTargetScalarModel`, or an
-    `EncoderModel`.
+    """A sequence-classification model with one label: a `ScalarModel` or an `EncoderModel`.
 
     Attributes:
         classifier: a transformers *ForSequenceClassification model whose head computes in fp32.
@@ -113,25 +112,26 @@ class ScalarModel(ScoringModel):
         return numbers
 
 
-class SourceTargetScalarModel(ScalarModel):
-    """An encoder-decoder with a number at every position of the target: a critic.
-
-    What is saved is the sequence-classification model of transformers with all its weights, but that model scores a
-    sequence in another way: it reads it with encoder and decoder.
+class TargetScalarModel(ScalarModel):
+    """An encoder-decoder with a number at every position of the target, a critic: its encoder reads the prompt alone.
 
     Args:
         classifier: a transformers *ForSequenceClassification model with a `classification_head`.
         calibration: as of `ScalarModel`.
+
+    Attributes:
+        config: of the classifier; by it `common.models.encoder_decoder.model_inputs` knows what the model reads.
     """
 
     def __init__(self, classifier: Any, calibration: Scale = RAW):
         ScoringModel.__init__(self)
-        classifier.classification_head.out_proj.__class__ = ScoreHead
-        self.classifier = classifier
+        for layer in _linear_layers_beside(classifier):
+            layer.__class__ = ScoreHead
+        self.classifier, self.config = classifier, classifier.config
         self.calibration = calibration
 
     def keep_reward_head(self) -> None:
-        """There is nothing to keep: no encoder-decoder is a reward model, so the head is a new one."""
+        """Nothing: as a reward model, an encoder-decoder reads a sequence otherwise, so it is always a model apart."""
 
     def _numbers(self, hidden: torch.Tensor) -> torch.Tensor:
         numbers: torch.Tensor = self.classifier.classification_head(hidden)
@@ -164,12 +164,38 @@ class EncoderModel(ScoringModel):
         return self.classifier(input_ids=input_ids, attention_mask=attention_mask).logits.float().squeeze(-1)
 
 
-def scoring_model(classifier: Any, calibration: Scale = RAW) -> ScoringModel:
-    """The model around a transformers *ForSequenceClassification model; only a `ScalarModel` has a calibration."""
-    if is_encoder_config(classifier.config):
-        return EncoderModel(classifier)
-    kind = SourceTargetScalarModel if is_encoder_decoder(classifier.config) else ScalarModel
-    return kind(classifier, calibration)
+class EncoderDecoderModel(EncoderModel):
+    """An encoder-decoder that scores a whole sequence. Encoder and decoder both read all of it, as in transformers.
+
+    Args:
+        classifier: a transformers *ForSequenceClassification model with a `classification_head`.
+    """
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """As of `EncoderModel`. The head reads what the decoder, a token behind, computes at the last real position."""
+        backbone = getattr(self.classifier, self.classifier.base_model_prefix)
+        start = torch.full_like(input_ids[:, :1], self.classifier.config.decoder_start_token_id)
+        hidden = backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=torch.cat([start, input_ids[:, :-1]], 1),
+            use_cache=False,
+        ).last_hidden_state
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        scores: torch.Tensor = self.classifier.classification_head(hidden[rows, mask.sum(1) - 1])
+        return scores.squeeze(-1)
+
+
+def scoring_model(classifier: Any, calibration: Scale = RAW, values: bool = False) -> ScoringModel:
+    """The model around a transformers *ForSequenceClassification model; only a `ScalarModel` has a calibration.
+
+    Args:
+        values: a number at every position is wanted, also of an encoder-decoder.
+    """
+    if is_encoder_decoder(classifier.config):
+        return TargetScalarModel(classifier, calibration) if values else EncoderDecoderModel(classifier)
+    return EncoderModel(classifier) if is_encoder_config(classifier.config) else ScalarModel(classifier, calibration)
 
 
 def sequence_scores(engine: Callable[..., Any], input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

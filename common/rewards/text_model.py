@@ -15,6 +15,7 @@ from common.data.keeping import prompt_of
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import ModelError
 from common.models.configuration import load_config, max_positions
+from common.models.encoder_decoder import is_encoder_decoder
 from common.models.heads import is_encoder_config
 from common.models.loading import load_classifier
 from common.models.scalar import EncoderModel, scoring_model, sequence_scores
@@ -142,7 +143,8 @@ def dialogue_encoding(source: str, trust_remote_code: bool = False) -> DialogueE
     Raises:
         UserError: its tokenizer cannot be used.
     """
-    closed = is_encoder_config(load_config(source, trust_remote_code))
+    config = load_config(source, trust_remote_code)
+    closed = is_encoder_config(config) or is_encoder_decoder(config)
     provenance = read_provenance(source)
     if provenance is not None:
         codec = trained_codec(provenance, source, trust_remote_code=trust_remote_code)
@@ -160,7 +162,7 @@ def _by_codec(codec: Codec, closed: bool) -> Callable[..., dict[str, list[int]]]
     """The ids that a model was trained on.
 
     Args:
-        closed: whether the end token closes unfinished responses too, as an encoder's separator does.
+        closed: whether the end token closes unfinished responses too, as it does for models with an encoder.
     """
 
     def encode(messages: Messages, response: str, finished: bool, max_tokens: int | None) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""Steps 1 and 3 with encoder-decoder models, whole, broken off after a checkpoint, and continued.
+"""All steps with encoder-decoder models, whole, broken off after a checkpoint, and continued.
 
 Run under the launcher: encoder_decoder_cases.py [--long] DATA MODELS OUTPUT_DIR, within OUTPUT_DIR/RANKS. The first
 part of every run of `CASES` is made twice, in whole/ and in broken/, where an exception ends it after its checkpoint;
@@ -15,6 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from common.runtime.distributed import world_size
 from common.runtime.program import run_program
 from step1_sft.main import main as step1
+from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
 from tests.distributed.resume_cases import breaking_off
 from tests.distributed.variants import DEEPSPEED, ENCODER_DECODERS, ENCODER_DECODERS_AT_LENGTH, FUNCTIONS
@@ -29,9 +30,9 @@ def main() -> None:
             *("--data_path", data, "--data_output_path", str(place / "data")),
             *("--data_split", "1,1,1", "--deepspeed_config", DEEPSPEED, "--no_enable_tensorboard", *flags),
         ]
-        program = {"sft": step1, "ppo": step3}[step]
+        program = {"sft": step1, "reward": step2, "ppo": step3}[step]
         start = str(place / "whole" / model) if model in cases else f"{models}/{model}"
-        own = supervised(start) if step == "sft" else ppo(start)
+        own = ppo(start, place / "whole") if step == "ppo" else supervised(start)
 
         def run(kind: str) -> None:
             program([*common, *own, "--output_dir", str(place / kind / name)])
@@ -51,9 +52,10 @@ def supervised(model: str) -> list[str]:
     ]
 
 
-def ppo(actor: str) -> list[str]:
+def ppo(actor: str, made: Path) -> list[str]:
     return [
-        *("--actor_model_name_or_path", actor, "--reward", f"{FUNCTIONS}:overlap", "--eval_fraction", "0.2"),
+        *("--actor_model_name_or_path", actor, "--eval_fraction", "0.2"),
+        *("--reward", f"{FUNCTIONS}:overlap", f"{made / 'reward-t5'}=0.5"),
         *("--per_device_generation_batch_size", str(4 // world_size()), "--max_prompt_seq_len", "32"),
         *("--per_device_training_batch_size", str(4 // world_size()), "--max_answer_seq_len", "6"),
         *("--max_iterations", "4", "--save_interval", "1", "--eval_prompts", "4", "--num_warmup_steps", "0"),

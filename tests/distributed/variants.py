@@ -207,6 +207,7 @@ _RLOO = ("--advantage", "rloo", "--answers_per_prompt", "2")
 ENCODER_DECODERS = {
     "sft-t5": ("sft", "t5", ("--zero_stage", "2")),
     "sft-flan-t5": ("sft", "flan-t5", ("--zero_stage", "3", "--lora_dim", "4", "--gradient_checkpointing")),
+    "reward-t5": ("reward", "t5", ("--zero_stage", "3")),
     "ppo-rloo": ("ppo", "sft-flan-t5", (*_RLOO, "--actor_zero_stage", "3", "--actor_lora_dim", "4")),
     "ppo-gae": ("ppo", "t5", ("--actor_zero_stage", "3", "--critic_zero_stage", "2", "--enable_ema")),
 }

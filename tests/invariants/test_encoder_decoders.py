@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import transformers as hf
 from datasets import Dataset
 
+from common.artifacts.export import write_model
 from common.batching.collate import PromptBatch, collate_demonstrations, unmasked
 from common.batching.sampler import MicroBatch
 from common.data.records import Message, Prompt
@@ -16,10 +17,12 @@ from common.data.templates import TEXT_TEMPLATES
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import ModelError, UserError
 from common.models.added_token import AddedTokenError
-from common.models.configuration import check_language_model
-from common.models.loading import load_causal_lm, load_scalar_model
+from common.models.completeness import problem
+from common.models.configuration import check_language_model, gives_scores
+from common.models.loading import load_causal_lm, load_scalar_model, load_scoring_model
 from common.models.logprobs import response_log_probs, response_log_probs_and_entropy
 from common.models.lora import adapters_disabled, add_lora, folded_adapters
+from common.models.scalar import sequence_scores
 from step1_sft.config import SFTConfig
 from step1_sft.task import SFTTask
 from step2_reward.config import RewardConfig
@@ -152,6 +155,25 @@ def test_values_are_read_where_the_logits_emit_the_token(directory):
         assert torch.equal(inner.transformer.get_parameter(name), actor.get_parameter(name))
 
 
+@torch.no_grad()
+def test_a_reward_model_scores_as_plain_transformers(directory, tmp_path):
+    """Beside any padding, and after it was saved."""
+    codec = codec_of(directory)
+    model = load(directory, loader=load_scoring_model)
+    rows = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES[:3])]
+    lengths = torch.tensor(list(map(len, rows)))
+    tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
+    scores = sequence_scores(model, F.pad(tokens, (0, 3)), lengths)
+    write_model(model, dict(model.state_dict()), codec, tmp_path)
+    assert problem(str(tmp_path)) is None and gives_scores(str(tmp_path))
+    plain = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    alone = torch.cat([plain(input_ids=torch.tensor([row])).logits[:, 0] for row in rows])
+    torch.testing.assert_close(scores, alone, atol=1e-5, rtol=1e-5)
+    assert scores.dtype == torch.float32 and scores.std() > 1e-3
+    again = load(str(tmp_path), loader=load_scoring_model)
+    torch.testing.assert_close(sequence_scores(again, tokens, lengths), scores, atol=1e-5, rtol=1e-5)
+
+
 def prompt_batch(rows) -> PromptBatch:
     lengths = torch.tensor([len(PROMPTS[row]) for row in rows])
     width = int(lengths.max())
@@ -226,11 +248,10 @@ def test_what_does_not_apply_is_refused(directories, tmp_path):
     check_language_model(t5)
     with pytest.raises(UserError, match="--train_on_prompt: the model is an encoder-decoder"):
         SFTTask(SFTConfig(train_on_prompt=True)).check_model(t5)
-    with pytest.raises(ModelError, match="becomes no reward model.*--reward"):
-        RewardTask(RewardConfig()).check_model(t5)
+    RewardTask(RewardConfig()).check_model(t5)
     with pytest.raises(ModelError, match="overflows in fp16: use bf16 or fp32"):
         load(t5, torch.float16)
-    with pytest.raises(UserError, match="is an encoder-decoder, whose tokens no reward model.*--reward"):
+    with pytest.raises(UserError, match="is an encoder-decoder, whose answers are scored as text: give --reward"):
         check_two_sided(PPOConfig())
     with pytest.raises(UserError, match="^--unsupervised_dataset_name is plain text"):
         check_two_sided(PPOConfig(reward=("my.py:score",), unsupervised_dataset_name="texts.jsonl"))
@@ -241,3 +262,5 @@ def test_what_does_not_apply_is_refused(directories, tmp_path):
     hf.BartConfig(d_model=8).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"not supported \(bart\)"):
         check_language_model(str(tmp_path))
+    with pytest.raises(ModelError, match=r"not supported \(bart\)"):
+        RewardTask(RewardConfig()).check_model(str(tmp_path))
