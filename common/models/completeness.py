@@ -60,8 +60,7 @@ def problem(directory: Path, trust_remote_code: bool = False) -> str | None:
         # A model with code of its own may have a class of another name, so the weights count too.
         scores = is_scalar_config(config) or _saved_labels(directory) is not None
         auto_class = AutoModelForSequenceClassification if scores else language_model_class(config)
-        # With output_loading_info the result is a pair, which the types of transformers do not say.
-        _, loading = auto_class.from_pretrained(  # type: ignore[misc]
+        _, loading = auto_class.from_pretrained(
             directory, device_map="meta", output_loading_info=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a missing or damaged file may raise anything, deep in the libraries

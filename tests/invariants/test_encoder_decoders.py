@@ -165,7 +165,7 @@ def test_a_reward_model_scores_as_plain_transformers(directory, tmp_path):
     tokens = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
     scores = sequence_scores(model, F.pad(tokens, (0, 3)), lengths)
     write_model(model, dict(model.state_dict()), codec, tmp_path)
-    assert problem(str(tmp_path)) is None and gives_scores(str(tmp_path))
+    assert problem(tmp_path) is None and gives_scores(str(tmp_path))
     plain = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     alone = torch.cat([plain(input_ids=torch.tensor([row])).logits[:, 0] for row in rows])
     torch.testing.assert_close(scores, alone, atol=1e-5, rtol=1e-5)

@@ -15,11 +15,10 @@ from common.data.records import Message, Prompt
 from inference.decoding import respond, stream_response
 from inference.loading import load_actor
 from inference.options import DecodingOptions, LoadOptions
-from tests.distributed.test_resumed_runs import same_weights
 from tests.distributed.variants import ENCODER_DECODERS, ENCODER_DECODERS_AT_LENGTH
 from tests.encoder_decoders import build_encoder_decoder
 from tests.launching import ROOT, at_length, launch_each
-from tests.logs import metrics
+from tests.logs import metrics, same_weights
 
 PROGRAM = ROOT / "tests" / "distributed" / "encoder_decoder_cases.py"
 CASES = pytest.mark.parametrize("case", [*ENCODER_DECODERS, *at_length(ENCODER_DECODERS_AT_LENGTH)])
