@@ -16,7 +16,7 @@ from common.data.tokenization import Codec, load_tokenizer, make_codec, publishe
 from common.errors import ModelError
 from common.models.configuration import load_config, max_positions
 from common.models.encoder_decoder import is_encoder_decoder
-from common.models.heads import is_encoder_config
+from common.models.heads import head_names, is_encoder_config
 from common.models.loading import load_classifier
 from common.models.scalar import EncoderModel, scoring_model, sequence_scores
 from common.rewards.batch import Messages, RewardBatch, Scores
@@ -58,7 +58,7 @@ class TextRewardModel:
         # A head called `score` is that of a decoder, which is read at the last token; other models pool by themselves.
         self._decoder = isinstance(getattr(classifier, "score", None), nn.Linear)
         model: nn.Module = classifier
-        if self._decoder or is_encoder_config(classifier.config):
+        if self._decoder or is_encoder_config(classifier.config) or head_names(classifier):
             model = scoring_model(classifier)  # its head computes in fp32
         self.model = model.eval().requires_grad_(False).to("cpu" if offload else device)
         if self.max_tokens is not None:
