@@ -58,7 +58,9 @@ class TextRewardModel:
         # A head called `score` is that of a decoder, which is read at the last token; other models pool by themselves.
         self._decoder = isinstance(getattr(classifier, "score", None), nn.Linear)
         model: nn.Module = classifier
-        if self._decoder or is_encoder_config(classifier.config) or head_names(classifier):
+        config = classifier.config
+        has_own_head = is_encoder_config(config) or is_encoder_decoder(config) and head_names(classifier)
+        if self._decoder or has_own_head:
             model = scoring_model(classifier)  # its head computes in fp32
         self.model = model.eval().requires_grad_(False).to("cpu" if offload else device)
         if self.max_tokens is not None:
