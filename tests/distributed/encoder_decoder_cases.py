@@ -1,8 +1,8 @@
 """All steps with encoder-decoder models, whole, broken off after a checkpoint, and continued.
 
-Run under the launcher: encoder_decoder_cases.py [--long] DATA MODELS OUTPUT_DIR, within OUTPUT_DIR/RANKS. The first
-part of every run of `CASES` is made twice, in whole/ and in broken/, where an exception ends it after its checkpoint;
-then the latter is started again by the same command. A model is one of MODELS, or what a case of step 1 has made.
+Run under the launcher: encoder_decoder_cases.py [--long] DATA MODELS OUTPUT_DIR, within OUTPUT_DIR/RANKS. Every run is
+made in whole/. On two ranks, and with --long, it is made in broken/ too, where an exception ends it after its second
+checkpoint, and the same command goes on with it. A model is one of MODELS, or what a case of step 1 has made.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main() -> None:
             program([*common, *own, "--output_dir", str(place / kind / name)])
 
         run("whole")
+        if world_size() == 1 and "--long" not in sys.argv:
+            continue
         with breaking_off():
             run("broken")
         run("broken")

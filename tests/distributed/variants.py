@@ -205,7 +205,6 @@ RESHAPED_AT_LENGTH = {
 # Name: step, encoder-decoder model, flags of a run that is also broken off and resumed.
 _RLOO = ("--advantage", "rloo", "--answers_per_prompt", "2")
 ENCODER_DECODERS = {
-    "sft-t5": ("sft", "t5", ("--zero_stage", "2")),
     "sft-flan-t5": ("sft", "flan-t5", ("--zero_stage", "3", "--lora_dim", "4", "--gradient_checkpointing")),
     "reward-t5": ("reward", "t5", ("--zero_stage", "3")),
     "ppo-rloo": ("ppo", "sft-flan-t5", (*_RLOO, "--actor_zero_stage", "3", "--actor_lora_dim", "4")),
@@ -216,6 +215,7 @@ ENCODER_DECODERS = {
 _GAE_LORA = ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--critic_gradient_checkpointing")
 ENCODER_DECODERS_AT_LENGTH = {
     "sft-zero0": ("sft", "t5", ("--zero_stage", "0")),
+    "sft-zero2": ("sft", "t5", ("--zero_stage", "2")),
     "sft-zero3": ("sft", "flan-t5", ("--zero_stage", "3")),
     "sft-zero3-bf16": ("sft", "t5", ("--zero_stage", "3", "--dtype", "bf16")),
     "ppo-zero0-rloo": (
