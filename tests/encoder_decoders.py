@@ -18,7 +18,6 @@ _GATED = {**_SMALL, "feed_forward_proj": "gated-gelu"}
 ENCODER_DECODERS = {
     "t5": (hf.T5ForConditionalGeneration, _SMALL),
     "flan-t5": (hf.T5ForConditionalGeneration, {**_GATED, "tie_word_embeddings": False}),
-    "umt5": (hf.UMT5ForConditionalGeneration, {**_GATED, "tie_word_embeddings": False}),
 }
 
 

@@ -102,7 +102,7 @@ def check_encoder_decoder(source: str, config: PreTrainedConfig) -> None:
         raise ModelError(
             source,
             f"it is an encoder-decoder of a kind that is not supported ({config.model_type}): name one of "
-            f"{', '.join(FAMILIES)}, or a decoder-only language model",
+            f"the kind {' or '.join(FAMILIES)}, or a decoder-only language model",
         )
     if is_encoder_decoder(config) and getattr(config, "decoder_start_token_id", None) is None:
         raise ModelError(

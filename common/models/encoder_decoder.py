@@ -7,14 +7,17 @@ token and the response. So it is read as that of a decoder-only model is, with o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-FAMILIES = ("t5", "mt5", "umt5")  # Flan-T5 and Flan-UL2 are of the first
+FAMILIES = ("t5",)  # Flan-T5 and Flan-UL2 are of it too
+_OUTPUT = "lm_head.weight"
 
 
 def is_encoder_decoder(config: PreTrainedConfig | None) -> bool:
@@ -28,6 +31,32 @@ def reads_source(source: str, trust_remote_code: bool = False) -> bool:
         return is_encoder_decoder(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
     except Exception:  # a missing or damaged file may raise anything; loading the model says what is wrong
         return False
+
+
+@contextlib.contextmanager
+def output_untied(auto_class: Any, config: PreTrainedConfig) -> Iterator[None]:
+    """Within the context a Flan-T5 is loaded with output embeddings of its own, also where ZeRO-3 partitions weights.
+
+    transformers ties the output of every T5 to its input, unless their values in the files differ. It compares them
+    after loading, when partitioned weights are empty on every rank and so seem equal. Those that do not scale the
+    decoder's states before the output are of the later kind, whose two matrices differ.
+    """
+    if config.model_type not in FAMILIES or config.scale_decoder_outputs or not is_deepspeed_zero3_enabled():
+        yield
+        return
+    kind = auto_class._model_mapping[type(config)]
+    tied = kind._tied_weights_keys
+    kind._tied_weights_keys = {name: other for name, other in tied.items() if name != _OUTPUT}
+    try:
+        yield
+    finally:
+        kind._tied_weights_keys = tied
+
+
+def keep_output_untied(model: Any) -> None:
+    """Have a model whose output was loaded untied stay so, for instance when its embeddings are resized."""
+    if is_encoder_decoder(model.config):
+        model._tied_weights_keys = dict(model.all_tied_weights_keys)
 
 
 def start_id(model: Any) -> int | None:

@@ -21,7 +21,7 @@ from common.models.calibration import RAW
 from common.models.checks import check_finite
 from common.models.completeness import surplus
 from common.models.configuration import explained, gives_scores, load_config, without_values
-from common.models.encoder_decoder import is_encoder_decoder, start_id
+from common.models.encoder_decoder import is_encoder_decoder, keep_output_untied, output_untied, start_id
 from common.models.heads import head_names, init_head, is_encoder_config, language_model_class, score_projection
 from common.models.scalar import ScalarModel, Scale, ScoringModel, scoring_model
 from common.runtime.distributed import is_main
@@ -179,7 +179,7 @@ def _load(
     config = load_config(source, trust_remote_code, **config_changes)
     if dropout is not None:
         set_dropout(config, dropout)
-    with explained(source):
+    with explained(source), output_untied(auto_class, config):
         model, loading = auto_class.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
@@ -208,6 +208,7 @@ def _load(
             "with inference/merge_lora.py",
         )
     check_finite(model, source)
+    keep_output_untied(model)
     return model, new
 
 

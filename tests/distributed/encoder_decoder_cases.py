@@ -47,7 +47,7 @@ def main() -> None:
 
 def supervised(model: str) -> list[str]:
     return [
-        *("--model_name_or_path", model, "--max_seq_len", "48", "--learning_rate", "5e-3"),
+        *("--model_name_or_path", model, "--max_seq_len", "48", "--learning_rate", "2e-3"),
         *("--per_device_train_batch_size", str(4 // world_size()), "--gradient_accumulation_steps", "2"),
         *("--save_interval", "2", "--log_interval", "1", "--num_train_epochs", "2"),
         *("--disable_dropout", "--adam_epsilon", "1e-6", "--eval_fraction", "0.2"),
