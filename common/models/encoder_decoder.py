@@ -45,7 +45,10 @@ def output_untied(auto_class: Any, config: PreTrainedConfig) -> Iterator[None]:
         yield
         return
     kind = auto_class._model_mapping[type(config)]
-    tied = kind._tied_weights_keys
+    tied = kind._tied_weights_keys or {}
+    if _OUTPUT not in tied:  # a classifier
+        yield
+        return
     kind._tied_weights_keys = {name: other for name, other in tied.items() if name != _OUTPUT}
     try:
         yield
@@ -55,7 +58,7 @@ def output_untied(auto_class: Any, config: PreTrainedConfig) -> Iterator[None]:
 
 def keep_output_untied(model: Any) -> None:
     """Have a model whose output was loaded untied stay so, for instance when its embeddings are resized."""
-    if is_encoder_decoder(model.config):
+    if model.config.model_type in FAMILIES:
         model._tied_weights_keys = dict(model.all_tied_weights_keys)
 
 
