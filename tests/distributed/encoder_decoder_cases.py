@@ -1,8 +1,8 @@
 """All steps with encoder-decoder models, whole, broken off after a checkpoint, and continued.
 
 Run under the launcher: encoder_decoder_cases.py [--long] DATA MODELS OUTPUT_DIR, within OUTPUT_DIR/RANKS. Every run is
-made in whole/. On two ranks, and with --long, it is made in broken/ too, where an exception ends it after its second
-checkpoint, and the same command goes on with it. A model is one of MODELS, or what a case of step 1 has made.
+made in whole/ and in broken/, where an exception ends it after its second checkpoint, and the same command goes on with
+it. A model is one of MODELS, or what a case of step 1 has made.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ def main() -> None:
             program([*common, *own, "--output_dir", str(place / kind / name)])
 
         run("whole")
-        if world_size() == 1 and "--long" not in sys.argv:
-            continue
         with breaking_off():
             run("broken")
         run("broken")
@@ -55,9 +53,10 @@ def supervised(model: str) -> list[str]:
 
 
 def ppo(actor: str, made: Path) -> list[str]:
+    model = [f"{made / 'reward-t5'}=0.5"] if (made / "reward-t5").is_dir() else []
     return [
         *("--actor_model_name_or_path", actor, "--eval_fraction", "0.2"),
-        *("--reward", f"{FUNCTIONS}:overlap", f"{made / 'reward-t5'}=0.5"),
+        *("--reward", f"{FUNCTIONS}:overlap", *model),
         *("--per_device_generation_batch_size", str(4 // world_size()), "--max_prompt_seq_len", "32"),
         *("--per_device_training_batch_size", str(4 // world_size()), "--max_answer_seq_len", "6"),
         *("--max_iterations", "4", "--save_interval", "1", "--eval_prompts", "4", "--num_warmup_steps", "0"),

@@ -24,12 +24,12 @@ from tests.logs import metrics, same_weights
 PROGRAM = ROOT / "tests" / "distributed" / "encoder_decoder_cases.py"
 CASES = pytest.mark.parametrize("case", [*ENCODER_DECODERS, *at_length(ENCODER_DECODERS_AT_LENGTH)])
 IN_FP32_AT_LENGTH = [name for name, case in ENCODER_DECODERS_AT_LENGTH.items() if "bf16" not in case[-1]]
-RANKS = pytest.mark.parametrize("ranks", (1, 2))
+RANKS = pytest.mark.parametrize("ranks", [2, *at_length([1])])
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory, length) -> Path:
-    """RANKS/{whole,broken}/CASE; one launch for each number of ranks."""
+    """RANKS/{whole,broken}/CASE; one launch, at length one for each number of ranks."""
     directory = tmp_path_factory.mktemp("encoder-decoders")
     rows = [
         {"prompt": f"How much is {n} plus {n * 7}?", "chosen": f"the sum is {n * 8}", "rejected": "Paris, of course."}
@@ -38,14 +38,13 @@ def output(tmp_path_factory, length) -> Path:
     (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("t5", "flan-t5"):
         build_encoder_decoder(name, directory / "models" / name)
-    launch_each(
-        PROGRAM, *length, str(directory / "pairs.jsonl"), str(directory / "models"), str(directory), timeout=1800
-    )
+    inputs = str(directory / "pairs.jsonl"), str(directory / "models"), str(directory)
+    launch_each(PROGRAM, *length, *inputs, ranks=(1, 2) if length else (2,), timeout=1800)
     return directory
 
 
 @CASES
-@pytest.mark.parametrize("ranks", [2, *at_length([1])])
+@RANKS
 def test_a_resumed_run_ends_as_an_undisturbed_one(output, case, ranks):
     whole, resumed = (output / str(ranks) / kind / case for kind in ("whole", "broken"))
     assert metrics(whole) and metrics(resumed) == metrics(whole)
@@ -54,7 +53,8 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(output, case, ranks):
         assert (resumed / "samples" / samples.name).read_text() == samples.read_text()
 
 
-@pytest.mark.parametrize("case", [*ENCODER_DECODERS, *at_length(IN_FP32_AT_LENGTH)])
+@pytest.mark.long
+@pytest.mark.parametrize("case", [*ENCODER_DECODERS, *IN_FP32_AT_LENGTH])
 def test_another_number_of_ranks_gives_the_same_numbers(output, case):
     one, two = (
         [record for record in metrics(output / str(ranks) / "whole" / case) if record["phase"] == "train"]
@@ -86,6 +86,7 @@ def test_step_1_learns_and_saves_what_it_measured(output, case):
     assert math.exp(total / tokens) == pytest.approx(last["perplexity"], rel=1e-4)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_step_2_saves_a_model_that_scores_as_measured(output):
     directory = output / "2" / "whole" / "reward-t5"
@@ -99,7 +100,7 @@ def test_step_2_saves_a_model_that_scores_as_measured(output):
         assert float(scores.mean()) == pytest.approx(last[f"{side}_score"], abs=1e-4)
 
 
-@pytest.mark.parametrize("case, tied", [("sft-flan-t5", False), ("ppo-rloo/actor", False), ("ppo-gae/actor", True)])
+@pytest.mark.parametrize("case, tied", [("sft-flan-t5", False), ("ppo-gae/actor", True)])
 def test_output_embeddings_are_tied_as_they_were(output, case, tied):
     """Also where they were partitioned as they were loaded."""
     with safe_open(output / "2" / "whole" / case / "model.safetensors", "pt") as file:
