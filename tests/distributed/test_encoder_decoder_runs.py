@@ -62,8 +62,9 @@ def test_another_number_of_ranks_gives_the_same_numbers(output, case):
     )
     names = ("reward", "value_loss") if case.startswith("ppo") else ("loss",)
     for name in (name for name in names if name in one[0]):
-        # Sums in another order drift apart from step to step, and step 3 begins with what other steps made of that.
-        found, expected = ([record[name] for record in records[:3]] for records in (one, two))
+        # Sums in another order drift apart from step to step. With that one sampled token may differ, and then all do.
+        compared = 1 if case.startswith("ppo") else 3
+        found, expected = ([record[name] for record in records[:compared]] for records in (one, two))
         assert found == pytest.approx(expected, rel=2e-2, abs=2e-3), name
 
 
