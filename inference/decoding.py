@@ -28,6 +28,7 @@ from common.batching.sampler import MicroBatch, evaluation_batches
 from common.data.options import naming_flags
 from common.data.records import Prompt
 from common.errors import named_by
+from common.models.encoder_decoder import behind_prompts, prompt_width, start_id
 from inference.loading import LoadedModel
 from inference.options import DecodingOptions
 
@@ -161,17 +162,20 @@ def _generate(
         use_cache=True,
         eos_token_id=list(actor.codec.end_ids),
         pad_token_id=actor.codec.pad_id,
+        decoder_start_token_id=start_id(actor.model),
         **(sampling if sampled else {}),
     )
     # The model's own generation settings must not change what the options say.
     actor.model.generation_config = GenerationConfig()
-    return actor.model.generate(
-        input_ids=input_ids.to(actor.device),
+    prompts = input_ids.to(actor.device)
+    generated = actor.model.generate(
+        input_ids=prompts,
         attention_mask=attention_mask.to(actor.device),
         generation_config=config,
-        logits_processor=_repetition_rules(decoding, input_ids.shape[1]),
+        logits_processor=_repetition_rules(decoding, prompt_width(actor.model, input_ids)),
         **options,
     )
+    return behind_prompts(actor.model, prompts, generated)
 
 
 def _repetition_rules(decoding: DecodingOptions, prompt_width: int) -> LogitsProcessorList:

@@ -28,6 +28,7 @@ from common.models.configuration import (
     gives_scores,
     max_positions,
 )
+from common.models.encoder_decoder import reads_source
 from common.models.loading import load_causal_lm, load_scoring_model
 from common.models.scalar import ScoringModel, scoring_model
 from common.paths import writing_to
@@ -152,7 +153,8 @@ def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto
             raise ModelError(files.path, "the tokenizer has no end token, so no answer would ever end")
         guess = "chat" if getattr(tokenizer, "chat_template", None) else _DEFAULT_TEMPLATE
         chosen = guess if template == "auto" else template
-        return make_codec(tokenizer, chosen, further_ends=published_ends(files.weights))
+        ends, two_sided = published_ends(files.weights), reads_source(files.weights, trust_remote_code)
+        return make_codec(tokenizer, chosen, further_ends=ends, two_sided=two_sided)
     if template not in ("auto", trained.template):
         raise TemplateError(
             template, f"{files.path} was trained with the template {trained.template}: leave the option out"

@@ -17,9 +17,11 @@ from common.data.prepare import PreparedData, prepare_many
 from common.data.request import DataRequest
 from common.data.streaming import RowStream
 from common.data.tokenization import Codec
+from common.errors import UserError
+from common.models.encoder_decoder import behind_prompts, reads_source, start_id
 from common.models.engine import Engine
 from common.models.loading import load_causal_lm
-from common.models.logprobs import next_token_loss_sum
+from common.models.logprobs import next_token_loss_sum, response_log_probs
 from common.models.quantization import compute_dtype
 from common.runtime.distributed import device, say, world_size
 from common.supervised.streaming import Streaming, first_rows, streamed
@@ -37,6 +39,14 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
     config_class = SFTConfig
     step = "sft"
     unit = "tokens"
+
+    def check_model(self, source: str) -> None:
+        super().check_model(source)
+        if self.config.train_on_prompt and reads_source(source, self.config.trust_remote_code):
+            raise UserError(
+                "--train_on_prompt: the model is an encoder-decoder, which predicts no token of a prompt: leave the "
+                "option out"
+            )
 
     def prepare(self, codec: Codec) -> PreparedData:
         """Prepare this step's part of --data_path, and all rows of --sft_only_data_path; with --stream the first of
@@ -99,7 +109,13 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
 
     def loss_sum(self, engine: Engine, batch: SFTBatch) -> tuple[Tensor, Sums]:
         """-log p summed over the target tokens, in nats."""
-        loss, tokens = next_token_loss_sum(engine, batch.inputs(compute_dtype(engine.module)), batch.loss_mask)
+        inputs = batch.inputs(compute_dtype(engine.module))
+        if isinstance(batch, TokenBatch) and start_id(engine) is not None:
+            tokens = batch.loss_mask.sum()
+            targets = batch.loss_mask.sum(1)  # 0 in a filler, all of which then is the source
+            loss = -response_log_probs(engine, inputs, batch.lengths - targets, targets).sum()
+        else:
+            loss, tokens = next_token_loss_sum(engine, inputs, batch.loss_mask)
         return loss, {"tokens": tokens.double(), "loss": loss.detach().double()}
 
     def train_metrics(self, sums: Sums) -> Metrics:
@@ -129,7 +145,7 @@ def greedy_samples(
     new_tokens = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
     tokens = prompts.input_ids
     if new_tokens > 0:
-        tokens = engine.module.generate(
+        generated = engine.module.generate(
             input_ids=tokens,
             attention_mask=prompts.attention_mask,
             max_new_tokens=new_tokens,
@@ -137,6 +153,7 @@ def greedy_samples(
             use_cache=True,
             synced_gpus=engine.zero_optimization_partition_weights() and world_size() > 1,
         )
+        tokens = behind_prompts(engine.module, tokens, generated)
     return [
         {
             "prompt": codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),

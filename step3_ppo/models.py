@@ -21,6 +21,7 @@ from common.data.tokenization import Codec
 from common.errors import named_by
 from common.models.added_token import AddedTokenError
 from common.models.calibration import RAW
+from common.models.encoder_decoder import model_inputs
 from common.models.engine import Engine
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
@@ -137,7 +138,8 @@ def inputs_of(rollout: Rollout) -> dict[str, Tensor]:
 
 def response_values(critic: Engine, rollout: Rollout) -> Tensor:
     """(B, R) the critic's values at the response tokens."""
-    return gather_response(critic(**inputs_of(rollout)), rollout.prompt_lengths, rollout.response_lengths)
+    inputs, before = model_inputs(critic, inputs_of(rollout), rollout.prompt_lengths, rollout.response_lengths)
+    return gather_response(critic(**inputs), before, rollout.response_lengths)
 
 
 def build_models(

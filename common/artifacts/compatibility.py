@@ -10,6 +10,7 @@ from common.data.options import ProgramConfig
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.errors import ModelError
 from common.models.configuration import check_vocabulary
+from common.models.encoder_decoder import reads_source
 from common.runtime.distributed import say
 
 
@@ -31,6 +32,7 @@ def open_codec(config: ProgramConfig, source: str) -> Codec:
             eot_token=config.eot_token,
             date=config.template_date,
             further_ends=published_ends(source),
+            two_sided=reads_source(source, config.trust_remote_code),
         )
     if codec.date:
         say(
@@ -63,7 +65,11 @@ def trained_codec(
     """
     tokenizer_source = tokenizer_source or name
     tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=trust_remote_code)
-    template: dict[str, Any] = {"date": provenance.template_date, "further_ends": published_ends(weights or name)}
+    template: dict[str, Any] = {
+        "date": provenance.template_date,
+        "further_ends": published_ends(weights or name),
+        "two_sided": reads_source(weights or name, trust_remote_code),
+    }
     codec = make_codec(tokenizer, provenance.template, **template)
     if codec.end_token != provenance.end_token:
         added: dict[str, Any] = {"add_eot_token": True, "eot_token": provenance.end_token}

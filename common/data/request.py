@@ -83,6 +83,8 @@ def data_key(request: DataRequest, codec: Codec) -> str:
         "codec": [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.date, codec.end_token],
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
+    if codec.two_sided:
+        decisive["two_sided"] = True
     if request.keep is not None:
         decisive["keep"] = request.keep.decisive()
     if request.margin_column is not None:  # only then, so that the keys of other data stay as they were

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common.errors import InputError
+from common.models.encoder_decoder import is_encoder_decoder
 
 
 class AddedTokenError(InputError):
@@ -33,7 +34,8 @@ def train_new_row(model: nn.Module) -> None:
     """Add a trainable change to the frozen row of a new token; tied embeddings share one.
 
     Raises:
-        AddedTokenError: the embeddings are of a class that does more than to look up or to multiply.
+        AddedTokenError: the embeddings are of a class that does more than to look up or to multiply, or the model has
+            an encoder too.
     """
     token = getattr(model, "new_token", None)
     if token is None:
@@ -41,7 +43,8 @@ def train_new_row(model: nn.Module) -> None:
     assert isinstance(model, PreTrainedModel)  # `start_row` set the token
     modules = _embeddings(model)
     for module in modules:
-        if _with_new_row(type(module)) is None:
+        # The encoder and the decoder look ids up in modules of their own, which only share the weights.
+        if _with_new_row(type(module)) is None or is_encoder_decoder(model.config):
             raise AddedTokenError(
                 type(module).__name__,
                 "the vocabulary has no room for the added end token, and adapters cannot train a new row of embeddings "

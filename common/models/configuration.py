@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from common.data.chat_template import control_tokens
 from common.errors import ModelError, UserError, reason_of, refuse_own_code
 from common.models.completeness import score_labels
+from common.models.encoder_decoder import FAMILIES, is_encoder_decoder
 from common.models.heads import is_encoder_config, is_scalar_config
 from common.paths import unreachable_hub
 
@@ -120,7 +121,7 @@ def check_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase, trust_remo
 
 def check_language_model(source: str, trust_remote_code: bool = False) -> None:
     """Raises ModelError for a reward model, which would load as a language model, but with a random output layer, and
-    EncoderError for an encoder."""
+    for an encoder-decoder that is not one of `FAMILIES`; EncoderError for an encoder."""
     config = load_config(source, trust_remote_code)
     if is_scalar_config(config):
         raise ModelError(source, "it is a reward model, which gives scores and no answers: name a language model")
@@ -130,13 +131,29 @@ def check_language_model(source: str, trust_remote_code: bool = False) -> None:
             f"it is an encoder ({config.model_type}), which reads text and writes none: name a decoder-only language "
             "model; an encoder can become a reward model",
         )
+    check_encoder_decoder(source, config)
+
+
+def check_encoder_decoder(source: str, config: PreTrainedConfig) -> None:
+    """Raises ModelError for an encoder-decoder that is not one of `FAMILIES`, or whose start token is not known."""
+    if is_encoder_decoder(config) and config.model_type not in FAMILIES:
+        raise ModelError(
+            source,
+            f"it is an encoder-decoder of a kind that is not supported ({config.model_type}): name one of "
+            f"the kind {' or '.join(FAMILIES)}, or a decoder-only language model",
+        )
+    if is_encoder_decoder(config) and getattr(config, "decoder_start_token_id", None) is None:
+        raise ModelError(
+            source, "its config.json has no decoder_start_token_id: set it to what the model was trained with"
+        )
 
 
 def check_gives_values(source: str, trust_remote_code: bool = False) -> None:
     """Raises EncoderError for an encoder, which has no value at each token, and ModelError for a classifier of several
-    labels."""
+    labels and as of `check_encoder_decoder`."""
     gives_scores(source, trust_remote_code)
     config = load_config(source, trust_remote_code)
+    check_encoder_decoder(source, config)
     if is_encoder_config(config):
         raise without_values(source, config)
 

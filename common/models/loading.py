@@ -21,7 +21,8 @@ from common.models.calibration import RAW
 from common.models.checks import check_finite
 from common.models.completeness import surplus
 from common.models.configuration import explained, gives_scores, load_config, without_values
-from common.models.heads import head_names, init_head, is_encoder_config, score_projection
+from common.models.encoder_decoder import is_encoder_decoder, keep_output_untied, output_untied, start_id
+from common.models.heads import head_names, init_head, is_encoder_config, language_model_class, score_projection
 from common.models.lora import linear_modules
 from common.models.quantization import quantize as quantize_layers
 from common.models.scalar import ScalarModel, Scale, ScoringModel, scoring_model
@@ -40,7 +41,7 @@ def load_causal_lm(
     quantize: str = "none",
     check: bool = True,
 ) -> PreTrainedModel:
-    """A causal language model in `dtype`, its embeddings large enough for the codec's tokenizer.
+    """A language model in `dtype`, its embeddings large enough for the codec's tokenizer; it may have an encoder too.
 
     Args:
         ds_config: the engine's DeepSpeed configuration; at stage 3 the weights are partitioned while they load, but
@@ -52,10 +53,9 @@ def load_causal_lm(
     Raises:
         ModelError: the model cannot be loaded, is incomplete, or has weights that are not finite.
     """
-    from transformers import AutoModelForCausalLM
-
+    auto_class = language_model_class(_config_for(source, dtype, trust_remote_code))
     with _partitioned_loading(ds_config if quantize == "none" else None):
-        model, _ = _load(AutoModelForCausalLM, source, dtype, dropout, trust_remote_code, check=check)
+        model, _ = _load(auto_class, source, dtype, dropout, trust_remote_code, check=check)
         _fit(model, codec, gradient_checkpointing)
     if quantize != "none":
         settings: Any = {"dtype": dtype, "dropout": dropout, "trust_remote_code": trust_remote_code, "check": False}
@@ -74,7 +74,7 @@ def load_scalar_model(source: str, codec: Codec, *, calibration: Scale = RAW, **
         ModelError: as of `load_scoring_model`.
         EncoderError: it is an encoder.
     """
-    model = load_scoring_model(source, codec, calibration=calibration, **settings)
+    model = load_scoring_model(source, codec, calibration=calibration, values=True, **settings)
     if not isinstance(model, ScalarModel):
         raise without_values(source, model.classifier.config)
     return model
@@ -90,6 +90,7 @@ def load_scoring_model(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     calibration: Scale = RAW,
+    values: bool = False,
     seed: int = 0,
     quantize: str = "none",
     check: bool = True,
@@ -99,6 +100,7 @@ def load_scoring_model(
     Args:
         ds_config, dropout, quantize, check: as of `load_causal_lm`.
         calibration: of a decoder, whose outputs are (raw - mean) / std.
+        values: see `scoring_model`.
         seed: of a new head's initial weights.
 
     Raises:
@@ -107,6 +109,7 @@ def load_scoring_model(
     from transformers import AutoModelForSequenceClassification
 
     has_head = gives_scores(source, trust_remote_code)
+    _config_for(source, dtype, trust_remote_code)
     with _partitioned_loading(ds_config if quantize == "none" else None):
         model, new = _load(
             AutoModelForSequenceClassification,
@@ -124,7 +127,7 @@ def load_scoring_model(
                 f"{type(model).__name__} has no linear layer that gives one score: use a decoder-only language model "
                 "or an encoder",
             )
-        scoring = scoring_model(_fit(model, codec, gradient_checkpointing), calibration)
+        scoring = scoring_model(_fit(model, codec, gradient_checkpointing), calibration, values)
     if not has_head:
         init_head(scoring.classifier, new, seed)
     if quantize != "none":
@@ -170,6 +173,14 @@ def set_dropout(config: PreTrainedConfig, probability: float) -> None:
             setattr(config, name, probability if "layer" not in name else 0.0)
 
 
+def _config_for(source: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a model that is to compute in `dtype`. Raises ModelError if it cannot."""
+    config = load_config(source, trust_remote_code)
+    if dtype == torch.float16 and is_encoder_decoder(config):
+        raise ModelError(source, f"{config.model_type} overflows in fp16: use bf16 or fp32")
+    return config
+
+
 @contextlib.contextmanager
 def _partitioned_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
     """Let from_pretrained split the weights over ranks as it reads them, where the engine will be ZeRO-3."""
@@ -201,7 +212,7 @@ def _load(
     config = load_config(source, trust_remote_code, **config_changes)
     if dropout is not None:
         set_dropout(config, dropout)
-    with explained(source):
+    with explained(source), output_untied(auto_class, config):
         model, loading = auto_class.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
@@ -231,6 +242,7 @@ def _load(
         )
     if check:
         check_finite(model, source)
+    keep_output_untied(model)
     return model, new
 
 
@@ -259,6 +271,7 @@ def _fit(model: PreTrainedModel, codec: Codec, gradient_checkpointing: bool) -> 
             bos_token_id=codec.tokenizer.bos_token_id,
             eos_token_id=ends[0] if len(ends) == 1 else ends,
             pad_token_id=codec.pad_id,
+            decoder_start_token_id=start_id(model),
         )
     model.config.use_cache = False
     if gradient_checkpointing:

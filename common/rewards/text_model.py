@@ -16,7 +16,8 @@ from common.data.records import Prompt
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import ModelError
 from common.models.configuration import load_config, max_positions
-from common.models.heads import is_encoder_config
+from common.models.encoder_decoder import is_encoder_decoder
+from common.models.heads import head_names, is_encoder_config
 from common.models.loading import load_classifier
 from common.models.scalar import EncoderModel, scoring_model, sequence_scores
 from common.rewards.batch import Messages, RewardBatch, Scores
@@ -66,7 +67,9 @@ class TextRewardModel:
         # A head called `score` is that of a decoder, which is read at the last token; other models pool by themselves.
         self._decoder = isinstance(getattr(classifier, "score", None), nn.Linear)
         model: nn.Module = classifier
-        if self._decoder or is_encoder_config(classifier.config):
+        config = classifier.config
+        has_own_head = is_encoder_config(config) or is_encoder_decoder(config) and head_names(classifier)
+        if self._decoder or has_own_head:
             model = scoring_model(classifier)  # its head computes in fp32
         self.model = model.eval().requires_grad_(False).to("cpu" if offload else device)
         if self.max_tokens is not None:
@@ -151,7 +154,8 @@ def dialogue_encoding(source: str, trust_remote_code: bool = False) -> DialogueE
     Raises:
         UserError: its tokenizer cannot be used.
     """
-    closed = is_encoder_config(load_config(source, trust_remote_code))
+    config = load_config(source, trust_remote_code)
+    closed = is_encoder_config(config) or is_encoder_decoder(config)
     provenance = read_provenance(source)
     if provenance is not None:
         codec = trained_codec(provenance, source, trust_remote_code=trust_remote_code)
@@ -169,7 +173,7 @@ def _by_codec(codec: Codec, closed: bool) -> Callable[..., dict[str, list[int]]]
     """The ids that a model was trained on.
 
     Args:
-        closed: whether the end token closes unfinished responses too, as an encoder's separator does.
+        closed: whether the end token closes unfinished responses too, as it does for models with an encoder.
     """
 
     def encode(messages: Messages, response: str, finished: bool, max_tokens: int | None) -> dict[str, list[int]]:

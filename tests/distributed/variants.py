@@ -242,3 +242,30 @@ RESHAPED_AT_LENGTH = {
     **{f"ppo-zero{stage}-lora": ("ppo", (*_ppo(stage, stage), *_PPO_LORA)) for stage in (0, 2, 3)},
     "ppo-zero3-and-0": ("ppo", _ppo(3, 0)),
 }
+
+# Name: step, encoder-decoder model or the case that makes it, flags of a run that is also broken off and resumed.
+_RLOO = ("--advantage", "rloo", "--answers_per_prompt", "2")
+ENCODER_DECODERS = {
+    "sft-flan-t5": ("sft", "flan-t5", ("--zero_stage", "3", "--lora_dim", "4", "--gradient_checkpointing")),
+    "ppo-gae": ("ppo", "t5", ("--actor_zero_stage", "3", "--critic_zero_stage", "2", "--enable_ema")),
+}
+
+# The same, at length.
+_GAE_LORA = ("--actor_lora_dim", "4", "--critic_lora_dim", "4", "--critic_gradient_checkpointing")
+ENCODER_DECODERS_AT_LENGTH = {
+    "reward-t5": ("reward", "t5", ("--zero_stage", "3")),
+    "ppo-rloo": ("ppo", "sft-flan-t5", (*_RLOO, "--actor_zero_stage", "3", "--actor_lora_dim", "4")),
+    "sft-zero0": ("sft", "t5", ("--zero_stage", "0")),
+    "sft-zero2": ("sft", "t5", ("--zero_stage", "2")),
+    "sft-zero3": ("sft", "flan-t5", ("--zero_stage", "3")),
+    "sft-zero3-bf16": ("sft", "t5", ("--zero_stage", "3", "--dtype", "bf16")),
+    "ppo-zero0-rloo": (
+        "ppo",
+        "t5",
+        (*_RLOO, "--actor_zero_stage", "0", "--top_k", "20", "--truncated_sampling", "exact"),
+    ),
+    "ppo-zero3-layers": ("ppo", "flan-t5", (*_RLOO, "--actor_zero_stage", "3", "--unpin_actor_parameters")),
+    "ppo-zero3-gae-lora": ("ppo", "flan-t5", ("--actor_zero_stage", "3", "--critic_zero_stage", "3", *_GAE_LORA)),
+    "ppo-zero2-gae-lora": ("ppo", "t5", ("--actor_zero_stage", "2", "--critic_zero_stage", "2", *_GAE_LORA)),
+    "ppo-zero0-gae": ("ppo", "t5", ("--actor_zero_stage", "0", "--critic_zero_stage", "0", "--dtype", "bf16")),
+}
