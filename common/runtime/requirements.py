@@ -5,6 +5,7 @@ Programs call this before they import any package; it imports nothing slow.
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import sys
@@ -32,6 +33,8 @@ def begin_program(*, trains: bool) -> None:
         SystemExit: code 2 after one line on stderr, see `require_environment`.
     """
     require_environment()
+    # peft imports bitsandbytes wherever it is installed, and on a CPU that misses a package that nothing here needs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if trains:
         from common.runtime import watchdog  # imports psutil, which is installed only if the environment is complete
 
