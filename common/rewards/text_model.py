@@ -63,8 +63,7 @@ class TextRewardModel:
         self.max_tokens = min(limits, default=None)
         # A tokenizer without padding was given a token that the model may lack. Padding is masked: any id will do.
         embeddings: Any = classifier.get_input_embeddings()
-        rows = embeddings.num_embeddings
-        self.pad_id = self.encoding.pad_id if self.encoding.pad_id < rows else 0
+        self.pad_id = self.encoding.pad_id if self.encoding.pad_id < embeddings.num_embeddings else 0
         # A head called `score` is that of a decoder, which is read at the last token; other models pool by themselves.
         self._decoder = isinstance(getattr(classifier, "score", None), nn.Linear)
         model: nn.Module = classifier

@@ -154,7 +154,7 @@ def whole_rollout(engine, codec, way: str, prompts: int, sampling: Sampling) -> 
     rollouts = ActorRollouts(engine, slots=3, seed=7, end_ids=codec.end_ids, pad_id=codec.pad_id)
     if way == "plain":
         mine = [
-            rollouts._plainly(part, sampling, 1, lambda finished: None)
+            rollouts._plainly(part, sampling, 1, lambda finished: None, synced=True)
             for part in collate_prompts(dataset, batch, codec.pad_id).split(3)
         ]
         whole = share_rollout(type(mine[0]).concat(mine))
