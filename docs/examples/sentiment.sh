@@ -36,7 +36,7 @@ flags=(
     --actor_lora_dim 16 --actor_lora_alpha 32 --actor_lora_learning_rate 1e-3 --actor_zero_stage 0
     --num_warmup_steps 3 --lr_scheduler_type linear --num_train_epochs 100 --max_iterations 24
     # Most answers are cut by length: that is no fault here.
-    --kl_coef 0.1 --missing_eos_penalty 0
+    --kl_coef 0.05 --missing_eos_penalty 0
 )
 launch_step step3_ppo 1 "${flags[@]}" "$@"
 python "$examples/sentiment_report.py" "$output"
