@@ -20,8 +20,8 @@ APART = MicroBatch((0, 1, 2, 3, 4), (True,) * 5)
 PACKED = MicroBatch((1, 0, 2, 4, 3), (True,) * 5, packs=(3, 2))
 ALIBI = ("bloom", "falcon-rw", "mpt")  # their positions come from a (B, L) mask
 OWN_ATTENTION = ("falcon", "falcon-40b", "gpt-neo")  # code that no other attention can replace
-PACKABLE = [name for name in CONFIGS if name not in ALIBI]
-PACKABLE += at_length(name for name in FURTHER_CONFIGS if name not in ALIBI)
+USUAL = [name for name in CONFIGS if name not in ALIBI]
+PACKABLE = USUAL + at_length(name for name in FURTHER_CONFIGS if name not in ALIBI)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_the_probe_finds_a_window_that_the_mask_would_override(dtype, tmp_path, 
 
 
 # Rotary positions are relative, so that those models need no positions to start again.
-IGNORED = [(name, "attention_mask") for name in PACKABLE] + [("opt", "position_ids"), ("opt-350m", "position_ids")]
+IGNORED = [(name, "attention_mask") for name in USUAL] + [("opt", "position_ids"), ("opt-350m", "position_ids")]
 
 
 @pytest.mark.parametrize("name, ignored", IGNORED)
