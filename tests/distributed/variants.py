@@ -61,6 +61,7 @@ GENERATION_AT_LENGTH = {name: case for name, case in _GENERATION.items() if name
 RESUMED = {
     "sft-zero3-lora": ("sft", ("--zero_stage", "3", "--lora_dim", "4", "--dropout", "0")),
     "reward-zero2-lora-dropout": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0.1")),
+    "dpo-zero2-lora": ("dpo", ("--zero_stage", "2", "--lora_dim", "4", "--learning_rate", "1e-3")),
     "ppo-ema": (
         "ppo",
         (
