@@ -119,9 +119,9 @@ DPO = {
     "loss_type": Row("metrics", "ipo"),
     "beta": Row("metrics", "0.5"),
     "label_smoothing": Row("metrics", "0.2"),
-    "target_margin": Row("metrics", "1", "--loss_type simpo"),
+    "target_margin": Row("metrics", "1", "--loss_type simpo --no_keep_reference"),
     "sft_coef": Row("metrics", "0.5"),
-    "keep_reference": Row("samples"),
+    "keep_reference": Row("samples", "false"),
 }
 
 
@@ -255,7 +255,8 @@ class Step(NamedTuple):
 STEPS = {
     "sft": Step(SFTConfig, SFT, _COMMON_SUPERVISED),
     "reward": Step(RewardConfig, REWARD, _COMMON_SUPERVISED),
-    "dpo": Step(DPOConfig, DPO, _COMMON_SUPERVISED, shared=RewardConfig),
+    # With a reference that is kept a second run does the same as the first, which writes nothing beside the data.
+    "dpo": Step(DPOConfig, DPO, f"{_COMMON_SUPERVISED} --keep_reference", shared=RewardConfig),
     "ppo": Step(
         PPOConfig,
         PPO,
