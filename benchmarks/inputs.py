@@ -41,6 +41,15 @@ ProgramConfigT = TypeVar("ProgramConfigT", bound=ProgramConfig)
 _ROWS = 3000
 _TOKENS = 4096  # of the tokenizer; a model's vocabulary may be larger
 _NAMED: dict[str, dict[str, Any]] = {  # the published shapes
+    "opt-125m": {
+        "vocab_size": 50272,
+        "hidden_size": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "word_embed_proj_dim": 768,
+        "max_position_embeddings": 2048,
+    },
     "opt-1.3b": {
         "vocab_size": 50272,
         "hidden_size": 2048,
@@ -89,8 +98,8 @@ def with_data(config: ProgramConfigT) -> ProgramConfigT:
 
 
 def random_model(name: str, flag: str, config: ProgramConfig, *, scores: bool = False) -> str:
-    """The directory of a model: made with random weights for random:opt-LAYERSxWIDTH, random:opt-1.3b and
-    random:opt-350m; else as the programs themselves find it.
+    """The directory of a model: made with random weights for random:opt-LAYERSxWIDTH, random:opt-1.3b,
+    random:opt-350m and random:opt-125m; else as the programs themselves find it.
 
     Args:
         config: names the data that the tokenizer is trained on, so that a token is as long as in life.

@@ -8,7 +8,7 @@ import gc
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from common.models.engine import Engine
+from common.models.quantization import quantized_layers
 from common.runtime.distributed import barrier, gather_objects, is_main, on_gpu, world_size
 from common.training.memory import memory_status
 from common.training.timing import now
@@ -147,6 +149,42 @@ def assert_close(first: Mapping[str, float | None], other: Mapping[str, float | 
 def tolerance(dtype: torch.dtype) -> float:
     """By how much losses and gradient norms may differ that are summed in another order."""
     return 1e-4 if dtype == torch.float32 else 5e-2
+
+
+def weights_mib(engines: Iterable[Engine | None]) -> float:
+    """What the engines' weights take on this rank, those that several share counted once, and scales of quantised ones
+    included."""
+    weights = [
+        getattr(parameter, "ds_tensor", parameter)
+        for engine in engines
+        for parameter in (engine.module.parameters() if engine is not None else ())
+    ]
+    scales = [
+        tensor
+        for engine in engines
+        for layer in (quantized_layers(engine.module) if engine is not None else ())
+        for tensor in layer.scale_tensors()
+    ]
+    return _mib(_storages([*weights, *scales]))
+
+
+def optimizer_mib(engine: Engine) -> float:
+    """What the optimizer of torch holds on this rank besides the weights: moments, and fp32 copies of weights."""
+    optimizer = engine.basic_optimizer
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    of_weights = _storages(engine.module.parameters())
+    return _mib({place: size for place, size in _storages(held).items() if place not in of_weights})
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of each piece of memory that the tensors lie in, by its address."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _mib(storages: Mapping[int, int]) -> float:
+    return sum(storages.values()) / MIB
 
 
 def _measured(variant: Callable[[], Outcome[ResultT]]) -> _Run[ResultT]:

@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # run as a file
 import torch
 
 from benchmarks.inputs import BenchmarkOptions, random_model, with_data
-from benchmarks.measure import MIB, Outcome, assert_close, compare, counted_positions, tolerance
+from benchmarks.measure import Outcome, assert_close, compare, counted_positions, tolerance, weights_mib
 from benchmarks.plain import LongTail, fixed_micro_batches, same_responses
 from benchmarks.plain_ppo import PlainPPO, Result
 from common.artifacts.compatibility import open_codec
@@ -231,16 +231,6 @@ def standard_frozen_models(config: PPOBenchmark, codec: Codec, actor: str, criti
         "reference": frozen_engine(reference, of_actor),
         "reward_model": frozen_engine(reward_model, of_critic),
     }
-
-
-def weights_mib(engines: Iterable[Engine | None]) -> float:
-    """What the engines' weights take on this rank, those that several share counted once."""
-    sizes: dict[int, int] = {}
-    for engine in engines:
-        for parameter in engine.module.parameters() if engine is not None else ():
-            held = getattr(parameter, "ds_tensor", parameter)
-            sizes[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
-    return sum(sizes.values()) / MIB
 
 
 def responses(rollout: Rollout) -> list[list[int]]:

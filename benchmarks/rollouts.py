@@ -31,6 +31,7 @@ from common.errors import UserError, named_by
 from common.models.engine import Engine
 from common.models.loading import load_causal_lm
 from common.models.lora import add_lora
+from common.models.quantization import compute_dtype
 from common.runtime.distributed import device, global_sum, rank, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import (
@@ -59,8 +60,9 @@ class RolloutBenchmark(BenchmarkOptions, PPOConfig):
     greedy: bool = option(False, "take the likeliest token, in place of a sampled one")
     against: str = option(
         "generate",
-        "transformers' standard way, or its continuous batching (greedy, ZeRO 0)",
-        choices=("generate", "generate_batch"),
+        "transformers' standard way, its continuous batching (greedy, ZeRO 0), or the product's own with adapters "
+        "beside the weights, not folded in",
+        choices=("generate", "generate_batch", "unfolded"),
     )
     critic_model_name_or_path: PathName = option("none", "", ignored="no reward model takes part")
 
@@ -88,10 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine = build_engine(config, source, codec)
     work = Rollouts(config, engine, codec, data)
     mean_length = float(global_sum(work.lengths.sum())) / config.prompts
-    standard = work.generate if config.against == "generate" else work.generate_batch
-    exact = config.greedy and engine.module.dtype == torch.float32
+    standard = {"generate": work.generate, "generate_batch": work.generate_batch, "unfolded": work.unfolded}
+    exact = config.greedy and compute_dtype(engine.module) == torch.float32
     compare(
-        config.chosen({"plain": work.counted(standard), "product": work.counted(work.product)}),
+        config.chosen({"plain": work.counted(standard[config.against]), "product": work.counted(work.product)}),
         lambda first, other: same_responses(first, other, exact),
         rounds=config.rounds,
         steps=1,
@@ -158,9 +160,13 @@ class Rollouts:
         self.engine.train()
         return responses
 
-    def product(self) -> list[list[int]]:
+    def unfolded(self) -> list[list[int]]:
+        """As `product`, with adapters beside the weights."""
+        return self.product(fold=False)
+
+    def product(self, fold: bool = True) -> list[list[int]]:
         """By the product's continuous batching; the cache is kept for the next call."""
-        with generation_mode(self.engine) as model:
+        with generation_mode(self.engine, fold) as model:
             decoder = Decoder(model, self.sampling, slots=self.at_a_time, end_ids=self.codec.end_ids, cache=self.cache)
             responses = decoder.run(self.requests)
         self.cache = decoder.cache
@@ -186,9 +192,10 @@ def described(config: RolloutBenchmark, engine: Engine, mean_length: float) -> d
         "benchmark": "rollouts",
         "model": config.actor_model_name_or_path,
         "zero_stage": config.actor_zero_stage,
-        "dtype": str(engine.module.dtype).removeprefix("torch."),
+        "dtype": str(compute_dtype(engine.module)).removeprefix("torch."),
         "against": config.against,
         "lora_dim": config.actor.lora_dim,
+        "quantize": config.actor.quantize,
         "greedy": config.greedy,
         "prompts": config.prompts,
         "longest_response": config.max_answer_seq_len,
@@ -207,6 +214,7 @@ def build_engine(config: RolloutBenchmark, source: str, codec: Codec) -> Trained
         config.offload,
         config.max_grad_norm,
         config.deepspeed_config,
+        config.actor.quantize,
     )
     with named_by("--actor_model_name_or_path"):
         model = load_causal_lm(
@@ -215,6 +223,7 @@ def build_engine(config: RolloutBenchmark, source: str, codec: Codec) -> Trained
             dtype=settings.dtype,
             dropout=0.0,
             ds_config=deepspeed_config(settings),
+            quantize=settings.quantize,
         )
     if config.actor.lora_dim:
         with named_by("--actor_lora_module_name"):

@@ -30,12 +30,17 @@ case $machine in
             bench 2 rollouts --actor_model_name_or_path random:opt-4x768 --actor_zero_stage 3 --rounds 1 --greedy \
                 --prompts $((2 * rows)) --per_device_generation_batch_size $rows --max_prompt_seq_len 64
         done
+        bench 1 rollouts --actor_lora_dim 8 --actor_quantize nf4 --against unfolded
         bench 1 preparation
         bench 1 sft --max_seq_len 256 --max_tokens_per_micro_batch 4096
         bench 1 sft --max_seq_len 512 --max_tokens_per_micro_batch 8192
         bench 1 sft --max_seq_len 256 --max_tokens_per_micro_batch 2048 --dtype bf16
         bench 1 sft --max_seq_len 512 --max_tokens_per_micro_batch 2048 --dtype bf16
         bench 1 sft --max_seq_len 512 --max_tokens_per_micro_batch 2048 --dtype bf16 --packing
+        for quantize in none int8 nf4; do
+            bench 1 sft --only product --rounds 1 --model_name_or_path random:opt-125m --max_seq_len 256 --steps 2 \
+                --per_device_train_batch_size 4 --dtype bf16 --lora_dim 16 --quantize $quantize
+        done
         bench 1 reward --max_seq_len 256 --max_tokens_per_micro_batch 4096
         bench 1 reward --max_seq_len 256 --max_tokens_per_micro_batch 4096 --dtype bf16
         for ppo in "1" "1 --dtype bf16" "1 --dtype bf16 --actor_lora_dim 8 --critic_lora_dim 8" \

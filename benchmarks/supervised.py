@@ -6,10 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.inputs import BenchmarkOptions
-from benchmarks.measure import Outcome, assert_close, compare, counted_positions, tolerance
+from benchmarks.measure import (
+    Outcome,
+    assert_close,
+    compare,
+    counted_positions,
+    optimizer_mib,
+    tolerance,
+    weights_mib,
+)
 from benchmarks.plain import fixed_micro_batches
 from common.batching.sampler import MicroBatch
 from common.supervised.trainer import SupervisedTrainer
+from common.training.engine import resolve_dtype
 from common.training.loop import TrainStep
 from common.training.metrics import StepMetrics
 
@@ -38,13 +47,14 @@ def compare_training(
     fixed = [fixed_micro_batches(step, config.per_device_train_batch_size) for step in batches]
     rows = [index for step in fixed for batch in step for index, real in zip(batch.indices, batch.real) if real]
     tokens = real_tokens(rows)
-    dtype = next(engine.module.parameters()).dtype
+    dtype = resolve_dtype(config.dtype)
 
     def counted(train_step: TrainStep, micro_batches: Sequence[Sequence[MicroBatch]]) -> Callable[[], Outcome[Results]]:
         def run() -> Outcome[Results]:
             with counted_positions(engine.module, training=True) as positions:
                 metrics = [train_step(step) for step in micro_batches]
-            return Outcome(len(rows), tokens, sum(positions), metrics)
+            held = {"weights_mib": weights_mib([engine]), "optimizer_mib": optimizer_mib(engine)}
+            return Outcome(len(rows), tokens, sum(positions), metrics, extra=held)
 
         return run
 
@@ -67,6 +77,7 @@ def compare_training(
             "zero_stage": config.zero_stage,
             "dtype": str(dtype).removeprefix("torch."),
             "lora_dim": config.lora_dim,
+            "quantize": config.quantize,
             "max_seq_len": config.max_seq_len,
             "rows_per_micro_batch": config.per_device_train_batch_size,
             "micro_batches_per_step": config.gradient_accumulation_steps,

@@ -28,6 +28,7 @@ from common.batching.sampler import MicroBatch, evaluation_batches
 from common.data.options import naming_flags
 from common.data.records import Prompt
 from common.errors import named_by
+from common.models.encoder_decoder import behind_prompts, prompt_width, start_id
 from inference.loading import LoadedModel
 from inference.options import DecodingOptions
 
@@ -49,14 +50,25 @@ class Response:
     ended: bool
 
 
-@naming_flags()
 def respond(
     actor: LoadedModel, prompts: Sequence[Prompt], decoding: DecodingOptions, batch_size: int
 ) -> list[Response]:
-    """A response to each prompt, in the order of the prompts.
+    """A response to each prompt, in the order of the prompts; see `respond_several`."""
+    return [response for (response,) in respond_several(actor, prompts, decoding, batch_size, 1)]
+
+
+@naming_flags()
+def respond_several(
+    actor: LoadedModel, prompts: Sequence[Prompt], decoding: DecodingOptions, batch_size: int, count: int
+) -> list[list[Response]]:
+    """So many responses to each prompt, in the order of the prompts: samples, or the best ends of a beam search.
 
     Prompts of similar length form a batch, padded on the left. If the model has too few positions, prompts are cut on
     the left, and a note says so.
+
+    Args:
+        batch_size: prompts of a batch; each of them stands in it as often as it is answered, or has beams.
+        count: at most the number of beams, if there is a beam search.
     """
     codec = actor.codec
     with named_by("--max_new_tokens"):
@@ -72,10 +84,11 @@ def respond(
         encoded = [codec.cut_prompt(ids, max_prompt_tokens) for ids in encoded]
     rows = Dataset.from_dict({"prompt_ids": encoded})
 
-    def respond_to_batch(batch: MicroBatch) -> list[Response]:
+    def respond_to_batch(batch: MicroBatch) -> list[list[Response]]:
         padded = collate_prompts(rows, batch, codec.pad_id)
-        sequences = _generate(actor, padded.input_ids, padded.attention_mask, decoding)
-        return [_to_response(actor, row) for row in sequences[:, padded.input_ids.shape[1] :].tolist()]
+        sequences = _generate(actor, padded.input_ids, padded.attention_mask, decoding, count)
+        found = [_to_response(actor, row) for row in sequences[:, padded.input_ids.shape[1] :].tolist()]
+        return [found[start : start + count] for start in range(0, len(found), count)]
 
     return in_batches([len(row) for row in rows["prompt_ids"]], batch_size, respond_to_batch)
 
@@ -131,29 +144,38 @@ def stream_response(actor: LoadedModel, prompt_ids: list[int], decoding: Decodin
 
 
 def _generate(
-    actor: LoadedModel, input_ids: Tensor, attention_mask: Tensor, decoding: DecodingOptions, **options: Any
+    actor: LoadedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    decoding: DecodingOptions,
+    count: int = 1,
+    **options: Any,
 ) -> Tensor:
-    """(B, P) left-padded prompts -> (B, P + T) prompts with responses, padded after the end token."""
+    """(B, P) left-padded prompts -> (B * count, P + T) prompts with responses, padded after the end token."""
     sampled = decoding.temperature > 0
     sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         num_beams=decoding.num_beams,
+        num_return_sequences=count,
         do_sample=sampled,
         use_cache=True,
         eos_token_id=list(actor.codec.end_ids),
         pad_token_id=actor.codec.pad_id,
+        decoder_start_token_id=start_id(actor.model),
         **(sampling if sampled else {}),
     )
     # The model's own generation settings must not change what the options say.
     actor.model.generation_config = GenerationConfig()
-    return actor.model.generate(
-        input_ids=input_ids.to(actor.device),
+    prompts = input_ids.to(actor.device)
+    generated = actor.model.generate(
+        input_ids=prompts,
         attention_mask=attention_mask.to(actor.device),
         generation_config=config,
-        logits_processor=_repetition_rules(decoding, input_ids.shape[1]),
+        logits_processor=_repetition_rules(decoding, prompt_width(actor.model, input_ids)),
         **options,
     )
+    return behind_prompts(actor.model, prompts, generated)
 
 
 def _repetition_rules(decoding: DecodingOptions, prompt_width: int) -> LogitsProcessorList:

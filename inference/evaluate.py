@@ -21,6 +21,7 @@ import torch
 
 from common.config.parser import PathName, option, options
 from common.data.builtin import true_reward
+from common.data.keeping import KeptColumns
 from common.data.records import Prompt
 from common.errors import UserError, named_by
 from common.paths import writing_to
@@ -32,7 +33,7 @@ from inference.generate import open_output, plain
 from inference.loading import load_actor
 from inference.locating import find_model
 from inference.options import DecodingOptions, LoadOptions, PromptOptions, read_options
-from inference.prompts import Kept, choose, held_out_prompts, read_prompts
+from inference.prompts import choose, held_out_prompts, read_prompts
 from inference.rewards import Rewards
 
 _TASK = "builtin:courtesy"
@@ -117,10 +118,10 @@ def open_rewards(config: EvaluateConfig) -> Rewards:
 
 
 def _evaluate(config: EvaluateConfig, rewards: Rewards) -> None:
-    prompts = find_prompts(config, rewards.kept if config.reward else None)
+    prompts = find_prompts(config, rewards.keep if config.reward else None)
     rewards.try_on(prompts)
     scored_together = config.reward_batch_size if config.reward else config.batch_size
-    rewards.load_models(config, scored_together)
+    rewards.load_models(config, scored_together, config.reward_max_seq_len)
     with open_output(config.output_file) as write:
         evaluations = []
         for path in config.path:
@@ -140,18 +141,18 @@ def _evaluate(config: EvaluateConfig, rewards: Rewards) -> None:
     print(f"saved to {config.output_file}")
 
 
-def find_prompts(config: EvaluateConfig, kept: Kept | None = None) -> list[Prompt]:
+def find_prompts(config: EvaluateConfig, keep: KeptColumns | None = None) -> list[Prompt]:
     """The prompts to respond to. Which of them are held out depends on how the models were trained.
 
     Args:
-        kept: gets what is to be kept of their rows.
+        keep: the columns to keep of their rows.
     """
     with writing_to("--data_output_path", config.data_output_path), named_by("--path"):
         models = [find_model(path, config.data_output_path) for path in config.path]
     if config.which_prompts == "held_out":
         trained = [model.provenance for model in models if model.provenance]
-        return held_out_prompts(config, trained, config.seed, kept)
-    return choose(list(dict.fromkeys(read_prompts(config, kept))), config.max_prompts, config.seed)
+        return held_out_prompts(config, trained, config.seed, keep)
+    return choose(list(dict.fromkeys(read_prompts(config, keep))), config.max_prompts, config.seed)
 
 
 def compare(prompts: list[Prompt], evaluations: list[Evaluation], task: bool) -> dict[str, Any]:

@@ -21,7 +21,14 @@ from common.data.templates import TEMPLATE_NAMES
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import InputError, ModelError, named_by
 from common.models.checks import check_finite
-from common.models.configuration import check_language_model, explained, gives_scores, max_positions
+from common.models.configuration import (
+    check_language_model,
+    check_vocabulary,
+    explained,
+    gives_scores,
+    max_positions,
+)
+from common.models.encoder_decoder import reads_source
 from common.models.loading import load_causal_lm, load_scoring_model
 from common.models.scalar import ScoringModel, scoring_model
 from common.paths import writing_to
@@ -140,11 +147,14 @@ def open_codec(files: ModelFiles, trust_remote_code: bool, template: str = "auto
     trained = files.provenance
     if trained is None:
         tokenizer = load_tokenizer(files.tokenizer, trust_remote_code=trust_remote_code)
+        with files.loading_weights():
+            check_vocabulary(files.weights, tokenizer, trust_remote_code)
         if tokenizer.eos_token_id is None:
             raise ModelError(files.path, "the tokenizer has no end token, so no answer would ever end")
         guess = "chat" if getattr(tokenizer, "chat_template", None) else _DEFAULT_TEMPLATE
         chosen = guess if template == "auto" else template
-        return make_codec(tokenizer, chosen, further_ends=published_ends(files.weights))
+        ends, two_sided = published_ends(files.weights), reads_source(files.weights, trust_remote_code)
+        return make_codec(tokenizer, chosen, further_ends=ends, two_sided=two_sided)
     if template not in ("auto", trained.template):
         raise TemplateError(
             template, f"{files.path} was trained with the template {trained.template}: leave the option out"

@@ -11,7 +11,7 @@ from common.artifacts.provenance import Provenance
 from common.artifacts.split_rule import key_rule
 from common.data.blend import SourceSpec, parse_data_path
 from common.data.dialogues import BadRow, read_prompt
-from common.data.keeping import KeptColumns, kept_json
+from common.data.keeping import KeptColumns
 from common.data.openings import KeyRule
 from common.data.options import naming_flags
 from common.data.reading import ReadReport, SourcedRecord, read_records
@@ -31,56 +31,50 @@ def single_prompt(text: str, flag: str) -> Prompt:
         raise UserError(f"no prompt: {error}") from None
 
 
-@dataclass
-class Kept:
-    """What is kept of the rows of prompts, for rewards.
+@dataclass(frozen=True)
+class PromptOfRow(Prompt):
+    """A prompt with what rewards are to know of its row. The same question with other columns is another prompt.
 
     Attributes:
-        columns: which columns.
-        rows: by prompt, of the first row that has it, as `common.data.keeping.kept_json` writes it. Filled by reading.
+        columns: the kept columns of the row, a JSON object.
+        location: where the row stands in the data, as file:line. Comparing prompts ignores it.
     """
 
-    columns: KeptColumns
-    rows: dict[Prompt, str] = field(default_factory=dict)
-
-    def add(self, sourced: SourcedRecord, prompt: Prompt) -> None:
-        if prompt not in self.rows:
-            self.rows[prompt] = kept_json(sourced.kept, prompt, sourced.location)
+    columns: str = "{}"
+    location: str = field(default="", compare=False)
 
 
-def read_prompts(options: PromptOptions, kept: Kept | None = None) -> Iterator[Prompt]:
+def read_prompts(options: PromptOptions, keep: KeptColumns | None = None) -> Iterator[Prompt]:
     """The prompts of all rows, in the order of the data, one at a time.
 
     Args:
-        kept: gets what is to be kept of their rows.
+        keep: the columns to keep of their rows; each is then a `PromptOfRow`.
 
     Raises:
         UserError: after the last one, if too many rows were bad.
     """
-    for number, (sourced, prompt) in enumerate(_read(options, kept=kept)):
+    for number, (_, prompt) in enumerate(_read(options, keep=keep)):
         if number == options.max_prompts:
             return
-        if kept is not None:
-            kept.add(sourced, prompt)
         yield prompt
 
 
 def held_out_prompts(
-    options: PromptOptions, trained: Sequence[Provenance], seed: int, kept: Kept | None = None
+    options: PromptOptions, trained: Sequence[Provenance], seed: int, keep: KeptColumns | None = None
 ) -> list[Prompt]:
     """Prompts that no model was trained on, by the split rules of the models' training; each once.
 
     Args:
         trained: the provenance of each model that has one. Without any, only the data's own test splits are held out.
         seed: of the choice, if there are more than `max_prompts`.
-        kept: gets what is to be kept of their rows.
+        keep: as of `read_prompts`.
 
     Raises:
         UserError: there is no such prompt.
     """
     prompts: dict[Prompt, None] = {}
     rules = {spec.name: [key_rule(model, spec.name) for model in trained] for spec in _sources(options)}
-    for number, (sourced, prompt) in enumerate(_read(options, rules, kept)):
+    for number, (sourced, prompt) in enumerate(_read(options, rules, keep)):
         if number == _MANY and options.max_rows is None:
             print(
                 "note: --data_path is large, and all of it is read to find what was held out; --max_rows N reads N "
@@ -90,8 +84,6 @@ def held_out_prompts(
             )
         if _is_held_out(sourced, prompt, trained, rules[sourced.source]):
             prompts[prompt] = None
-            if kept is not None:
-                kept.add(sourced, prompt)
     if not prompts:
         raise UserError(
             "--data_path holds no prompt that was kept from training: pass --which_prompts all, "
@@ -120,7 +112,7 @@ def _is_held_out(
 
 
 def _read(
-    options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None = None, kept: Kept | None = None
+    options: PromptOptions, rules: Mapping[str, Sequence[KeyRule]] | None = None, keep: KeptColumns | None = None
 ) -> Iterator[tuple[SourcedRecord, Prompt]]:
     """All rows and their prompts. Their keys are those of the finest of the rules, by which most rows differ."""
     ways = {rule.split_by for of_source in (rules or {}).values() for rule in of_source}
@@ -142,11 +134,15 @@ def _read(
             report=report,
             split_by=split_by,
             shared=shared,
-            keep=None if kept is None else kept.columns,
+            keep=keep,
         )
         for sourced in records:
-            assert isinstance(sourced.record, Prompt)  # the kind that was asked for
-            yield sourced, sourced.record
+            prompt = sourced.record
+            assert isinstance(prompt, Prompt)  # the kind that was asked for
+            if keep is not None:
+                said = prompt.messages, prompt.user_messages, prompt.tools
+                prompt = PromptOfRow(*said, sourced.kept, sourced.location)
+            yield sourced, prompt
         for note in report.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
         report.check(options.max_bad_rows)

@@ -20,7 +20,7 @@ from inference.decoding import Response
 from inference.loading import LoadedModel, choose_device, choose_dtype, load_reward_model
 from inference.locating import find_model
 from inference.options import LoadOptions
-from inference.prompts import Kept
+from inference.prompts import PromptOfRow
 from inference.scoring import score_responses
 
 
@@ -28,12 +28,12 @@ class Rewards:
     """Several rewards, each with a weight. A decoder reads dialogues through the template and tokenizer of its own.
 
     Args:
-        specs: the rewards; at least one.
+        specs: the rewards; perhaps none.
         options: how functions and services are called.
         flag: the option that named them, for messages.
 
     Attributes:
-        kept: what reading prompts is to keep of their rows.
+        keep: the columns that reading prompts is to keep of their rows.
 
     Raises:
         UserError: a function cannot be loaded, or the variable of the authorisation is not set.
@@ -50,7 +50,7 @@ class Rewards:
                 with named_by("--reward_header_env" if spec.kind == "service" else flag):
                     self._scorers[spec.label] = open_reward(spec, functions.get(spec.name), options)
         self.functions = list(functions.values())
-        self.kept = Kept(kept_columns(self.functions, options.keep_columns))
+        self.keep = kept_columns(self.functions, options.keep_columns)
 
     def try_on(self, prompts: Sequence[Prompt]) -> None:
         """Let functions and services score a made-up response. Raises UserError if one fails."""
@@ -61,8 +61,12 @@ class Rewards:
                 with named_by(self.flag):
                     try_reward(spec.name, self._scorers[spec.label], batch)
 
-    def load_models(self, options: LoadOptions, batch_size: int) -> None:
-        """Load the reward models among them. Raises UserError for one that cannot be used."""
+    def load_models(self, options: LoadOptions, batch_size: int, max_tokens: int | None = None) -> None:
+        """Load the reward models among them. Raises UserError for one that cannot be used.
+
+        Args:
+            max_tokens: of a dialogue, where a model reads text.
+        """
         for spec in self.specs:
             if spec.kind != "model":
                 continue
@@ -79,6 +83,7 @@ class Rewards:
                     dtype=choose_dtype(options.dtype, device),
                     device=device,
                     batch_size=batch_size,
+                    max_tokens=max_tokens,
                     trust_remote_code=options.trust_remote_code,
                 )
 
@@ -120,16 +125,15 @@ class Rewards:
             scorer.close()
 
     def _batch(self, prompts: Sequence[Prompt], responses: Sequence[Response], codec: Codec | None) -> RewardBatch:
-        kept = [json.loads(self.kept.rows[prompt]) if prompt in self.kept.rows else None for prompt in prompts]
-        rows = [row or {"columns": {}, "row": ""} for row in kept]
+        rows = [prompt if isinstance(prompt, PromptOfRow) else PromptOfRow(prompt.messages) for prompt in prompts]
         return RewardBatch(
             [_text(prompt, codec) for prompt in prompts],
             [messages_of(prompt) for prompt in prompts],
             [response.text for response in responses],
             [[*response.ids, *([codec.end_id] if codec and response.ended else [])] for response in responses],
             [response.ended for response in responses],
-            columns_in(rows),
-            [row["row"] for row in rows],
+            columns_in([{"columns": json.loads(row.columns)} for row in rows]),
+            [row.location for row in rows],
         )
 
 

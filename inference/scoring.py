@@ -12,6 +12,7 @@ from common.batching.sampler import MicroBatch
 from common.data.options import naming_flags
 from common.data.records import Prompt
 from common.models.scalar import EncoderModel, sequence_scores
+from common.rewards.text_model import dialogue_ids
 from inference.decoding import Response, in_batches
 from inference.loading import LoadedModel
 
@@ -24,7 +25,7 @@ def score_responses(
     which reads whole texts, with it.
 
     Prompts and responses are tokenized again, with the template and tokenizer of the reward model, so that models
-    with different tokenizers can be compared. If it has too few positions, prompts are cut on the left.
+    with different tokenizers can be compared. If it has too few positions, dialogues lose their beginning.
     """
     rows = Dataset.from_dict({"input_ids": [_ids(reward_model, *pair) for pair in zip(prompts, responses)]})
 
@@ -37,14 +38,5 @@ def score_responses(
 
 @naming_flags()
 def _ids(reward_model: LoadedModel, prompt: Prompt, response: Response) -> list[int]:
-    codec = reward_model.codec
-    ids = codec.encode_response(response.text)
-    end: list[int] = []
-    if isinstance(reward_model.model, EncoderModel):
-        ids, end = ids[:-1], ids[-1:]
-    elif not response.ended:
-        ids = ids[:-1]
-    if reward_model.positions is None:
-        return codec.encode_prompt(prompt) + ids + end
-    ids = ids[: reward_model.positions - codec.shortest_prompt - len(end)] + end
-    return codec.encode_prompt(prompt, reward_model.positions - len(ids)) + ids
+    ended = response.ended or isinstance(reward_model.model, EncoderModel)
+    return dialogue_ids(reward_model.codec, prompt, response.text, ended, reward_model.positions)

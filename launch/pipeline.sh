@@ -3,7 +3,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launcher.sh"
 
 usage="usage: bash launch/pipeline.sh [--recipes DIR] [--num_gpus N] [--output_dir DIR]
-           [--price_per_hour DOLLARS] [--reward_from_sft] [--divide_batches]
+           [--price_per_hour DOLLARS] [--reward_from_sft | --reward_reads_text] [--divide_batches]
            [--sft_flags \"...\"] [--reward_flags \"...\"] [--ppo_flags \"...\"] [flags for every step]
 
 The three steps in a row, and a summary of what they reached, how long they took and what that cost.
@@ -13,6 +13,9 @@ The three steps in a row, and a summary of what they reached, how long they took
 --output_dir      gets sft/, reward/, ppo/, data/ and summary.json (default output)
 --price_per_hour  of the whole machine; one A100-40GB was rented for 1.13, eight for 8.80
 --reward_from_sft the reward model starts from step 1's model, not from its recipe's
+--reward_reads_text
+                  step 3 takes step 2's model for --reward, whatever its tokenizer is, and starts the critic from
+                  step 1's model
 --divide_batches  the recipes' batches are those of all GPUs together: the number of GPUs changes no step
 --sft_flags ...   flags for one step; they win over its recipe"
 
@@ -24,7 +27,7 @@ price() {
 }
 
 recipes=$root/launch/recipes/1gpu gpus=1 output=output
-reward_from_sft="" divide_batches=""
+reward_from_sft="" reward_reads_text="" divide_batches=""
 sft_flags="" reward_flags="" ppo_flags="" price=() every=()
 while [ $# -gt 0 ]; do
     # As in the steps' own flags, --name=value means --name value, and dashes within a name mean underscores.
@@ -48,14 +51,18 @@ while [ $# -gt 0 ]; do
                 --reward_flags=*) reward_flags=$value ;;
                 --ppo_flags=*) ppo_flags=$value ;;
             esac ;;
-        --reward_from_sft | --divide_batches)
+        --reward_from_sft | --reward_reads_text | --divide_batches)
             case $1 in *=*) echo "error: $name takes no value" >&2; exit 2 ;; esac
-            if [ "$name" = --reward_from_sft ]; then reward_from_sft=1; else divide_batches=1; fi ;;
+            declare "${name#--}=1" ;;
         --) ;;  # the steps' flags need no mark
         *) every+=("$1") ;;
     esac
     shift
 done
+if [ -n "$reward_from_sft" ] && [ -n "$reward_reads_text" ]; then
+    echo "error: --reward_from_sft and --reward_reads_text: step 2's model has step 1's tokenizer, or one of its own" >&2
+    exit 2
+fi
 
 use_environment
 recipes=$(python "$root/launch/typed_path.py" --recipes "$recipes")
@@ -76,8 +83,10 @@ sft=(--config "$recipes/sft.yaml" --output_dir "$output/sft" "${data[@]}" $(batc
 reward=(--config "$recipes/reward.yaml" --output_dir "$output/reward" "${data[@]}" $(batches reward)
         ${reward_from_sft:+--model_name_or_path "$output/sft"} $reward_flags ${every[@]+"${every[@]}"})
 # Step 3 requires that the models it uses by default exist. With the trailing slash these paths are not the defaults.
+if [ -n "$reward_reads_text" ]; then judge=(--reward "$output/reward/"); else
+    judge=(--critic_model_name_or_path "$output/reward/"); fi
 ppo=(--config "$recipes/ppo.yaml" --output_dir "$output/ppo" "${data[@]}" $(batches ppo)
-     --actor_model_name_or_path "$output/sft/" --critic_model_name_or_path "$output/reward/"
+     --actor_model_name_or_path "$output/sft/" "${judge[@]}"
      $ppo_flags ${every[@]+"${every[@]}"})
 python "$root/launch/check_flags.py" "$usage" sft "${sft[@]}" -- reward "${reward[@]}" -- ppo "${ppo[@]}"
 

@@ -8,12 +8,13 @@ from typing import ClassVar
 from common.config.parser import PathName, option
 from common.config.shared import same_option
 from common.data.blend import SourceSpec, parse_data_path
-from common.errors import named_by
+from common.data.stream_options import StreamOptions
+from common.errors import UserError, named_by
 from common.supervised.config import SupervisedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(SupervisedConfig):
+class SFTConfig(SupervisedConfig, StreamOptions):
     """Step 1: supervised fine-tuning"""
 
     phase: ClassVar[int] = 0
@@ -31,7 +32,22 @@ class SFTConfig(SupervisedConfig):
         "and gradients from fewer, fuller micro-batches; a model that cannot gets micro-batches of rows of similar "
         "length",
     )
+    eval_max_seq_len: int | None = option(
+        None,
+        "longest prompt and answer together in an evaluation, which leaves longer rows out; with --packing the others "
+        "share sequences of so many tokens; none: --max_seq_len, a sequence for each row",
+        unit="tokens",
+        low=2,
+        affects="evaluation",
+    )
     eval_iters: int = same_option(SupervisedConfig, "eval_iters")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.eval_max_seq_len is not None and self.eval_max_seq_len > self.max_seq_len:
+            raise UserError(
+                f"--eval_max_seq_len {self.eval_max_seq_len} is above --max_seq_len {self.max_seq_len}: none is longer"
+            )
 
     def unsplit_sources(self) -> list[SourceSpec]:
         if not self.sft_only_data_path:

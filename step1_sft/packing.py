@@ -14,6 +14,7 @@ from common.batching.sampler import MicroBatch
 from common.models.attention import attends_by
 from common.models.engine import Engine
 from common.models.logprobs import response_log_probs
+from common.models.quantization import compute_dtype
 from common.runtime.distributed import device, on_every_rank, on_gpu
 from common.training.memory import requested_size
 
@@ -54,7 +55,7 @@ def keeps_rows_apart(engine: Engine, width: int, packing: Packing) -> bool:
     If the model ignores the mask or the positions, the second row differs. If the block-diagonal mask replaces the
     model's attention window, the first row, which is long, differs. All ranks must call it.
     """
-    causal_lm = engine.module
+    causal_lm, computes_in = engine.module, compute_dtype(engine.module)
     if "position_ids" not in inspect.signature(causal_lm.forward).parameters:
         return False  # BLOOM and others, whose positions come from a (B, L) mask
     lengths = [max(width, 2 * _SHORT) - _SHORT, _SHORT]
@@ -70,7 +71,7 @@ def keeps_rows_apart(engine: Engine, width: int, packing: Packing) -> bool:
         if isinstance(batch, PackedBatch) and packing is Packing.FLAT:
             batch = batch.flat()
         responses = torch.tensor(lengths, device=device()) - 1
-        return response_log_probs(engine, batch.inputs(causal_lm.dtype), torch.ones_like(responses), responses)
+        return response_log_probs(engine, batch.inputs(computes_in), torch.ones_like(responses), responses)
 
     engine.eval()
     try:
@@ -83,7 +84,7 @@ def keeps_rows_apart(engine: Engine, width: int, packing: Packing) -> bool:
     finally:
         engine.train()
     # Rounding changes log-probs by about the dtype's epsilon, attention to the other row by much of their spread.
-    tolerance = torch.finfo(causal_lm.dtype).eps ** 0.5
+    tolerance = torch.finfo(computes_in).eps ** 0.5
     first, second = lengths
     pairs = (apart[0, : first - 1], packed[: first - 1]), (apart[1, : second - 1], packed[first:])
     return all(

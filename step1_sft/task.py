@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from torch import Tensor, nn
 
@@ -13,12 +14,18 @@ from common.artifacts.split_rule import data_request
 from common.batching.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations
 from common.batching.sampler import MicroBatch
 from common.data.prepare import PreparedData, prepare_many
+from common.data.request import DataRequest
+from common.data.streaming import RowStream
 from common.data.tokenization import Codec
+from common.errors import UserError
+from common.models.encoder_decoder import reads_source, start_id
 from common.models.engine import Engine
 from common.models.loading import load_causal_lm
-from common.models.logprobs import next_token_loss_sum
+from common.models.logprobs import next_token_loss_sum, response_log_probs
+from common.models.quantization import compute_dtype
 from common.runtime.distributed import say
 from common.supervised.responses import responses_to
+from common.supervised.streaming import Streaming, first_rows, streamed
 from common.supervised.task import Batching, SupervisedTask
 from common.training.metrics import Metrics, Sums, means
 from step1_sft.config import SFTConfig
@@ -34,13 +41,40 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
     step = "sft"
     unit = "tokens"
 
+    def check_model(self, source: str) -> None:
+        super().check_model(source)
+        if self.config.train_on_prompt and reads_source(source, self.config.trust_remote_code):
+            raise UserError(
+                "--train_on_prompt: the model is an encoder-decoder, which predicts no token of a prompt: leave the "
+                "option out"
+            )
+
     def prepare(self, codec: Codec) -> PreparedData:
-        """Prepare this step's part of --data_path, and all rows of --sft_only_data_path."""
+        """Prepare this step's part of --data_path, and all rows of --sft_only_data_path; with --stream the first of
+        them."""
+        requests = self.requests()
+        data = prepare_many(first_rows(requests, self.config.stream_sample) if self.config.stream else requests, codec)
+        if (limit := self.config.eval_max_seq_len) is None:
+            return data
+        fitting = np.flatnonzero(np.array(data.eval["length"]) <= limit)
+        if len(fitting) < len(data.eval):
+            say(f"note: {len(data.eval) - len(fitting):,} held-out rows are longer than --eval_max_seq_len {limit}")
+        return replace(data, eval=data.eval.select(fitting))
+
+    def stream(self, codec: Codec, sample: PreparedData) -> Streaming | None:
+        config = self.config
+        if not config.stream:
+            return None
+        rows = RowStream(self.requests(), codec, sample, block_rows=config.shuffle_buffer, seed=config.seed)
+        return Streaming(rows, config.max_steps)
+
+    def requests(self) -> list[DataRequest]:
+        """What is read: --data_path, and --sft_only_data_path whole."""
         config = self.config
         requests = [data_request(config, "demonstration", config.max_seq_len)]
         if sources := config.unsplit_sources():
             requests.append(replace(requests[0], data_path=sources, phase=None))
-        return prepare_many(requests, codec)
+        return streamed(requests) if config.stream else requests
 
     def load_model(self, source: str, codec: Codec, **settings: Any) -> nn.Module:
         return load_causal_lm(source, codec, **settings)
@@ -67,14 +101,22 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
             batch = self.collate(rows, micro_batch, pad_id)
             return batch.flat() if isinstance(batch, PackedBatch) and packing is Packing.FLAT else batch
 
-        return Batching(self.step_sampler(rows, config, pack_to=config.max_seq_len), collate)
+        return Batching(
+            self.step_sampler(rows, config, pack_to=config.max_seq_len), collate, config.eval_max_seq_len or 0
+        )
 
     def count(self, batch: SFTBatch) -> Tensor:
         return batch.loss_mask[:, 1:].sum()
 
     def loss_sum(self, engine: Engine, batch: SFTBatch) -> tuple[Tensor, Sums]:
         """-log p summed over the target tokens, in nats."""
-        loss, tokens = next_token_loss_sum(engine, batch.inputs(engine.module.dtype), batch.loss_mask)
+        inputs = batch.inputs(compute_dtype(engine.module))
+        if isinstance(batch, TokenBatch) and start_id(engine) is not None:
+            tokens = batch.loss_mask.sum()
+            targets = batch.loss_mask.sum(1)  # 0 in a filler, all of which then is the source
+            loss = -response_log_probs(engine, inputs, batch.lengths - targets, targets).sum()
+        else:
+            loss, tokens = next_token_loss_sum(engine, inputs, batch.loss_mask)
         return loss, {"tokens": tokens.double(), "loss": loss.detach().double()}
 
     def train_metrics(self, sums: Sums) -> Metrics:

@@ -12,7 +12,7 @@ from common.batching.sampler import MicroBatch
 from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
 from common.errors import UserError
-from common.models.configuration import gives_scores
+from common.models.configuration import check_encoder_decoder, gives_scores, load_config
 from common.models.engine import Engine
 from common.models.loading import load_scoring_model
 from common.models.scalar import ScoringModel, sequence_scores
@@ -35,6 +35,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
     def check_model(self, source: str) -> None:
         """Accepts a language model, an encoder, or a reward model with one score."""
         gives_scores(source, self.config.trust_remote_code)
+        check_encoder_decoder(source, load_config(source, self.config.trust_remote_code))
 
     def prepare(self, codec: Codec) -> PreparedData:
         """Prepare this step's part of --data_path."""

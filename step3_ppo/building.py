@@ -65,7 +65,9 @@ def load_rewards(config: PPOConfig, inputs: RunInputs) -> dict[str, Engine | Tex
                 dtype=resolve_dtype(config.dtype),
                 device=device(),
                 batch_size=config.reward_batch_size,
+                max_tokens=config.reward_max_seq_len,
                 offload=config.offload_reward_model,
+                quantize=config.reward_quantize,
                 trust_remote_code=config.trust_remote_code,
             )
     return loaded

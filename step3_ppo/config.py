@@ -228,7 +228,7 @@ class PPOConfig(
         for spec in models:
             check_output_dir(self.output_dir, reward=spec.name)
         if self.scored_otherwise and not models:
-            self.only_with("the scores of a reward model", False, "offload_reward_model")
+            self.only_with("the scores of a reward model", False, "offload_reward_model", "reward_quantize")
 
     def _check_advantage(self) -> None:
         estimator = self.estimator
@@ -270,7 +270,7 @@ class PPOConfig(
         """The options that --advantage, --policy_loss, --kl_placement and --reward have no use for."""
         names = [name for names in self._useless_beside().values() for name in names]
         with_models = any(spec.kind == "model" for spec in self.reward_specs())
-        return list(dict.fromkeys([*names, *([] if with_models else ["reward_batch_size"])]))
+        return list(dict.fromkeys([*names, *([] if with_models else ["reward_batch_size", "reward_max_seq_len"])]))
 
     def unused_options(self) -> dict[str, list[str]]:
         """The options that are set, in a recipe or by a flag, but without effect, by the choice that does not use

@@ -12,9 +12,10 @@ from common.artifacts.split_rule import data_request
 from common.data.prepare import PreparedData, prepare
 from common.data.request import DataRequest
 from common.data.tokenization import Codec
-from common.errors import named_by
+from common.errors import UserError, named_by
 from common.models.calibration import RAW
 from common.models.configuration import EncoderError, check_gives_values, check_language_model, check_length
+from common.models.encoder_decoder import reads_source
 from common.paths import writing_to
 from common.runtime.distributed import say
 from common.training.engine import check_engine_options
@@ -70,6 +71,13 @@ def read_inputs(config: PPOConfig) -> RunInputs:
         critic = checked_model(config, "critic_model_name_or_path", check_critic_kind)
     with named_by("--actor_model_name_or_path", {actor: config.actor_model_name_or_path}):
         codec = open_codec(config, actor)
+    if codec.two_sided:
+        check_two_sided(config)
+    if critic is not None and reads_source(critic, config.trust_remote_code) != codec.two_sided:
+        raise UserError(
+            f"--critic_model_name_or_path {config.critic_model_name_or_path}: of this model and the actor one is an "
+            "encoder-decoder and the other not: name a model of the actor's kind, or leave the option out"
+        )
     rewards, functions = open_rewards(config, codec)
     if rewards:
         critic, scale = critic_start(config, codec, actor, critic, rewards)
@@ -85,6 +93,18 @@ def read_inputs(config: PPOConfig) -> RunInputs:
     say(f"the actor's update: {config.update_rule}")
     warn(config)
     return RunInputs(actor, critic, codec, scale, rewards, prompts, texts)
+
+
+def check_two_sided(config: PPOConfig) -> None:
+    """Raises UserError for options that an encoder-decoder actor cannot have."""
+    name = f"--actor_model_name_or_path {config.actor_model_name_or_path} is an encoder-decoder"
+    if not config.scored_otherwise:
+        raise UserError(
+            f"{name}, whose answers are scored as text: give --reward, a reward model of any kind, a function or a "
+            "service, in the place of --critic_model_name_or_path"
+        )
+    if config.unsupervised_dataset_name:
+        raise UserError(f"--unsupervised_dataset_name is plain text, which has no prompt, and {name}: leave it out")
 
 
 def critic_start(

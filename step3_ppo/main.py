@@ -43,7 +43,7 @@ def main(
     prompts, held_out = inputs.prompts.train, evaluation_prompts(config, inputs.prompts.eval)
     sampler = prompt_sampler(config, prompts)
     iterations = min(scheduled_iterations(config, len(prompts)), config.stop_after or sys.maxsize)
-    with advising_on_memory(config):
+    with run.tracker, advising_on_memory(config):
         trainer = build_trainer(config, inputs, run, reward)
         saver = run.restore(training_state(trainer))
         with saver.reporting_last_good():
@@ -51,7 +51,7 @@ def main(
                 trainer, held_out, sampler, iterations, run.tracker, saver.steps_done, saver.on_step_end
             )
             save(config, trainer.models, inputs)
-    report_done(run.tracker, iterations, metrics, config.output_dir)
+        report_done(run.tracker, iterations, metrics, config.output_dir)
     run.checkpoints.discard()
     trainer.destroy()
 

@@ -21,6 +21,7 @@ from common.data.tokenization import Codec
 from common.errors import named_by
 from common.models.added_token import AddedTokenError
 from common.models.calibration import RAW
+from common.models.encoder_decoder import model_inputs
 from common.models.engine import Engine
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs, response_log_probs_and_entropy
@@ -137,7 +138,8 @@ def inputs_of(rollout: Rollout) -> dict[str, Tensor]:
 
 def response_values(critic: Engine, rollout: Rollout) -> Tensor:
     """(B, R) the critic's values at the response tokens."""
-    return gather_response(critic(**inputs_of(rollout)), rollout.prompt_lengths, rollout.response_lengths)
+    inputs, before = model_inputs(critic, inputs_of(rollout), rollout.prompt_lengths, rollout.response_lengths)
+    return gather_response(critic(**inputs), before, rollout.response_lengths)
 
 
 def build_models(
@@ -163,8 +165,8 @@ def build_models(
 
     critic_option, critic_name = _named_start(config, actor_source, critic_source)
 
-    def settings_of(stage: int, offload: bool) -> EngineSettings:
-        return _settings(config, stage, offload)
+    def settings_of(stage: int, offload: bool, quantize: str) -> EngineSettings:
+        return _settings(config, stage, offload, quantize)
 
     def load_actor(settings: EngineSettings, trainable: bool) -> nn.Module:
         with named_by("--actor_model_name_or_path", {actor_source: config.actor_model_name_or_path}):
@@ -181,14 +183,14 @@ def build_models(
         with named_by("--offload needs", kind=CannotCompile):
             return training_engine(model, settings, OptimizerSettings.for_model(options, config, steps))
 
-    actor_settings = settings_of(config.actor.zero_stage, config.offload)
+    actor_settings = settings_of(config.actor.zero_stage, config.offload, config.actor.quantize)
     actor = load_actor(actor_settings, trainable=True)
     if config.actor.lora_dim:
         with named_by("--actor_lora_module_name"), named_by("--add_eot_token", kind=AddedTokenError):
             base = actor_source if config.merge_adapter else config.actor_model_name_or_path
             _add_adapters(actor, config.actor, base, config.seed)
     critic = None
-    critic_settings = settings_of(config.critic.zero_stage, config.offload)
+    critic_settings = settings_of(config.critic.zero_stage, config.offload, config.critic.quantize)
     if config.estimator.needs_critic:
         critic = load_critic(critic_settings, trainable=True, calibration=scale)
         if config.critic.lora_dim:
@@ -202,12 +204,12 @@ def build_models(
     reference = None
     if config.has_reference and not config.actor.lora_dim:
         stage = _frozen_stage(config.actor.zero_stage, config.offload_reference_model)
-        settings = settings_of(stage, config.offload_reference_model)
+        settings = settings_of(stage, config.offload_reference_model, "none")  # a quantised actor has adapters
         reference = frozen_engine(load_actor(settings, trainable=False), settings)
     reward_model = None
     if _own_reward_model(config):
         stage = _frozen_stage(config.critic.zero_stage, config.offload_reward_model)
-        settings = settings_of(stage, config.offload_reward_model)
+        settings = settings_of(stage, config.offload_reward_model, config.reward_quantize)
         reward_model = frozen_engine(load_critic(settings, trainable=False, calibration=RAW), settings)
     ema = EMA(actor_engine.module, config.ema_decay) if config.enable_ema else None
     return PPOModels(actor_engine, critic_engine, reference, reward_model, ema, config.temperature)
@@ -221,13 +223,13 @@ def reward_engine(config: PPOConfig, codec: Codec, source: str, name: str) -> En
         name: as the option has it.
     """
     stage = _frozen_stage(config.critic.zero_stage, config.offload_reward_model)
-    settings = _settings(config, stage, config.offload_reward_model)
+    settings = _settings(config, stage, config.offload_reward_model, config.reward_quantize)
     with named_by("--reward", {source: name}):
         model = load_scalar_model(source, codec, **_loading(config, config.critic, settings, trainable=False))
     return frozen_engine(model, settings)
 
 
-def _settings(config: PPOConfig, stage: int, offload: bool) -> EngineSettings:
+def _settings(config: PPOConfig, stage: int, offload: bool, quantize: str) -> EngineSettings:
     return EngineSettings(
         stage,
         resolve_dtype(config.dtype),
@@ -235,6 +237,7 @@ def _settings(config: PPOConfig, stage: int, offload: bool) -> EngineSettings:
         offload,
         config.max_grad_norm,
         config.deepspeed_config,
+        quantize,
     )
 
 
@@ -248,6 +251,7 @@ def _loading(
         "ds_config": deepspeed_config(settings, trainable),
         "trust_remote_code": config.trust_remote_code,
         "gradient_checkpointing": trainable and options.gradient_checkpointing,
+        "quantize": settings.quantize,
     }
 
 
@@ -282,6 +286,11 @@ def _say_what_is_shared(config: PPOConfig) -> None:
         say(
             "note: --offload_reward_model has nothing to move: with --critic_lora_dim the reward model is the critic "
             "with its adapters off"
+        )
+    if config.reward_quantize != "none" and not config.scored_otherwise and not _own_reward_model(config):
+        say(
+            f"note: --reward_quantize {config.reward_quantize} has no effect: with --critic_lora_dim the reward model "
+            "is the critic with its adapters off, which --critic_quantize decides"
         )
 
 

@@ -72,7 +72,7 @@ def _open_model(config: PPOConfig, codec: Codec, spec: RewardSpec) -> OpenedRewa
         source = resolve_model(spec.name, config.data_output_path, config.merge_adapter)
     with named_by("--reward", {source: spec.name}):
         check_reward_model(source, config.trust_remote_code)
-        reads_ids = reads_ids_of(codec, source, config.trust_remote_code)
+        reads_ids = not codec.two_sided and reads_ids_of(codec, source, config.trust_remote_code)
         if reads_ids:
             tokens = config.max_prompt_seq_len + config.max_answer_seq_len
             check_length(source, tokens, config.trust_remote_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.config.groups import MICRO_BATCH_PHASES, ScheduleOptions, TrainedModelOptions, check_lora
+from common.config.groups import MICRO_BATCH_PHASES, QUANTIZATIONS, ScheduleOptions, TrainedModelOptions, check_lora
 from common.config.option import Phase
 from common.config.parser import Config, PathName, option
 from common.config.shared import prefixed, same_option, unprefixed
@@ -119,6 +119,12 @@ class RewardOptions(NamedRewards):
     )
     kl_target: float = option(6.0, "KL per answer that the adaptive controller aims at", unit="nats", above=0)
     kl_horizon: float = option(10_000.0, "slowness of the adaptive controller", unit="answers", above=0)
+    reward_quantize: str = option(
+        "none",
+        "hold the linear layers of reward models in 4 bits (nf4) or 8 (int8); one that is the LoRA critic with its "
+        "adapters off has the critic's",
+        choices=QUANTIZATIONS,
+    )
     score_calibration: str = option(
         "auto",
         "where the mean and standard deviation that scores are measured in come from; provenance: what step 2 "

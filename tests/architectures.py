@@ -30,11 +30,48 @@ CONFIGS = {
     "gpt2": (hf.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),  # Conv1D for nn.Linear
 }
 
+_WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 256}
+_GEMMA = {**_GATED, "head_dim": 8}
+_FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+
+# Families, and shapes of a family, that tests of every architecture take with --long only.
+FURTHER_CONFIGS = {
+    "qwen3": (hf.Qwen3Config, {**_GATED, "head_dim": 16}),
+    "falcon": (hf.FalconConfig, {**_FALCON, "alibi": False}),  # one key-value head, attention beside the feed-forward
+    "falcon-40b": (hf.FalconConfig, {**_FALCON, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-rw": (hf.FalconConfig, {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False}),
+    "gptj": (hf.GPTJConfig, {**_GPT, "rotary_dim": 4}),
+    # Every second layer attends to a window; half of the range, so that it counts.
+    "gpt-neo": (
+        hf.GPTNeoConfig,
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 256,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "phi": (hf.PhiConfig, {**_SMALL, "intermediate_size": 64}),
+    "phi3": (hf.Phi3Config, {**_GATED, "original_max_position_embeddings": 256}),
+    "stablelm": (hf.StableLmConfig, _GATED),
+    "gemma": (hf.GemmaConfig, _GEMMA),
+    "gemma2": (hf.Gemma2Config, {**_GEMMA, **_WINDOW}),
+    "gemma3": (hf.Gemma3TextConfig, {**_GEMMA, **_WINDOW}),
+    "olmo": (hf.OlmoConfig, {**_GATED, "clip_qkv": 8.0}),
+    "olmo2": (hf.Olmo2Config, _GATED),
+    "olmo3": (hf.Olmo3Config, {**_GATED, **_WINDOW}),
+    "smollm3": (hf.SmolLM3Config, {**_GATED, "no_rope_layer_interval": 2}),
+    "mpt": (hf.MptConfig, {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}),
+}
+
 
 def build_model(name: str, directory: Path, cache_dir: Path, seed: int = 0, **changes) -> Path:
     """Write a model of architecture `name` to `directory`; `changes` go into its configuration."""
     tokenizer = hf.AutoTokenizer.from_pretrained(materialise("builtin:tiny-opt", cache_dir))
-    config_class, settings = CONFIGS[name]
+    config_class, settings = (CONFIGS | FURTHER_CONFIGS)[name]
     torch.manual_seed(seed)
     config = config_class(
         vocab_size=len(tokenizer),

@@ -104,7 +104,8 @@ def _row(name: str, by_step: ByStep) -> str:
     what = "; ".join(dict.fromkeys(other.help for other in by_step.values()))
     details = [what]
     if meta.choices:
-        details.append("one of " + ", ".join(f"`{choice}`" for choice in meta.choices))
+        count = "one or more" if meta.kind is tuple else "one"
+        details.append(f"{count} of " + ", ".join(f"`{choice}`" for choice in meta.choices))
     if meta.aliases:
         details.append("also " + ", ".join(f"`--{alias}`" for alias in meta.aliases))
     units = " / ".join(dict.fromkeys(other.unit for other in by_step.values() if other.unit))

@@ -86,6 +86,7 @@ def environment() -> dict[str, str]:
         )
     }
     env["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait take the cores from those that work
+    env["WANDB_MODE"] = "offline"
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return env
 

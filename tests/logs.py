@@ -1,4 +1,4 @@
-"""What a run has logged, read back."""
+"""What a run has logged and saved, read back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 
 def metrics(directory: Path) -> list[dict]:
@@ -19,6 +21,15 @@ def metrics(directory: Path) -> list[dict]:
         }
         for line in lines
     ]
+
+
+def same_weights(whole: Path, resumed: Path) -> None:
+    """Asserts that two runs have left the same models, bit for bit."""
+    models = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
+    assert models and models == sorted(path.relative_to(resumed) for path in resumed.rglob("*.safetensors"))
+    for model in models:
+        expected, found = load_file(whole / model), load_file(resumed / model)
+        assert all(torch.equal(found[name], expected[name]) for name in expected), model
 
 
 def assert_tensorboard_shows(rows: list[dict], directory: Path) -> None:

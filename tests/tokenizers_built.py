@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 CORPUS = [
@@ -54,23 +54,53 @@ def byte_level_bpe(
 
 def llama_sentencepiece(directory: Path) -> Path:
     """A sentencepiece BPE like LLaMA's: <unk> 0, <s> 1, </s> 2; <s> starts every text; no padding."""
-    directory.mkdir(parents=True, exist_ok=True)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        vocab_size=450,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
+    return _sentencepiece_bpe(directory, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
+
+
+def gemma_sentencepiece(directory: Path) -> Path:
+    """A sentencepiece BPE like Gemma's: <pad> 0, <eos> 1, <bos> 2; <bos> starts every text, and no space does."""
+    return _sentencepiece_bpe(
+        directory,
+        {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True},
+        add_dummy_prefix=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        eos_piece="<eos>",
+        bos_piece="<bos>",
     )
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
+
+
+def llama3_bpe(directory: Path) -> Path:
+    """A byte-level BPE with tiktoken's pattern, as of LLaMA 3: control tokens behind all others, among them the one
+    that starts every text; neither padding nor unknown token."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+        r"\s+(?!\S)|\s+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=450, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    start = "<|begin_of_text|>"
+    tokenizer.add_special_tokens([start, "<|end_of_text|>", "<|eot_id|>"])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]),
+        ]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token="<|end_of_text|>").save_pretrained(
+        directory
     )
     return directory
 
@@ -85,6 +115,27 @@ def llama_prepending(directory: Path) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(directory)
+    return directory
+
+
+def _sentencepiece_bpe(directory: Path, settings: dict, **trained) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=450,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        **trained,
+    )
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
 
 

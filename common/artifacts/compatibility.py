@@ -9,6 +9,8 @@ from common.artifacts.split_rule import check_split_rule
 from common.data.options import ProgramConfig
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends, tokenizer_fingerprint
 from common.errors import ModelError
+from common.models.configuration import check_vocabulary
+from common.models.encoder_decoder import reads_source
 from common.runtime.distributed import say
 
 
@@ -16,11 +18,12 @@ def open_codec(config: ProgramConfig, source: str) -> Codec:
     """Load the tokenizer and template for a model. If the model has a provenance, they must be those of its training.
 
     Raises:
-        ModelError: the tokenizer cannot be loaded, or the model was trained with another template, end token,
-            tokenizer or split of the data.
+        ModelError: the tokenizer cannot be loaded, or has more tokens than the model; or the model was trained with
+            another template, end token, tokenizer or split of the data.
         UserError: an option does not suit the tokenizer.
     """
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    check_vocabulary(source, tokenizer, config.trust_remote_code)
     with config.naming_flags():
         codec = make_codec(
             tokenizer,
@@ -29,6 +32,7 @@ def open_codec(config: ProgramConfig, source: str) -> Codec:
             eot_token=config.eot_token,
             date=config.template_date,
             further_ends=published_ends(source),
+            two_sided=reads_source(source, config.trust_remote_code),
         )
     if codec.date:
         say(
@@ -61,7 +65,11 @@ def trained_codec(
     """
     tokenizer_source = tokenizer_source or name
     tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=trust_remote_code)
-    template: dict[str, Any] = {"date": provenance.template_date, "further_ends": published_ends(weights or name)}
+    template: dict[str, Any] = {
+        "date": provenance.template_date,
+        "further_ends": published_ends(weights or name),
+        "two_sided": reads_source(weights or name, trust_remote_code),
+    }
     codec = make_codec(tokenizer, provenance.template, **template)
     if codec.end_token != provenance.end_token:
         added: dict[str, Any] = {"add_eot_token": True, "eot_token": provenance.end_token}

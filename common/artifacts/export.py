@@ -10,7 +10,7 @@ from torch import nn
 
 from common.data.tokenization import Codec
 from common.models.engine import Engine
-from common.models.lora import has_lora, merged_state_dict, save_adapter
+from common.models.lora import has_lora, merged_state_dict, on_full_precision, save_adapter
 from common.models.scalar import ScoringModel
 from common.paths import follow_umask
 from common.runtime.distributed import barrier, is_main
@@ -56,7 +56,8 @@ def write_model(
 
     Args:
         module: a model of transformers or a `ScoringModel`, possibly with adapters; its own weights are not read.
-        state: its full state dict on the CPU; needed on rank 0 only.
+        state: its full state dict on the CPU; needed on rank 0 only. Of a quantised model only what it has learnt is
+            written, on the base in full precision.
     """
     if is_main():
         assert state is not None
@@ -65,6 +66,8 @@ def write_model(
         model: Any = module
         if isinstance(module, ScoringModel):
             model, state = module.classifier, {name.removeprefix("classifier."): v for name, v in state.items()}
+        if (plain := on_full_precision(model, state)) is not None:
+            model, state = plain
         if has_lora(model):
             if adapter_directory is not None:
                 save_adapter(model, state, Path(adapter_directory))

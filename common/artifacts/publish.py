@@ -23,6 +23,7 @@ from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
 from common.errors import DIVERGED, Diverged, TrainingFailure
 from common.models.completeness import problem
+from common.models.encoder_decoder import model_inputs
 from common.models.engine import Engine
 from common.runtime.distributed import barrier, device, is_main, on_every_rank, say
 from common.runtime.heartbeat import set_phase
@@ -104,8 +105,10 @@ def publishing(
 def _check_usable(engine: Engine, name: str, codec: Codec) -> None:
     """Run one small forward pass: without held-out rows, no loss has been computed since the last update."""
     tokens = torch.full((1, 2), codec.end_id, device=device())
+    one = torch.ones(1, dtype=torch.long, device=device())
+    inputs, _ = model_inputs(engine, unmasked(tokens), one, one)
     engine.eval()
-    output = engine(**unmasked(tokens))
+    output = engine(**inputs)
     engine.train()
     numbers = output if isinstance(output, torch.Tensor) else output.logits
     if not on_every_rank(bool(numbers.isfinite().all())):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.artifacts.lock import lock_output
 from common.artifacts.obstacles import check_nothing_in_the_way
@@ -20,6 +21,9 @@ from common.data.prepare import PreparedData, agree_on
 from common.errors import UserError, named_by
 from common.runtime.distributed import is_main, rank, say
 from common.runtime.program import start
+
+if TYPE_CHECKING:  # it imports wandb, which only those need who ask for it
+    from common.artifacts.wandb_run import WandbRun
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ def open_run(config: RunOptions, parts: Sequence[str] = ("",)) -> Tracker:
         parts: the directories inside it that will hold models; "" is the output directory itself.
 
     Raises:
-        UserError: another run has locked the directory, a path in it has the wrong kind, or it cannot be written to.
+        UserError: another run has locked the directory, a path in it has the wrong kind, it cannot be written to, or
+            W&B is wanted and cannot be used.
     """
     output = Path(config.output_dir)
     try:
@@ -111,7 +116,18 @@ def open_run(config: RunOptions, parts: Sequence[str] = ("",)) -> Tracker:
         ) from error
     for note in config.notes:
         say(f"note: {note}")
-    return Tracker(output, config.enable_tensorboard, config.tensorboard_path)
+    return Tracker(output, config.writes_tensorboard, config.tensorboard_path, _wandb_run(config, output))
+
+
+def _wandb_run(config: RunOptions, output: Path) -> WandbRun | None:
+    """The W&B run, on rank 0, if it is wanted; nothing is sent yet."""
+    if "wandb" not in config.report_to or not is_main():
+        return None
+    from common.artifacts.wandb_run import WandbRun, check_usable, without_secrets
+
+    with named_by("--report_to"):
+        check_usable()
+    return WandbRun(output / "logs", config.run_name, without_secrets(config))
 
 
 def say_data(data: PreparedData) -> None:

@@ -1,4 +1,4 @@
-"""Writes metrics as JSON lines and TensorBoard events, samples, and a progress bar; sends libraries' logs to a file.
+"""Writes metrics as JSON lines, to TensorBoard and W&B, samples, and a progress bar; sends libraries' logs to a file.
 
 Rank 0 writes. On every other rank these functions do nothing.
 """
@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from common.artifacts.lock import lock_output
 from common.runtime.distributed import is_main, rank, say
+from common.runtime.signals import STOPPED, Stopped
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from common.artifacts.wandb_run import WandbRun
 
 
 class Tracker:
@@ -31,6 +34,8 @@ class Tracker:
     A full or failing disk does not end the run. Metrics are kept until they can be written; events and samples are
     left out; a warning is printed once per file. A metrics file that is deleted or moved during the run is made again
     with all its lines. If the output directory itself is gone, nothing more is written: see `lost`.
+
+    It is a context manager, which closes it as the run ends: well, stopped, or with an error.
 
     Files:
         logs/metrics.jsonl: one object per `log` call: step, phase, seconds since the start, and the metrics.
@@ -41,9 +46,16 @@ class Tracker:
         output_dir: the run's output directory.
         tensorboard: whether to write TensorBoard events.
         tensorboard_path: directory of the events, if not in the logs directory.
+        wandb: gets metrics and samples too.
     """
 
-    def __init__(self, output_dir: str | Path, tensorboard: bool = True, tensorboard_path: str | None = None):
+    def __init__(
+        self,
+        output_dir: str | Path,
+        tensorboard: bool = True,
+        tensorboard_path: str | None = None,
+        wandb: WandbRun | None = None,
+    ):
         self.directory = Path(output_dir)
         self._start = time.monotonic()
         self._file: FileIO | None = None
@@ -55,6 +67,13 @@ class Tracker:
         self._refused: set[Path] = set()  # files that a warning was printed for
         self._metrics = self.directory / "logs" / "metrics.jsonl"
         self._events = Path(tensorboard_path or self.directory / "logs" / "tensorboard") if tensorboard else None
+        self._wandb = wandb
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(0 if error is None else STOPPED if isinstance(error, Stopped) else 1)
 
     def begin(self, place: Mapping | None = None) -> None:
         """Open the files: empty, or, for a resumed run, truncated to where the checkpoint was taken.
@@ -70,7 +89,10 @@ class Tracker:
             for old in (self.directory / "samples", logs / "tensorboard"):
                 shutil.rmtree(old, ignore_errors=True)
         self._file = open(self._metrics, "ab+", buffering=0)
-        self._file.truncate(min(place["bytes"], self._size()) if place else 0)
+        end = int(min(place["bytes"], self._size())) if place else 0
+        if self._wandb is not None:
+            self._wandb.begin(end if place else None, self._metrics.read_bytes())
+        self._file.truncate(end)
         if place is not None:
             self._start = time.monotonic() - place["seconds"]
         self._open_board(place["step"] + 1 if place else None)
@@ -127,6 +149,8 @@ class Tracker:
                 for name, value in values.items():
                     if value is not None:
                         self._board.add_scalar(f"{phase}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log(record)
 
     @property
     def _open_file(self) -> FileIO:
@@ -146,7 +170,9 @@ class Tracker:
         """Write rows (prompts, responses, scores) to samples/NAME.jsonl."""
         if self._file is None:
             return
-        path = self.directory / "samples" / f"{name}.jsonl"
+        path, rows = self.directory / "samples" / f"{name}.jsonl", list(rows)
+        if self._wandb is not None:
+            self._wandb.table(rows)
         with self._tolerant(path):
             path.parent.mkdir(exist_ok=True)
             with open(path, "w", encoding="utf-8") as file:
@@ -159,15 +185,23 @@ class Tracker:
 
         return tqdm(total=total, initial=done, desc=what, disable=not is_main(), mininterval=1.0, dynamic_ncols=True)
 
-    def close(self) -> None:
-        """Flush and close the files."""
-        if self._file is not None:
-            with self._tolerant(self._metrics):
-                self._write_waiting()
-                self._file.close()
+    def close(self, exit_code: int = 0) -> None:
+        """Flush and close the files, and end the W&B run. A second call does nothing.
+
+        Args:
+            exit_code: of the program, which W&B shows.
+        """
+        if self._file is None:
+            return
+        size = self._settled_size()
+        with self._tolerant(self._metrics):
+            self._file.close()
+        self._file = None
         if self._board is not None and self._events is not None:
             with self._tolerant(self._events):
                 self._board.close()
+        if self._wandb is not None:
+            self._wandb.close(exit_code, size)
 
     def _open_board(self, purge_step: int | None = None) -> None:
         if self._events is None:

@@ -8,8 +8,10 @@ number of ranks, or cut into micro-batches in another way, sees the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -84,6 +86,21 @@ class StepSampler:
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self._lengths), self._global_rows)
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a whole step, over all ranks."""
+        return self._global_rows
+
+    def over(self, lengths: Sequence[int]) -> StepSampler:
+        """A sampler that divides other rows, of these lengths, in the same way."""
+        other = copy.copy(self)
+        other._lengths = np.asarray(lengths, dtype=np.int64)
+        return other
+
+    def steps(self, epochs: int, done: int = 0) -> Iterator[list[MicroBatch]]:
+        """The steps of so many epochs, one after another, without the first `done`."""
+        return islice((step for epoch in range(epochs) for step in self.epoch(epoch)), done, None)
+
     def epoch(self, epoch: int) -> list[list[MicroBatch]]:
         """This rank's micro-batches, one inner list per optimizer step."""
         return [self._share_of_step(rows) for rows in self._global_batches(epoch)]
@@ -123,20 +140,32 @@ def steps_per_epoch(rows: int, rows_per_step: int) -> int:
 
 
 def evaluation_batches(
-    lengths: Sequence[int], rows_per_batch: int, world_size: int, rank: int, max_batches: int | None = None
+    lengths: Sequence[int],
+    rows_per_batch: int,
+    world_size: int,
+    rank: int,
+    max_batches: int | None = None,
+    pack_to: int = 0,
 ) -> list[MicroBatch]:
     """This rank's batches of an evaluation: every row once over all ranks, the same number of batches on each rank.
 
     The longest rows come first, so that a lack of memory shows at once. `max_batches` limits the batches of all ranks
     together: they are chosen evenly from the longest to the shortest, and are the same on any number of ranks.
+
+    Args:
+        pack_to: if not 0, rows share sequences of so many tokens, and a batch has `rows_per_batch` sequences at most.
     """
-    rows = _longest_first(np.arange(len(lengths)), np.asarray(lengths, dtype=np.int64))
+    sizes = np.asarray(lengths, dtype=np.int64)
+    rows = _longest_first(np.arange(len(sizes)), sizes)
     if not len(rows):
         return []
-    batches = _batches(rows, rows_per_batch, count=-(-len(rows) // rows_per_batch))
+    if pack_to:
+        batches = _packed_batches(rows, sizes, pack_to, rows_per_batch, 1, 0)
+    else:
+        batches = _batches(rows, rows_per_batch, count=-(-len(rows) // rows_per_batch))
     if max_batches is not None and max_batches < len(batches):
         batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
-    filler = MicroBatch(batches[-1].indices, (False,) * rows_per_batch)
+    filler = replace(batches[-1], real=(False,) * len(batches[-1].indices))
     return (batches + [filler] * (-len(batches) % world_size))[rank::world_size]
 
 

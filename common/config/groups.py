@@ -10,7 +10,10 @@ from common.config.option import Phase
 from common.config.parser import Config, PathName, option, options
 from common.config.shared import same_option, unprefixed
 from common.errors import UserError
+from common.runtime.requirements import is_installed
 
+# How the frozen linear layers of a model are held, see common.models.quantization.
+QUANTIZATIONS = ("none", "nf4", "int8")
 # Schedules of the learning rate, see common.training.learning_rate.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # The phases in which a micro-batch passes forward or backward, see Option.relieves.
@@ -148,7 +151,19 @@ class RunOptions(Config):
         affects="nothing",
     )
     resume_anyway: bool = option(False, "resume even though settings have changed", affects="nothing")
-    enable_tensorboard: bool = option(True, "write TensorBoard events", affects="nothing")
+    report_to: tuple[str, ...] = option(
+        ("jsonl", "tensorboard"),
+        "where metrics go; jsonl is OUTPUT_DIR/logs/metrics.jsonl, which is always written, because resumed runs go on "
+        "in it; wandb is Weights & Biases, which gets samples too, and reads WANDB_MODE, WANDB_PROJECT, ...",
+        choices=("jsonl", "tensorboard", "wandb"),
+        affects="nothing",
+    )
+    run_name: str | None = option(
+        None, "name of the run in Weights & Biases; none: the name of OUTPUT_DIR", affects="nothing"
+    )
+    enable_tensorboard: bool | None = option(
+        None, "write TensorBoard events; none: if --report_to names it", affects="nothing"
+    )
     tensorboard_path: PathName | None = option(
         None, "directory of TensorBoard events; none: in OUTPUT_DIR/logs", affects="nothing"
     )
@@ -171,16 +186,30 @@ class RunOptions(Config):
         """The models that the run starts from or asks, by what names them."""
         return {name: getattr(self, name) for name, meta in options(type(self)).items() if meta.names_model}
 
+    @property
+    def writes_tensorboard(self) -> bool:
+        """Whether TensorBoard events are written."""
+        return "tensorboard" in self.report_to if self.enable_tensorboard is None else self.enable_tensorboard
+
     def batches(self) -> list[Batch]:
         """The batches that decide what is computed, however the ranks share them; every step has its own."""
         return []
 
     def validate(self) -> None:
         super().validate()
-        self.only_with("--enable_tensorboard", self.enable_tensorboard, "tensorboard_path")
+        self.only_with("--enable_tensorboard", self.writes_tensorboard, "tensorboard_path")
+        self._check_report_to()
         self.only_with("--enable_test_mode", self.enable_test_mode, "test_stop_step")
         if self.enable_test_mode and not self.test_stop_step:
             raise UserError("--enable_test_mode needs --test_stop_step N, N at least 1")
+
+    def _check_report_to(self) -> None:
+        chosen = self.report_to != options(type(self))["report_to"].default
+        if self.enable_tensorboard is False and chosen and "tensorboard" in self.report_to:
+            raise UserError("--no_enable_tensorboard and tensorboard in --report_to contradict each other: keep one")
+        self.only_with("wandb in --report_to", "wandb" in self.report_to, "run_name")
+        if "wandb" in self.report_to and not is_installed("wandb"):
+            raise UserError("--report_to wandb: the package wandb is not installed: pip install wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,13 +253,25 @@ class TrainedModelOptions(Config):
         "auto", "comma-separated parts of the names of the layers to adapt; auto: all linear layers"
     )
     lora_learning_rate: float = option(5e-4, "learning rate of the adapters", low=0)
+    quantize: str = option(
+        "none",
+        "hold the frozen linear layers in 4 bits (nf4) or 8 (int8), for adapters to be trained on: QLoRA",
+        choices=QUANTIZATIONS,
+    )
 
 
 def check_lora(config: Config, prefix: str = "") -> None:
-    """Raise UserError for an option of LoRA that is set while no adapters are trained."""
+    """Raise UserError for an option of LoRA that is set while no adapters are trained, and for weights of few bits
+    that would have to be trained."""
     names = [name for name in options(type(config)) if name.startswith(f"{prefix}lora_")]
     names.remove(f"{prefix}lora_dim")
     config.only_with(f"--{prefix}lora_dim above 0", getattr(config, f"{prefix}lora_dim") > 0, *names)
+    quantize = getattr(config, f"{prefix}quantize")
+    if quantize != "none" and not getattr(config, f"{prefix}lora_dim"):
+        raise UserError(
+            f"--{prefix}quantize {quantize} holds weights that cannot be trained: add adapters with --{prefix}lora_dim "
+            "16, say, or leave it out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +361,7 @@ class LoraOptions(Config):
     lora_dropout: float = option(0.0, "dropout before the adapters", low=0, below=1)
     lora_module_name: str = same_option(TrainedModelOptions, "lora_module_name")
     lora_learning_rate: float = same_option(TrainedModelOptions, "lora_learning_rate")
+    quantize: str = same_option(TrainedModelOptions, "quantize")
 
     def validate(self) -> None:
         super().validate()

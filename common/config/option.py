@@ -95,7 +95,7 @@ class Option:
     def permits(self, value: Any) -> bool:
         """Whether a value of the right type is one of the choices and inside the range."""
         if self.choices:
-            return value in self.choices
+            return all(item in self.choices for item in (value if self.kind is tuple else (value,)))
         if self.kind not in (int, float):
             return True
         return (
@@ -108,7 +108,7 @@ class Option:
     def allowed(self) -> str:
         """The allowed values in words."""
         if self.choices:
-            words = "one of " + ", ".join(map(str, self.choices))
+            words = f"one {'or more ' if self.kind is tuple else ''}of " + ", ".join(map(str, self.choices))
         else:
             limits = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
             bounds = [f"{word} {limit}" for word, limit in limits.items() if limit is not None]

@@ -24,12 +24,14 @@ class SourceSpec:
         weight: the share of its prompts that is kept; 2.0 takes every row twice.
         config_name: the configuration of a hub data set that has several.
         form: what its files do not show by their content.
+        streamed: it is read as it is needed: of a hub data set nothing is stored, of files not every byte is hashed.
     """
 
     name: str
     weight: float = 1.0
     config_name: str | None = None
     form: FileFormat = FileFormat()
+    streamed: bool = False
 
     def copies(self, split_key: str) -> int:
         """How often the rows of the dialogue with this split key (`openings.SplitKey.text`) are taken.

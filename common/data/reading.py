@@ -17,13 +17,17 @@ from common.data.hints import SPLIT_BY
 from common.data.keeping import KeptColumns
 from common.data.keying import Keyer
 from common.data.openings import FirstTurnCounter
-from common.data.part_reader import columns_of, part_rows, records_of
+from common.data.part_reader import Reader, columns_of, part_rows, records_of
 from common.data.read_report import Counts, ReadReport
 from common.data.records import RECORD_KINDS, Record
+from common.data.rows import Row
 from common.data.sources import open_source
 from common.data.values import BadRow
 
 _SAID_EVERY = 30  # seconds
+
+# The records of a row, why it has none or None, and the user's messages in it.
+RowContent = tuple[Sequence[Record], str | Exception | None, set[tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,6 @@ def read_records(
     for split in ("excluded", "test", "train"):
         for spec, source in sources:
             keyer = keyers[spec.name]
-            counts = report.sources[spec.name]
             wanted = "prompt" if split == "excluded" else kind
             margin = margin_column if wanted == "comparison" else None
             rows = chain.from_iterable(
@@ -126,39 +129,77 @@ def read_records(
             limit = max_rows if split == "train" else None
             all_turns = split != "train" or keyer.rule.needs_all_turns
             for number, (row, reader) in enumerate(islice(rows, limit)):
-                records, problem = records_of(row, reader)
-                turns = reader.user_turns(row, records, all_turns) if reader is not None else set()
+                records, problem, turns = read_row(row, reader, all_turns)
                 if split != "train":
                     test_prompt_hashes.update(keyer.test_prompt_hashes(turns, row))
                 if split == "excluded" or max_rows is not None and number >= max_rows:
                     continue
-                counts.total += 1
-                for column in reader.unused(row) if reader is not None else ():
-                    if column not in counts.unused and not (keep is not None and keep.keeps(column)):
-                        counts.unused.append(column)
-                key = keyer.key(records[0], turns, row) if records else None
-                if records and key is None:
-                    problem = f"'{keyer.column}' is missing, {SPLIT_BY}"
-                kept = ""
-                if key is not None and keep is not None:
-                    try:
-                        kept = keep.of(row.values or {})
-                    except BadRow as reason:
-                        key, problem = None, reason
-                if isinstance(problem, LeftOut):
-                    counts.leave_out(str(problem))
-                elif problem:
-                    report.count_bad(spec.name, row.location, str(problem))
-                if key is None:
-                    continue
-                counts.usable += 1
-                side = "test" if key.dialogue in test_prompt_hashes else "train"
-                for record in records[:pairs_per_prompt]:
-                    for copy in range(spec.copies(key.text)):
-                        yield SourcedRecord(record, row.location, side, key.text, key.dialogue, spec.name, copy, kept)
+                yield from sourced_records(
+                    spec,
+                    row,
+                    reader,
+                    (records, problem, turns),
+                    keyer,
+                    report,
+                    test_prompt_hashes,
+                    pairs_per_prompt=pairs_per_prompt,
+                    keep=keep,
+                )
     for keyer in keyers.values():
         report.notes += keyer.extended()
         report.inseparable += filter(None, [keyer.inseparable()])
+
+
+def read_row(row: Row, reader: Reader | None, all_turns: bool) -> RowContent:
+    """What a row says; for `all_turns` see `Reader.user_turns`."""
+    records, problem = records_of(row, reader)
+    return records, problem, reader.user_turns(row, records, all_turns) if reader is not None else set()
+
+
+def sourced_records(
+    spec: SourceSpec,
+    row: Row,
+    reader: Reader | None,
+    content: RowContent,
+    keyer: Keyer,
+    report: ReadReport,
+    test_prompt_hashes: Collection[int],
+    *,
+    pairs_per_prompt: int | None = None,
+    keep: KeptColumns | None = None,
+) -> Iterator[SourcedRecord]:
+    """The records of one row, each as often as the weight of its source says; counts the row in `report`.
+
+    Args:
+        content: of `read_row`.
+        keyer: of the source.
+        test_prompt_hashes: dialogues that are test data, see `SourcedRecord.split`.
+    """
+    (records, problem, turns), counts = content, report.sources[spec.name]
+    counts.total += 1
+    for column in reader.unused(row) if reader is not None else ():
+        if column not in counts.unused and not (keep is not None and keep.keeps(column)):
+            counts.unused.append(column)
+    key = keyer.key(records[0], turns, row) if records else None
+    if records and key is None:
+        problem = f"'{keyer.column}' is missing, {SPLIT_BY}"
+    kept = ""
+    if key is not None and keep is not None:
+        try:
+            kept = keep.of(row.values or {})
+        except BadRow as reason:
+            key, problem = None, reason
+    if isinstance(problem, LeftOut):
+        counts.leave_out(str(problem))
+    elif problem:
+        report.count_bad(spec.name, row.location, str(problem))
+    if key is None:
+        return
+    counts.usable += 1
+    side = "test" if key.dialogue in test_prompt_hashes else "train"
+    for record in records[:pairs_per_prompt]:
+        for copy in range(spec.copies(key.text)):
+            yield SourcedRecord(record, row.location, side, key.text, key.dialogue, spec.name, copy, kept)
 
 
 def _shared_first_turns(

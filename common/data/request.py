@@ -83,6 +83,8 @@ def data_key(request: DataRequest, codec: Codec) -> str:
         "codec": [tokenizer_fingerprint(codec.tokenizer), codec.template.name, codec.date, codec.end_token],
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
+    if codec.two_sided:
+        decisive["two_sided"] = True
     if request.keep is not None:
         decisive["keep"] = request.keep.decisive()
     if request.margin_column is not None:  # only then, so that the keys of other data stay as they were
@@ -94,10 +96,10 @@ def _source_hash(spec: SourceSpec, request: DataRequest) -> str:
     """`reading.fingerprint`, which reads all bytes of the source.
 
     For local files the result is noted in the cache directory, and reused while no file's size or modification time
-    changes.
+    changes. Of streamed files only the edges are read.
     """
     path, cache_dir = Path(spec.name), Path(request.cache_dir)
-    if not path.exists():
+    if not path.exists() or spec.streamed:
         return fingerprint(spec, request.columns, request.max_rows)
     with locked(cache_dir / "sources.lock", f"{spec.name} to be hashed") as writable:
         files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())

@@ -7,6 +7,7 @@ or to the source's own test data, see `splits`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from common.data.files import UNDERSTOOD, Row, is_data_file, is_plain_text, kind
 from common.data.rows import FileFormat, Note, ignore
 from common.data.splits import choose_splits
 from common.errors import UserError
-from common.paths import content_digest, may_be_on_hub, similar_path, unreachable_hub
+from common.paths import content_digest, edges_digest, may_be_on_hub, similar_path, unreachable_hub
 from common.runtime.hub import announce_lookup
 
 _BUILTIN = "builtin:"
@@ -41,6 +42,7 @@ class Part:
             whose prompts must not be trained on either.
         rows: yields its rows; takes a `Note` that is called with remarks about the file.
         digest: a hash of its content.
+        table: gives its rows as an IterableDataset of `datasets`, which can go on from a place; None for files.
     """
 
     label: str
@@ -48,6 +50,7 @@ class Part:
     split: str
     rows: Callable[..., Iterator[Row]]
     digest: Callable[[], str]
+    table: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def local_source(spec: SourceSpec, kind: str | None = None) -> Source | None:
             return _of_files(spec, {name: (path, name) for name in inside}, kind)
         if not is_data_file(path):
             raise SourceError(spec.name, f"it is {kind_of(path) or 'no data file'}; understood are {UNDERSTOOD}")
-        return Source([_file_part(path, spec.name, path.name, "train", spec.form, _digest_of(path))])
+        return Source([_file_part(path, spec.name, path.name, "train", spec.form, _digest_of(path, spec))])
     if path.is_dir():
         return _directory(spec, path, kind)
     if path.exists():
@@ -138,14 +141,14 @@ def _file_part(
     return Part(label, name, split, lambda note=ignore: read_rows(path, label, form, note, member), digest)
 
 
-def _digest_of(path: Path) -> Callable[[], str]:
+def _digest_of(path: Path, spec: SourceSpec) -> Callable[[], str]:
     """A hash of the file's content, taken once for all members of an archive."""
-    return functools.cache(lambda: _file_digest([path]))
+    return functools.cache(lambda: _file_digest([path], spec))
 
 
-def _file_digest(paths: list[Path]) -> str:
+def _file_digest(paths: list[Path], spec: SourceSpec) -> str:
     try:
-        return content_digest(paths)
+        return edges_digest(paths) if spec.streamed else content_digest(paths)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error}") from error
 
@@ -190,7 +193,7 @@ def _of_files(spec: SourceSpec, files: dict[str, tuple[Path, str | None]], kind:
     """A source of files: name -> (path, member of the zip archive at that path, or None)."""
     names = sorted(files)
     choice = choose_splits(names, kind)
-    digests = {path: _digest_of(path) for path, _ in files.values()}
+    digests = {path: _digest_of(path, spec) for path, _ in files.values()}
     parts = []
     for name in (name for name in names if name in choice.splits):
         path, member = files[name]
@@ -211,27 +214,44 @@ def _saved(spec: SourceSpec, path: Path, kind: str | None) -> Source:
         tables, folders = {"train": saved}, {"train": path}
     else:
         tables, folders = dict(saved), {name: path / name for name in saved}
-    return _from_tables(spec, tables, lambda name: _file_digest(sorted(folders[name].glob("*.arrow"))), kind)
+    return _from_tables(spec, tables, lambda name: _file_digest(sorted(folders[name].glob("*.arrow")), spec), kind)
 
 
 def hub_source(spec: SourceSpec, kind: str | None = None) -> Source:
     """The training split of a hub data set and its own test and validation splits, if any."""
+    if spec.streamed:
+        builder = _hub_builder(spec.name, spec.config_name)
+        return _from_tables(spec, dict(builder.as_streaming_dataset()), lambda name: f"{builder.hash}/{name}", kind)
     tables = _load_hub(spec.name, spec.config_name)
     return _from_tables(spec, tables, lambda name: tables[name]._fingerprint, kind)
 
 
 @functools.cache
 def _load_hub(name: str, config_name: str | None) -> dict[str, Any]:
-    from datasets import config, load_dataset
+    from datasets import load_dataset
+
+    return dict(_from_hub(load_dataset, name, config_name))
+
+
+@functools.cache
+def _hub_builder(name: str, config_name: str | None) -> Any:
+    """What streams a hub data set; its hash is that of the data set's version."""
+    from datasets import load_dataset_builder
+
+    return _from_hub(load_dataset_builder, name, config_name)
+
+
+def _from_hub(load: Callable[..., Any], name: str, config_name: str | None) -> Any:
+    from datasets import config
 
     try:
         try:
-            return dict(load_dataset(name, config_name))
+            return load(name, config_name)
         except RuntimeError as error:
             if "script" not in str(error):
                 raise
             # The programs that define some sets are not run; the hub keeps a converted copy of each on this branch.
-            return dict(load_dataset(name, config_name, revision="refs/convert/parquet"))
+            return load(name, config_name, revision="refs/convert/parquet")
     except Exception as error:  # unreachable, unknown, gated, no such configuration: each has its own class
         reason = unreachable_hub(error, str(config.HF_DATASETS_CACHE)) or _first_line(error)
         raise SourceError(
@@ -251,7 +271,12 @@ def _from_tables(spec: SourceSpec, tables: dict[str, Any], digest: Callable[[str
         label = f"{spec.name}[{name}]"
         parts.append(
             Part(
-                label, name, split, functools.partial(_table_rows, tables[name], label), functools.partial(digest, name)
+                label,
+                name,
+                split,
+                functools.partial(_table_rows, tables[name], label),
+                functools.partial(digest, name),
+                functools.partial(_iterable, tables[name]),
             )
         )
     return Source(parts, choice.left_out, [f"{spec.name}: {remark}" for remark in choice.notes])
@@ -259,3 +284,10 @@ def _from_tables(spec: SourceSpec, tables: dict[str, Any], digest: Callable[[str
 
 def _table_rows(table: Any, label: str, note: Note = ignore) -> Iterator[Row]:
     return _numbered(table, label)
+
+
+def _iterable(table: Any) -> Any:
+    """A table as an IterableDataset of its own, which is at its beginning."""
+    from datasets import Dataset
+
+    return table.to_iterable_dataset() if isinstance(table, Dataset) else copy.deepcopy(table)

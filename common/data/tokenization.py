@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 from transformers import AddedToken, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -75,6 +75,7 @@ def make_codec(
     eot_token: str = "<|endoftext|>",
     date: str | None = None,
     further_ends: Iterable[object] = (),
+    two_sided: bool = False,
 ) -> Codec:
     """A tokenizer's codec.
 
@@ -88,6 +89,7 @@ def make_codec(
         date: YYYY-MM-DD, for chat templates that write the date, see `ChatTemplate`.
         further_ends: ids of more tokens that end a response, see `published_ends`; values that are no ids of the
             tokenizer are ignored.
+        two_sided: for an encoder-decoder model, see `common.data.source_target`.
 
     Raises:
         NoEndTokenError: the tokenizer has no end token and none is added.
@@ -106,7 +108,15 @@ def make_codec(
         tokenizer.eos_token = end_token
     _separate_padding(tokenizer, end_token)
     own_end = [] if template.end_token is None else [_id_of(tokenizer, template.end_token)]
-    return Codec(tokenizer, template, end_token or tokenizer.eos_token, [*own_end, *further_ends])
+    kind = codec_class(two_sided)
+    return kind(tokenizer, template, end_token or tokenizer.eos_token, [*own_end, *further_ends])
+
+
+def codec_class(two_sided: bool) -> type[Codec]:
+    """The class of codecs for an encoder-decoder model, or for any other."""
+    from common.data.source_target import SourceTargetCodec
+
+    return SourceTargetCodec if two_sided else Codec
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool = True) -> str:
@@ -145,7 +155,10 @@ class Codec:
         pad_token, pad_id: never equal to the end token.
         date: the date that the template writes, YYYY-MM-DD; '' for a template that writes none.
         shortest_prompt: tokens of the shortest prompt that `cut_prompt` can leave: the start tokens and one more.
+        two_sided: whether a model reads prompts with an encoder of its own, and not as the beginning of the response.
     """
+
+    two_sided: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -306,10 +319,19 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that the tokenizer itself puts before a text, such as that of <s>."""
+    return _ids_around(tokenizer)[0]
+
+
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that the tokenizer itself puts behind a text, such as that of </s>."""
+    return _ids_around(tokenizer)[1]
+
+
+def _ids_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     bare = tokenizer.encode("a", add_special_tokens=False)
     ruled = tokenizer.encode("a", add_special_tokens=True)
     starts = [i for i in range(len(ruled)) if ruled[i : i + len(bare)] == bare]
-    return ruled[: starts[0]] if starts else []
+    return (ruled[: starts[0]], ruled[starts[0] + len(bare) :]) if starts else ([], [])
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

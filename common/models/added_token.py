@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common.errors import InputError
+from common.models.encoder_decoder import is_encoder_decoder
 
 
 class AddedTokenError(InputError):
@@ -33,7 +34,8 @@ def train_new_row(model: nn.Module) -> None:
     """Add a trainable change to the frozen row of a new token; tied embeddings share one.
 
     Raises:
-        AddedTokenError: the embeddings are of a class that does more than to look up or to multiply.
+        AddedTokenError: the embeddings are of a class that does more than to look up or to multiply, or the model has
+            an encoder too.
     """
     token = getattr(model, "new_token", None)
     if token is None:
@@ -41,7 +43,8 @@ def train_new_row(model: nn.Module) -> None:
     assert isinstance(model, PreTrainedModel)  # `start_row` set the token
     modules = _embeddings(model)
     for module in modules:
-        if type(module) not in _TRAINED:
+        # The encoder and the decoder look ids up in modules of their own, which only share the weights.
+        if _with_new_row(type(module)) is None or is_encoder_decoder(model.config):
             raise AddedTokenError(
                 type(module).__name__,
                 "the vocabulary has no room for the added end token, and adapters cannot train a new row of embeddings "
@@ -52,7 +55,7 @@ def train_new_row(model: nn.Module) -> None:
     change = nn.Parameter(torch.zeros(first.embedding_dim, dtype=first.weight.dtype, device=first.weight.device))
     for module in modules:
         tied = module.weight is first.weight
-        module.__class__ = _TRAINED[type(module)]  # same parameters and names, another forward
+        module.__class__ = _with_new_row(type(module))  # type: ignore[assignment]  # same parameters, another forward
         assert isinstance(module, NewRow)
         module.new_token = token
         module.lora_new_row = change if tied else nn.Parameter(torch.zeros_like(change))
@@ -76,7 +79,8 @@ class _Embedding(NewRow, nn.Embedding):
         rows = super().forward(ids)
         if self._disable_adapters:
             return rows
-        return rows + (ids == self.new_token).unsqueeze(-1) * self.lora_new_row
+        scale = torch.as_tensor(getattr(self, "embed_scale", 1)).to(self.weight.dtype)
+        return rows + (ids == self.new_token).unsqueeze(-1) * (self.lora_new_row * scale)
 
 
 class _Linear(NewRow, nn.Linear):
@@ -88,6 +92,14 @@ class _Linear(NewRow, nn.Linear):
 
 
 _TRAINED: dict[type[nn.Module], type[NewRow]] = {nn.Embedding: _Embedding, nn.Linear: _Linear}
+
+
+def _with_new_row(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of a module of class `kind` with a new row; None if `kind` does more than to look up and to scale, or
+    to multiply."""
+    if kind.__name__.endswith("ScaledWordEmbedding"):  # Gemma 3 and others multiply what they look up by `embed_scale`
+        return type(kind.__name__, (_Embedding, kind), {})
+    return _TRAINED.get(kind)
 
 
 def fold_row(weight: torch.Tensor, token: int, change: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from common.data.files import is_data_file
 from common.errors import ModelError, reason_of
 from common.models.adapter import holds_adapter, refuse_adapter
 from common.models.builtin import BUILTIN_MODELS
-from common.models.heads import is_encoder_config, is_scalar_config
+from common.models.heads import is_encoder_config, is_scalar_config, language_model_class
 from common.paths import OUTPUT, may_be_on_hub, similar_path
 from common.runtime.distributed import on_every_rank, rank
 
@@ -142,7 +142,7 @@ def _build_without_weights(directory: Path) -> None:
     classes = (
         transformers.AutoModelForSequenceClassification
         if is_scalar_config(config) or is_encoder_config(config)
-        else transformers.AutoModelForCausalLM
+        else language_model_class(config)
     )
     if type(config) in classes._model_mapping:  # loading refuses a model of any other kind
         with torch.device("meta"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from common.models.adapter import ADAPTER_CONFIG, holds_adapter
-from common.models.heads import is_scalar_config
+from common.models.heads import is_scalar_config, language_model_class
 
 # Heads that a directory may hold besides the model: a language model's head where a score head is wanted, or the value
 # head that other libraries save with an actor.
@@ -25,8 +25,13 @@ _ENCODER_HEADS = re.compile(
 # Buffers, not weights: masks, positions and version numbers that older versions saved and that models compute anew.
 _BUFFERS = re.compile(r"(^|\.)(version|_float_tensor|position_ids|inv_freq|masked_bias|(attn|attention)\.bias)$")
 
-# The last layers of classifiers, a row per label: of decoders; of DeBERTa and BERT; of RoBERTa.
-_PROJECTIONS = {"score.weight", "classifier.weight", "classifier.out_proj.weight"}
+# The last layers of classifiers, a row per label: of decoders; of DeBERTa and BERT; of RoBERTa; of T5.
+_PROJECTIONS = {
+    "score.weight",
+    "classifier.weight",
+    "classifier.out_proj.weight",
+    "classification_head.out_proj.weight",
+}
 
 
 def surplus(names: Iterable[str], encoder: bool = False) -> tuple[list[str], list[str]]:
@@ -46,7 +51,7 @@ def surplus(names: Iterable[str], encoder: bool = False) -> tuple[list[str], lis
 
 def problem(directory: Path, trust_remote_code: bool = False) -> str | None:
     """Why transformers could not load a saved directory as the whole model of its config.json; None if it could."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     if holds_adapter(directory):
         return f"it holds an adapter, {ADAPTER_CONFIG}"
@@ -54,9 +59,8 @@ def problem(directory: Path, trust_remote_code: bool = False) -> str | None:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         # A model with code of its own may have a class of another name, so the weights count too.
         scores = is_scalar_config(config) or _saved_labels(directory) is not None
-        auto_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-        # With output_loading_info the result is a pair, which the types of transformers do not say.
-        _, loading = auto_class.from_pretrained(  # type: ignore[misc]
+        auto_class = AutoModelForSequenceClassification if scores else language_model_class(config)
+        _, loading = auto_class.from_pretrained(
             directory, device_map="meta", output_loading_info=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a missing or damaged file may raise anything, deep in the libraries

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+
+from common.models.encoder_decoder import is_encoder_decoder
 
 
 def is_scalar_config(config: PreTrainedConfig) -> bool:
@@ -24,15 +32,24 @@ def is_encoder_config(config: PreTrainedConfig) -> bool:
     )
 
 
+def language_model_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers by which a model that writes text is loaded."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+
+
 def head_names(model: Any) -> list[str]:
     """The names of the modules that make a score of what the backbone computes; [] for a model that gives no score.
 
-    A decoder has the linear layer `score`. In an encoder they are the pooler, if it is a part of the backbone, and all
-    that stands beside the backbone.
+    A decoder has the linear layer `score`, an encoder-decoder the module `classification_head`. In an encoder they are
+    the pooler, if it is a part of the backbone, and all that stands beside the backbone.
     """
     if hasattr(model, "score"):
         return ["score"]
-    if not (type(model).__name__.endswith("ForSequenceClassification") and is_encoder_config(model.config)):
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return []
+    if is_encoder_decoder(model.config):
+        return ["classification_head"] if hasattr(model, "classification_head") else []
+    if not is_encoder_config(model.config):
         return []
     backbone = model.base_model_prefix
     pooler = [f"{backbone}.pooler"] if getattr(getattr(model, backbone), "pooler", None) is not None else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from common.models.calibration import RAW
 from common.models.checks import check_finite
 from common.models.completeness import surplus
 from common.models.configuration import explained, gives_scores, load_config, without_values
-from common.models.heads import head_names, init_head, is_encoder_config, score_projection
+from common.models.encoder_decoder import is_encoder_decoder, keep_output_untied, output_untied, start_id
+from common.models.heads import head_names, init_head, is_encoder_config, language_model_class, score_projection
+from common.models.lora import linear_modules
+from common.models.quantization import quantize as quantize_layers
 from common.models.scalar import ScalarModel, Scale, ScoringModel, scoring_model
 from common.runtime.distributed import is_main
 
@@ -35,21 +38,29 @@ def load_causal_lm(
     dropout: float | None = None,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    quantize: str = "none",
+    check: bool = True,
 ) -> PreTrainedModel:
-    """A causal language model in `dtype`, its embeddings large enough for the codec's tokenizer.
+    """A language model in `dtype`, its embeddings large enough for the codec's tokenizer; it may have an encoder too.
 
     Args:
-        ds_config: the engine's DeepSpeed configuration; at stage 3 the weights are partitioned while they load.
+        ds_config: the engine's DeepSpeed configuration; at stage 3 the weights are partitioned while they load, but
+            those of a quantised model by the engine.
         dropout: every dropout probability of the model; None keeps the model's own.
+        quantize: what its linear layers become: none, nf4 or int8. They then compute in `dtype`.
+        check: look for weights that are not finite. All ranks must call it then.
 
     Raises:
         ModelError: the model cannot be loaded, is incomplete, or has weights that are not finite.
     """
-    from transformers import AutoModelForCausalLM
-
-    with _partitioned_loading(ds_config):
-        model, _ = _load(AutoModelForCausalLM, source, dtype, dropout, trust_remote_code)
-        return _fit(model, codec, gradient_checkpointing)
+    auto_class = language_model_class(_config_for(source, dtype, trust_remote_code))
+    with _partitioned_loading(ds_config if quantize == "none" else None):
+        model, _ = _load(auto_class, source, dtype, dropout, trust_remote_code, check=check)
+        _fit(model, codec, gradient_checkpointing)
+    if quantize != "none":
+        settings: Any = {"dtype": dtype, "dropout": dropout, "trust_remote_code": trust_remote_code, "check": False}
+        _quantize(model, quantize, dtype, lambda: load_causal_lm(source, codec, **settings))
+    return model
 
 
 def load_scalar_model(source: str, codec: Codec, *, calibration: Scale = RAW, **settings: Any) -> ScalarModel:
@@ -63,7 +74,7 @@ def load_scalar_model(source: str, codec: Codec, *, calibration: Scale = RAW, **
         ModelError: as of `load_scoring_model`.
         EncoderError: it is an encoder.
     """
-    model = load_scoring_model(source, codec, calibration=calibration, **settings)
+    model = load_scoring_model(source, codec, calibration=calibration, values=True, **settings)
     if not isinstance(model, ScalarModel):
         raise without_values(source, model.classifier.config)
     return model
@@ -79,13 +90,17 @@ def load_scoring_model(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     calibration: Scale = RAW,
+    values: bool = False,
     seed: int = 0,
+    quantize: str = "none",
+    check: bool = True,
 ) -> ScoringModel:
     """A model that scores sequences, from a reward model, or from a language model or an encoder with a new head.
 
     Args:
-        ds_config, dropout: as of `load_causal_lm`.
+        ds_config, dropout, quantize, check: as of `load_causal_lm`.
         calibration: of a decoder, whose outputs are (raw - mean) / std.
+        values: see `scoring_model`.
         seed: of a new head's initial weights.
 
     Raises:
@@ -94,7 +109,8 @@ def load_scoring_model(
     from transformers import AutoModelForSequenceClassification
 
     has_head = gives_scores(source, trust_remote_code)
-    with _partitioned_loading(ds_config):
+    _config_for(source, dtype, trust_remote_code)
+    with _partitioned_loading(ds_config if quantize == "none" else None):
         model, new = _load(
             AutoModelForSequenceClassification,
             source,
@@ -102,6 +118,7 @@ def load_scoring_model(
             dropout,
             trust_remote_code,
             new_head=not has_head,
+            check=check,
             num_labels=1,
         )
         if score_projection(model) is None:
@@ -110,14 +127,23 @@ def load_scoring_model(
                 f"{type(model).__name__} has no linear layer that gives one score: use a decoder-only language model "
                 "or an encoder",
             )
-        scoring = scoring_model(_fit(model, codec, gradient_checkpointing), calibration)
+        scoring = scoring_model(_fit(model, codec, gradient_checkpointing), calibration, values)
     if not has_head:
         init_head(scoring.classifier, new, seed)
+    if quantize != "none":
+        settings: Any = {"dtype": dtype, "dropout": dropout, "trust_remote_code": trust_remote_code, "check": False}
+        reload = lambda: load_scoring_model(source, codec, seed=seed, **settings).classifier
+        _quantize(scoring.classifier, quantize, dtype, reload)
     return scoring
 
 
-def load_classifier(source: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_classifier(
+    source: str, *, dtype: torch.dtype, trust_remote_code: bool = False, quantize: str = "none"
+) -> PreTrainedModel:
     """A sequence-classification model as it is: of any architecture, whole on every rank, without dropout.
+
+    Args:
+        quantize: as of `load_causal_lm`.
 
     Raises:
         ModelError: as of `load_causal_lm`.
@@ -125,7 +151,16 @@ def load_classifier(source: str, *, dtype: torch.dtype, trust_remote_code: bool 
     from transformers import AutoModelForSequenceClassification
 
     model, _ = _load(AutoModelForSequenceClassification, source, dtype, 0.0, trust_remote_code)
+    if quantize != "none":
+        _quantize(model, quantize, dtype)
     return model
+
+
+def _quantize(
+    model: PreTrainedModel, kind: str, dtype: torch.dtype, reload: Callable[[], PreTrainedModel] | None = None
+) -> None:
+    """Quantise the linear layers that adapters could be added to: all but the output layer and a score's head."""
+    quantize_layers(model, linear_modules(model), kind, dtype, reload)
 
 
 def set_dropout(config: PreTrainedConfig, probability: float) -> None:
@@ -136,6 +171,14 @@ def set_dropout(config: PreTrainedConfig, probability: float) -> None:
     for name, value in list(vars(config).items()):
         if ("drop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, name, probability if "layer" not in name else 0.0)
+
+
+def _config_for(source: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a model that is to compute in `dtype`. Raises ModelError if it cannot."""
+    config = load_config(source, trust_remote_code)
+    if dtype == torch.float16 and is_encoder_decoder(config):
+        raise ModelError(source, f"{config.model_type} overflows in fp16: use bf16 or fp32")
+    return config
 
 
 @contextlib.contextmanager
@@ -162,13 +205,14 @@ def _load(
     dropout: float | None,
     trust_remote_code: bool,
     new_head: bool = False,
+    check: bool = True,
     **config_changes: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of those weights that no file holds: of a `new_head` only."""
     config = load_config(source, trust_remote_code, **config_changes)
     if dropout is not None:
         set_dropout(config, dropout)
-    with explained(source):
+    with explained(source), output_untied(auto_class, config):
         model, loading = auto_class.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
@@ -196,7 +240,9 @@ def _load(
             "it comes with an adapter, which would be all that is trained: download both and make one model of them "
             "with inference/merge_lora.py",
         )
-    check_finite(model, source)
+    if check:
+        check_finite(model, source)
+    keep_output_untied(model)
     return model, new
 
 
@@ -225,6 +271,7 @@ def _fit(model: PreTrainedModel, codec: Codec, gradient_checkpointing: bool) -> 
             bos_token_id=codec.tokenizer.bos_token_id,
             eos_token_id=ends[0] if len(ends) == 1 else ends,
             pad_token_id=codec.pad_id,
+            decoder_start_token_id=start_id(model),
         )
     model.config.use_cache = False
     if gradient_checkpointing:

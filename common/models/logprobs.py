@@ -8,7 +8,8 @@ cannot influence a result or a gradient. The output head runs on these positions
 logits never take more memory than one chunk.
 
 Shapes: B sequences of L tokens, R tokens in the longest response, N positions that are read, H the hidden size, V the
-vocabulary. `inputs` are the arguments of the model's forward, among them `input_ids` (B, L) long.
+vocabulary. `inputs` are the arguments of the model's forward, among them `input_ids` (B, L) long. An encoder-decoder
+gets prompt and response apart, see `common.models.encoder_decoder`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from common.models.encoder_decoder import model_inputs, predicted_ids
 from common.models.engine import Engine
 from common.models.token_sets import TokenSets
 
@@ -56,6 +58,7 @@ def response_log_probs(
     Returns:
         (B, R), float32 for a half-precision model; 0 after the end of a response.
     """
+    inputs, prompt_lengths = model_inputs(model, inputs, prompt_lengths, response_lengths)
     window = _ResponseWindow(prompt_lengths, response_lengths)
     return window.spread(_read_tokens(model, inputs, window.row, window.position, temperature, kept=kept)[:, 0])
 
@@ -72,6 +75,7 @@ def response_log_probs_and_entropy(
 
     Both (B, R), 0 after the end of a response; the entropy carries no gradient.
     """
+    inputs, prompt_lengths = model_inputs(model, inputs, prompt_lengths, response_lengths)
     window = _ResponseWindow(prompt_lengths, response_lengths)
     numbers = _read_tokens(model, inputs, window.row, window.position, temperature, entropy=True, kept=kept)
     return window.spread(numbers[:, 0]), window.spread(numbers[:, 1])
@@ -127,7 +131,7 @@ def _read_tokens(
 
     row, position: (N,) long; kept: N sets. Returns (N, 2), or (N, 1) without the entropy.
     """
-    tokens = inputs["input_ids"][row, position + 1]
+    tokens = predicted_ids(inputs)[row, position + 1]
     # Calling the head outside the model's forward would bypass ZeRO-3's hooks, so it is replaced within the forward.
     causal_lm: Any = getattr(model, "module", model)
     if _changes_logits(causal_lm):

@@ -7,6 +7,7 @@ A (r, in) and B (out, r) are trained and B starts at 0.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from common.errors import InputError
 from common.models.added_token import NewRow, fold_row, train_new_row
 from common.models.heads import head_names
+from common.models.quantization import QuantizedLinear, full_precision, quantized_layers
 from common.paths import from_anywhere
 
 ADAPTER = "default"  # peft's name of the only adapter
@@ -60,7 +62,7 @@ def add_lora(
         InputError: `modules` matches no linear layer (the message lists the kinds there are).
         AddedTokenError: the row of a new end token cannot be trained.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
     linear = linear_modules(model)
     wanted = [part.strip() for part in modules.split(",") if part.strip()]
@@ -68,27 +70,62 @@ def add_lora(
     if not targets:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise InputError(modules, f"matches no linear layer; the model's are {', '.join(kinds)}")
-    model.requires_grad_(False)
-    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     config = LoraConfig(
         r=dim,
         lora_alpha=1 if alpha is None else alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=dropout,
         target_modules=targets,
         bias="none",
-        fan_in_fan_out=transposed,
         base_model_name_or_path=from_anywhere(base_name),
     )
     torch.manual_seed(seed)
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    _inject(model, config)
     if alpha is None:
         _init_as_deepspeed_chat(model)
+    return model
+
+
+def _inject(model: nn.Module, config: Any) -> None:
+    """Freeze `model` and add adapters by a LoraConfig."""
+    from peft import inject_adapter_in_model
+
+    config.modules_to_save = None  # of a head peft would make a copy
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
+    model.requires_grad_(False)
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name in head_names(model):
         model.get_submodule(name).requires_grad_(True)
     config.modules_to_save = head_names(model) or None
     train_new_row(model)
     cast(Any, model).lora_config = config  # for `has_lora` and `save_adapter`; nn.Module declares no such attribute
-    return model
+
+
+def on_full_precision(
+    model: nn.Module, state: dict[str, torch.Tensor]
+) -> tuple[nn.Module, dict[str, torch.Tensor]] | None:
+    """What a quantised model has learnt, on its base in full precision; None for a model that is not quantised.
+
+    Args:
+        model: with adapters; only its structure is read.
+        state: its full state dict on the CPU.
+
+    Returns:
+        The base, loaded anew, with adapters of the same shapes; and the state dict of both.
+    """
+    base = full_precision(model)
+    if base is None:
+        return None
+    _inject(base, copy.deepcopy(cast(Any, model).lora_config))
+    quantized = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    whole: dict[str, torch.Tensor] = {}
+    tied: dict[int, torch.Tensor] = {}  # stay one tensor
+    for name, value in base.state_dict().items():
+        if ".lora_" in name:
+            value = state[name]
+        elif name not in quantized:  # raised to fp32, so it goes back unchanged
+            value = tied.setdefault(id(state[name]), state[name].to(value.dtype))
+        whole[name] = value
+    return base, whole
 
 
 def _init_as_deepspeed_chat(model: nn.Module) -> None:
@@ -126,16 +163,22 @@ def folded_adapters(model: nn.Module) -> Iterator[None]:
     """Within the context the adapters are part of the base weights: the same function at the base model's speed.
 
     New tensors hold the sums, and the base weights come back bit for bit afterwards. In half precision each sum is
-    rounded once. The weights must not be partitioned.
+    rounded once. Quantised weights are restored for it, those of layers without adapters too. The weights must not be
+    partitioned.
     """
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    quantized = quantized_layers(model)
     try:
         for layer in _lora_layers(model).values():
-            weight = layer.base_layer.weight
-            kept.append((weight, weight.data))
-            weight.data = fold(
-                weight.data, _down(layer).data, _up(layer).data, layer.scaling[ADAPTER], layer.fan_in_fan_out
-            )
+            base = layer.base_layer
+            adapter = _down(layer).data, _up(layer).data, layer.scaling[ADAPTER], layer.fan_in_fan_out
+            if isinstance(base, QuantizedLinear):
+                base.whole = fold(base.restored(), *adapter)
+            else:
+                kept.append((base.weight, base.weight.data))
+                base.weight.data = fold(base.weight.data, *adapter)
+        for base in quantized:
+            base.whole = base.restored() if base.whole is None else base.whole
         # Tied embeddings share one weight, which must be changed once.
         for row in {id(module.weight): module for module in _new_rows(model).values()}.values():
             kept.append((row.weight, row.weight.data))
@@ -145,14 +188,20 @@ def folded_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for weight, data in kept:
             weight.data = data
+        for base in quantized:
+            base.whole = None
 
 
 def folding_takes(model: nn.Module) -> int:
     """Bytes that `folded_adapters` needs in addition to the base weights."""
-    folded = [layer.base_layer.weight for layer in _lora_layers(model).values()]
+    quantized = quantized_layers(model)
+    bases = (layer.base_layer for layer in _lora_layers(model).values())
+    folded = [base.weight for base in bases if not isinstance(base, QuantizedLinear)]
     folded += [row.weight for row in _new_rows(model).values()]
     weights = {id(weight): weight for weight in folded}  # tied embeddings share one weight
-    return sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights.values())
+    return sum(
+        getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in weights.values()
+    ) + sum(base.in_features * base.out_features * base.computes_in.itemsize for base in quantized)
 
 
 def fold(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float, transposed: bool) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Defines the models that score: a decoder with one number per position, an encoder with one number per sequence.
+"""Defines the models that score: a decoder with one number per position, an encoder with one number per sequence, an
+encoder-decoder with either.
 
 `sequence_scores` reads the scores of either kind. What is saved is the inner transformers sequence-classification
 model, which gives the same scores.
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.models.calibration import RAW
+from common.models.encoder_decoder import is_encoder_decoder
 from common.models.heads import head_names, is_encoder_config
 
 
@@ -76,24 +78,64 @@ class ScalarModel(ScoringModel):
             self.register_buffer("reward_bias", bias, persistent=False)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, reward: bool = False
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        reward: bool = False,
+        decoder_input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Numbers at every position.
 
         Args:
             input_ids: (B, L) right-padded.
             attention_mask: (B, L), 1 on real tokens; not needed, since no real token attends to what comes after it.
+            decoder_input_ids: with an encoder, the target (B, L'), right-padded; `input_ids` are the source then, and
+                need a mask. See `common.models.encoder_decoder.model_inputs`.
             reward: use the head that `keep_reward_head` has kept, without calibration. With the adapters disabled, the
                 results are the raw scores of the reward model that this model was loaded from.
 
         Returns:
-            (B, L) fp32; the numbers at padding are meaningless.
+            (B, L) fp32, with an encoder (B, L'); the numbers at padding are meaningless.
         """
         backbone = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        target = {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
+        hidden = backbone(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **target
+        ).last_hidden_state
         if reward:
             return _scores(hidden, self.reward_weight, self.reward_bias).squeeze(-1)
-        return self.calibration.normalise(self.classifier.score(hidden).squeeze(-1))
+        return self.calibration.normalise(self._numbers(hidden).squeeze(-1))
+
+    def _numbers(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head makes of hidden states (B, L, H): (B, L, 1)."""
+        numbers: torch.Tensor = self.classifier.score(hidden)
+        return numbers
+
+
+class TargetScalarModel(ScalarModel):
+    """An encoder-decoder with a number at every position of the target, a critic: its encoder reads the prompt alone.
+
+    Args:
+        classifier: a transformers *ForSequenceClassification model with a `classification_head`.
+        calibration: as of `ScalarModel`.
+
+    Attributes:
+        config: of the classifier; by it `common.models.encoder_decoder.model_inputs` knows what the model reads.
+    """
+
+    def __init__(self, classifier: Any, calibration: Scale = RAW):
+        ScoringModel.__init__(self)
+        for layer in _linear_layers_beside(classifier):
+            layer.__class__ = ScoreHead
+        self.classifier, self.config = classifier, classifier.config
+        self.calibration = calibration
+
+    def keep_reward_head(self) -> None:
+        """Nothing: as a reward model, an encoder-decoder reads a sequence otherwise, so it is always a model apart."""
+
+    def _numbers(self, hidden: torch.Tensor) -> torch.Tensor:
+        numbers: torch.Tensor = self.classifier.classification_head(hidden)
+        return numbers
 
 
 class EncoderModel(ScoringModel):
@@ -122,8 +164,37 @@ class EncoderModel(ScoringModel):
         return self.classifier(input_ids=input_ids, attention_mask=attention_mask).logits.float().squeeze(-1)
 
 
-def scoring_model(classifier: Any, calibration: Scale = RAW) -> ScoringModel:
-    """The model around a transformers *ForSequenceClassification model; only a `ScalarModel` has a calibration."""
+class EncoderDecoderModel(EncoderModel):
+    """An encoder-decoder that scores a whole sequence. Encoder and decoder both read all of it, as in transformers.
+
+    Args:
+        classifier: a transformers *ForSequenceClassification model with a `classification_head`.
+    """
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """As of `EncoderModel`. The head reads what the decoder, a token behind, computes at the last real position."""
+        backbone = getattr(self.classifier, self.classifier.base_model_prefix)
+        start = torch.full_like(input_ids[:, :1], self.classifier.config.decoder_start_token_id)
+        hidden = backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=torch.cat([start, input_ids[:, :-1]], 1),
+            use_cache=False,
+        ).last_hidden_state
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        scores: torch.Tensor = self.classifier.classification_head(hidden[rows, mask.sum(1) - 1])
+        return scores.squeeze(-1)
+
+
+def scoring_model(classifier: Any, calibration: Scale = RAW, values: bool = False) -> ScoringModel:
+    """The model around a transformers *ForSequenceClassification model; only a `ScalarModel` has a calibration.
+
+    Args:
+        values: a number at every position is wanted, also of an encoder-decoder.
+    """
+    if is_encoder_decoder(classifier.config):
+        return TargetScalarModel(classifier, calibration) if values else EncoderDecoderModel(classifier)
     return EncoderModel(classifier) if is_encoder_config(classifier.config) else ScalarModel(classifier, calibration)
 
 

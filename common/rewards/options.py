@@ -53,6 +53,15 @@ class NamedRewards(Config):
         relieves=(Phase.SCORE,),
         advice="lower {flag}",
     )
+    reward_max_seq_len: int | None = option(
+        None,
+        "longest dialogue that a reward model with a tokenizer of its own reads; the beginning of a longer one is cut "
+        "off; none: as long as it can",
+        unit="tokens of that model",
+        low=16,
+        relieves=(Phase.SCORE,),
+        advice="lower {flag}",
+    )
 
     keep_columns: tuple[str, ...] = option(
         (),
@@ -87,3 +96,4 @@ class NamedRewards(Config):
         self.only_with("a service in --reward", service, "reward_retries", "reward_header_env")
         self.only_with("a service in --reward, or with --reward_workers", service or timed, "reward_timeout")
         self.only_with("a service or a reward model in --reward", service or "model" in kinds, "reward_batch_size")
+        self.only_with("a reward model in --reward", "model" in kinds, "reward_max_seq_len")

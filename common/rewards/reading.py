@@ -9,7 +9,7 @@ from common.artifacts.compatibility import text_of
 from common.artifacts.provenance import read_provenance
 from common.data.tokenization import Codec, load_tokenizer, tokenizer_fingerprint
 from common.errors import ModelError
-from common.models.configuration import gives_scores, load_config
+from common.models.configuration import gives_scores, load_config, without_embedding
 
 
 def check_reward_model(source: str, trust_remote_code: bool = False) -> None:
@@ -46,13 +46,13 @@ def check_text_model(source: str, trust_remote_code: bool = False) -> None:
         raise ModelError(
             source, f"it is a classifier of {config.num_labels} labels, and a reward model gives one score"
         )
-    tokens = len(load_tokenizer(source, trust_remote_code=trust_remote_code))
-    known = getattr(config.get_text_config(), "vocab_size", tokens)
-    if tokens > known:
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if without_embedding(config, tokenizer):
+        known = config.get_text_config().vocab_size
         raise ModelError(
             source,
-            f"its tokenizer has {tokens} tokens and its config.json {known}: they are not of one model; put the files "
-            "of the model's own tokenizer there",
+            f"its tokenizer has {len(tokenizer)} tokens and its config.json {known}: they are not of one model; put "
+            "the files of the model's own tokenizer there",
         )
 
 

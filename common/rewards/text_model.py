@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from common.artifacts.compatibility import trained_codec
 from common.artifacts.provenance import read_provenance
 from common.data.keeping import prompt_of
+from common.data.records import Prompt
 from common.data.tokenization import Codec, load_tokenizer, make_codec, published_ends
 from common.errors import ModelError
 from common.models.configuration import load_config, max_positions
-from common.models.heads import is_encoder_config
+from common.models.encoder_decoder import is_encoder_decoder
+from common.models.heads import head_names, is_encoder_config
 from common.models.loading import load_classifier
 from common.models.scalar import EncoderModel, scoring_model, sequence_scores
 from common.rewards.batch import Messages, RewardBatch, Scores
@@ -35,6 +37,8 @@ class TextRewardModel:
         device: where it computes.
         batch_size: responses of one pass.
         offload: keep the weights in CPU memory between the calls.
+        max_tokens: of a dialogue; None: as many as the model can read.
+        quantize: how its linear layers are held: none, nf4 or int8. They then compute in `dtype`.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -48,16 +52,24 @@ class TextRewardModel:
         device: torch.device,
         batch_size: int,
         offload: bool = False,
+        quantize: str = "none",
         trust_remote_code: bool = False,
+        max_tokens: int | None = None,
     ):
         self.device, self.batch_size, self.offload = device, batch_size, offload
-        classifier = load_classifier(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        classifier = load_classifier(source, dtype=dtype, trust_remote_code=trust_remote_code, quantize=quantize)
         self.encoding = dialogue_encoding(source, trust_remote_code)
-        self.max_tokens = _max_tokens(classifier, self.encoding.tokenizer)
+        limits = [limit for limit in (max_tokens, _max_tokens(classifier, self.encoding.tokenizer)) if limit]
+        self.max_tokens = min(limits, default=None)
+        # A tokenizer without padding was given a token that the model may lack. Padding is masked: any id will do.
+        embeddings: Any = classifier.get_input_embeddings()
+        self.pad_id = self.encoding.pad_id if self.encoding.pad_id < embeddings.num_embeddings else 0
         # A head called `score` is that of a decoder, which is read at the last token; other models pool by themselves.
         self._decoder = isinstance(getattr(classifier, "score", None), nn.Linear)
         model: nn.Module = classifier
-        if self._decoder or is_encoder_config(classifier.config):
+        config = classifier.config
+        has_own_head = is_encoder_config(config) or is_encoder_decoder(config) and head_names(classifier)
+        if self._decoder or has_own_head:
             model = scoring_model(classifier)  # its head computes in fp32
         self.model = model.eval().requires_grad_(False).to("cpu" if offload else device)
         if self.max_tokens is not None:
@@ -98,7 +110,7 @@ class TextRewardModel:
     def _scores(self, rows: list[dict[str, list[int]]]) -> Tensor:
         """(b,) fp32 raw scores."""
         lengths = [len(row["input_ids"]) for row in rows]
-        padding = {"input_ids": self.encoding.pad_id, "attention_mask": 0, "token_type_ids": 0}
+        padding = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0}
         width = max(lengths)
         inputs = {
             name: torch.tensor([row[name] + [padding[name]] * (width - len(row[name])) for row in rows]).to(self.device)
@@ -142,7 +154,8 @@ def dialogue_encoding(source: str, trust_remote_code: bool = False) -> DialogueE
     Raises:
         UserError: its tokenizer cannot be used.
     """
-    closed = is_encoder_config(load_config(source, trust_remote_code))
+    config = load_config(source, trust_remote_code)
+    closed = is_encoder_config(config) or is_encoder_decoder(config)
     provenance = read_provenance(source)
     if provenance is not None:
         codec = trained_codec(provenance, source, trust_remote_code=trust_remote_code)
@@ -160,20 +173,32 @@ def _by_codec(codec: Codec, closed: bool) -> Callable[..., dict[str, list[int]]]
     """The ids that a model was trained on.
 
     Args:
-        closed: whether the end token closes unfinished responses too, as an encoder's separator does.
+        closed: whether the end token closes unfinished responses too, as it does for models with an encoder.
     """
 
     def encode(messages: Messages, response: str, finished: bool, max_tokens: int | None) -> dict[str, list[int]]:
-        ended = codec.encode_response(response)
-        response_ids = ended if finished or closed else ended[:-1]
-        prompt = prompt_of(messages)
-        if max_tokens is not None and len(response_ids) > max_tokens - codec.shortest_prompt:
-            response_ids = response_ids[len(response_ids) - (max_tokens - codec.shortest_prompt) :]
-        room = None if max_tokens is None else max_tokens - len(response_ids)
-        ids = codec.encode_prompt(prompt, room) + response_ids
+        ids = dialogue_ids(codec, prompt_of(messages), response, finished or closed, max_tokens)
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     return encode
+
+
+def dialogue_ids(codec: Codec, prompt: Prompt, response: str, ended: bool, max_tokens: int | None) -> list[int]:
+    """The ids of a prompt and a response, at most `max_tokens`: the prompt loses its beginning first, and if that is
+    not enough, so does the response, because a score is read at the end.
+
+    Args:
+        ended: whether the end token follows.
+    """
+    response_ids = codec.encode_response(response)
+    if not ended:
+        response_ids = response_ids[:-1]
+    if max_tokens is None:
+        return codec.encode_prompt(prompt) + response_ids
+    room = max_tokens - codec.shortest_prompt
+    if len(response_ids) > room:
+        response_ids = response_ids[len(response_ids) - room :]
+    return codec.encode_prompt(prompt, max_tokens - len(response_ids)) + response_ids
 
 
 def _as_pair(tokenizer: PreTrainedTokenizerBase) -> Callable[..., dict[str, list[int]]]:

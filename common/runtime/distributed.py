@@ -128,3 +128,12 @@ def gather_objects(item: Item) -> list[Item]:
     items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def from_main(item: Item) -> Item:
+    """The picklable item of rank 0, on every rank; those of the others are ignored. All ranks must call it."""
+    if not dist.is_initialized() or world_size() == 1:
+        return item
+    items = [item]
+    dist.broadcast_object_list(items, src=0)
+    return items[0]

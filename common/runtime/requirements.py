@@ -5,6 +5,7 @@ Programs call this before they import any package; it imports nothing slow.
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import sys
@@ -32,6 +33,8 @@ def begin_program(*, trains: bool) -> None:
         SystemExit: code 2 after one line on stderr, see `require_environment`.
     """
     require_environment()
+    # peft imports bitsandbytes wherever it is installed, and on a CPU that misses a package that nothing here needs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if trains:
         from common.runtime import watchdog  # imports psutil, which is installed only if the environment is complete
 
@@ -50,6 +53,12 @@ def require_environment() -> None:
         script = relpath(ROOT / "launch" / "environment.sh")
         _exit_with_error(f"{sys.executable} has no {', '.join(missing)}: run `source {script}` first")
     _require_open_files()
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported. A mere directory of that name, such as the one that wandb makes, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _require_open_files() -> None:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from common.batching.collate import collate_prompts
 from common.batching.sampler import MicroBatch
 from common.data.tokenization import Codec
+from common.models.encoder_decoder import behind_prompts
 from common.models.engine import Engine
 from common.runtime.distributed import device, world_size
 
@@ -55,7 +56,7 @@ def responses_to(
     tokens = batch.input_ids
     if new_tokens > 0:
         with _seeded(seed):
-            tokens = engine.module.generate(
+            generated = engine.module.generate(
                 input_ids=tokens,
                 attention_mask=batch.attention_mask,
                 max_new_tokens=new_tokens,
@@ -64,6 +65,7 @@ def responses_to(
                 use_cache=True,
                 synced_gpus=engine.zero_optimization_partition_weights() and world_size() > 1,
             )
+        tokens = behind_prompts(engine.module, tokens, generated)
     prompt_ids = held_out.select(rows)["prompt_ids"]
     return [
         Response(row, list(prompt), ids[: codec.end_of(ids) + 1])

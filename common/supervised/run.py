@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Generic
 
 from datasets import Dataset
 from torch import nn
@@ -24,8 +25,9 @@ from common.models.configuration import check_length
 from common.models.engine import Engine
 from common.models.lora import add_lora
 from common.paths import writing_to
-from common.runtime.distributed import rank, seed_rank, world_size
+from common.runtime.distributed import rank, say, seed_rank, world_size
 from common.supervised.config import SupervisedConfig
+from common.supervised.streaming import Streaming, streamed_steps, with_place
 from common.supervised.task import BatchT, ConfigT, SupervisedTask
 from common.supervised.trainer import SupervisedTrainer, probe
 from common.training.engine import (
@@ -37,7 +39,7 @@ from common.training.engine import (
     frozen_engine,
     training_engine,
 )
-from common.training.loop import SupervisedLoop
+from common.training.loop import Steps, SupervisedLoop
 from common.training.memory import MAX_TOKENS, advising_on_memory, fit_micro_batches, named_when_out_of_memory
 from common.training.metrics import Metrics
 from common.training.optim import CannotCompile
@@ -50,11 +52,22 @@ class Inputs:
     Attributes:
         source: directory or hub name of the model.
         data: the same on every rank.
+        stream: the rows to train on, where they are streamed; `data` then is what their first ones gave.
     """
 
     source: str
     codec: Codec
     data: PreparedData
+    stream: Streaming | None = None
+
+
+@dataclass(frozen=True)
+class Training(Generic[ConfigT, BatchT]):
+    """What a run trains with: the trainer, the optimizer steps of the run, and what a checkpoint holds."""
+
+    trainer: SupervisedTrainer[ConfigT, BatchT]
+    steps: Steps
+    state: TrainingState
 
 
 def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Metrics:
@@ -67,16 +80,17 @@ def run_supervised(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Me
     """
     inputs = read_inputs(task, config)
     run = start_run(config, inputs.data, pieces={"task": task})
-    with advising_on_memory(config):
-        trainer, state = build(task, config, inputs, run)
-        loop = SupervisedLoop.from_config(config, trainer.batching.sampler, run.tracker)
-        saver = run.restore(state)
+    with run.tracker, advising_on_memory(config):
+        training = build(task, config, inputs, run)
+        trainer = training.trainer
+        loop = SupervisedLoop.from_config(config, training.steps, run.tracker)
+        saver = run.restore(training.state)
         with saver.reporting_last_good():
             metrics = loop.run(trainer.train_step, trainer.evaluate, saver.steps_done, saver.on_step_end)
             # Before the result is written: an error in the samples must not leave an incomplete result.
             run.tracker.samples("after", trainer.samples(inputs.codec))
             publish(task, config, inputs, trainer.engine, metrics)
-    report_done(run.tracker, loop.total_steps, metrics, config.output_dir)
+        report_done(run.tracker, loop.total_steps, metrics, config.output_dir)
     run.checkpoints.discard()
     trainer.engine.destroy()
     return metrics
@@ -96,7 +110,13 @@ def read_inputs(task: SupervisedTask[ConfigT, BatchT], config: ConfigT) -> Input
     with config.naming_flags():
         data = task.prepare(codec)
     say_data(data)
-    return Inputs(source, codec, data)
+    stream = task.stream(codec, data)
+    if stream is not None:
+        say(
+            f"note: these rows are a sample; training rows are read and shuffled while training, and as their number "
+            f"is not known, the run is as long as it was told to be: {stream.steps:,} steps"
+        )
+    return Inputs(source, codec, data, stream)
 
 
 def build_engine(
@@ -137,6 +157,7 @@ def load_model(
             dropout=config.dropout_probability if trainable else 0.0,
             gradient_checkpointing=trainable and config.gradient_checkpointing,
             trust_remote_code=config.trust_remote_code,
+            quantize=config.quantize,
         )
 
 
@@ -149,7 +170,7 @@ def frozen_copy(task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: 
 
 def build(
     task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, run: Run
-) -> tuple[SupervisedTrainer[ConfigT, BatchT], TrainingState]:
+) -> Training[ConfigT, BatchT]:
     """The trainer, with micro-batches that fit into memory, and what its checkpoints hold.
 
     Args:
@@ -157,7 +178,8 @@ def build(
     """
     pad_id = inputs.codec.pad_id
     with named_when_out_of_memory("loading the model"):
-        engine = build_engine(task, config, inputs, scheduled_steps(config, len(inputs.data.train)))
+        steps = inputs.stream.steps if inputs.stream else scheduled_steps(config, len(inputs.data.train))
+        engine = build_engine(task, config, inputs, steps)
         copy = partial(frozen_copy, task, config, inputs)
         data = task.annotated(engine, inputs.source, inputs.data, pad_id, copy)
     rows, held_out = data.train, data.eval
@@ -169,18 +191,23 @@ def build(
         task.sequences_per_row * max(rows["length"]),
         config.per_device_train_batch_size * config.gradient_accumulation_steps,
     )
+    batching = task.batching(engine, rows, fitted, pad_id)
     trainer = SupervisedTrainer(
         task,
         engine,
         rows,
         held_out,
-        task.batching(engine, rows, fitted, pad_id),
-        evaluated_on_this_rank(held_out, config),
+        batching,
+        evaluated_on_this_rank(held_out, config, batching.evaluation_pack_to),
         config.max_skipped_steps,
     )
     seed_rank(config.seed)
     state = TrainingState.of_one_engine(engine, trainer.step, **{MAX_TOKENS: fitted.max_tokens_per_micro_batch})
-    return trainer, state
+    if inputs.stream is None:
+        return Training(trainer, batching.sampler, state)
+    streamed = streamed_steps(inputs.stream, batching.sampler, config)
+    trainer.train = streamed.rows
+    return Training(trainer, streamed, with_place(state, streamed))
 
 
 def scheduled_steps(config: SupervisedConfig, rows: int) -> int:
@@ -189,10 +216,10 @@ def scheduled_steps(config: SupervisedConfig, rows: int) -> int:
     return config.num_train_epochs * steps_per_epoch(rows, batch.rows * world_size())
 
 
-def evaluated_on_this_rank(held_out: Dataset, config: SupervisedConfig) -> list[MicroBatch]:
-    """This rank's batches of an evaluation of at most --eval_iters batches."""
+def evaluated_on_this_rank(held_out: Dataset, config: SupervisedConfig, pack_to: int = 0) -> list[MicroBatch]:
+    """This rank's batches of an evaluation of at most --eval_iters batches; for `pack_to` see `Batching`."""
     return evaluation_batches(
-        held_out["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None
+        held_out["length"], config.per_device_eval_batch_size, world_size(), rank(), config.eval_iters or None, pack_to
     )
 
 

@@ -22,6 +22,7 @@ from common.models.configuration import check_language_model
 from common.models.engine import Engine
 from common.runtime.distributed import rank, world_size
 from common.supervised.config import SupervisedConfig
+from common.supervised.streaming import Streaming
 from common.training.metrics import Metrics, Sums
 
 ConfigT = TypeVar("ConfigT", bound=SupervisedConfig)
@@ -35,10 +36,12 @@ class Batching(Generic[BatchT]):
     Attributes:
         sampler: the rows of each optimizer step, cut into this rank's micro-batches.
         collate: turns a micro-batch of the rows into tensors on the CPU.
+        evaluation_pack_to: if not 0, rows that are evaluated share sequences of so many tokens.
     """
 
     sampler: StepSampler
     collate: Callable[[Dataset, MicroBatch], BatchT]
+    evaluation_pack_to: int = 0
 
 
 class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
@@ -73,6 +76,14 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
 
         It is called before the ranks are connected, so no timeout limits its duration.
         """
+
+    def stream(self, codec: Codec, sample: PreparedData) -> Streaming | None:
+        """The rows to train on where they are streamed; None: they are those that were prepared.
+
+        Args:
+            sample: what `prepare` gave, whose held-out rows are evaluated in any case.
+        """
+        return None
 
     @abstractmethod
     def load_model(self, source: str, codec: Codec, **settings: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from common.batching.sampler import MicroBatch
+from common.batching.streamed_steps import StreamedRows
 from common.data.tokenization import Codec
 from common.runtime.distributed import device, global_sum
 from common.supervised.task import Batching, BatchT, ConfigT, SupervisedTask
@@ -25,7 +26,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
 
     Args:
         engine: a DeepSpeed engine around the model of the task.
-        train, held_out: prepared rows.
+        train, held_out: prepared rows; the former may be streamed.
         batching: how training rows become batches.
         evaluation_batches: this rank's part of the evaluation.
         max_skipped_steps: the number of consecutive skipped optimizer steps that ends the run.
@@ -38,7 +39,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
         self,
         task: SupervisedTask[ConfigT, BatchT],
         engine: TrainedEngine,
-        train: Dataset,
+        train: Dataset | StreamedRows,
         held_out: Dataset,
         batching: Batching[BatchT],
         evaluation_batches: Sequence[MicroBatch],
@@ -94,7 +95,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
         self.engine.train()
         return rows
 
-    def _batches(self, rows: Dataset, micro_batches: Sequence[MicroBatch]) -> Iterator[BatchT]:
+    def _batches(self, rows: Dataset | StreamedRows, micro_batches: Sequence[MicroBatch]) -> Iterator[BatchT]:
         for micro_batch in micro_batches:
             yield self.batching.collate(rows, micro_batch).to(device())
 

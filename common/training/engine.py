@@ -16,10 +16,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from common.config.groups import OneModelConfig, RunOptions, ScheduleOptions, TrainedModelOptions
+from common.config.groups import QUANTIZATIONS, OneModelConfig, RunOptions, ScheduleOptions, TrainedModelOptions
 from common.config.parser import Config, options
 from common.errors import InputError, named_by
 from common.models.engine import Engine
+from common.models.quantization import check_quantization
 from common.runtime.distributed import device, on_gpu, world_size
 from common.training.gradients import GradientSize
 from common.training.optim import (
@@ -52,9 +53,16 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def check_engine_options(config: RunOptions) -> None:
-    """Raise UserError if --dtype or --deepspeed_config cannot be used. Programs call it before they load anything."""
+    """Raise UserError if --dtype, --deepspeed_config or weights of few bits cannot be used.
+
+    Programs call it before they load anything.
+    """
     with named_by("--dtype"):
-        resolve_dtype(config.dtype)
+        dtype = resolve_dtype(config.dtype)
+    for name, meta in options(type(config)).items():
+        if meta.choices == QUANTIZATIONS:
+            with named_by(f"--{name}"):
+                check_quantization(getattr(config, name), dtype)
     if config.deepspeed_config:
         with named_by("--deepspeed_config"):
             check_override(config.deepspeed_config, type(config))
@@ -78,11 +86,13 @@ class EngineSettings:
 
     Attributes:
         zero_stage: 0, 1, 2 or 3.
-        dtype: of the weights in forward and backward; the optimizer keeps fp32 masters.
+        dtype: of the weights in forward and backward; the optimizer keeps fp32 masters. A quantised model computes in
+            it, but all its other weights are fp32.
         micro_batch: rows per rank and forward pass; DeepSpeed uses it only to report its throughput.
         offload: keep optimizer state (ZeRO 1-3) and parameters (ZeRO 3) in CPU memory.
         max_grad_norm: clip gradients to this global norm; 0 turns it off.
         override: path of a JSON file that is merged over the generated configuration.
+        quantize: how the linear layers of the model are held: none, nf4 or int8.
     """
 
     zero_stage: int
@@ -91,6 +101,7 @@ class EngineSettings:
     offload: bool = False
     max_grad_norm: float = 0.0
     override: str | None = None
+    quantize: str = "none"
 
     @classmethod
     def from_config(cls, config: OneModelConfig) -> EngineSettings:
@@ -102,6 +113,7 @@ class EngineSettings:
             config.offload,
             config.max_grad_norm,
             config.deepspeed_config,
+            config.quantize,
         )
 
 
@@ -153,10 +165,10 @@ def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict[s
     gradients, which it does not have. fp16 trains at stage 1 or above: at stage 0 DeepSpeed's optimizer divides the
     gradients by the loss scale, although `engine.backward` has not multiplied the loss by it.
     """
-    stage = settings.zero_stage
+    stage, dtype = settings.zero_stage, settings.dtype if settings.quantize == "none" else torch.float32
     if not trainable and stage != 3:
         stage = 0
-    if trainable and settings.dtype == torch.float16:
+    if trainable and dtype == torch.float16:
         stage = max(stage, 1)
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
     if stage == 3:
@@ -175,8 +187,8 @@ def deepspeed_config(settings: EngineSettings, trainable: bool = True) -> dict[s
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": settings.dtype == torch.bfloat16},
-        "fp16": {"enabled": settings.dtype == torch.float16, "initial_scale_power": 16},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16, "initial_scale_power": 16},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
-from common.batching.sampler import MicroBatch, StepSampler
+from common.batching.sampler import MicroBatch
 from common.config.groups import OneModelConfig
 from common.config.option import Phase
 from common.errors import DIVERGED, Diverged
@@ -21,6 +21,15 @@ from common.training.metrics import Metrics, Recorder, StepMetrics
 
 TrainStep = Callable[[Sequence[MicroBatch]], StepMetrics]
 Evaluate = Callable[[], Metrics]
+
+
+class Steps(Protocol):
+    """The optimizer steps of a run, as one rank sees them: `StepSampler` or `StreamedSteps`."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def steps(self, epochs: int, done: int = 0) -> Iterator[list[MicroBatch]]: ...
 
 
 @dataclass
@@ -36,7 +45,7 @@ class SupervisedLoop:
         print_steps: print every logged step, besides the progress bar.
     """
 
-    sampler: StepSampler
+    sampler: Steps
     tracker: Recorder
     epochs: int
     eval_interval: int
@@ -45,7 +54,7 @@ class SupervisedLoop:
     print_steps: bool
 
     @classmethod
-    def from_config(cls, config: OneModelConfig, sampler: StepSampler, tracker: Recorder) -> SupervisedLoop:
+    def from_config(cls, config: OneModelConfig, sampler: Steps, tracker: Recorder) -> SupervisedLoop:
         """The loop of step 1 and step 2."""
         return cls(
             sampler,
@@ -84,9 +93,9 @@ class SupervisedLoop:
             The metrics of the last evaluation.
         """
         mark_training_started()
-        steps = (micro_batches for epoch in range(self.epochs) for micro_batches in self.sampler.epoch(epoch))
+        steps = self.sampler.steps(self.epochs, done)
         with self.tracker.progress(self.total_steps, "training", done) as bar:
-            for steps_done, micro_batches in enumerate(islice(steps, done, self.total_steps), start=done):
+            for steps_done, micro_batches in enumerate(islice(steps, self.total_steps - done), start=done):
                 if self._evaluation_is_due(steps_done):
                     self._evaluate(evaluate, steps_done)
                 self._train(train_step, micro_batches, steps_done + 1, bar)

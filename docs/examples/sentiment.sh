@@ -28,15 +28,14 @@ flags=(
     --output_dir "$output/ppo"
     --data_path "$output/prompts.jsonl" --data_output_path "$output/data"
     --data_split 0,0,1 --split_by prompt --eval_fraction 0.25 --eval_prompts 64
-    --dtype $dtype
     --template none --max_prompt_seq_len 24 --max_answer_seq_len 16
     # 64 answers in an iteration and in an optimizer step: 4 to each of 16 prompts.
     --advantage rloo --answers_per_prompt 4 --per_device_generation_batch_size 16
     --per_device_training_batch_size 16 --gradient_accumulation_steps 4
     --actor_lora_dim 16 --actor_lora_alpha 32 --actor_lora_learning_rate 1e-3 --actor_zero_stage 0
-    --num_warmup_steps 3 --lr_scheduler_type linear --num_train_epochs 100 --max_iterations 40
+    --num_warmup_steps 3 --lr_scheduler_type linear --num_train_epochs 100 --max_iterations 24
     # Most answers are cut by length: that is no fault here.
-    --kl_coef 0.1 --missing_eos_penalty 0
+    --kl_coef 0.05 --missing_eos_penalty 0
 )
-launch_step step3_ppo 1 "${flags[@]}" "$@"
+launch_step step3_ppo 1 "${flags[@]}" --dtype $dtype "$@"
 python "$examples/sentiment_report.py" "$output"

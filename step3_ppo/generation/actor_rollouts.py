@@ -3,11 +3,13 @@
 Two ways give the same tokens. In generation mode (see `generation_mode`) every rank decodes its own prompts with
 continuous batching. The plain way calls transformers' `generate` on batches that stay together. It is used where
 generation mode cannot be: for a ZeRO-3 actor that does not fit on one rank, whose layers are gathered for every token
-with all ranks in step, and for models that do not attend to the whole sequence.
+with all ranks in step, and for models that do not attend to the whole sequence. An encoder-decoder generates the plain
+way, but with the weights of generation mode where they fit.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +18,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from common.batching.collate import PromptBatch
+from common.models.encoder_decoder import behind_prompts, prompt_width, start_id
 from common.runtime.distributed import device, is_main, on_every_rank, say
 from common.runtime.signals import stop_requested
 from step3_ppo.generation.continuous_batching import Decoder, Request, SlotCache, can_decode
@@ -70,12 +73,14 @@ class ActorRollouts:
             this rank was asked to stop meanwhile.
         """
         longest = prompts.input_ids.shape[1] + sampling.max_new_tokens
-        reason = self._why_plain(longest)
-        if reason:
-            self._say_once(f"note: rollouts in batches that stay together, since {reason}")
-            with _bar(len(prompts.lengths) * sampling.samples_per_prompt) as bar:
+        reason, encoder_decoder = self._why_plain(longest), start_id(self.engine) is not None
+        if reason or encoder_decoder:
+            said = reason or "this model has an encoder"
+            self._say_once(f"note: rollouts in batches that stay together, since {said}")
+            weights = contextlib.nullcontext() if reason else generation_mode(self.engine)
+            with _bar(len(prompts.lengths) * sampling.samples_per_prompt) as bar, weights:
                 parts = [
-                    self._plainly(part, sampling, iteration, bar.update)
+                    self._plainly(part, sampling, iteration, bar.update, synced=bool(reason))
                     for part in prompts.to(device()).split(self.slots)
                 ]
             return None if stop_requested() else Rollout.concat(parts)
@@ -126,7 +131,7 @@ class ActorRollouts:
         return record.attached_to(rollout)
 
     def _plainly(
-        self, prompts: PromptBatch, sampling: Sampling, iteration: int, progress: Callable[[int], object]
+        self, prompts: PromptBatch, sampling: Sampling, iteration: int, progress: Callable[[int], object], synced: bool
     ) -> Rollout:
         parts = [
             generate(
@@ -139,6 +144,7 @@ class ActorRollouts:
                 iteration=iteration,
                 sample=sample,
                 progress=progress,
+                synced=synced,
             )
             for sample in range(sampling.samples_per_prompt)
         ]
@@ -202,6 +208,7 @@ def generate(
     iteration: int,
     sample: int = 0,
     progress: Callable[[int], object] = lambda finished: None,
+    synced: bool = True,
 ) -> Rollout:
     """One response to every prompt, the plain way. The batch goes on until its last response has ended.
 
@@ -211,10 +218,11 @@ def generate(
         engine: the actor's DeepSpeed engine.
         prompts: left-padded prompts of this rank.
         progress: called with the number of responses finished since the last call.
+        synced: False if each rank has the whole weights, in generation mode.
     """
     uniform = uniforms(seed, iteration, prompts.prompt_index, sampling.max_new_tokens, sample)
     limits = response_limits(seed, iteration, prompts.prompt_index, sampling, sample).to(prompts.input_ids.device)
-    width = prompts.input_ids.shape[1]
+    width = prompt_width(engine, prompts.input_ids)
     choice = _ForcedChoice(width, uniform.to(limits.device), limits, sampling, end_ids, progress)
     engine.eval()
     sequences = engine.module.generate(
@@ -226,11 +234,13 @@ def generate(
             use_cache=True,
             eos_token_id=list(end_ids),
             pad_token_id=pad_id,
+            decoder_start_token_id=start_id(engine),
         ),
         logits_processor=LogitsProcessorList([choice]),
-        synced_gpus=engine.zero_optimization_partition_weights() and engine.dp_world_size > 1,
+        synced_gpus=synced and engine.zero_optimization_partition_weights() and engine.dp_world_size > 1,
     )
     engine.train()
     choice.report_ended(len(limits))
     sequences[:, width].masked_fill_(choice.broken, NO_TOKEN)
+    sequences = behind_prompts(engine, prompts.input_ids, sequences)
     return choice.record.attached_to(to_rollout(sequences, prompts, end_ids, pad_id, limits[:, 1]))

@@ -15,12 +15,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.models.attention import attends_by
+from common.models.quantization import compute_dtype
 
 _NAME = "sdpa_in_the_caches_dtype"
 
 
 def _attend(module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named):
-    output, weights = sdpa_attention_forward(module, query.to(key.dtype), key, value, mask, **named)
+    with torch.autocast(query.device.type, enabled=False):  # in which a quantised model computes
+        output, weights = sdpa_attention_forward(module, query.to(key.dtype), key, value, mask, **named)
     return output.to(query.dtype), weights
 
 
@@ -29,9 +31,15 @@ AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
 
 
 def fastest_cache_dtype(model) -> torch.dtype:
-    """The model's dtype; fp32 for bf16 models on a CPU whose attention can be replaced."""
-    slow = model.device.type == "cpu" and model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa"
-    return torch.float32 if slow and _can_be_replaced(model) else model.dtype
+    """The dtype that the model computes in; fp32 for bf16 on a CPU. The model's own where attention cannot be replaced.
+
+    A quantised model computes in another dtype than that of its weights which are not quantised.
+    """
+    computes = compute_dtype(model)
+    fastest = torch.float32 if model.device.type == "cpu" and computes == torch.bfloat16 else computes
+    if fastest == model.dtype or model.config._attn_implementation != "sdpa":
+        return model.dtype
+    return fastest if _can_be_replaced(model) else model.dtype
 
 
 def _can_be_replaced(model) -> bool:

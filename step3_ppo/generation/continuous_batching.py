@@ -46,6 +46,8 @@ class Request:
 def can_decode(config: PreTrainedConfig, longest: int) -> bool:
     """Whether every layer attends to all of `longest` tokens: no window shorter than that, no recurrent state."""
     config = config.get_text_config()
+    if hasattr(config, "attention_layers"):  # GPT-Neo's names
+        return "local" not in config.attention_layers or config.window_size >= longest
     kinds = set(getattr(config, "layer_types", None) or ["full_attention", "sliding_attention"])
     window = getattr(config, "sliding_window", None)
     if kinds - {"full_attention", "sliding_attention"}:

@@ -23,6 +23,7 @@ from common.batching.sampler import evaluation_batches
 from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm
 from common.models.logprobs import response_log_probs
+from common.models.quantization import quantized_layers
 from common.runtime.distributed import device, is_main, on_every_rank, rank, world_size
 from common.runtime.program import run_program, start
 from common.training.engine import EngineSettings, OptimizerSettings, deepspeed_config, resolve_dtype, training_engine
@@ -35,7 +36,7 @@ from step3_ppo.sharing import share_rollout
 from tests.architectures import build_model
 from tests.distributed.gradient_cases import ROWS, one_step, rows, with_lora
 from tests.distributed.shared_models import shared_models
-from tests.distributed.variants import DEEPSPEED, GENERATION, GENERATION_AT_LENGTH
+from tests.distributed.variants import DEEPSPEED, DEEPSPEED_QUANTIZED, GENERATION, GENERATION_AT_LENGTH
 from tests.supervised import sft_trainer
 
 PROMPTS = 10  # not a multiple of ranks and slots
@@ -60,11 +61,11 @@ def main() -> None:
         (output_dir / f"{world_size()}.json").write_text(json.dumps(found))
 
 
-def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
+def case(model: str, codec, stage: int, lora: bool, dtype: str, quantize: str = "none") -> dict:
     """Two training steps with rollouts before, between and after, optimizer states away meanwhile; and with none."""
     weights, texts, gaps, unmoved, emptied = {}, {}, {}, [], []
     for rolling in (True, False):
-        engine = build(model, codec, stage, lora, dtype)
+        engine = build(model, codec, stage, lora, dtype, quantize)
         trainer = sft_trainer(engine, rows(["prompt_ids", "response_ids"]), codec.pad_id)
         for step in range(3):
             if rolling:
@@ -80,6 +81,7 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
             if step < 2:
                 trainer.train_step(one_step(trainer.train["length"], ROWS // 2))
         weights[rolling] = full_state_dict(engine)
+        released = [not layer.weight.numel() for layer in quantized_layers(engine.module)]
         engine.destroy()
     same = not is_main() or all(torch.equal(weights[True][name], weights[False][name]) for name in weights[True])
     return {
@@ -88,6 +90,7 @@ def case(model: str, codec, stage: int, lora: bool, dtype: str) -> dict:
         "weights_unmoved": all(unmoved),
         "training_unmoved": same,
         "states_away": all(emptied),
+        "quantised_weights_released": released,
     }
 
 
@@ -116,8 +119,9 @@ def one_prompt(model: str, codec, stage: int) -> list[list[list[int]]]:
     return texts
 
 
-def build(model: str, codec, stage: int, lora: bool, dtype: str):
-    settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=DEEPSPEED)
+def build(model: str, codec, stage: int, lora: bool, dtype: str, quantize: str = "none"):
+    override = DEEPSPEED if quantize == "none" else DEEPSPEED_QUANTIZED
+    settings = EngineSettings(stage, resolve_dtype(dtype), ROWS, override=override, quantize=quantize)
     network = load_causal_lm(
         model,
         codec,
@@ -125,6 +129,7 @@ def build(model: str, codec, stage: int, lora: bool, dtype: str):
         dropout=0.0,
         ds_config=deepspeed_config(settings),
         gradient_checkpointing=True,
+        quantize=quantize,
     )
     return training_engine(
         with_lora(network) if lora else network, settings, OptimizerSettings(1e-2, 1e-2, 0.0, "constant", 0, 10)
@@ -149,7 +154,7 @@ def whole_rollout(engine, codec, way: str, prompts: int, sampling: Sampling) -> 
     rollouts = ActorRollouts(engine, slots=3, seed=7, end_ids=codec.end_ids, pad_id=codec.pad_id)
     if way == "plain":
         mine = [
-            rollouts._plainly(part, sampling, 1, lambda finished: None)
+            rollouts._plainly(part, sampling, 1, lambda finished: None, synced=True)
             for part in collate_prompts(dataset, batch, codec.pad_id).split(3)
         ]
         whole = share_rollout(type(mine[0]).concat(mine))

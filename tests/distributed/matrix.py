@@ -22,7 +22,6 @@ SHORT = [
     Combination(3, "fp32", False),
     Combination(3, "bf16", True),
 ]
-SHARDED = [combination for combination in SHORT if combination.zero_stage == 3]
 LONG = [combination for combination in _ALL if combination not in SHORT]
 
 ROWS_PER_STEP = 8  # over all ranks, so that runs on other numbers of ranks see the same steps

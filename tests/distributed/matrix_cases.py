@@ -1,7 +1,7 @@
 """All three steps and DPO on preference data, for each combination of the matrix, in one process per rank; step 2 also
 with an encoder.
 
-Run under the launcher: matrix_cases.py [--long|--sharded] DATA TEXTS MODEL ENCODER OUTPUT_DIR
+Run under the launcher: matrix_cases.py [--long] DATA TEXTS MODEL ENCODER OUTPUT_DIR
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
-from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHARDED, SHORT, Combination
+from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHORT, Combination
 from tests.distributed.variants import DEEPSPEED
 
 
 def main() -> None:
     data, texts, model, encoder, output = [word for word in sys.argv[1:] if not word.startswith("--")]
-    combinations = SHARDED if "--sharded" in sys.argv else SHORT + LONG if "--long" in sys.argv else SHORT
+    combinations = SHORT + LONG if "--long" in sys.argv else SHORT
     for combination in combinations:
         run(combination, data, texts, model, encoder, Path(output) / str(world_size()) / combination.name)
-    if world_size() == 1 and "--sharded" not in sys.argv:
+    if world_size() == 1:
         learn_the_builtin_task(encoder, Path(output) / "learnt")
 
 

@@ -35,6 +35,7 @@ RUN = {
     "save_interval": Row("checkpoints", "1"),
     "keep_checkpoints": Row("checkpoints", "3", "--save_interval 1 --num_train_epochs 3"),
     "resume": Row("error", "{inputs}/no-checkpoint"),
+    "report_to": Row("files", "wandb"),
     "enable_tensorboard": Row("files"),
     "tensorboard_path": Row("elsewhere", "{elsewhere}/board", "--enable_tensorboard"),
     "enable_test_mode": Row("metrics", "true --test_stop_step 1"),
@@ -97,13 +98,20 @@ SUPERVISED = {
     "lora_dropout": Row("weights", "0.5", _LORA),
     "lora_module_name": Row("weights", "q_proj", _LORA),
     "lora_learning_rate": Row("weights", "0.01", _LORA),
+    "quantize": Row("weights", "nf4", _LORA),
 }
 
+_STREAM = "--stream --max_steps 3"
 SFT = {
     **SUPERVISED,
     "sft_only_data_path": Row("metrics", "{inputs}/other.jsonl"),
     "train_on_prompt": Row("metrics"),
     "packing": Row("weights"),
+    "eval_max_seq_len": Row("metrics", "20"),
+    "stream": Row("metrics", "true --max_steps 3"),
+    "max_steps": Row("metrics", "2", _STREAM),
+    "shuffle_buffer": Row("metrics", "3", _STREAM),
+    "stream_sample": Row("metrics", "12", _STREAM),
 }
 
 REWARD = {
@@ -138,6 +146,7 @@ def _of_role(role: str) -> dict[str, Row]:
         f"{role}_lora_alpha": Row("weights", "1", lora),
         f"{role}_lora_module_name": Row("weights", "q_proj", lora),
         f"{role}_lora_learning_rate": Row("weights", "0.01", lora),
+        f"{role}_quantize": Row("weights", "nf4", lora),
     }
 
 
@@ -191,6 +200,7 @@ PPO = {
     "reward_timeout": Row("error", "0.01", "--reward {inputs}/rewards.py:slow --reward_workers 1"),
     "reward_errors": Row("error", "zero", "--reward {inputs}/rewards.py:picky"),
     "keep_columns": Row("metrics", "question", _REWARD),
+    "reward_quantize": Row("metrics", "nf4"),
     "kl_coef": Row("weights", "3"),
     "kl_controller": Row("weights", "adaptive"),
     "kl_placement": Row("weights", "loss", "--ppo_epochs 2"),

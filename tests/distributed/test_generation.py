@@ -51,6 +51,14 @@ def test_the_sampler_records_the_log_probs_of_the_engines_own_pass(found, case, 
     assert len(gaps) == 4 and max(gaps) < (1e-4 if case.endswith("fp32") else 0.5)
 
 
+def test_zero_3_partitions_quantised_weights(found):
+    """Which are whole during a pass only; at stage 0 they always are."""
+    for ranks in (1, 2):
+        assert any(found[ranks]["zero3-nf4-fp32"]["quantised_weights_released"])
+        held = found[ranks]["zero0-nf4-fp32"]["quantised_weights_released"]
+        assert held and not any(held)
+
+
 def test_a_rank_may_have_no_prompt(found):
     """Then the others must not wait for its forward passes; DeepSpeed's hooks at stage 3 would."""
     expected = found[1]["one_prompt"]["0"]

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common.data.builtin import builtin_rows
-from tests.architectures import CONFIGS, build_encoder, build_model
-from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHARDED, SHORT
-from tests.launching import ROOT, at_length, launch, launch_each
+from tests.architectures import build_encoder, build_model
+from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHORT
+from tests.distributed.outcomes import held_out_loss, held_out_scores, logged, samples
+from tests.launching import ROOT, at_length, launch_each
 
 PROGRAM = ROOT / "tests" / "distributed" / "matrix_cases.py"
 
@@ -41,13 +42,13 @@ RANKS = pytest.mark.parametrize("ranks", (1, 2))
 def results(tmp_path_factory, builtin_cache, hh_data, length) -> Path:
     """RANKS/COMBINATION/{sft,reward,ppo}; one launch for each number of ranks."""
     output = tmp_path_factory.mktemp("matrix")
-    launch_each(PROGRAM, *length, *inputs(output, "llama", builtin_cache, hh_data), timeout=1800)
+    launch_each(PROGRAM, *length, *inputs(output, builtin_cache, hh_data), timeout=1800)
     return output
 
 
-def inputs(output: Path, architecture: str, builtin_cache, hh_data) -> list[str]:
+def inputs(output: Path, builtin_cache, hh_data) -> list[str]:
     """The arguments of `matrix_cases`."""
-    model = build_model(architecture, output / "model", builtin_cache)
+    model = build_model("llama", output / "model", builtin_cache)
     texts = output / "texts.jsonl"
     texts.write_text(
         "".join(json.dumps({"text": f"The number {n} comes before the number {n + 1}."}) + "\n" for n in range(60))
@@ -60,15 +61,6 @@ def inputs(output: Path, architecture: str, builtin_cache, hh_data) -> list[str]
     return [str(hh_data), str(texts), str(model), str(encoder), str(output)]
 
 
-def logged(directory: Path, phase: str) -> list[dict]:
-    records = [json.loads(line) for line in (directory / "logs" / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["phase"] == phase]
-
-
-def samples(directory: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (directory / "samples" / f"{name}.jsonl").read_text().splitlines()]
-
-
 @COMBINATIONS
 @RANKS
 def test_step_1_learns_and_saves_what_it_measured(results, combination, ranks):
@@ -76,26 +68,10 @@ def test_step_1_learns_and_saves_what_it_measured(results, combination, ranks):
     first, *_, last = logged(directory, "eval")
     assert last["perplexity"] < first["perplexity"]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    assert math.exp(held_out_loss(results, ranks, model)) == pytest.approx(
+    assert math.exp(held_out_loss(results / str(ranks) / "data", model)) == pytest.approx(
         last["perplexity"], rel=1e-4 if combination.dtype == "fp32" else 0.03
     )
     assert (directory / "adapter" / "adapter_model.safetensors").is_file() == combination.lora
-
-
-@torch.no_grad()
-def held_out_loss(results: Path, ranks: int, model) -> float:
-    """Mean loss of the response tokens, row by row, with nothing of the trainer's own code."""
-    from datasets import Dataset
-
-    (prepared,) = (results / str(ranks) / "data").glob("demonstration-*/eval.arrow")
-    total = tokens = 0
-    for row in Dataset.from_file(str(prepared)):
-        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
-        labels = ids.clone()
-        labels[:, : len(row["prompt_ids"])] = -100
-        total += float(model(input_ids=ids, labels=labels).loss) * len(row["response_ids"])
-        tokens += len(row["response_ids"])
-    return total / tokens
 
 
 @COMBINATIONS
@@ -116,21 +92,6 @@ def test_step_2_saves_a_model_that_scores_as_measured(results, combination, rank
     scores = torch.cat([chosen, rejected])
     assert provenance["score_mean"] == pytest.approx(scores.mean().item(), abs=tolerance)
     assert provenance["score_std"] == pytest.approx(scores.std(correction=0).item(), abs=tolerance)
-
-
-@torch.no_grad()
-def held_out_scores(data: Path, model) -> tuple[torch.Tensor, torch.Tensor]:
-    from datasets import Dataset
-
-    (prepared,) = data.glob("comparison-*/eval.arrow")
-    scores = [
-        [
-            float(model(input_ids=torch.tensor([row["prompt_ids"] + row[side]])).logits)
-            for row in Dataset.from_file(str(prepared))
-        ]
-        for side in ("chosen_ids", "rejected_ids")
-    ]
-    return torch.tensor(scores[0]), torch.tensor(scores[1])
 
 
 @COMBINATIONS
@@ -229,14 +190,3 @@ def test_ranks_and_stages_give_the_same_run(results, combination):
         assert [row["response"] for row in samples(ours / "ppo", "before")] == [
             row["response"] for row in samples(twin / "ppo", "before")
         ]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("architecture", sorted(CONFIGS.keys() - {"llama"}))
-def test_every_architecture_goes_through_the_three_steps(architecture, tmp_path, builtin_cache, hh_data):
-    """Partitioned over two ranks, full and LoRA; the other tests have the one that is left out."""
-    launch(PROGRAM, "--sharded", *inputs(tmp_path, architecture, builtin_cache, hh_data), ranks=2)
-    for combination in SHARDED:
-        test_step_1_learns_and_saves_what_it_measured(tmp_path, combination, 2)
-        test_step_2_saves_a_model_that_scores_as_measured(tmp_path, combination, 2, "reward")
-        test_step_3_starts_at_the_reference_and_moves(tmp_path, combination, 2)

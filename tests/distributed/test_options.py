@@ -15,7 +15,8 @@ PROGRAM = ROOT / "tests" / "distributed" / "option_cases.py"
 # In test_resumed_runs.py and faults/test_numbers.py: they need a run that broke off, or numbers that are not finite.
 SHOWN_ELSEWHERE = {"resume_anyway", "max_skipped_steps"}
 # In unit/test_reward_service.py and unit/test_text_reward_model.py: they need a server, or another tokenizer.
-SHOWN_ELSEWHERE |= {"reward_retries", "reward_header_env", "reward_batch_size"}
+SHOWN_ELSEWHERE |= {"reward_retries", "reward_header_env", "reward_batch_size", "reward_max_seq_len"}
+SHOWN_ELSEWHERE |= {"run_name"}  # in unit/test_wandb_run.py: W&B's files say it
 OPTIONS = [
     (name, option)
     for name, step in STEPS.items()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.architectures import build_model
 from tests.distributed.variants import EVALUATED_OTHERWISE, RESHAPED, RESHAPED_AT_LENGTH, RESUMED, RESUMED_AT_LENGTH
 from tests.launching import ROOT, at_length, launch, launch_each
-from tests.logs import metrics
+from tests.logs import metrics, same_weights
 
 PROGRAM = ROOT / "tests" / "distributed" / "resume_cases.py"
 
@@ -57,14 +57,6 @@ def test_a_run_that_goes_on_with_other_evaluations_trains_the_same(output, case,
     assert trained[0] == trained[1]
     assert len(evaluated[1]) > len(evaluated[0])
     same_weights(whole, resumed)
-
-
-def same_weights(whole: Path, resumed: Path) -> None:
-    models = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
-    assert models and models == sorted(path.relative_to(resumed) for path in resumed.rglob("*.safetensors"))
-    for model in models:
-        expected, found = load_file(whole / model), load_file(resumed / model)
-        assert all(torch.equal(found[name], expected[name]) for name in expected), model
 
 
 @pytest.mark.parametrize("ranks", (1, 2))

@@ -13,6 +13,7 @@ from common.runtime.signals import STOPPED
 from tests.faults.end_cases import TIMEOUT
 from tests.launching import ROOT, deepspeed, environment
 from tests.logs import metrics
+from tests.wandb_records import metrics_of, recorded
 
 PROGRAM = ROOT / "tests" / "faults" / "end_cases.py"
 
@@ -124,7 +125,7 @@ def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, option
             "{inputs}/model --critic_model_name_or_path {inputs}/reward_model --per_device_generation_batch_size 2 "
             "--per_device_training_batch_size 2 --max_prompt_seq_len 32 --max_answer_seq_len 40 "
             "--min_answer_seq_len 30 --eval_prompts 3 --eval_interval 1 --max_iterations 5 --log_interval 1 "
-            "--no_enable_tensorboard "
+            "--report_to jsonl wandb "
             "--actor_zero_stage 0 --critic_zero_stage 0 --actor_learning_rate 0.01 " + flags
         ).split()
     ]
@@ -148,6 +149,11 @@ def test_a_run_that_was_told_to_stop_goes_on_exactly(flags, disturbances, option
     for run in (undisturbed, last):
         assert run.outer.wait(timeout=120) == 0, run.said.read_text()
     assert metrics(tmp_path / "disturbed" / "ppo") == metrics(tmp_path / "whole" / "ppo")
+    sessions = recorded(tmp_path / "disturbed" / "ppo")
+    assert len(sessions) == len(disturbances) + 1, "rank 0 alone reports"
+    assert len({session.id for session in sessions}) == 1
+    assert metrics_of(sessions) == metrics(tmp_path / "whole" / "ppo")
+    assert [session.exit_code for session in sessions] == [STOPPED] * len(disturbances) + [0]
 
 
 SILENT = f"has not been heard of for --timeout {TIMEOUT} seconds; it was in counting"

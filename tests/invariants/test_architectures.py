@@ -16,13 +16,14 @@ from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.logprobs import gather_response, response_log_probs
 from common.models.lora import adapters_disabled, add_lora, linear_modules, merged_state_dict
 from common.models.scalar import score_at_last_token
-from tests.architectures import CONFIGS, build_model
+from tests.architectures import CONFIGS, FURTHER_CONFIGS, build_model
 from tests.given_logits import GivenLogits
+from tests.launching import at_length
 
 PROMPTS, RESPONSES = torch.tensor([3, 9, 1]), torch.tensor([5, 2, 7])
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=[*CONFIGS, *at_length(FURTHER_CONFIGS)])
 def directory(request, tmp_path_factory, builtin_cache):
     return build_model(request.param, tmp_path_factory.mktemp(request.param), builtin_cache)
 

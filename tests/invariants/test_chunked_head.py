@@ -13,7 +13,7 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.models import logprobs
 from common.models.loading import load_causal_lm
 from common.models.lora import add_lora
-from tests.architectures import CONFIGS, build_model
+from tests.architectures import CONFIGS, FURTHER_CONFIGS, build_model
 
 PROMPTS, RESPONSES = torch.tensor([3, 9, 1, 4]), torch.tensor([5, 2, 7, 0])
 TEMPERATURE = 0.7
@@ -62,7 +62,16 @@ def assert_equal_ways(model, inputs, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, tied, lora", [*((name, True, lora) for name in CONFIGS for lora in (False, True)), ("llama", False, False)]
+    "name, tied, lora",
+    [
+        *((name, True, lora) for name in CONFIGS for lora in (False, True)),
+        ("llama", False, False),
+        *(
+            pytest.param(name, tied, lora, marks=pytest.mark.long)
+            for name in FURTHER_CONFIGS
+            for tied, lora in ((True, False), (True, True), (False, True))
+        ),
+    ],
 )
 def test_values_and_gradients_are_those_of_whole_logits(name, tied, lora, tmp_path, builtin_cache, monkeypatch):
     directory = build_model(name, tmp_path, builtin_cache, tie_word_embeddings=tied)

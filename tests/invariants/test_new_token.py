@@ -9,13 +9,14 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.models.lora import adapters_disabled, add_lora, folded_adapters
 from common.models.scalar import score_at_last_token
-from tests.architectures import CONFIGS, build_model
+from tests.architectures import CONFIGS, FURTHER_CONFIGS, build_model
 from tests.chat_model import CAPITAL, learn, prompt_of
+from tests.launching import at_length
 
 TOKENS = torch.tensor([[5, 9, 17, 30, 12, 44, 8, 21]])
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS, "llama-tied"])
+@pytest.fixture(scope="module", params=[*CONFIGS, "llama-tied", *at_length(FURTHER_CONFIGS)])
 def directory(request, tmp_path_factory, builtin_cache):
     changes = {"tie_word_embeddings": True} if request.param == "llama-tied" else {}
     return build_model(

@@ -12,12 +12,16 @@ from common.models.loading import load_causal_lm
 from common.models.logprobs import next_token_loss_sum
 from step1_sft import packing
 from step1_sft.packing import Packing, packing_of
-from tests.architectures import CONFIGS, build_model
+from tests.architectures import CONFIGS, FURTHER_CONFIGS, build_model
+from tests.launching import at_length
 
 LENGTHS = [(3, 5), (9, 2), (1, 7), (4, 4), (6, 1)]
 APART = MicroBatch((0, 1, 2, 3, 4), (True,) * 5)
 PACKED = MicroBatch((1, 0, 2, 4, 3), (True,) * 5, packs=(3, 2))
-PACKABLE = [name for name in CONFIGS if name != "bloom"]
+ALIBI = ("bloom", "falcon-rw", "mpt")  # their positions come from a (B, L) mask
+OWN_ATTENTION = ("falcon", "falcon-40b", "gpt-neo")  # code that no other attention can replace
+PACKABLE = [name for name in CONFIGS if name not in ALIBI]
+PACKABLE += at_length(name for name in FURTHER_CONFIGS if name not in ALIBI)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,8 @@ def varlen(monkeypatch):
 def test_loss_and_gradients_are_those_of_rows_on_their_own(
     name, way, train_on_prompt, rows, varlen, tmp_path, builtin_cache
 ):
+    if way is Packing.FLAT and name in OWN_ATTENTION:
+        return
     model = load(name, tmp_path, builtin_cache)
     expected, count, gradients = loss_and_gradients(model, rows, APART, train_on_prompt)
     if way is Packing.FLAT:
@@ -122,22 +128,24 @@ def test_no_position_sees_another_row(name, rows, tmp_path, builtin_cache):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *at_length(FURTHER_CONFIGS)])
 def test_the_probe_finds_what_can_be_packed(name, dtype, tmp_path, builtin_cache):
     way = packing_of(engine_around(load(name, tmp_path, builtin_cache, dtype)), 128)
-    assert way == (None if name == "bloom" else Packing.MASKED)
+    assert way == (None if name in ALIBI else Packing.MASKED)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *at_length(FURTHER_CONFIGS)])
 def test_flash_attention_is_taken_where_it_is_and_can_be(name, varlen, tmp_path, builtin_cache):
     model = load(name, tmp_path, builtin_cache, torch.bfloat16)
     plain = model.config._attn_implementation
-    assert packing_of(engine_around(model), 128) == (None if name == "bloom" else Packing.FLAT)
-    assert model.config._attn_implementation == (plain if name == "bloom" else "varlen")
+    stays = name in ALIBI or name in OWN_ATTENTION
+    masked = None if name in ALIBI else Packing.MASKED
+    assert packing_of(engine_around(model), 128) == (masked if stays else Packing.FLAT)
+    assert model.config._attn_implementation == (plain if stays else "varlen")
     model.save_pretrained(tmp_path / "saved")
     assert "varlen" not in (tmp_path / "saved/config.json").read_text()
     precise = load(name, tmp_path, builtin_cache)  # in fp32, which flash-attention has not
-    assert packing_of(engine_around(precise), 128) == (None if name == "bloom" else Packing.MASKED)
+    assert packing_of(engine_around(precise), 128) == masked
 
 
 def refuse(*given, **named):

@@ -19,7 +19,8 @@ from step3_ppo.generation.continuous_batching import Decoder, Request, can_decod
 from step3_ppo.generation.rollout import to_rollout
 from step3_ppo.generation.sampling import Sampling, filtered_probabilities, response_limits, sample_tokens, uniforms
 from step3_ppo.sharing import RolloutAbandoned, share_rollout
-from tests.architectures import CONFIGS, build_model
+from tests.architectures import CONFIGS, FURTHER_CONFIGS, build_model
+from tests.launching import at_length
 from tests.unsharded_engine import UnshardedEngine
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_new_tokens=0, max_new_tokens=12)
@@ -27,7 +28,7 @@ SAMPLED = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0, max_ne
 LENGTHS = [4, 11, 7, 2, 9, 5]
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=[*CONFIGS, *at_length(FURTHER_CONFIGS)])
 def actor(request, tmp_path_factory, builtin_cache):
     directory = build_model(request.param, tmp_path_factory.mktemp(request.param), builtin_cache)
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
@@ -218,8 +219,9 @@ def test_a_rank_that_is_told_to_stop_abandons_its_rollout_on_all_ranks(actor, mo
         share_rollout(rollout)
 
 
-def test_windows_shorter_than_the_sequence_are_left_to_the_plain_way(tmp_path, builtin_cache):
-    directory = build_model("mistral", tmp_path, builtin_cache, sliding_window=8)
+@pytest.mark.parametrize("name, window", [("mistral", "sliding_window"), ("gpt-neo", "window_size")])
+def test_windows_shorter_than_the_sequence_are_left_to_the_plain_way(name, window, tmp_path, builtin_cache):
+    directory = build_model(name, tmp_path, builtin_cache, **{window: 8})
     codec = make_codec(load_tokenizer(str(directory)), "human_assistant")
     actor = UnshardedEngine(load_causal_lm(str(directory), codec, dtype=torch.float32, dropout=0.0)), codec
     assert can_decode(actor[0].module.config, 8) and not can_decode(actor[0].module.config, 9)

@@ -24,6 +24,14 @@ CONTRADICTION = "contradict each other: keep one"
         (SFTConfig, "--disable_dropout --dropout 0.1", "--disable_dropout"),
         (SFTConfig, "--offload", "--zero_stage"),
         (SFTConfig, "--lora_dropout 0.1", "--lora_dim above 0"),
+        (
+            RewardConfig,
+            "--quantize int8",
+            "--quantize int8 holds weights that cannot be trained: add adapters with --lora",
+        ),
+        (PPOConfig, MODELS + "--actor_quantize nf4 --critic_lora_dim 4", "add adapters with --actor_lora_dim 16"),
+        (PPOConfig, MODELS + "--critic_quantize nf4", "add adapters with --critic_lora_dim 16"),
+        (SFTConfig, "--quantize int4 --lora_dim 4", "none, nf4, int8"),
         (SFTConfig, "--lr_scheduler_type constant --num_warmup_steps 5", "--num_warmup_steps 5"),
         (PPOConfig, MODELS + "--lr_scheduler_type constant --num_warmup_steps 5", "constant_with_warmup"),
         (SFTConfig, "--eot_token x", "--add_eot_token"),
@@ -84,6 +92,12 @@ CONTRADICTION = "contradict each other: keep one"
             "--critic_warmup_iterations 1 trains the critic alone",
         ),
         (SFTConfig, "--adam_epsilon 0", "above 0"),
+        (SFTConfig, "--stream", "--stream needs --max_steps"),
+        (SFTConfig, "--max_steps 5", "--max_steps works only with --stream"),
+        (SFTConfig, "--shuffle_buffer 5", "--shuffle_buffer works only with --stream"),
+        (SFTConfig, "--stream --max_steps 5 --num_train_epochs 2", "--num_train_epochs has no meaning with --stream"),
+        (SFTConfig, "--stream --max_steps 5 --group_by_length", "--group_by_length needs all rows"),
+        (SFTConfig, "--max_seq_len 64 --eval_max_seq_len 65", "--eval_max_seq_len 65 is above --max_seq_len 64"),
     ],
 )
 def test_values_that_do_not_go_together(cls, line, part):

@@ -27,9 +27,10 @@ def values_of(meta):
         "min_value": meta.low if meta.above is None else meta.above,
         "max_value": meta.high if meta.below is None else meta.below,
     }
+    choice = st.sampled_from(meta.choices) if meta.choices else None
     values = (
-        st.sampled_from(meta.choices)
-        if meta.choices
+        (st.lists(choice).map(tuple) if meta.kind is tuple else choice)
+        if choice is not None
         else {
             bool: st.booleans(),
             int: st.integers(**numbers),

@@ -18,8 +18,9 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 ARCHITECTURE = ROOT / "docs/architecture.md"
 LISTED_PACKAGES = ("common", "step1_sft", "step2_reward", "step3_ppo", "alternatives", "inference", "launch")
-# Of programs that are not this project's (deepspeed's launcher, pytest, ruff), and the examples of docs/flags.md.
-OTHER_OPTIONS = {"num_gpus", "log_level", "check", "long", "flag", "no_flag"}
+# Of programs that are not this project's (deepspeed's launcher, pytest, ruff, llama.cpp's converter), and the examples
+# of docs/flags.md.
+OTHER_OPTIONS = {"num_gpus", "log_level", "check", "long", "outfile", "outtype", "flag", "no_flag"}
 
 
 def names(paths: list[Path]) -> list[str]:

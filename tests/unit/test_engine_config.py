@@ -1,6 +1,7 @@
 """The DeepSpeed configuration: what the flags decide, and what a JSON file may lay over it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -36,6 +37,27 @@ def test_a_file_is_laid_over_the_generated_configuration_section_by_section(tmp_
     merged = deepspeed_config(EngineSettings(2, torch.bfloat16, 4, override=path))
     assert merged["zero_optimization"] == {**generated["zero_optimization"], "reduce_bucket_size": 1234}
     assert merged["wall_clock_breakdown"] is True and merged["bf16"] == {"enabled": True}
+
+
+def test_the_engine_of_a_quantised_model_has_no_weights_in_half_precision():
+    """Its layers compute in bf16 by themselves; adapters, norms and heads are fp32."""
+    generated = deepspeed_config(EngineSettings(2, torch.bfloat16, 4, quantize="nf4"))
+    assert generated == deepspeed_config(EngineSettings(2, torch.float32, 4))
+
+
+@pytest.mark.parametrize(
+    "config, flag",
+    [
+        (SFTConfig(quantize="nf4", lora_dim=4), "--quantize nf4"),
+        (PPOConfig(actor_quantize="int8", actor_lora_dim=4), "--actor_quantize int8"),
+        (PPOConfig(reward_quantize="nf4"), "--reward_quantize nf4"),
+    ],
+)
+def test_without_bitsandbytes_the_flag_that_needs_it_is_refused(config, flag, monkeypatch):
+    check_engine_options(config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=re.escape(f"{flag}: the package bitsandbytes is not installed: pip ")):
+        check_engine_options(config)
 
 
 @pytest.mark.parametrize(

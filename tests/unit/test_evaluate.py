@@ -9,11 +9,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from common.artifacts.export import write_model
 from common.config.parser import parse
 from common.data.builtin import builtin_rows
+from common.data.keeping import messages_of
 from common.data.records import Message, Prompt
 from common.data.split import assignment
 from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
 from common.models.loading import load_scoring_model
+from common.rewards.batch import RewardBatch
+from common.rewards.text_model import TextRewardModel
 from inference.decoding import Response
 from inference.evaluate import EvaluateConfig, Evaluation, compare, find_prompts, main
 from inference.loading import load_reward_model
@@ -52,6 +55,25 @@ def test_scores_are_those_any_tool_reads_off_the_reward_model(reward_model):
             expected.append(float(model(input_ids=torch.tensor([ids])).logits))
     for batch_size in (1, 2, 3):
         assert score_responses(loaded, prompts, responses, batch_size) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_an_answer_that_is_too_long_has_the_score_that_step_3_gives_it(reward_model, ended):
+    loaded = load_reward_model(str(reward_model), LoadOptions())
+    answers = [Response(text, (1,), ended) for text in ("It is so. " * 300 + "Or not.", "No. " * 600, "Yes.")]
+    prompts = [question("Is it?")] * len(answers)
+    assert len(loaded.codec.encode_response(answers[0].text)) > loaded.positions
+    batch = RewardBatch(
+        [""] * len(answers),
+        [messages_of(prompt) for prompt in prompts],
+        [answer.text for answer in answers],
+        [[1]] * len(answers),
+        [ended] * len(answers),
+    )
+    settings = {"dtype": torch.float32, "device": torch.device("cpu"), "batch_size": 2}
+    in_step_3 = TextRewardModel(str(reward_model), **settings).score(batch)
+    assert in_step_3.figures["truncated"] == pytest.approx(2 / 3)
+    assert score_responses(loaded, prompts, answers, 2) == pytest.approx(in_step_3.numbers, abs=1e-4)
 
 
 def test_gold_answers_have_the_true_reward_of_the_task():
@@ -239,3 +261,19 @@ def test_rewards_score_each_answer_and_have_a_line_each(chat_model, reward_model
         UserError, match="^--reward my.py:none: tried on a made-up answer, .*rows.jsonl:1: it gave None"
     ):
         main([*common, "my.py:none"])
+
+
+def test_rows_of_one_prompt_are_judged_by_their_own_columns(chat_model, tmp_path, monkeypatch):
+    """Rows that are alike in all that the rewards get are asked once."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text("def level(responses, answer): return [float(right) for right in answer]\n")
+    rows = [{"prompt": "How much?", "answer": str(number), "id": at} for at, number in enumerate((3, 5, 3, 8))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [
+        *("--path", str(chat_model), "--data_path", "rows.jsonl", "--max_new_tokens", "4", "--output_file", "out.json"),
+        *("--data_output_path", "data", "--which_prompts", "all", "--reward", "my.py:level"),
+    ]
+    for flags, expected in (((), [3, 5, 8]), (("--keep_columns", "id"), [3, 5, 3, 8])):
+        main([*common, *flags])
+        written = json.loads((tmp_path / "out.json").read_text())
+        assert [row["reward/level"] for row in written["answers"]] == [[number] for number in expected]

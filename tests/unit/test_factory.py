@@ -15,7 +15,8 @@ from common.errors import ModelError, UserError
 from common.models.configuration import check_length, max_length
 from common.models.loading import load_causal_lm, load_scalar_model
 from common.training.memory import memory_status
-from tests.architectures import CONFIGS, build_model
+from tests.architectures import CONFIGS, FURTHER_CONFIGS, build_model
+from tests.launching import at_length
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_weights_are_mapped_and_not_copied(tmp_path, builtin_cache):
     assert memory_status("RssAnon") - before < size / 4, model
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *at_length(FURTHER_CONFIGS)])
 def test_dropout_is_set_everywhere_or_left_alone(name, tmp_path, builtin_cache):
     directory = build_model(name, tmp_path / name, builtin_cache)
     probabilities = lambda model: {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}

@@ -4,15 +4,18 @@ import json
 import shutil
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.config.parser import parse
 from common.data.blend import parse_data_path
 from common.data.reading import ReadReport, read_records
+from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import TrainingFailure, UserError
 from common.runtime.terminal import escape_controls
 from inference.generate import GenerateConfig, main
 from inference.prompts import read_prompts
-from tests.chat_model import AGAIN, ANSWERS, CAPITAL, RED, prompt_of
+from tests.chat_model import AGAIN, ANSWERS, CAPITAL, RED, SING, prompt_of, provenance_of
 
 
 def write(path, rows) -> str:
@@ -127,6 +130,11 @@ def test_answers_hold_nothing_that_a_terminal_obeys_and_lose_nothing(chat_model,
         (["--prompt", "a\0b"], "--prompt"),
         (["--data_path", "./nowhere.jsonl"], "nowhere.jsonl"),
         (["--prompt", "a", "--output_file", "/dev/null/answers"], "--output_file"),
+        (["--prompt", "a", "--answers_per_prompt", "3"], "--temperature 1, or search with --num_beams 3"),
+        (["--prompt", "a", "--answers_per_prompt", "3", "--num_beams", "2"], "raise --num_beams"),
+        (["--prompt", "a", "--keep_columns", "b"], "--keep_columns works only with --reward"),
+        (["--prompt", "a", "--reward", "./no.py:f"], "--reward ./no.py:f: there is no file"),
+        (["--prompt", "a", "--reward", "./no/judge"], "--reward ./no/judge"),
     ],
 )
 def test_wrong_requests_get_one_line_before_a_model_is_loaded(arguments, said):
@@ -138,3 +146,51 @@ def test_wrong_requests_get_one_line_before_a_model_is_loaded(arguments, said):
 def test_no_room_for_the_answers_is_one_line(chat_model):
     with pytest.raises(TrainingFailure, match="--output_file /dev/full: cannot be written: No space left on device"):
         main(["--path", str(chat_model), "--prompt", CAPITAL, "--max_new_tokens", "4", "--output_file", "/dev/full"])
+
+
+def rows_of(capsys, *arguments) -> list[dict]:
+    main([*arguments, "--max_new_tokens", "20"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("how", [("--num_beams", "4"), ("--temperature", "1.5", "--seed", "3")])
+def test_several_answers_to_each_prompt_follow_one_another(how, chat_model, tmp_path, capsys):
+    data = write(tmp_path / "prompts.jsonl", [{"prompt": question} for question in (SING, RED, CAPITAL)])
+    common = ["--path", str(chat_model), "--data_path", data, "--batch_size", "2", *how]
+    rows = rows_of(capsys, *common, "--answers_per_prompt", "3")
+    assert [row["prompt"] for row in rows] == [SING] * 3 + [RED] * 3 + [CAPITAL] * 3
+    assert all(len({row["response"] for row in rows[start : start + 3]}) > 1 for start in (0, 3, 6))
+    if "--num_beams" in how:
+        assert rows[::3] == rows_of(capsys, *common), "the best comes first"
+
+
+def test_answers_are_scored_by_any_rewards(chat_model, tmp_path, monkeypatch, capsys):
+    """By functions with columns of the data, prompt by prompt although batches are sorted, and by a reward model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text(
+        "def length(responses): return [len(text) for text in responses]\n"
+        "def level(responses, answer, prompts): return [float(right) for right in answer]\n"
+    )
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(chat_model, num_labels=1).save_pretrained("judge")
+    AutoTokenizer.from_pretrained(chat_model).save_pretrained("judge")
+    provenance_of(make_codec(load_tokenizer("judge"), "question_answer"), "reward").write("judge")
+    rows = [{"prompt": question, "answer": at} for at, question in enumerate((CAPITAL, SING, RED, CAPITAL))]
+    common = [
+        "--path",
+        str(chat_model),
+        "--data_path",
+        write(tmp_path / "prompts.jsonl", rows),
+        "--data_output_path",
+        "d",
+    ]
+    common += ["--temperature", "1", "--answers_per_prompt", "2"]
+    found = rows_of(capsys, *common, "--reward", "my.py:length=-2", "my.py:level", "./judge=3")
+    assert [row["reward/level"] for row in found] == [0, 0, 1, 1, 2, 2, 3, 3]
+    for row in found:
+        assert row["reward/length"] == len(row["response"])
+        total = -2 * row["reward/length"] + row["reward/level"] + 3 * row["reward/judge"]
+        assert row["score"] == pytest.approx(total)
+    assert [row["response"] for row in rows_of(capsys, *common)] == [row["response"] for row in found]
+    (alone,) = rows_of(capsys, "--path", str(chat_model), "--prompt", RED, "--reward", "my.py:length")
+    assert alone["score"] == len(alone["response"])

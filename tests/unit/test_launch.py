@@ -87,12 +87,16 @@ def test_every_requirement_is_pinned_within_its_bounds():
 
 
 def test_what_the_programs_need_is_not_listed_as_needed_by_the_tests_alone():
-    directly, tests = re.search(
-        "# Used directly\n(.*?)\n\n# Used by the tests\n(.*?)\n\n", (ROOT / "constraints.txt").read_text(), re.S
-    ).groups()
-    listed, for_tests = ({Requirement(line).name for line in part.splitlines()} for part in (directly, tests))
+    sections = dict(re.findall(r"^# (.*)\n((?:[^#\n].*\n)+)", (ROOT / "constraints.txt").read_text(), re.M))
+    listed, for_tests, where_asked = (
+        {Requirement(line).name for line in sections[title].splitlines()}
+        for title in ("Used directly", "Used by the tests", "Used where asked: --quantize, --report_to wandb")
+    )
     assert {Requirement(line).name for line in PROJECT["dependencies"]} == {"torch", *listed}
-    assert for_tests == {Requirement(line).name for line in PROJECT["optional-dependencies"]["test"]}
+    extras = {
+        extra: {Requirement(line).name for line in lines} for extra, lines in PROJECT["optional-dependencies"].items()
+    }
+    assert for_tests | where_asked == extras["test"] and where_asked == extras["quantize"] | extras["wandb"]
     assert "psutil" in listed
 
 

@@ -8,7 +8,8 @@ from common.data.tokenization import load_tokenizer, make_codec
 from common.errors import UserError, named_by
 from common.models.loading import load_causal_lm
 from common.models.lora import add_lora, folded_adapters, folding_takes, has_lora, linear_modules
-from tests.architectures import CONFIGS, build_model
+from tests.architectures import CONFIGS, FURTHER_CONFIGS, build_model
+from tests.launching import at_length
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_a_step_with_alpha_has_the_size_that_peft_gives_it(size, rank, alpha):
     assert first_step_of_ours(size, rank, alpha, inputs, target) == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *at_length(FURTHER_CONFIGS)])
 def test_auto_finds_every_linear_layer_but_the_outputs(name, tmp_path, builtin_cache):
     directory = build_model(name, tmp_path / name, builtin_cache)
     model = load_causal_lm(

@@ -17,7 +17,8 @@ from common.models.checks import check_files
 from common.models.loading import load_causal_lm, load_scalar_model
 from inference.loading import load_actor, load_reward_model
 from inference.options import LoadOptions
-from tests.architectures import CONFIGS, build_model
+from tests.architectures import CONFIGS, FURTHER_CONFIGS, build_model
+from tests.launching import at_length
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_a_folder_in_the_place_of_a_weight_file_is_named(directory):
     assert f"{directory}/model.safetensors cannot be read" in refusal(directory)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *at_length(FURTHER_CONFIGS)])
 def test_every_architecture_passes(name, tmp_path, builtin_cache):
     directory = build_model(name, tmp_path / name, builtin_cache)
     assert resolve_model(str(directory), tmp_path) == str(directory)

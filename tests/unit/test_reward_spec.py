@@ -94,6 +94,7 @@ def test_a_query_in_an_address_gets_a_warning_that_does_not_repeat_it():
         ("--reward a.py:f --reward_retries 1", "--reward_retries works only with a service in --reward"),
         ("--reward a.py:f --reward_header_env TOKEN", "--reward_header_env works only with a service"),
         ("--reward a.py:f --reward_timeout 5", "--reward_timeout works only with"),
+        ("--reward a.py:f --reward_max_seq_len 50", "--reward_max_seq_len works only with a reward model"),
         ("--reward a.py:f --reward_batch_size 5", "--reward_batch_size works only with"),
         ("--reward ./model --reward_errors zero", "--reward_errors works only with a function or a service"),
         ("--keep_columns answer", "--keep_columns works only with --reward"),

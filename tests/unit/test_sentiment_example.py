@@ -79,7 +79,13 @@ def test_it_reports_both_answers_and_the_best_of_four(report, model, tmp_path, c
     for name, response, kl in (("before", " no", 0.0), ("after", " good oo", 2.0)):
         rows = [{"prompt": f"The {thing}", "response": response, "reward": 0.0, "kl": kl} for thing in ("film", "book")]
         (tmp_path / f"ppo/samples/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "ppo/logs").mkdir()
+    target = math.log(4) - 0.75
+    iterations = [("train", 0.0, 1.0), ("eval", 9.0, 9.0), ("train", target / 2, 2.0), ("train", target * 2, 5.0)]
+    rows = [{"phase": phase, "kl": kl, "reward": reward} for phase, kl, reward in iterations]
+    (tmp_path / "ppo/logs/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.main(tmp_path)
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line[:3] for line in lines[1:3]] == [["| before", "1.000", "0.00"], ["| after", "4.000", "2.00"]]
-    assert lines[3][0] == "| best of 4 before" and lines[3][2] == f"{math.log(4) - 0.75:.2f}"
+    assert lines[3][0] == "| best of 4 before" and lines[3][2] == f"{target:.2f}"
+    assert lines[4][:3] == ["| in training, at that KL", "3.000", f"{target:.2f}"]  # a third of the way from 2 to 5

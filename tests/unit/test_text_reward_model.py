@@ -15,6 +15,7 @@ from common.rewards.reading import check_reward_model, check_text_model, reads_i
 from common.rewards.text_model import TextRewardModel, plain_dialogue
 from tests.architectures import build_model
 from tests.rewards import TINY, WORDS, word_tokenizer
+from tests.tokenizers_built import llama3_bpe
 
 ENCODERS = {
     "bert": (hf.BertConfig, {"max_position_embeddings": 24}, 24),
@@ -46,8 +47,17 @@ def batch_of(dialogues, responses) -> RewardBatch:
 
 
 def scorer(directory, **settings) -> TextRewardModel:
-    settings = {"batch_size": 2, **settings}
-    return TextRewardModel(str(directory), dtype=torch.float32, device=torch.device("cpu"), **settings)
+    settings = {"batch_size": 2, "dtype": torch.float32, **settings}
+    return TextRewardModel(str(directory), device=torch.device("cpu"), **settings)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_an_encoder_of_few_bits_scores_nearly_the_same(encoder, dtype):
+    directory = encoder[0]
+    batch = batch_of([["what is two plus three ?"], ["a ?"]], ["five", "a b c d"])
+    scores = {kind: scorer(directory, dtype=dtype, quantize=kind).score(batch).numbers for kind in ("none", "int8")}
+    assert scores["int8"] != scores["none"]
+    assert scores["int8"] == pytest.approx(scores["none"], rel=0.1, abs=0.1)
 
 
 def test_an_encoder_reads_a_pair_of_texts(encoder):
@@ -81,6 +91,17 @@ def test_what_is_too_long_loses_its_beginning_and_that_is_said_once(encoder, cap
     assert len(reward.score(batch_of([["a ?"]], [long])).numbers) == 1  # a response without end is cut as well
 
 
+def test_a_shorter_limit_wins_over_that_of_the_model(encoder):
+    directory, model, tokenizer, _ = encoder
+    reward = scorer(directory, max_tokens=16)
+    assert reward.max_tokens == 16 and scorer(directory, max_tokens=1000).max_tokens == scorer(directory).max_tokens
+    words = " ".join(["a b c d e f"] * 3).split()
+    scores = reward.score(batch_of([[" ".join(words)]], ["six five"]))
+    with torch.no_grad():
+        expected = float(model(**tokenizer(" ".join(words[-(16 - 3 - 2) :]), "six five", return_tensors="pt")).logits)
+    assert scores.numbers == pytest.approx([expected], abs=1e-5) and scores.figures == {"truncated": 1.0}
+
+
 def test_an_encoder_reads_text_and_never_the_actors_ids(encoder):
     directory, *_ = encoder
     assert not scores_last_token(str(directory))
@@ -102,6 +123,22 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     word_tokenizer(tmp_path)
     with pytest.raises(ModelError, match=f"its tokenizer has {len(WORDS)} tokens and its config.json 3"):
         check_text_model(str(tmp_path))
+
+
+def test_padding_that_a_tokenizer_lacks_needs_no_row_of_embeddings(tmp_path):
+    tokenizer = hf.AutoTokenizer.from_pretrained(llama3_bpe(tmp_path))
+    torch.manual_seed(0)
+    sizes = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "num_labels": 1}
+    model = hf.AutoModelForSequenceClassification.from_config(hf.LlamaConfig(**sizes))
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path)
+    check_text_model(str(tmp_path))
+    assert load_tokenizer(str(tmp_path)).pad_token_id == len(tokenizer)
+    dialogues, responses = [["What is it?"], ["a"]], ["The sum is 8, naturally.", "No."]
+    together, alone = (
+        scorer(tmp_path, batch_size=size).score(batch_of(dialogues, responses)).numbers for size in (2, 1)
+    )
+    assert together == pytest.approx(alone, abs=1e-5) and together[0] != together[1]
 
 
 @pytest.fixture(scope="module")

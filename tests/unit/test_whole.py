@@ -18,7 +18,8 @@ from common.models.completeness import problem
 from common.models.configuration import gives_scores
 from common.models.loading import load_causal_lm, load_scalar_model
 from step1_sft.config import SFTConfig
-from tests.architectures import CONFIGS, build_model
+from tests.architectures import CONFIGS, FURTHER_CONFIGS, build_model
+from tests.launching import at_length
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_a_classifier_of_several_labels_is_named_as_such(directory, tmp_path, la
         load_scalar_model(str(tmp_path / "labels"), codec, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *at_length(FURTHER_CONFIGS)])
 def test_what_the_steps_write_is_whole(name, tmp_path, builtin_cache):
     directory = build_model(name, tmp_path / "model", builtin_cache)
     codec = codec_of(directory)
