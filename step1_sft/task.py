@@ -11,19 +11,20 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from common.artifacts.split_rule import data_request
-from common.batching.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations, collate_prompts
+from common.batching.collate import FlatBatch, PackedBatch, TokenBatch, collate_demonstrations
 from common.batching.sampler import MicroBatch
 from common.data.prepare import PreparedData, prepare_many
 from common.data.request import DataRequest
 from common.data.streaming import RowStream
 from common.data.tokenization import Codec
 from common.errors import UserError
-from common.models.encoder_decoder import behind_prompts, reads_source, start_id
+from common.models.encoder_decoder import reads_source, start_id
 from common.models.engine import Engine
 from common.models.loading import load_causal_lm
 from common.models.logprobs import next_token_loss_sum, response_log_probs
 from common.models.quantization import compute_dtype
-from common.runtime.distributed import device, say, world_size
+from common.runtime.distributed import say
+from common.supervised.responses import responses_to
 from common.supervised.streaming import Streaming, first_rows, streamed
 from common.supervised.task import Batching, SupervisedTask
 from common.training.metrics import Metrics, Sums, means
@@ -128,47 +129,11 @@ class SFTTask(SupervisedTask[SFTConfig, SFTBatch]):
 
     def samples(self, engine: Engine, held_out: Dataset, codec: Codec) -> list[dict[str, Any]]:
         """Greedy responses to the first distinct held-out prompts, beside the demonstrations."""
-        return greedy_samples(engine, held_out, codec)
-
-
-def greedy_samples(
-    engine: Engine, held_out: Dataset, codec: Codec, rows: int = 8, max_new_tokens: int = 64
-) -> list[dict[str, Any]]:
-    """Greedy responses to the first distinct held-out prompts beside the demonstrations. All ranks must call it."""
-    chosen = held_out.select(first_distinct(held_out, rows))
-    if not len(chosen):
-        return []
-    prompts = collate_prompts(chosen, MicroBatch(tuple(range(len(chosen))), (True,) * len(chosen)), codec.pad_id)
-    prompts = prompts.to(device())
-    width = prompts.input_ids.shape[1]
-    positions = getattr(engine.module.config.get_text_config(), "max_position_embeddings", None)
-    new_tokens = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
-    tokens = prompts.input_ids
-    if new_tokens > 0:
-        generated = engine.module.generate(
-            input_ids=tokens,
-            attention_mask=prompts.attention_mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            synced_gpus=engine.zero_optimization_partition_weights() and world_size() > 1,
-        )
-        tokens = behind_prompts(engine.module, tokens, generated)
-    return [
-        {
-            "prompt": codec.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True),
-            "response": codec.decode_response(response),
-            "demonstration": codec.decode_response(row["response_ids"]),
-        }
-        for row, response in zip(chosen, tokens[:, width:].tolist())
-    ]
-
-
-def first_distinct(demonstrations: Dataset, count: int) -> list[int]:
-    """Indices of the first rows with distinct prompts, at most `count`: a prompt may occur in several rows."""
-    row_of_prompt: dict[tuple[int, ...], int] = {}
-    for index, row in enumerate(demonstrations):
-        if len(row_of_prompt) == count:
-            break
-        row_of_prompt.setdefault(tuple(row["prompt_ids"]), index)
-    return list(row_of_prompt.values())
+        return [
+            {
+                "prompt": codec.tokenizer.decode(response.prompt_ids, skip_special_tokens=True),
+                "response": codec.decode_response(response.ids),
+                "demonstration": codec.decode_response(held_out[response.row]["response_ids"]),
+            }
+            for response in responses_to(engine, held_out, codec)
+        ]

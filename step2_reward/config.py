@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from common.config.parser import PathName, option
 from common.config.shared import same_option
 from common.errors import UserError
-from common.supervised.config import SupervisedConfig
+from common.supervised.config import ComparisonConfig, SupervisedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(SupervisedConfig):
+class RewardConfig(ComparisonConfig):
     """Step 2: reward model"""
-
-    phase: ClassVar[int] = 1
 
     model_name_or_path: PathName = same_option(SupervisedConfig, "model_name_or_path", default="facebook/opt-350m")
     output_dir: PathName = same_option(SupervisedConfig, "output_dir", default="output/reward")
     learning_rate: float = same_option(SupervisedConfig, "learning_rate", default=5e-5)
-    pairs_per_prompt: int | None = option(
-        None, "comparisons made of one row with several answers at most; none: all", low=1
-    )
     margin: float = option(0.0, "wanted distance of chosen and rejected score", unit="raw score", low=0)
     margin_column: str | None = option(
         None, "column of the data that holds each row's own margin, in place of --margin; its numbers are 0 or more"

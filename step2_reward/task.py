@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
 from torch import Tensor, nn
 
-from common.artifacts.split_rule import data_request
 from common.batching.collate import PairBatch, collate_comparisons
 from common.batching.sampler import MicroBatch
-from common.data.prepare import PreparedData, prepare
+from common.data.prepare import PreparedData
 from common.data.tokenization import Codec
 from common.errors import UserError
 from common.models.configuration import check_encoder_decoder, gives_scores, load_config
@@ -19,6 +17,7 @@ from common.models.engine import Engine
 from common.models.loading import load_scoring_model
 from common.models.scalar import ScoringModel, sequence_scores
 from common.runtime.distributed import device
+from common.supervised.comparisons import prepare_comparisons
 from common.supervised.task import SupervisedTask
 from common.training.metrics import Metrics, Sums, means
 from step2_reward.config import RewardConfig
@@ -40,10 +39,7 @@ class RewardTask(SupervisedTask[RewardConfig, PairBatch]):
 
     def prepare(self, codec: Codec) -> PreparedData:
         """Prepare this step's part of --data_path."""
-        request = data_request(self.config, "comparison", self.config.max_seq_len)
-        config = self.config
-        request = replace(request, pairs_per_prompt=config.pairs_per_prompt, margin_column=config.margin_column)
-        data = prepare(request, codec)
+        data = prepare_comparisons(self.config, codec, self.config.margin_column)
         if not len(data.eval):
             raise UserError(
                 "no pair is held out, so the scores' mean and spread cannot be measured: raise "

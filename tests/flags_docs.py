@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from alternatives.dpo.config import DPOConfig
 from common.config.option import Affects, Option
 from common.config.parser import Config, options
 from step1_sft.config import SFTConfig
@@ -19,7 +20,7 @@ from step2_reward.config import RewardConfig
 from step3_ppo.config import PPOConfig
 
 DOCS = ROOT / "docs/flags.md"
-STEPS: dict[str, type[Config]] = {"1": SFTConfig, "2": RewardConfig, "3": PPOConfig}
+STEPS: dict[str, type[Config]] = {"1": SFTConfig, "2": RewardConfig, "DPO": DPOConfig, "3": PPOConfig}
 COMMAND = "python tests/flags_docs.py"
 CHANGE: dict[Affects, str] = {
     "result": "no",
@@ -29,14 +30,15 @@ CHANGE: dict[Affects, str] = {
 }
 INTRODUCTION = f"""# Flags
 
-All options of the three programs, one table for each group of `--help`. This page is written from the declarations of
-the options: `{COMMAND}` writes it anew.
+All options of the training programs, one table for each group of `--help`. This page is written from the declarations
+of the options: `{COMMAND}` writes it anew.
 
 - Every flag is also a key of a recipe: `--learning_rate 1e-5` is `learning_rate: 1e-5` in a file that `--config` names.
   The command line wins over recipes, recipes over the defaults. `-` and `_` are the same in a flag.
 - A flag of true or false is written `--flag`, `--no_flag` or `--flag true`. A flag of several values may be given
   several times.
-- **Steps** are 1 (fine-tuning), 2 (reward model) and 3 (PPO). Where their defaults differ, each is given with its step.
+- **Steps** are 1 (fine-tuning), 2 (reward model), 3 (PPO), and DPO. Where their defaults differ, each is given with its
+  step.
 - **Resume** says whether a run that goes on from a checkpoint may have another value than it was started with. Another
   value of a flag with "no" is refused by name; `--resume_anyway` allows it. Flags of batch sizes may also change with
   the number of ranks, if the batches of all ranks together stay as large as they were.

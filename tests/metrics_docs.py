@@ -6,12 +6,12 @@ import re
 
 from common.paths import ROOT
 
-_SECTIONS = {"sft": "Step 1", "reward": "Step 2", "ppo": "Step 3"}
+_SECTIONS = {"sft": "Step 1", "reward": "Step 2", "dpo": "DPO", "ppo": "Step 3"}
 _REWARD = re.compile(r"reward/(?P<label>[^/]+?)(?P<rest>/.+|_std|_clipped|_failed)?")
 
 
 def documented_metrics(step: str) -> set[str]:
-    """What a row of metrics.jsonl may hold in a step: "sft", "reward" or "ppo"."""
+    """What a row of metrics.jsonl may hold in a step: "sft", "reward", "dpo" or "ppo"."""
     page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, flags=re.DOTALL | re.MULTILINE))
     cells = re.findall(r"^\| (`[^|]*?) \|", sections["Rows"] + sections[_SECTIONS[step]], flags=re.MULTILINE)

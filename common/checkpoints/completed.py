@@ -78,7 +78,7 @@ class CompletedRun:
                 "data": self.data,
                 "pieces": self.pieces,
                 "files": self._files(),
-                "models": {name: _digest(model) for name, model in self.config.models().items()},
+                "models": {name: model_digest(model) for name, model in self.config.models().items()},
             }
             new.write_text(json.dumps(values, indent=1), encoding="utf-8")
             os.replace(new, self.path)
@@ -113,13 +113,13 @@ class CompletedRun:
         """Whether the files of the models are those of the record. An option that it lacks had its default."""
         declared = options(type(self.config))
         return all(
-            (recorded[name] if name in recorded else _digest(declared[name].default)) == _digest(model)
+            (recorded[name] if name in recorded else model_digest(declared[name].default)) == model_digest(model)
             for name, model in self.config.models().items()
             if name in recorded or name in declared
         )
 
 
-def _digest(model: str | None) -> str | None:
+def model_digest(model: str | None) -> str | None:
     """A hash of the files of a model directory; for anything else, such as a name on the hub, the name itself."""
     if not model or not Path(model).is_dir():
         return model and str(Path(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from common.config.groups import OneModelConfig, TrainedModelOptions, check_output_dir
 from common.config.option import PathName, option
@@ -28,3 +29,14 @@ class SupervisedConfig(ProgramConfig, OneModelConfig):
     def validate(self) -> None:
         super().validate()
         check_output_dir(self.output_dir, model_name_or_path=self.model_name_or_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(SupervisedConfig):
+    """Comparisons"""
+
+    phase: ClassVar[int] = 1
+
+    pairs_per_prompt: int | None = option(
+        None, "comparisons made of one row with several answers at most; none: all", low=1
+    )

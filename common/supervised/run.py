@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Generic
 
 from datasets import Dataset
+from torch import nn
 
 from common.artifacts.compatibility import open_codec
 from common.artifacts.export import export_model
@@ -21,6 +22,7 @@ from common.data.tokenization import Codec
 from common.errors import named_by
 from common.models.added_token import AddedTokenError
 from common.models.configuration import check_length
+from common.models.engine import Engine
 from common.models.lora import add_lora
 from common.paths import writing_to
 from common.runtime.distributed import rank, say, seed_rank, world_size
@@ -34,6 +36,7 @@ from common.training.engine import (
     TrainedEngine,
     check_engine_options,
     deepspeed_config,
+    frozen_engine,
     training_engine,
 )
 from common.training.loop import Steps, SupervisedLoop
@@ -121,17 +124,7 @@ def build_engine(
 ) -> TrainedEngine:
     """The model of the task, with adapters if asked for, in a DeepSpeed engine that trains it."""
     settings = EngineSettings.from_config(config)
-    with named_by("--model_name_or_path", {inputs.source: config.model_name_or_path}):
-        model = task.load_model(
-            inputs.source,
-            inputs.codec,
-            dtype=settings.dtype,
-            ds_config=deepspeed_config(settings),
-            dropout=config.dropout_probability,
-            gradient_checkpointing=config.gradient_checkpointing,
-            trust_remote_code=config.trust_remote_code,
-            quantize=config.quantize,
-        )
+    model = load_model(task, config, inputs, settings)
     if config.lora_dim:
         with named_by("--lora_module_name"), named_by("--add_eot_token", kind=AddedTokenError):
             add_lora(
@@ -147,6 +140,34 @@ def build_engine(
         return training_engine(model, settings, OptimizerSettings.from_config(config, total_steps))
 
 
+def load_model(
+    task: SupervisedTask[ConfigT, BatchT],
+    config: ConfigT,
+    inputs: Inputs,
+    settings: EngineSettings,
+    trainable: bool = True,
+) -> nn.Module:
+    """The model that --model_name_or_path names, as the task loads it."""
+    with named_by("--model_name_or_path", {inputs.source: config.model_name_or_path}):
+        return task.load_model(
+            inputs.source,
+            inputs.codec,
+            dtype=settings.dtype,
+            ds_config=deepspeed_config(settings, trainable),
+            dropout=config.dropout_probability if trainable else 0.0,
+            gradient_checkpointing=trainable and config.gradient_checkpointing,
+            trust_remote_code=config.trust_remote_code,
+            quantize=config.quantize,
+        )
+
+
+def frozen_copy(task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs) -> Engine:
+    """The model once more, as it is before training, in an engine that does not train it."""
+    settings = EngineSettings.from_config(config)
+    settings = replace(settings, zero_stage=3 if settings.zero_stage == 3 else 0)
+    return frozen_engine(load_model(task, config, inputs, settings, trainable=False), settings)
+
+
 def build(
     task: SupervisedTask[ConfigT, BatchT], config: ConfigT, inputs: Inputs, run: Run
 ) -> Training[ConfigT, BatchT]:
@@ -155,10 +176,13 @@ def build(
     Args:
         run: has found the checkpoint to go on from; nothing of it is loaded here but how micro-batches were cut.
     """
-    rows, held_out, pad_id = inputs.data.train, inputs.data.eval, inputs.codec.pad_id
+    pad_id = inputs.codec.pad_id
     with named_when_out_of_memory("loading the model"):
-        steps = inputs.stream.steps if inputs.stream else scheduled_steps(config, len(rows))
+        steps = inputs.stream.steps if inputs.stream else scheduled_steps(config, len(inputs.data.train))
         engine = build_engine(task, config, inputs, steps)
+        copy = partial(frozen_copy, task, config, inputs)
+        data = task.annotated(engine, inputs.source, inputs.data, pad_id, copy)
+    rows, held_out = data.train, data.eval
     fitted = fit_micro_batches(
         config,
         run.checkpoints.saved_value(run.checkpoint, MAX_TOKENS),

@@ -93,6 +93,19 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
         """The transformers model inside what `load_model` returned, which gets the adapters with LoRA."""
         return model
 
+    def annotated(
+        self, engine: Engine, source: str, data: PreparedData, pad_id: int, frozen_copy: Callable[[], Engine]
+    ) -> PreparedData:
+        """The rows with further columns that the model gives as it is before training. All ranks call it.
+
+        It is called in every run, before a checkpoint is loaded.
+
+        Args:
+            source: directory or hub name of the model.
+            frozen_copy: loads the model a second time, in an engine that does not train it.
+        """
+        return data
+
     @abstractmethod
     def collate(self, rows: Dataset, micro_batch: MicroBatch, pad_id: int) -> BatchT:
         """The rows of a micro-batch as tensors on the CPU."""

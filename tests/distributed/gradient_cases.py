@@ -13,10 +13,14 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
+from alternatives.dpo.config import DPOConfig
+from alternatives.dpo.reference import with_reference
+from alternatives.dpo.task import DPOTask
 from common.artifacts.export import full_state_dict
 from common.batching.sampler import StepSampler
 from common.data.tokenization import load_tokenizer, make_codec
@@ -61,7 +65,7 @@ def main() -> None:
     for name, variant in variants.items():
         # The others are compared with these two: what one chunk of the output head says, many must say.
         logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
-        steps = [sft_step, reward_step, encoder_step, ppo_step]
+        steps = [sft_step, reward_step, encoder_step, dpo_step, ppo_step]
         steps += [gspo_step, cispo_step] if name in LOSSES_IN else []
         steps += [truncated_ppo_step] if name in TRUNCATED else []
         for step in steps:
@@ -140,6 +144,16 @@ def encoder_step(model: str, codec, *variant) -> list:
     config = RewardConfig(margin_column="margin", centring_coef=0.1)
     stage, micro_batch, *held = variant
     trainer = trainer_of(RewardTask(config), critic(model, codec, stage, *held), pairs, codec.pad_id)
+    trainer.train_step(one_step([2 * length for length in trainer.train["length"]], micro_batch))
+    return [trainer.engine]
+
+
+def dpo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
+    """Pairs with random log-probs of the reference; the SFT term is a mean over each chosen response."""
+    pairs = rows(["prompt_ids", "chosen_ids", "rejected_ids"])
+    pairs = with_reference(pairs, np.random.default_rng(4).normal(-40.0, 10.0, (ROWS, 2)).astype(np.float32))
+    task = DPOTask(DPOConfig(sft_coef=0.2))
+    trainer = trainer_of(task, actor(model, codec, stage, *held), pairs, codec.pad_id)
     trainer.train_step(one_step([2 * length for length in trainer.train["length"]], micro_batch))
     return [trainer.engine]
 

@@ -1,5 +1,5 @@
-"""All three steps on preference data, for each combination of the matrix, in one process per rank; step 2 also with
-an encoder.
+"""All three steps and DPO on preference data, for each combination of the matrix, in one process per rank; step 2 also
+with an encoder.
 
 Run under the launcher: matrix_cases.py [--long] DATA TEXTS MODEL ENCODER OUTPUT_DIR
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from alternatives.dpo.main import main as dpo
 from common.runtime.distributed import world_size
 from common.runtime.program import run_program
 from step1_sft.main import main as step1
@@ -106,6 +107,21 @@ def run(combination: Combination, data: str, texts: str, model: str, encoder: st
             model,
             "--output_dir",
             str(output / "sft"),
+            "--test_stop_step",
+            "6",
+            "--gradient_checkpointing",
+        ]
+    )
+    dpo(
+        [
+            *supervised,
+            *decoder,
+            *lora,
+            *(["--keep_reference"] if combination.lora else []),
+            "--model_name_or_path",
+            str(output / "sft"),
+            "--output_dir",
+            str(output / "dpo"),
             "--test_stop_step",
             "6",
             "--gradient_checkpointing",

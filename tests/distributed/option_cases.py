@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
+from alternatives.dpo.main import main as dpo
 from common.checkpoints.store import CheckpointStore
 from common.errors import TrainingFailure, UserError
 from common.runtime.program import run_program
@@ -28,7 +29,7 @@ from step3_ppo.generation import continuous_batching
 from step3_ppo.main import main as step3
 from tests.distributed.option_rows import STEPS, runs
 
-PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
+PROGRAMS = {"sft": step1, "reward": step2, "dpo": dpo, "ppo": step3}
 # What a run notes of its own flags is no effect of them.
 ECHOES = ("run_config.yaml", "provenance.json")
 CLOCKS = ("seconds", "samples_per_second")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from alternatives.dpo.config import DPOConfig
 from common.config.parser import Config, options
 from step1_sft.config import SFTConfig
 from step2_reward.config import RewardConfig
@@ -119,6 +120,16 @@ REWARD = {
     "margin": Row("metrics", "1"),
     "margin_column": Row("metrics", "strength"),
     "centring_coef": Row("metrics", "0.1"),
+}
+
+
+DPO = {
+    "loss_type": Row("metrics", "ipo"),
+    "beta": Row("metrics", "0.5"),
+    "label_smoothing": Row("metrics", "0.2"),
+    "target_margin": Row("metrics", "1", "--loss_type simpo --no_keep_reference"),
+    "sft_coef": Row("metrics", "0.5"),
+    "keep_reference": Row("samples", "false"),
 }
 
 
@@ -248,11 +259,14 @@ class Step(NamedTuple):
     config: type[Config]
     rows: dict[str, Row]
     flags: str  # of every run
+    shared: type[Config] = Config  # a step that shows the options that both have, by the same code
 
 
 STEPS = {
     "sft": Step(SFTConfig, SFT, _COMMON_SUPERVISED),
     "reward": Step(RewardConfig, REWARD, _COMMON_SUPERVISED),
+    # With a reference that is kept a second run does the same as the first, which writes nothing beside the data.
+    "dpo": Step(DPOConfig, DPO, f"{_COMMON_SUPERVISED} --keep_reference", shared=RewardConfig),
     "ppo": Step(
         PPOConfig,
         PPO,

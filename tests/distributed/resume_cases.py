@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
+from alternatives.dpo.main import main as dpo
 from common.checkpoints.saver import Saver
 from common.errors import AlreadyComplete, UserError
 from common.runtime.distributed import barrier, is_main, say, world_size
@@ -36,7 +37,7 @@ from tests.distributed.variants import (
     WITH_FUNCTION,
 )
 
-PROGRAMS = {"sft": step1, "reward": step2, "ppo": step3}
+PROGRAMS = {"sft": step1, "reward": step2, "dpo": dpo, "ppo": step3}
 
 
 def parity(inputs: RewardInputs) -> torch.Tensor:

@@ -29,6 +29,7 @@ COMPARED = [
     ("sft", "loss", {"rel": 1e-3}),
     ("reward", "loss", {"rel": 1e-3}),
     ("encoder", "loss", {"rel": 1e-3}),
+    ("dpo", "loss", {"rel": 1e-3}),
     ("ppo", "shaped_score", {"rel": 1e-4}),
     ("ppo", "kl", {"abs": 1e-5}),
     ("ppo", "value_loss", {"rel": 1e-4}),
@@ -91,6 +92,45 @@ def test_step_2_saves_a_model_that_scores_as_measured(results, combination, rank
     scores = torch.cat([chosen, rejected])
     assert provenance["score_mean"] == pytest.approx(scores.mean().item(), abs=tolerance)
     assert provenance["score_std"] == pytest.approx(scores.std(correction=0).item(), abs=tolerance)
+
+
+@COMBINATIONS
+@RANKS
+def test_dpo_starts_at_the_reference_and_saves_what_it_measured(results, combination, ranks):
+    """The margin of implicit rewards, by the two models that were saved, row by row."""
+    directory = results / str(ranks) / combination.name / "dpo"
+    first, *_, last = logged(directory, "eval")
+    exact = combination.dtype == "fp32"
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5 if exact else 0.02)
+    losses = [record["loss"] for record in logged(directory, "train")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5 if exact else 0.02) and losses[-1] != losses[0]
+    data = results / str(ranks) / "data"
+    after, before = (
+        response_log_probs(data, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
+        for path in (directory, directory.parent / "sft")
+    )
+    rewards = 0.1 * (after - before)
+    assert rewards.mean(0).tolist() == pytest.approx(
+        [last["chosen_reward"], last["rejected_reward"]], abs=1e-3 if exact else 0.1
+    )
+    assert exact is False or (rewards[:, 0] > rewards[:, 1]).float().mean().item() == pytest.approx(last["accuracy"])
+    assert all(("kl" in row) == combination.lora and row["response"] for row in samples(directory, "after"))
+
+
+@torch.no_grad()
+def response_log_probs(data: Path, model) -> torch.Tensor:
+    """(N, 2) log-probabilities of the held-out responses, chosen and rejected, with nothing of the product's code."""
+    from datasets import Dataset
+
+    (prepared,) = data.glob("comparison-*/eval.arrow")
+    table = []
+    for row in Dataset.from_file(str(prepared)):
+        table.append([])
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor([row["prompt_ids"] + row[side]])
+            log_probs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+            table[-1].append(float(log_probs[len(row["prompt_ids"]) - 1 :].sum()))
+    return torch.tensor(table)
 
 
 def test_an_encoder_learns_the_builtin_task(results):

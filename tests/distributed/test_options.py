@@ -21,7 +21,7 @@ OPTIONS = [
     (name, option)
     for name, step in STEPS.items()
     for option in options(step.config)
-    if option not in {*ignored_options(step.config), *SHOWN_ELSEWHERE}
+    if option not in {*ignored_options(step.config), *SHOWN_ELSEWHERE, *options(step.shared)}
 ]
 
 
@@ -38,8 +38,12 @@ def found(tmp_path_factory, builtin_cache) -> dict[str, dict[str, dict]]:
             "HF_MODULES_CACHE": str(output / "modules"),
         }.items():
             environment.setenv(name, value)
-        # One core each; step 3 takes as long as the other two.
-        list(pool.map(lambda steps: launch(PROGRAM, str(inputs), str(output), *steps), (["ppo"], ["sft", "reward"])))
+        # One core each; step 3 takes as long as the others.
+        list(
+            pool.map(
+                lambda steps: launch(PROGRAM, str(inputs), str(output), *steps), (["ppo"], ["sft", "reward", "dpo"])
+            )
+        )
     return {step: json.loads((output / f"{step}.json").read_text()) for step in STEPS}
 
 

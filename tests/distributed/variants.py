@@ -80,6 +80,7 @@ RESUMED = {
         ),
     ),
     "reward-zero2-lora-dropout": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0.1")),
+    "dpo-zero2-lora": ("dpo", ("--zero_stage", "2", "--lora_dim", "4", "--learning_rate", "1e-3")),
     "ppo-ema": (
         "ppo",
         (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from alternatives.dpo.config import DPOConfig
 from common.config.parser import Config, options
 from common.paths import ROOT
 from step1_sft.config import SFTConfig
@@ -16,7 +17,7 @@ from step3_ppo.config import PPOConfig
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 ARCHITECTURE = ROOT / "docs/architecture.md"
-LISTED_PACKAGES = ("common", "step1_sft", "step2_reward", "step3_ppo", "inference", "launch")
+LISTED_PACKAGES = ("common", "step1_sft", "step2_reward", "step3_ppo", "alternatives", "inference", "launch")
 # Of programs that are not this project's (deepspeed's launcher, pytest, ruff, llama.cpp's converter), and the examples
 # of docs/flags.md.
 OTHER_OPTIONS = {"num_gpus", "log_level", "check", "long", "outfile", "outtype", "flag", "no_flag"}
@@ -105,14 +106,14 @@ def test_what_may_change_on_resume_is_listed():
     listed = set(re.findall(r"`--(\w+)`", table))
     may_change = {
         name
-        for config in (SFTConfig, RewardConfig, PPOConfig)
+        for config in (SFTConfig, RewardConfig, DPOConfig, PPOConfig)
         for name, option in options(config).items()
         if option.may_change_on_resume and not option.ignored
     }
     assert listed == may_change
 
 
-@pytest.mark.parametrize("step", ["step1_sft", "step2_reward", "step3_ppo"])
+@pytest.mark.parametrize("step", ["step1_sft", "step2_reward", "step3_ppo", "alternatives/dpo"])
 def test_the_main_of_each_step_fits_on_a_screen(step):
     tree = ast.parse((ROOT / step / "main.py").read_text(encoding="utf-8"))
     (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")

@@ -35,5 +35,5 @@ def test_a_row_says_default_unit_steps_aliases_and_resume():
         in text
     )
     assert "| `--max_kl` | none | nats per answer | 3 |" in text
-    assert "| `--num_warmup_steps` | 0 (1), 0 (2), 100 (3) | optimizer steps | 1, 2, 3 |" in text
+    assert "| `--num_warmup_steps` | 0 (1), 0 (2), 0 (DPO), 100 (3) | optimizer steps | 1, 2, DPO, 3 |" in text
     assert "yes; other figures of evaluations |" in text

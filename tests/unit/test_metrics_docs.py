@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from alternatives.dpo.config import DPOConfig
+from alternatives.dpo.loss import LOSSES, LossOptions, Responses, preference_loss_sum
+from alternatives.dpo.task import DPOTask
 from common.artifacts.tracking import Tracker
 from common.config.option import Phase
 from common.paths import ROOT
@@ -100,10 +103,14 @@ def ppo_names() -> set[str]:
     }
 
 
+PAIR = Responses(ONE[None], ONE[None], ONE[None])
 NAMES = {
     "sft": lambda: supervised_names(SFTTask(SFTConfig()), {"tokens": ONE, "loss": ONE}),
     "reward": lambda: supervised_names(
         RewardTask(RewardConfig()), bradley_terry_loss_sum(ONE[None], ONE[None], ONE[None].bool())[1]
+    ),
+    "dpo": lambda: supervised_names(
+        DPOTask(DPOConfig()), preference_loss_sum(LOSSES["sigmoid"], PAIR, PAIR, ONE[None].bool(), LossOptions(1.0))[1]
     ),
     "ppo": ppo_names,
 }
