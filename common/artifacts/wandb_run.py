@@ -85,7 +85,8 @@ class WandbRun:
     is, because W&B may have lost it.
 
     Files:
-        logs/wandb.json: the id, how many rows W&B has at most, and how much of the metrics file it has for certain.
+        logs/wandb.json: the id, how many rows W&B has at most, how much of the metrics file it has for certain, and
+            the rows that it has beyond that file: they were removed by a resume and not computed again yet.
         logs/wandb/ (or in WANDB_DIR): W&B's own.
 
     Args:
@@ -114,7 +115,7 @@ class WandbRun:
             before = None if place is None else self._recorded()
             if before is not None:
                 again = metrics[place : before["bytes"]].splitlines()
-                self._sent = [_without_times(json.loads(line)) for line in again]
+                self._sent = before["removed"] + [_without_times(json.loads(line)) for line in again]
                 # Of a killed run it is not known; a row of the file is one of metrics, and perhaps one with samples.
                 self._rows = before["rows"] + (0 if before["bytes"] else 2 * metrics.count(b"\n"))
             run = wandb.init(
@@ -138,7 +139,10 @@ class WandbRun:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Send a row of the metrics file as PHASE/METRIC."""
-        self._step, self._repeated = row["step"], _without_times(row) in self._sent
+        lasting = _without_times(row)
+        self._step, self._repeated = row["step"], lasting in self._sent
+        if self._repeated:
+            self._sent.remove(lasting)
         metrics = {name: value for name, value in row.items() if name not in ("phase", "step", "seconds")}
         self._send({f"{row['phase']}/{name}": value for name, value in metrics.items() if value is not None})
 
@@ -177,7 +181,12 @@ class WandbRun:
         """What `_record` wrote, if anything."""
         try:
             values = json.loads((self._logs / FILE).read_text(encoding="utf-8"))
-            return {"id": str(values["id"]), "rows": int(values["rows"]), "bytes": int(values["bytes"])}
+            return {
+                "id": str(values["id"]),
+                "rows": int(values["rows"]),
+                "bytes": int(values["bytes"]),
+                "removed": list(values.get("removed", [])),
+            }
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
@@ -188,7 +197,7 @@ class WandbRun:
             size: up to where W&B has the metrics file for certain; 0 while the run goes on.
         """
         assert self._run is not None
-        values = {"id": self._run.id, "rows": self._rows, "bytes": size}
+        values = {"id": self._run.id, "rows": self._rows, "bytes": size, "removed": self._sent if size else []}
         (self._logs / FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
     @contextlib.contextmanager

@@ -138,6 +138,23 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_with_each_row_once(tmp_path
     ]
 
 
+def test_a_row_is_sent_once_though_the_run_is_stopped_again_before_it_comes_again(tmp_path):
+    """Told to stop twice in the evaluation of one step: the second time before its figures are there."""
+    place = None
+    for row in ({"loss": 0.5}, None, {"loss": 0.5}):
+        run = tracker(tmp_path)
+        run.begin(place)
+        with pytest.raises(Stopped), run:
+            if place is None:
+                run.log("train", 1, {"loss": 1.0})
+            place = run.place(1)
+            if row:
+                run.log("eval", 1, row)
+            raise Stopped("told to stop")
+        time.sleep(1)
+    assert [name for one in recorded(tmp_path) for name, _ in logged(one.rows)] == ["train/loss", "eval/loss"]
+
+
 def test_rows_with_other_numbers_and_those_of_a_killed_run_are_sent_again(tmp_path):
     run = tracker(tmp_path)
     run.begin()
