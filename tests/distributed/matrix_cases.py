@@ -118,6 +118,8 @@ def run(combination: Combination, data: str, texts: str, model: str, encoder: st
             *decoder,
             *lora,
             *(["--keep_reference"] if combination.lora else []),
+            "--data_output_path",
+            str(output.parent / "dpo-data"),
             "--model_name_or_path",
             str(output / "sft"),
             "--output_dir",

@@ -104,7 +104,7 @@ def test_dpo_starts_at_the_reference_and_saves_what_it_measured(results, combina
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5 if exact else 0.02)
     losses = [record["loss"] for record in logged(directory, "train")]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5 if exact else 0.02) and losses[-1] != losses[0]
-    data = results / str(ranks) / "data"
+    data = results / str(ranks) / "dpo-data"
     after, before = (
         response_log_probs(data, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
         for path in (directory, directory.parent / "sft")
