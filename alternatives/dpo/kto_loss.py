@@ -27,7 +27,7 @@ class KTOOptions:
 
 def kl_baseline(log_ratios: Tensor, rows: Tensor) -> Tensor:
     """The reference point z_0 = max(0, mean of log(pi(y') / pi_ref(y'))) over mismatched responses y', in nats:
-    arXiv:2402.01306, section 4.1.
+    arXiv:2402.01306, section 4.
 
     Args:
         log_ratios: a scalar, the sum over all rows.

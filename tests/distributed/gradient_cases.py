@@ -161,10 +161,13 @@ def dpo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> li
 
 
 def kto_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
-    """The reference gives each response less than the model does, so that z_0 is above 0 and counts."""
+    """The reference gives tokens about a third of the probability that the model does, so that z_0 is above 0."""
     marked = rows(["prompt_ids", "response_ids"]).add_column("dialogue", [0, 0, 1, 1, 2, 3, 3, 3])
     marked = with_mismatched(marked.add_column("desirable", [row % 3 == 0 for row in range(ROWS)]), 64, "rows")
-    marked = with_reference(marked, np.random.default_rng(4).normal(-90.0, 10.0, (ROWS, 2)).astype(np.float32))
+    tokens = np.array([len(response) for response in marked["response_ids"]])
+    both = np.stack([tokens, tokens[marked["mismatched"]]], 1)
+    reference = -(np.log(len(codec.tokenizer)) + 1) * both + np.random.default_rng(4).normal(0, 3.0, (ROWS, 2))
+    marked = with_reference(marked, reference.astype(np.float32))
     task = KTOTask(DPOConfig(loss_type="kto", desirable_weight=1.5, undesirable_weight=0.7))
     trainer = trainer_of(task, actor(model, codec, stage, *held), marked, codec.pad_id)
     trainer.train_step(one_step(list(trainer.train["length"]), micro_batch))
