@@ -81,7 +81,10 @@ RESUMED = {
     ),
     "reward-zero2-lora-dropout": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0.1")),
     "dpo-zero2-lora": ("dpo", ("--zero_stage", "2", "--lora_dim", "4", "--learning_rate", "1e-3")),
-    "kto-zero2": ("dpo", ("--zero_stage", "2", "--loss_type", "kto")),
+    "kto-zero2": (
+        "dpo",
+        ("--zero_stage", "2", "--loss_type", "kto", "--adam_epsilon", "1e-6"),  # as with ppo-groups
+    ),
     "ppo-ema": (
         "ppo",
         (
