@@ -1,14 +1,26 @@
-"""Declares the options of direct preference optimisation."""
+"""Declares the options of direct preference optimisation, its family and KTO."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from alternatives.dpo.loss import LOSSES, LossOptions, PreferenceLoss
-from common.config.parser import PathName, option
+from common.config.parser import PathName, option, options
 from common.config.shared import same_option
 from common.errors import UserError
 from common.supervised.config import ComparisonConfig, SupervisedConfig
+
+KTO = "kto"  # the only --loss_type that is of single answers, not of pairs
+# The losses that an option is for.
+_TAKERS: dict[str, tuple[str, ...]] = {
+    **{
+        name: tuple(loss for loss in LOSSES if name in LOSSES[loss].options)
+        for name in ("label_smoothing", "target_margin")
+    },
+    "sft_coef": tuple(LOSSES),
+    "desirable_weight": (KTO,),
+    "undesirable_weight": (KTO,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +35,8 @@ class DPOConfig(ComparisonConfig):
     loss_type: str = option(
         "sigmoid",
         "the loss of a pair: sigmoid is DPO, sigmoid_norm divides by the answers' lengths; simpo and orpo need no "
-        "reference",
-        choices=tuple(LOSSES),
+        "reference; kto is of single answers, labelled as good or bad",
+        choices=(*LOSSES, KTO),
     )
     beta: float = option(
         0.1,
@@ -40,6 +52,8 @@ class DPOConfig(ComparisonConfig):
         "weight of the chosen answer's -log p, a mean over its tokens; none: 1 with orpo, whose loss has it, else 0",
         low=0,
     )
+    desirable_weight: float = option(1.0, "weight of the answers labelled as good, lambda_D of kto", low=0)
+    undesirable_weight: float = option(1.0, "weight of those labelled as bad, lambda_U of kto", low=0)
     keep_reference: bool = option(
         False,
         "keep the reference in memory, with LoRA the model without its adapters, in place of computing its "
@@ -48,8 +62,13 @@ class DPOConfig(ComparisonConfig):
 
     @property
     def loss(self) -> PreferenceLoss:
-        """The loss that --loss_type names."""
+        """The loss of pairs that --loss_type names."""
         return LOSSES[self.loss_type]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference model."""
+        return self.loss_type == KTO or self.loss.needs_reference
 
     def loss_options(self) -> LossOptions:
         """The numbers that the loss reads."""
@@ -58,11 +77,14 @@ class DPOConfig(ComparisonConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("label_smoothing", "target_margin"):
-            if getattr(self, name) and name not in self.loss.options:
-                takers = ", ".join(loss for loss in LOSSES if name in LOSSES[loss].options)
-                raise UserError(f"--{name} has no meaning with --loss_type {self.loss_type}: it is for {takers}")
+        for name, takers in _TAKERS.items():
+            if getattr(self, name) != options(type(self))[name].default and self.loss_type not in takers:
+                raise UserError(
+                    f"--{name} has no meaning with --loss_type {self.loss_type}: it is for {', '.join(takers)}"
+                )
         if self.keep_reference and self.lora_dim and self.dropout_probability != 0:
             raise UserError("--keep_reference with --lora_dim reads the reference in the same pass: give --dropout 0")
-        if self.keep_reference and not self.loss.needs_reference:
+        if self.loss_type == KTO and not (self.desirable_weight or self.undesirable_weight):
+            raise UserError("--desirable_weight 0 and --undesirable_weight 0: nothing would be learnt from")
+        if self.keep_reference and not self.needs_reference:
             raise UserError(f"--keep_reference has no meaning with --loss_type {self.loss_type}: it needs no reference")

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 
-from alternatives.dpo.batches import collate_preferences, sequence_log_probs
-from common.batching.sampler import evaluation_batches
+from alternatives.dpo.batches import FeedbackBatch, PreferenceBatch, sequence_log_probs
+from common.batching.sampler import MicroBatch, evaluation_batches
 from common.models.engine import Engine
 from common.runtime.distributed import device, gather_objects, global_sum, is_main, rank, world_size
 
 
 @torch.no_grad()
-def reference_log_probs(engine: Engine, rows: Dataset, rows_per_batch: int, pad_id: int) -> np.ndarray:
-    """(N, 2) float32: log pi_ref of the chosen and of the rejected response of every row, in nats. All ranks call it,
-    each computes a share."""
+def reference_log_probs(
+    engine: Engine,
+    rows: Dataset,
+    rows_per_batch: int,
+    collate: Callable[[Dataset, MicroBatch], PreferenceBatch | FeedbackBatch],
+) -> np.ndarray:
+    """(N, 2) float32: log pi_ref of the two responses of every row, in nats, in the order in which `collate` has them.
+    All ranks call it, each computes a share."""
     table = torch.zeros(len(rows), 2, device=device())
     engine.eval()
     for micro_batch in evaluation_batches(rows["length"], rows_per_batch, world_size(), rank()):
-        batch = collate_preferences(rows, micro_batch, pad_id).to(device())
+        batch = collate(rows, micro_batch).to(device())
         both = sequence_log_probs(engine, batch).float().view(2, -1).T
         table[torch.tensor(micro_batch.indices, device=device())[batch.real]] = both[batch.real]
     engine.train()

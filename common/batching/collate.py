@@ -224,6 +224,15 @@ def collate_comparisons(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) 
     return PairBatch(*_padded(joined, pad_id), prompt_lengths, torch.tensor(micro_batch.real), margins)
 
 
+def collate_responses(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each prompt with its response, padded on the right: ids (N, L), and the tokens of both and of the prompt, (N,)
+    long."""
+    input_ids, _, lengths = _padded([prompt + response for prompt, response in zip(prompts, responses)], pad_id)
+    return input_ids, lengths, torch.tensor([len(prompt) for prompt in prompts])
+
+
 def collate_prompts(dataset: Dataset, micro_batch: MicroBatch, pad_id: int) -> PromptBatch:
     """Prompts ready to be continued."""
     prompts = list(dataset[list(micro_batch.indices)]["prompt_ids"])

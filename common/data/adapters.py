@@ -124,7 +124,13 @@ NAMED = {
     "stanfordnlp/shp": SHP,
     "openai/webgpt_comparisons": WEBGPT,
 }
-_PLURALS = {"prompt": "prompts", "demonstration": "demonstrations", "comparison": "comparisons", "text": "plain texts"}
+_PLURALS = {
+    "prompt": "prompts",
+    "demonstration": "demonstrations",
+    "comparison": "comparisons",
+    "feedback": "labelled answers",
+    "text": "plain texts",
+}
 
 
 def named_layout(name: str) -> Layout | None:
@@ -164,12 +170,7 @@ class ColumnMap:
 
     def for_kind(self, kind: str) -> ColumnMap:
         """The part of the map that concerns records of `kind`: text and dialogues may lie in different sources."""
-        known = {
-            column
-            for layout in LAYOUTS
-            if kind in layout.kinds or kind == "comparison" and layout.ranked
-            for column in layout.required + layout.optional
-        }
+        known = {column for layout in LAYOUTS if layout.can_give(kind) for column in layout.required + layout.optional}
         return ColumnMap({key: column for key, column in self.names.items() if key in known})
 
     def check(self, files: Mapping[str, Collection[str]]) -> None:

@@ -12,7 +12,7 @@ from common.data.errors import TemplateError
 from common.data.keeping import KEPT, kept_json
 from common.data.preparation_report import PreparationReport
 from common.data.reading import SourcedRecord
-from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record, Response, turns_of
+from common.data.records import Comparison, Demonstration, Feedback, PlainText, Prompt, Record, Response, turns_of
 from common.data.templates import marks
 from common.data.tokenization import Codec
 from common.errors import UserError
@@ -20,6 +20,7 @@ from common.errors import UserError
 _COLUMNS = {
     "demonstration": ("prompt_ids", "response_ids"),
     "comparison": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "feedback": ("prompt_ids", "response_ids"),
     "prompt": ("prompt_ids",),
     "text": ("input_ids",),
 }
@@ -32,6 +33,8 @@ Chunk = list[tuple[bool, SourcedRecord]]  # (whether the record is for evaluatio
 def features(kind: str, keeps: bool = False, margins: bool = False) -> Features:
     """The columns of prepared rows; with `keeps`, also `keeping.KEPT`; with `margins`, one for those of comparisons."""
     columns: dict[str, object] = {name: [Value("int32")] for name in _COLUMNS[kind]}
+    if kind == "feedback":
+        columns["desirable"] = Value("bool")
     if margins:
         columns["margin"] = Value("float32")
     kept = {KEPT: Value("string")} if keeps else {}
@@ -108,8 +111,10 @@ class Encoder:
         prompt_ids = codec.cut_prompt(uncut, max_prompt_tokens)
         report.prompts_cut += len(prompt_ids) < len(uncut)
         kept = {KEPT: kept_json(sourced.kept, prompt, sourced.location)} if self.keeps else {}
-        margin = {"margin": record.margin} if self.margins and isinstance(record, Comparison) else {}
-        yield {"prompt_ids": prompt_ids, **responses, **margin, "length": len(prompt_ids) + longest, **kept}
+        said: dict[str, object] = {"desirable": record.desirable} if isinstance(record, Feedback) else {}
+        if self.margins and isinstance(record, Comparison):
+            said["margin"] = record.margin
+        yield {"prompt_ids": prompt_ids, **responses, **said, "length": len(prompt_ids) + longest, **kept}
 
     def _note_marks(self, sourced: SourcedRecord, prompt: Prompt, report: PreparationReport) -> None:
         """Report text that a template has rendered already: to render it again is usually a mistake."""
@@ -134,4 +139,4 @@ def _responses(record: Record) -> dict[str, Response]:
     """The responses of a record by their names."""
     if isinstance(record, Comparison):
         return {"chosen": record.chosen, "rejected": record.rejected}
-    return {"response": record.response} if isinstance(record, Demonstration) else {}
+    return {"response": record.response} if isinstance(record, Demonstration | Feedback) else {}

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from common.data.dialogues import is_open, make_prompt, questions, response_of, unused_keys
-from common.data.records import Comparison, Demonstration, PlainText, Prompt, Record, Response, user_turns
+from common.data.records import Comparison, Demonstration, Feedback, PlainText, Prompt, Record, Response, user_turns
+from common.data.response_columns import LABELS
 from common.data.values import BadRow, are_several
 
 
@@ -29,7 +30,7 @@ class Example:
             further question.
         text: plain text.
         tied: whether the row says that no response is better.
-        label: False for a response that is marked as a bad one.
+        label: whether the response is marked as a good one; None where it is not marked.
     """
 
     prompt: Prompt | None = None
@@ -38,7 +39,7 @@ class Example:
     open_prompt: Prompt | None = None
     text: str = ""
     tied: bool = False
-    label: bool = True
+    label: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,23 @@ class Layout:
     user_values: Callable[[dict[str, Any]], Sequence[Any]] = lambda row: ()
     ranked: str | None = None
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The columns that may say whether a response is a good one."""
+        return tuple(column for column in LABELS if column in self.optional)
+
+    def can_give(self, kind: str) -> bool:
+        """Whether some rows with the required columns give records of `kind`."""
+        comparisons = "comparison" in self.kinds or self.ranked is not None
+        if kind == "feedback":
+            return comparisons or bool(self.labels)
+        return kind in self.kinds or kind == "comparison" and comparisons
+
     def gives(self, kind: str, rows: Sequence[dict[str, Any]]) -> bool:
         """Whether such rows give records of `kind`."""
+        if kind == "feedback":
+            labelled = any(row.get(column) is not None for row in rows for column in self.labels)
+            return labelled or self.gives("comparison", rows)
         return (
             kind in self.kinds
             or kind == "comparison"
@@ -105,12 +121,12 @@ def user_turns_in(layout: Layout, row: dict[str, Any]) -> set[tuple[str, ...]]:
 
 
 def to_records(layout: Layout, row: dict[str, Any], kind: str) -> list[Record]:
-    """The row as records of `kind`: one, or several comparisons of several responses.
+    """The row as records of `kind`: one, or several comparisons of several responses, or feedback to both of each.
 
     Raises:
         BadRow: a column is missing, empty or of the wrong type, or the two responses of a pair are the same.
-        LeftOut: the row is a tie where comparisons are wanted, its response is marked as bad or as not to be trained,
-            or its text is blank.
+        LeftOut: the row is a tie where comparisons or feedback are wanted, its response is marked as bad or as not to
+            be trained, or its text is blank.
     """
     for column in layout.required:
         if row.get(column) is None:
@@ -130,11 +146,13 @@ def to_records(layout: Layout, row: dict[str, Any], kind: str) -> list[Record]:
         return [_demonstration(example, example.prompt)]
     if example.tied:
         raise LeftOut("a tie")
+    if kind == "feedback":
+        return list(_feedback(example, example.prompt))
     return [Comparison(example.prompt, *pair) for pair in _pairs(example)]
 
 
 def _demonstration(example: Example, prompt: Prompt) -> Demonstration:
-    if not example.label:
+    if example.label is False:
         raise LeftOut("answer labelled as a bad one")
     response = _filled(example.response, "answer")
     if isinstance(response, str):
@@ -149,6 +167,19 @@ def _demonstration(example: Example, prompt: Prompt) -> Demonstration:
     return Demonstration(
         replace(longer, user_messages=prompt.user_messages + added), _filled(response_of([last]), "answer")
     )
+
+
+def _feedback(example: Example, prompt: Prompt) -> Iterator[Feedback]:
+    """That of its label, or of its pairs: each has a desirable response and an undesirable one."""
+    if example.pairs:
+        for chosen, rejected in _pairs(example):
+            yield Feedback(prompt, chosen, True)
+            yield Feedback(prompt, rejected, False)
+        return
+    if example.label is None:
+        raise BadRow("'label' is missing")
+    marked = _demonstration(replace(example, label=None), prompt)
+    yield Feedback(marked.prompt, marked.response, example.label)
 
 
 def _pairs(example: Example) -> list[tuple[Response, Response]]:

@@ -18,7 +18,8 @@ Optional columns, wherever they make sense: `system_prompt` or `system`; `contex
 `tools`, for chat templates; `label`, whether a response is a good one (bad ones demonstrate nothing); the scores of
 a pair or their `margin`: equal scores are ties, which are left out.
 
-A comparison also serves as a demonstration, and all but plain text as prompts.
+A comparison also serves as a demonstration, and all but plain text as prompts. Feedback comes of a `label`, or of a
+comparison: one desirable response and one undesirable.
 """
 
 from __future__ import annotations
@@ -246,6 +247,8 @@ LAYOUTS = (*_PAIRS, DIALOGUE_PAIR, *_ANSWERED.values(), *_MESSAGES, PROMPT, TEXT
 
 def described(kind: str | None = None) -> str:
     """The layouts that give records of `kind`, or all, for a message."""
+    if kind == "feedback":
+        return f"{described('comparison')}, or label beside prompt/response, messages and the like"
     groups = (
         ((PROMPT_PAIR, DIALOGUE_PAIR), "prompt/chosen/rejected, chosen/rejected"),
         (

@@ -37,9 +37,9 @@ class PreparedData:
     """Memory-mapped rows of ids.
 
     Columns by kind: demonstration: `prompt_ids`, `response_ids`; comparison: `prompt_ids`, `chosen_ids`,
-    `rejected_ids`, and `margin` if the request names its column; prompt: `prompt_ids`, and `kept` where columns are
-    kept, see `keeping`; text: `input_ids`. Always `length`, the tokens of the row's longest sequence, and `dialogue`,
-    see `common.data.openings.SplitKey`.
+    `rejected_ids`, and `margin` if the request names its column; feedback: `prompt_ids`, `response_ids`, `desirable`;
+    prompt: `prompt_ids`, and `kept` where columns are kept, see `keeping`; text: `input_ids`. Always `length`, the
+    tokens of the row's longest sequence, and `dialogue`, see `common.data.openings.SplitKey`.
 
     Attributes:
         train, eval: the rows to train and to evaluate on.

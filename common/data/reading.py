@@ -77,7 +77,7 @@ def read_records(
         columns: see `adapters.ColumnMap`.
         max_rows: rows read at most of each source's training data. Test data is read to its end, so that no test prompt
             is trained on, but no more rows of it are yielded and counted.
-        pairs_per_prompt: comparisons taken of one row at most.
+        pairs_per_prompt: comparisons taken of one row at most, or feedback to the responses of so many.
         report: counts the rows; bad ones are counted and skipped.
         test_prompt_hashes: is filled with the `openings.all_keys` of every test prompt, also of those whose row gives
             no record of the kind.
@@ -197,7 +197,10 @@ def sourced_records(
         return
     counts.usable += 1
     side = "test" if key.dialogue in test_prompt_hashes else "train"
-    for record in records[:pairs_per_prompt]:
+    taken = pairs_per_prompt
+    if taken is not None and reader is not None and reader.kind == "feedback":
+        taken *= 2  # a comparison has two responses
+    for record in records[:taken]:
         for copy in range(spec.copies(key.text)):
             yield SourcedRecord(record, row.location, side, key.text, key.dialogue, spec.name, copy, kept)
 

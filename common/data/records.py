@@ -1,8 +1,9 @@
 """Defines the canonical records that every data source is turned into, whatever its own columns are called.
 
-A comparison can serve as a demonstration (its chosen response), and both can serve as a prompt; the readers in
-`common.data.layouts` convert them. Texts contain no template and no cue. They have no surrounding white space, except
-for the indentation of a response's first line. `common.data.templates` alone decides how a record is written out.
+A comparison can serve as a demonstration (its chosen response) and as feedback (to either response), and all can serve
+as a prompt; the readers in `common.data.layouts` convert them. Texts contain no template and no cue. They have no
+surrounding white space, except for the indentation of a response's first line. `common.data.templates` alone decides
+how a record is written out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
-RECORD_KINDS = ("prompt", "demonstration", "comparison", "text")
+RECORD_KINDS = ("prompt", "demonstration", "comparison", "feedback", "text")
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,25 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Feedback:
+    """
+    Attributes:
+        desirable: whether the response is a good one.
+    """
+
+    prompt: Prompt
+    response: Response
+    desirable: bool
+
+
+@dataclass(frozen=True)
 class PlainText:
     """Text without a dialogue, for the pretraining loss."""
 
     text: str
 
 
-Record = Prompt | Demonstration | Comparison | PlainText
+Record = Prompt | Demonstration | Comparison | Feedback | PlainText
 
 
 def user_turns(record: Record) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ class DataRequest:
 
     Attributes:
         data_path: the blend, see `common.data.blend.parse_data_path`.
-        kind: "demonstration", "comparison", "prompt" or "text".
+        kind: "demonstration", "comparison", "feedback", "prompt" or "text".
         phase: 0, 1 or 2 takes this phase's share of the prompts, to train on or, of the sources' own test data, to
             evaluate on; None takes all of them.
         max_tokens: limit of a whole sequence, prompt and response with its end token; of plain text, the length of

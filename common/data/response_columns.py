@@ -69,10 +69,10 @@ def goodness(row: dict[str, Any], count: int) -> list[float]:
     return [-float(at) for at in range(count)]
 
 
-def label_of(row: dict[str, Any]) -> bool:
-    """Whether the row's label says that its response is a good one; True without a label. Raises BadRow."""
+def label_of(row: dict[str, Any]) -> bool | None:
+    """Whether the row's label says that its response is a good one; None without a label. Raises BadRow."""
     label = row.get("kto_tag") if row.get("label") is None else row["label"]
-    known = {"true": True, "1": True, "1.0": True, "": True, "false": False, "0": False, "0.0": False, "-1": False}
+    known = {"true": True, "1": True, "1.0": True, "": None, "false": False, "0": False, "0.0": False, "-1": False}
     text = as_text(label, "label").strip().lower()
     if text not in known:
         raise BadRow(f"'label' is {text[:20]!r}, neither true nor false")

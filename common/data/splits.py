@@ -28,11 +28,18 @@ _USES = {
 # For each kind of record the uses, the best fitting first.
 _FITTING = {
     "comparison": ("prefs", "sft", "gen"),
+    "feedback": ("prefs", "sft", "gen"),
     "demonstration": ("sft", "prefs", "gen"),
     "prompt": ("gen", "prefs", "sft"),
     "text": ("sft", "gen", "prefs"),
 }
-_FOR = {"comparison": "comparisons", "demonstration": "demonstrations", "prompt": "prompts", "text": "plain text"}
+_FOR = {
+    "comparison": "comparisons",
+    "feedback": "labelled answers",
+    "demonstration": "demonstrations",
+    "prompt": "prompts",
+    "text": "plain text",
+}
 
 
 @dataclass

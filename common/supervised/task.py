@@ -7,7 +7,7 @@ Everything else (options, data on disk, engines, checkpoints, the loop, the resu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -122,6 +122,11 @@ class SupervisedTask(ABC, Generic[ConfigT, BatchT]):
     @abstractmethod
     def count(self, batch: BatchT) -> Tensor:
         """The number of units (tokens, pairs) in the loss of this batch: a scalar."""
+
+    def begin(self, engine: Engine, batches: Iterable[BatchT]) -> None:
+        """Called with all batches of an optimizer step on this rank, or of an evaluation, before the first
+        `loss_sum`: for what the loss needs of all of them. All ranks call it, without gradients; they have equally
+        many batches."""
 
     @abstractmethod
     def loss_sum(self, engine: Engine, batch: BatchT) -> tuple[Tensor, Sums]:

@@ -54,6 +54,8 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
         """Make one optimizer step, or skip it. The loss is the mean over the units of the step on all ranks."""
         batches = list(self._batches(self.train, micro_batches))
         units = global_sum(torch.stack([self.task.count(batch) for batch in batches]).sum())
+        with torch.no_grad():
+            self.task.begin(self.engine, batches)
         parts: list[Sums] = []
 
         def share_of_mean(batch: BatchT) -> Tensor:
@@ -80,6 +82,7 @@ class SupervisedTrainer(Generic[ConfigT, BatchT]):
         if not self.evaluation_batches:
             return {}
         self.engine.eval()
+        self.task.begin(self.engine, self._batches(self.held_out, self.evaluation_batches))
         parts = [
             self.task.loss_sum(self.engine, batch)[1] for batch in self._batches(self.held_out, self.evaluation_batches)
         ]

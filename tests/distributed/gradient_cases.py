@@ -19,6 +19,8 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from alternatives.dpo.config import DPOConfig
+from alternatives.dpo.kto_task import KTOTask
+from alternatives.dpo.mismatched import with_mismatched
 from alternatives.dpo.reference import with_reference
 from alternatives.dpo.task import DPOTask
 from common.artifacts.export import full_state_dict
@@ -65,7 +67,7 @@ def main() -> None:
     for name, variant in variants.items():
         # The others are compared with these two: what one chunk of the output head says, many must say.
         logprobs.CHUNK_NUMBERS = WHOLE if name in ("whole", "lora") else 7 * len(codec.tokenizer)
-        steps = [sft_step, reward_step, encoder_step, dpo_step, ppo_step]
+        steps = [sft_step, reward_step, encoder_step, dpo_step, kto_step, ppo_step]
         steps += [gspo_step, cispo_step] if name in LOSSES_IN else []
         steps += [truncated_ppo_step] if name in TRUNCATED else []
         for step in steps:
@@ -155,6 +157,21 @@ def dpo_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> li
     task = DPOTask(DPOConfig(sft_coef=0.2))
     trainer = trainer_of(task, actor(model, codec, stage, *held), pairs, codec.pad_id)
     trainer.train_step(one_step([2 * length for length in trainer.train["length"]], micro_batch))
+    return [trainer.engine]
+
+
+def kto_step(model: str, codec, stage: int, micro_batch: int, *held: bool) -> list:
+    """The reference gives tokens about a third of the probability that the model does, so that z_0 is above 0."""
+    marked = rows(["prompt_ids", "response_ids"]).add_column("dialogue", [0, 0, 1, 1, 2, 3, 3, 3])
+    marked = with_mismatched(marked.add_column("desirable", [row % 3 == 0 for row in range(ROWS)]), 64, "rows")
+    tokens = np.array([len(response) for response in marked["response_ids"]])
+    both = np.stack([tokens, tokens[marked["mismatched"]]], 1)
+    reference = -(np.log(len(codec.tokenizer)) + 1) * both + np.random.default_rng(4).normal(0, 3.0, (ROWS, 2))
+    marked = with_reference(marked, reference.astype(np.float32))
+    task = KTOTask(DPOConfig(loss_type="kto", desirable_weight=1.5, undesirable_weight=0.7))
+    trainer = trainer_of(task, actor(model, codec, stage, *held), marked, codec.pad_id)
+    trainer.train_step(one_step(list(trainer.train["length"]), micro_batch))
+    assert task.baseline > 1, "z_0 is clamped, so nothing of it is seen"
     return [trainer.engine]
 
 

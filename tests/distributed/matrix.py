@@ -24,5 +24,8 @@ SHORT = [
 ]
 LONG = [combination for combination in _ALL if combination not in SHORT]
 
+# DPO is run with each; KTO, which shares its program, where it adds something: both ways to hold the reference.
+KTO = SHORT[1:3]
+
 ROWS_PER_STEP = 8  # over all ranks, so that runs on other numbers of ranks see the same steps
 EVAL_PROMPTS = 8

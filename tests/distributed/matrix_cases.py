@@ -1,5 +1,5 @@
 """All three steps and DPO on preference data, for each combination of the matrix, in one process per rank; step 2 also
-with an encoder.
+with an encoder, and KTO with some combinations.
 
 Run under the launcher: matrix_cases.py [--long] DATA TEXTS MODEL ENCODER OUTPUT_DIR
 """
@@ -17,7 +17,7 @@ from common.runtime.program import run_program
 from step1_sft.main import main as step1
 from step2_reward.main import main as step2
 from step3_ppo.main import main as step3
-from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHORT, Combination
+from tests.distributed.matrix import EVAL_PROMPTS, KTO, LONG, ROWS_PER_STEP, SHORT, Combination
 from tests.distributed.variants import DEEPSPEED
 
 
@@ -112,23 +112,26 @@ def run(combination: Combination, data: str, texts: str, model: str, encoder: st
             "--gradient_checkpointing",
         ]
     )
-    dpo(
-        [
-            *supervised,
-            *decoder,
-            *lora,
-            *(["--keep_reference"] if combination.lora else []),
-            "--data_output_path",
-            str(output.parent / "dpo-data"),
-            "--model_name_or_path",
-            str(output / "sft"),
-            "--output_dir",
-            str(output / "dpo"),
-            "--test_stop_step",
-            "6",
-            "--gradient_checkpointing",
-        ]
-    )
+    for name, loss in [("dpo", "sigmoid"), *([("kto", "kto")] if combination in KTO else [])]:
+        dpo(
+            [
+                *supervised,
+                *decoder,
+                *lora,
+                *(["--keep_reference"] if combination.lora else []),
+                "--data_output_path",
+                str(output.parent / "dpo-data"),
+                "--loss_type",
+                loss,
+                "--model_name_or_path",
+                str(output / "sft"),
+                "--output_dir",
+                str(output / name),
+                "--test_stop_step",
+                "6",
+                "--gradient_checkpointing",
+            ]
+        )
     step2(
         [
             *supervised,

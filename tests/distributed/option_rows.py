@@ -129,6 +129,8 @@ DPO = {
     "label_smoothing": Row("metrics", "0.2"),
     "target_margin": Row("metrics", "1", "--loss_type simpo --no_keep_reference"),
     "sft_coef": Row("metrics", "0.5"),
+    "desirable_weight": Row("metrics", "2", "--loss_type kto"),
+    "undesirable_weight": Row("metrics", "2", "--loss_type kto"),
     "keep_reference": Row("samples", "false"),
 }
 

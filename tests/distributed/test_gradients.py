@@ -9,7 +9,7 @@ from tests.distributed.variants import LOSSES_IN, TRUNCATED, VARIANTS, VARIANTS_
 from tests.launching import ROOT, at_length, launch_each
 
 PROGRAM = ROOT / "tests" / "distributed" / "gradient_cases.py"
-STEPS = ("sft_step", "reward_step", "encoder_step", "dpo_step", "ppo_step")
+STEPS = ("sft_step", "reward_step", "encoder_step", "dpo_step", "kto_step", "ppo_step")
 
 
 @pytest.fixture(scope="module")

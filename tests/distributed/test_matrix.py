@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common.data.builtin import builtin_rows
 from tests.architectures import build_encoder, build_model
-from tests.distributed.matrix import EVAL_PROMPTS, LONG, ROWS_PER_STEP, SHORT
+from tests.distributed.matrix import EVAL_PROMPTS, KTO, LONG, ROWS_PER_STEP, SHORT
 from tests.distributed.outcomes import held_out_loss, held_out_scores, logged, samples
 from tests.launching import ROOT, at_length, launch_each
 
@@ -117,20 +118,56 @@ def test_dpo_starts_at_the_reference_and_saves_what_it_measured(results, combina
     assert all(("kl" in row) == combination.lora and row["response"] for row in samples(directory, "after"))
 
 
-@torch.no_grad()
-def response_log_probs(data: Path, model) -> torch.Tensor:
-    """(N, 2) log-probabilities of the held-out responses, chosen and rejected, with nothing of the product's code."""
-    from datasets import Dataset
+@pytest.mark.parametrize("combination", KTO, ids=lambda combination: combination.name)
+@RANKS
+def test_kto_starts_at_the_reference_and_saves_what_it_measured(results, combination, ranks):
+    """The rewards of good and of bad responses, by the two models that were saved."""
+    directory = results / str(ranks) / combination.name / "kto"
+    first, *_, last = logged(directory, "eval")
+    assert (first["loss"], first["z0"]) == pytest.approx((0.5, 0), abs=1e-5)
+    trained = logged(directory, "train")
+    assert trained[-1]["loss"] < trained[0]["loss"] and {record["rows"] for record in trained} == {ROWS_PER_STEP}
+    data = results / str(ranks) / "dpo-data"
+    after, before = (
+        response_log_probs(data, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), "feedback")
+        for path in (directory, directory.parent / "sft")
+    )
+    good = torch.tensor([row["desirable"] for row in held_out_rows(data, "feedback")])
+    rewards = [0.1 * (after - before)[rows].mean().item() for rows in (good, ~good)]
+    assert rewards == pytest.approx([last["desirable_reward"], last["undesirable_reward"]], abs=1e-3)
+    assert last["reward_margin"] == pytest.approx(rewards[0] - rewards[1], abs=1e-3)
 
-    (prepared,) = data.glob("comparison-*/eval.arrow")
+
+@pytest.mark.parametrize("combination", KTO, ids=lambda combination: combination.name)
+def test_kto_is_the_same_on_one_rank_and_on_two(results, combination):
+    """Losses and z_0 of every step and evaluation."""
+    one, two = (
+        [(record["loss"], record["z0"]) for phase in ("train", "eval") for record in logged(directory, phase)]
+        for directory in (results / str(ranks) / combination.name / "kto" for ranks in (1, 2))
+    )
+    assert any(z0 > 0 for _, z0 in one)
+    assert [number for pair in two for number in pair] == pytest.approx(
+        [number for pair in one for number in pair], rel=1e-3, abs=1e-4
+    )
+
+
+@torch.no_grad()
+def response_log_probs(data: Path, model, kind: str = "comparison") -> torch.Tensor:
+    """(N, 2) log-probabilities of the held-out responses, chosen and rejected, with nothing of the product's code; for
+    "feedback" (N, 1), of one response each."""
     table = []
-    for row in Dataset.from_file(str(prepared)):
+    for row in held_out_rows(data, kind):
         table.append([])
-        for side in ("chosen_ids", "rejected_ids"):
+        for side in [name for name in ("chosen_ids", "rejected_ids", "response_ids") if name in row]:
             ids = torch.tensor([row["prompt_ids"] + row[side]])
             log_probs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
             table[-1].append(float(log_probs[len(row["prompt_ids"]) - 1 :].sum()))
     return torch.tensor(table)
+
+
+def held_out_rows(data: Path, kind: str) -> Dataset:
+    (prepared,) = data.glob(f"{kind}-*/eval.arrow")
+    return Dataset.from_file(str(prepared))
 
 
 def test_an_encoder_learns_the_builtin_task(results):

@@ -81,6 +81,10 @@ RESUMED = {
     ),
     "reward-zero2-lora-dropout": ("reward", ("--zero_stage", "2", "--lora_dim", "4", "--dropout", "0.1")),
     "dpo-zero2-lora": ("dpo", ("--zero_stage", "2", "--lora_dim", "4", "--learning_rate", "1e-3")),
+    "kto-zero2": (
+        "dpo",
+        ("--zero_stage", "2", "--loss_type", "kto", "--adam_epsilon", "1e-6"),  # as with ppo-groups
+    ),
     "ppo-ema": (
         "ppo",
         (
@@ -214,7 +218,7 @@ RESUMED_AT_LENGTH = {
 }
 
 # Those of RESUMED that are also continued by another number of ranks; without dropout, which is drawn by rank.
-RESHAPED = ("sft-zero3-lora", "sft-stream", "ppo-ema", "ppo-groups")
+RESHAPED = ("sft-zero3-lora", "sft-stream", "kto-zero2", "ppo-ema", "ppo-groups")
 
 # The same, at length.
 _SUPERVISED_LORA = ("--lora_dim", "4", "--lora_learning_rate", "2e-3")

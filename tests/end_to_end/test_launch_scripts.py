@@ -36,6 +36,10 @@ def script(name: str, *flags: str) -> subprocess.CompletedProcess:
     return run(["env", "NUM_GPUS=2", "bash", str(ROOT / "launch" / name), *flags])
 
 
+def handed_to_dpo(output: Path) -> list[str]:
+    return ["--model_name_or_path", str(output / "sft"), "--output_dir", str(output / "dpo")]
+
+
 def read_json_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -57,6 +61,7 @@ def test_the_three_scripts_of_a_machine_hand_on_their_results(machine, tmp_path)
     assert_tensorboard_shows(read_json_lines(tmp_path / "sft/logs/metrics.jsonl"), tmp_path / "board")
     assert not (tmp_path / "sft/logs/tensorboard").exists()
     script(f"reward_{machine}.sh", *tiny, *data, "--output_dir", str(tmp_path / "reward"))
+    script(f"dpo_{machine}.sh", *tiny[2:], *data, *handed_to_dpo(tmp_path))
     script(
         f"ppo_{machine}.sh",
         *PPO,
@@ -70,9 +75,9 @@ def test_the_three_scripts_of_a_machine_hand_on_their_results(machine, tmp_path)
     )
     summary = run(["python", str(ROOT / "launch/summary.py"), str(tmp_path), "--price_per_hour", "8.80"])
     assert "TRUE reward" in summary.stdout and "which cost $" in summary.stdout
-    for step in ("sft", "reward", "ppo/actor", "ppo/critic"):
+    for step in ("sft", "reward", "dpo", "ppo/actor", "ppo/critic"):
         assert (tmp_path / step / "model.safetensors").is_file() and (tmp_path / step / "provenance.json").is_file()
-    for step in ("sft", "reward", "ppo"):
+    for step in ("sft", "reward", "dpo", "ppo"):
         assert read_json_lines(tmp_path / step / "logs/metrics.jsonl")[-1]["step"] == 2
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from alternatives.dpo.config import DPOConfig
 from common.config.parser import Config, parse
 from common.paths import ROOT
 from launch import check_flags
@@ -29,6 +30,7 @@ PROGRAMS = sorted(
     [*ROOT.glob("step*/main.py"), *(path for path in ROOT.glob("inference/*.py") if "__main__" in path.read_text())]
 )
 CONFIGS: dict[str, type[Config]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+PROGRAM_CONFIGS = {**CONFIGS, "dpo": DPOConfig}  # by the names of recipes
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "launch/recipes")))
@@ -37,7 +39,7 @@ def test_a_recipe_sets_what_it_says_and_nothing_without_effect(path, tmp_path, m
         (tmp_path / made).mkdir(parents=True)
         (tmp_path / made / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    config = parse(CONFIGS[path.stem.split("_")[0]], ["--config", str(path)])
+    config = parse(PROGRAM_CONFIGS[path.stem.split("_")[0]], ["--config", str(path)])
     assert config.notes == ()
     for name, value in yaml.safe_load(path.read_text()).items():
         held = getattr(config, name)
@@ -59,6 +61,18 @@ def test_the_steps_of_a_recipe_set_fit_together(directory):
         assert sft.get(key) == reward.get(key) == ppo.get(key)
 
 
+@pytest.mark.parametrize("directory", ["1gpu", "8xa100"])
+def test_the_recipe_of_dpo_goes_on_from_step_1_and_makes_the_same_steps_everywhere(directory):
+    sft, dpo = (
+        yaml.safe_load((ROOT / f"launch/recipes/{directory}/{name}.yaml").read_text()) for name in ("sft", "dpo")
+    )
+    assert dpo["model_name_or_path"] == sft["output_dir"]
+    for key in ("data_split", "template", "eval_fraction"):
+        assert sft.get(key) == dpo.get(key)
+    gpus = {"1gpu": 1, "8xa100": 8}[directory]
+    assert gpus * dpo["per_device_train_batch_size"] * dpo["gradient_accumulation_steps"] == 64
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_is_valid_bash(path):
     checked = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
@@ -67,7 +81,7 @@ def test_a_script_is_valid_bash(path):
 
 def test_a_step_script_names_a_program_and_a_recipe_that_exist():
     scripts = [path for path in SCRIPTS if 'run_step.sh"' in path.read_text()]
-    assert len(scripts) == 6
+    assert len(scripts) == 8
     for path in scripts:
         words = path.read_text().splitlines()[-1].split()
         program, recipe = words[words.index('"$@"') - 3 :][:2]

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from alternatives.dpo.config import DPOConfig
+from alternatives.dpo.kto_loss import KTOOptions, kto_loss_sum
+from alternatives.dpo.kto_task import KTOTask
 from alternatives.dpo.loss import LOSSES, LossOptions, Responses, preference_loss_sum
 from alternatives.dpo.task import DPOTask
 from common.artifacts.tracking import Tracker
@@ -104,14 +106,26 @@ def ppo_names() -> set[str]:
 
 
 PAIR = Responses(ONE[None], ONE[None], ONE[None])
+
+
+def dpo_names() -> set[str]:
+    sums = preference_loss_sum(LOSSES["sigmoid"], PAIR, PAIR, ONE[None].bool(), LossOptions(1.0))[1]
+    return supervised_names(DPOTask(DPOConfig()), sums)
+
+
+def kto_names() -> set[str]:
+    """With responses of both labels."""
+    both = Responses(*[torch.ones(2)] * 3)
+    sums = kto_loss_sum(both, torch.tensor([True, False]), torch.ones(2).bool(), ONE, KTOOptions(1.0))[1]
+    return supervised_names(KTOTask(DPOConfig(loss_type="kto")), sums)
+
+
 NAMES = {
     "sft": lambda: supervised_names(SFTTask(SFTConfig()), {"tokens": ONE, "loss": ONE}),
     "reward": lambda: supervised_names(
         RewardTask(RewardConfig()), bradley_terry_loss_sum(ONE[None], ONE[None], ONE[None].bool())[1]
     ),
-    "dpo": lambda: supervised_names(
-        DPOTask(DPOConfig()), preference_loss_sum(LOSSES["sigmoid"], PAIR, PAIR, ONE[None].bool(), LossOptions(1.0))[1]
-    ),
+    "dpo": lambda: dpo_names() | kto_names(),
     "ppo": ppo_names,
 }
 
